@@ -1,0 +1,322 @@
+"""split, merge, update, state, pop, clone, graphdef: a graph as structure and State, and back.
+
+Law: `merge(*split(g))` is isomorphic to g, with new objects and new Variables; `split` and `state` hand out
+the graph's own Variables. On an unchanged object none of them walks: they share one plan, kept with the object.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from nnx_core import filters as filterlib
+from nnx_core._changes import now
+from nnx_core._errors import FilterError, Path, StateMismatchError
+from nnx_core.graph.objects import Object, set_plan
+from nnx_core.graph.pack import Packer, Place, Refs, Unpacker, require_graph
+from nnx_core.graph.plan import Plan
+from nnx_core.graph.structure import GraphDef, Leaf, VariableDef, nodes
+from nnx_core.graph.walk import recursive_map
+from nnx_core.state import State, iter_leaves, split_pairs
+from nnx_core.variables import Variable
+
+A = TypeVar("A")
+_ABSENT: Any = object()
+#: How one leaf of a structure is found: its path, and (index of a Variable, or None; owned by an object or not).
+Layout = tuple[tuple[Path, int | None, bool], ...]
+
+
+def plan_of(node: Any, *, allow_sharing: bool = True) -> Plan:
+    """The plan of one object: remembered while the object is unchanged. Anything else is walked."""
+    if isinstance(node, Object) and allow_sharing:
+        plan: Plan | None = node._nnx_plan
+        if plan is None or not plan.holds():
+            plan = _walk(node)[0]
+            if plan.cacheable:
+                set_plan(node, plan)
+        return plan
+    return _walk(node, allow_sharing)[0]
+
+
+def _walk(node: Any, allow_sharing: bool = True) -> tuple[Plan, Packer]:
+    stamp = now()
+    packer = Packer((None,), Refs(), allow_sharing=allow_sharing)
+    root = packer.walk(node, Place((), None, 0))
+    return Plan(GraphDef(root), packer, stamp), packer
+
+
+def layout_of(graphdef: GraphDef) -> Layout:
+    """Where the leaves of a structure are, in walking order."""
+    found = []
+    for path, d in nodes(graphdef.root):
+        if type(d) is VariableDef:
+            found.append((path, d.index, True))
+        elif type(d) is Leaf:
+            found.append((path, None, d.owned))
+    return tuple(found)
+
+
+def _parts(node: Any, graph: bool | None, function: str) -> tuple[GraphDef, list[tuple[Path, Any]]]:
+    """Structure of `node`, and (path, Variable or array) of its leaves."""
+    require_graph(node, function)
+    if isinstance(node, Object) and graph is not False:
+        plan = plan_of(node)
+        if plan.cacheable:
+            [(values, loose)] = plan.leaves([])
+            return plan.graphdef, list(_pairs(plan, values, loose))
+    plan, packer = _walk(node, graph is not False)
+    [(values, loose)] = packer.leaves
+    return plan.graphdef, list(_pairs(plan, values, loose))
+
+
+def _pairs(plan: Plan, values: list[Any], loose: list[Any]) -> Iterator[tuple[Path, Any]]:
+    owned, free = iter(values), iter(loose)
+    for path, index, is_owned in plan.remember("layout", lambda: layout_of(plan.graphdef)):
+        value = next(owned) if is_owned else next(free)
+        yield path, value if index is None else plan.known(index)
+
+
+def split(node: Any, *filters: filterlib.Filter, graph: bool | None = None) -> tuple[Any, ...]:
+    """The structure of `node`, and its Variables and arrays as one State a filter (one in all for none).
+
+    Args:
+      node: a module, or any pytree of modules, Variables and arrays.
+      *filters: every leaf goes to the first that matches; `...` matches all that is left.
+      graph: False forbids shared references.
+
+    Returns:
+      (graphdef, state, ...). The States hold the Variables of `node` themselves.
+
+    Raises:
+      FilterError: if a leaf matches no filter.
+      SharedReferenceError: with `graph=False`, if something is reached twice.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> graphdef, params, rest = nnx.split(nnx.BatchNorm(2, rngs=nnx.Rngs(0)), nnx.Param, ...)
+      >>> list(params), list(rest)
+      (['bias', 'scale'], ['mean', 'var'])
+    """
+    graphdef, pairs = _parts(node, graph, "split")
+    return graphdef, *split_pairs(pairs, filters)
+
+
+def merge(graphdef: GraphDef, state: Mapping[Any, Any] = State(), /, *states: Mapping[Any, Any], **_: bool) -> Any:  # noqa: B008  # never written
+    """The inverse of `split`: new objects, and new Variables with the values in the States.
+
+    The Variables in the States are copied, never adopted: writing to the result does not write to them.
+
+    Raises:
+      StateMismatchError: listing all paths that are missing from the States, or that the graph has not.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> copy = nnx.merge(*nnx.split(model))
+      >>> copy is model, bool((copy.kernel == model.kernel).all())
+      (False, True)
+    """
+    if not isinstance(graphdef, GraphDef):
+        raise TypeError(f"nnx.merge needs a GraphDef first, as nnx.split returns it; found {type(graphdef).__name__}.")
+    layout = layout_of(graphdef)
+    leaves = _by_path([path for path, _, _ in layout], (state, *states), require_all=True)
+    values, loose = [], []
+    metadata: dict[int, Any] = {}
+    for (_, index, owned), leaf in zip(layout, leaves, strict=True):
+        if isinstance(leaf, Variable):
+            if index is not None:
+                metadata[index] = leaf
+            leaf = leaf._raw_value
+        (values if owned else loose).append(leaf)
+    refs = Refs()
+    made = Unpacker(((values, loose),), refs).build(graphdef.root, Place((), None, 0))
+    for index, leaf in metadata.items():  # what a State says of a Variable (metadata) is newer than the structure
+        if refs.objects[index]._var_metadata != leaf._var_metadata:
+            refs.objects[index].set_metadata(leaf._var_metadata)
+    return made
+
+
+def _by_path(paths: list[Path], states: tuple[Mapping[Any, Any], ...], *, require_all: bool) -> list[Any]:
+    """The leaf of `states` for each of `paths` (or _ABSENT); keys may be digit strings for ints."""
+    known = dict.fromkeys(paths)
+    spelled: dict[Path, Path] | None = None
+    found: dict[Path, Any] = {}
+    unexpected: list[Path] = []
+    for state in states:
+        for path, leaf in _leaves_at(state, known):
+            if path in known:
+                found[path] = leaf
+                continue
+            spelled = spelled if spelled is not None else {tuple(map(str, p)): p for p in paths}
+            at = spelled.get(tuple(map(str, path)))
+            if at is None:
+                unexpected.append(path)
+            else:
+                found[at] = leaf
+    missing = [path for path in paths if path not in found] if require_all else []
+    if missing or unexpected:
+        raise StateMismatchError(missing, unexpected)
+    return [found.get(path, _ABSENT) for path in paths]
+
+
+def _leaves_at(state: Any, known: Mapping[Path, Any]) -> Iterator[tuple[Path, Any]]:
+    """(path, leaf) of nested mappings; a mapping at a known path is a leaf: the value of a Variable."""
+    if not isinstance(state, Mapping):
+        yield (), state  # the State of a lone Variable or array
+        return
+    stack: list[tuple[Path, Any]] = [((), state)]
+    while stack:
+        path, x = stack.pop()
+        if isinstance(x, Mapping) and (not path or path not in known):
+            inner = x._mapping if isinstance(x, State) else x
+            stack.extend(((*path, key), child) for key, child in inner.items())
+        else:
+            yield path, x
+
+
+def update(node: Any, state: Any, /, *states: Any) -> None:
+    """Write the values of the States into `node`, in place; States may hold a part of its paths.
+
+    Values may have another shape or dtype: that is up to the caller (`bridge.load_variables` is strict).
+
+    Raises:
+      StateMismatchError: listing all paths that `node` has not; nothing is written then.
+
+    Example:
+      >>> import nnx_core as nnx, jax
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> nnx.update(model, jax.tree.map(lambda x: x * 0, nnx.state(model)))
+      >>> float(abs(model.kernel).sum())
+      0.0
+    """
+    require_graph(node, "update")
+    plan = plan_of(node)
+    layout: Layout = plan.remember("layout", lambda: layout_of(plan.graphdef))
+    leaves = _by_path([path for path, _, _ in layout], (state, *states), require_all=False)
+    writes = [(path, index, leaf) for (path, index, _), leaf in zip(layout, leaves, strict=True) if leaf is not _ABSENT]
+    for _, index, _ in writes:
+        if index is not None:
+            plan.known(index)._check_can_write()
+    for path, index, leaf in writes:
+        if index is None:
+            _set_leaf(node, path, leaf)
+        elif isinstance(leaf, Variable):
+            if leaf is not plan.known(index):
+                plan.known(index).update_from_state(leaf)
+        else:
+            plan.known(index).set_raw_value(leaf)
+
+
+def _set_leaf(node: Any, path: Path, leaf: Any) -> None:
+    *parents, last = path
+    for key in parents:
+        node = node._nnx_items()[key] if isinstance(node, Object) else _child(node, key)
+    if isinstance(node, Object):
+        node._nnx_assign({last: leaf}, ())
+    else:
+        node[last] = leaf
+
+
+def _child(container: Any, key: Hashable) -> Any:
+    return getattr(container, str(key)) if hasattr(container, "_fields") else container[key]
+
+
+def _selected(pairs: list[tuple[Path, Any]], filters: tuple[filterlib.Filter, ...]) -> Any:
+    if not filters:
+        return State(pairs)
+    predicates = filterlib.to_predicates(filters)
+    parts: list[list[tuple[Path, Any]]] = [[] for _ in filters]
+    for path, value in pairs:
+        i = filterlib.first_match(predicates, path, value)
+        if i is not None:
+            parts[i].append((path, value))
+    states = tuple(map(State, parts))
+    return states[0] if len(states) == 1 else states
+
+
+def state(node: Any, *filters: filterlib.Filter, graph: bool | None = None) -> Any:
+    """The Variables and arrays of `node` as one State a filter; what matches none is left out.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+      State{'bias': Param(float32[3]), 'kernel': Param(float32[2,3])}
+    """
+    return _selected(_parts(node, graph, "state")[1], filters)
+
+
+def variables(node: Any, *filters: filterlib.Filter, graph: bool | None = None) -> Any:
+    """Like `state`, but Variables only: arrays that are plain attributes are left out."""
+    pairs = [(path, x) for path, x in _parts(node, graph, "variables")[1] if isinstance(x, Variable)]
+    return _selected(pairs, filters)
+
+
+def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef:
+    """The structure of `node`, as `split` returns it."""
+    return _parts(node, graph, "graphdef")[0]
+
+
+def pop(node: Any, *filters: filterlib.Filter) -> Any:
+    """Remove the Variables that match from `node` and return them, as one State a filter.
+
+    Raises:
+      FilterError: without a filter.
+
+    Example:
+      >>> import nnx_core as nnx, jax.numpy as jnp
+      >>> class Model(nnx.Module):
+      ...     def __call__(self, x):
+      ...         self.sow(nnx.Intermediate, "x", x)
+      >>> model = Model()
+      >>> model(jnp.ones(2))
+      >>> nnx.pop(model, nnx.Intermediate)
+      State{'x': Intermediate((Array([1., 1.], dtype=float32),))}
+      >>> hasattr(model, "x")
+      False
+    """
+    if not filters:
+        raise FilterError("nnx.pop expects at least one filter, such as nnx.Intermediate.")
+    require_graph(node, "pop")
+    predicates = filterlib.to_predicates(filters)
+    plan = plan_of(node)
+    parts: list[list[tuple[Path, Any]]] = [[] for _ in filters]
+    gone: set[int] = set()
+    layout: Layout = plan.remember("layout", lambda: layout_of(plan.graphdef))
+    for path, index, _ in layout:
+        if index is None:
+            continue
+        i = filterlib.first_match(predicates, path, plan.known(index))
+        if i is not None:
+            parts[i].append((path, plan.known(index)))
+            gone.add(id(plan.known(index)))
+    for obj in plan.refs().objects:
+        if isinstance(obj, Object):
+            keys = tuple(key for key, x in obj._nnx_items().items() if id(x) in gone)
+            if keys:
+                obj._nnx_assign({}, keys)
+    states = tuple(map(State, parts))
+    return states[0] if len(states) == 1 else states
+
+
+def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool | None = None) -> A:
+    """A copy of `node`: new objects, new Variables (the same ones with `variables=False`), the same arrays.
+
+    Sharing within `node` is kept. Arrays are immutable and so are not copied; `arrays=True` copies them too.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> nnx.clone(model).kernel is model.kernel, nnx.clone(model, variables=False).kernel is model.kernel
+      (False, True)
+    """
+    require_graph(node, "clone")
+    if not variables:
+        return recursive_map(lambda _, x: x, node)  # type: ignore[no-any-return]  # a copy of node's type
+    structure, pairs = _parts(node, graph, "clone")
+    layout = layout_of(structure)
+    values, loose = [], []
+    for (_, _, owned), (_, leaf) in zip(layout, pairs, strict=True):
+        value = leaf._raw_value if isinstance(leaf, Variable) else leaf
+        (values if owned else loose).append(value.copy() if arrays and hasattr(value, "copy") else value)
+    return Unpacker(((values, loose),), Refs()).build(structure.root, Place((), None, 0))  # type: ignore[no-any-return]
+
+
+__all__ = ["clone", "graphdef", "iter_leaves", "merge", "pop", "split", "state", "update", "variables"]

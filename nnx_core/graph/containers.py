@@ -1,0 +1,186 @@
+"""List and Dict storage: containers with identity, whose changes are counted.
+
+Law: what is put in comes out, under any key: items live apart from attributes and methods, so a key such as
+`items` or `pop` hides nothing. Plain lists, tuples and dicts are allowed as attributes too; they have no
+identity and are compared shallowly instead.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence
+from typing import Any, TypeVar
+
+from nnx_core._changes import touch
+from nnx_core._errors import TraceError
+from nnx_core._repr import show_fields
+from nnx_core._trace import current_trace
+from nnx_core.graph.objects import Marked, Object
+
+A = TypeVar("A")
+_ITEMS = "_nnx_storage"
+
+
+def _check_trace(obj: Object) -> None:
+    if obj._nnx_trace != current_trace():
+        raise TraceError(f"an item of {type(obj).__name__}")
+
+
+class ListStorage(Object, MutableSequence[A], pytree=False):
+    """A list whose items are part of the graph, under the keys 0, 1, ...
+
+    Args:
+      items: any iterable.
+    """
+
+    def __init__(self, items: Iterable[A] = (), /):
+        self.__dict__[_ITEMS] = [x.value if type(x) is Marked else x for x in items]
+
+    def __getitem__(self, index: Any) -> Any:
+        items = self.__dict__[_ITEMS]
+        return type(self)(items[index]) if isinstance(index, slice) else items[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        _check_trace(self)
+        self.__dict__[_ITEMS][index] = value
+        touch(self)
+
+    def __delitem__(self, index: Any) -> None:
+        _check_trace(self)
+        del self.__dict__[_ITEMS][index]
+        touch(self)
+
+    def insert(self, index: int, value: A) -> None:
+        """Insert `value` before `index`."""
+        _check_trace(self)
+        self.__dict__[_ITEMS].insert(index, value)
+        touch(self)
+
+    def __len__(self) -> int:
+        return len(self.__dict__[_ITEMS])
+
+    def __iter__(self) -> Iterator[A]:
+        return iter(self.__dict__[_ITEMS])
+
+    def __add__(self, other: Iterable[A]) -> Any:
+        return type(self)([*self, *other])
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def _nnx_items(self) -> dict[Any, Any]:
+        return dict(enumerate(self.__dict__[_ITEMS]))
+
+    def _nnx_storage(self) -> Any:
+        return self.__dict__[_ITEMS]
+
+    def _nnx_fill(self, items: dict[Any, Any], marks: Any) -> None:
+        self.__dict__[_ITEMS] = [items[i] for i in range(len(items))]
+
+    def _nnx_assign(self, changed: dict[Any, Any], removed: tuple[Any, ...]) -> None:
+        items = {k: v for k, v in self._nnx_items().items() if k not in removed} | changed
+        self.__dict__[_ITEMS] = [items[i] for i in sorted(items)]
+        touch(self)
+
+    def __repr__(self) -> str:
+        return show_fields(type(self).__name__, [("", x) for x in self])
+
+
+class DictStorage(Object, MutableMapping[Any, A], pytree=False):
+    """A dict whose values are part of the graph; `d.key` reads and writes `d["key"]` where no method has that name.
+
+    Args:
+      mapping: a mapping or (key, value) pairs.
+      **items: more items.
+    """
+
+    def __init__(self, mapping: Mapping[Any, A] | Iterable[tuple[Any, A]] = (), /, **items: A):
+        new = {**dict(mapping), **items}
+        self.__dict__[_ITEMS] = {k: x.value if type(x) is Marked else x for k, x in new.items()}
+
+    def __getitem__(self, key: Any) -> A:
+        return self.__dict__[_ITEMS][key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        _check_trace(self)
+        self.__dict__[_ITEMS][key] = value
+        touch(self)
+
+    def __delitem__(self, key: Any) -> None:
+        _check_trace(self)
+        del self.__dict__[_ITEMS][key]
+        touch(self)
+
+    def __len__(self) -> int:
+        return len(self.__dict__[_ITEMS])
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.__dict__[_ITEMS])
+
+    def __getattr__(self, name: str) -> Any:
+        items = self.__dict__.get(_ITEMS, {})
+        if name in items:
+            return items[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute or key {name!r}; it has {list(items)}.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        del self[name]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def _nnx_items(self) -> dict[Any, Any]:
+        return self.__dict__[_ITEMS]  # type: ignore[no-any-return]  # __dict__ is dict[str, Any]
+
+    def _nnx_storage(self) -> Any:
+        return self.__dict__[_ITEMS]
+
+    def _nnx_fill(self, items: dict[Any, Any], marks: Any) -> None:
+        self.__dict__[_ITEMS] = dict(items)
+
+    def _nnx_assign(self, changed: dict[Any, Any], removed: tuple[Any, ...]) -> None:
+        items = self.__dict__[_ITEMS]
+        for key in removed:
+            items.pop(key, None)
+        items.update(changed)
+        touch(self)
+
+    def __repr__(self) -> str:
+        return show_fields(type(self).__name__, [(f"{k!r}: ", v) for k, v in self.items()], "{}")
+
+
+def is_container(value: Any) -> bool:
+    """Whether `value` is a plain list, dict or tuple (namedtuples included)."""
+    return type(value) is list or type(value) is dict or isinstance(value, tuple)
+
+
+def can_change(value: Any) -> bool:
+    """Whether `value` is a plain container that may change without telling: a list, a dict, a tuple of these."""
+    if isinstance(value, tuple):
+        return any(map(can_change, value))
+    return type(value) is list or type(value) is dict
+
+
+_OPEN, _CLOSE = object(), object()
+
+
+def contents(container: Any) -> list[Any]:
+    """Everything in a plain container, nested plain containers flattened between brackets.
+
+    Two readings that are pairwise identical (`is`) mean that nothing changed.
+    """
+    out: list[Any] = [_OPEN]
+    if type(container) is dict:
+        out += container
+        container = container.values()
+    for x in container:
+        if is_container(x):
+            out += contents(x)
+        else:
+            out.append(x)
+    out.append(_CLOSE)
+    return out

@@ -1,0 +1,277 @@
+"""Objects: Python objects whose attributes are a graph.
+
+Law: every change of an attribute through Python's own syntax is counted, so a cached plan knows of it; writing
+an array over an array is a change of value, not of structure, and is not counted. An object is changed only
+under the trace that created it. Objects are JAX pytrees too.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable
+from typing import Annotated, Any, TypeVar
+
+import jax
+import numpy as np
+
+from nnx_core._changes import touch
+from nnx_core._errors import TraceError
+from nnx_core._repr import show_fields, size_of
+from nnx_core._trace import current_trace
+from nnx_core.state import sorted_keys
+from nnx_core.variables import MISSING, Variable, new_variable
+
+T = TypeVar("T")
+
+_DATA, _STATIC = "data", "static"
+#: `x: nnx.Data[list[jax.Array]]` and `y: nnx.Static[Config]` mark attributes for every instance.
+Data = Annotated[T, _DATA]
+Static = Annotated[T, _STATIC]
+
+
+@dataclasses.dataclass(frozen=True)
+class Marked:
+    """A value on its way into an attribute, together with how the attribute is to be treated."""
+
+    value: Any
+    mark: str
+
+
+def _mark(mark: str, value: Any, options: dict[str, Any]) -> Any:
+    if value is not MISSING and not options:
+        return Marked(value, mark)
+    if value is not MISSING:
+        options["default"] = value
+    return dataclasses.field(**options, metadata={**options.pop("metadata", {}), "nnx": mark})
+
+
+def data(value: Any = MISSING, /, **field_options: Any) -> Any:
+    """Mark an attribute as data: its numbers are leaves, not configuration.
+
+    Without a value, or with options of `dataclasses.field`, a field of a dataclass.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> class Counter(nnx.Module):
+      ...     def __init__(self):
+      ...         self.count = nnx.data(0)
+      >>> nnx.state(Counter())
+      State{'count': 0}
+    """
+    return _mark(_DATA, value, field_options)
+
+
+def static(value: Any = MISSING, /, **field_options: Any) -> Any:
+    """Mark an attribute as static: part of the graph's structure, compared by value, must be hashable."""
+    return _mark(_STATIC, value, field_options)
+
+
+def _slot(name: str) -> Any:
+    return Object.__dict__[name].__set__
+
+
+class Object:
+    """Base of everything whose attributes are walked: modules, containers, random streams.
+
+    Attributes that are Variables, arrays, other objects, or lists, tuples and dicts of these are data; all
+    others (numbers, strings, functions, ...) are static unless marked with `nnx.data`.
+
+    Raises:
+      TraceError: if an attribute is set under another trace than the one that created the object.
+    """
+
+    __slots__ = ("__dict__", "__weakref__", "_nnx_marks", "_nnx_plan", "_nnx_trace", "_nnx_version")
+    _nnx_marks: dict[str, str]
+    _nnx_plan: Any  # the walk of this object, remembered by graph.api while it holds
+    _nnx_trace: object
+    _nnx_version: int
+    _nnx_class_marks: dict[str, str] = {}  # noqa: RUF012  # replaced, never written, by __init_subclass__
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return create(cls)
+
+    def __init_subclass__(cls, *, pytree: bool = True, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        marks = _annotated_marks(cls)
+        if marks:
+            cls._nnx_class_marks = {**cls._nnx_class_marks, **marks}
+        if pytree:
+            jax.tree_util.register_pytree_with_keys(
+                cls, _flatten_with_keys, functools.partial(_unflatten, cls), _flatten
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._nnx_trace != current_trace():
+            raise TraceError(f"attribute {name!r} of {type(self).__name__}")
+        if type(value) is Marked:
+            self._nnx_set_mark(name, value.mark)
+            value = value.value
+        elif isinstance(value, jax.Array) and isinstance(self.__dict__.get(name), jax.Array):
+            self.__dict__[name] = value
+            return
+        object.__setattr__(self, name, value)
+        touch(self)
+
+    def __delattr__(self, name: str) -> None:
+        if self._nnx_trace != current_trace():
+            raise TraceError(f"attribute {name!r} of {type(self).__name__}")
+        object.__delattr__(self, name)
+        touch(self)
+
+    def _nnx_set_mark(self, name: str, mark: str) -> None:
+        object.__setattr__(self, "_nnx_marks", {**self._nnx_marks, name: mark})
+
+    # ---- how the walk sees an object; containers have their own ----
+
+    def _nnx_items(self) -> dict[Any, Any]:
+        """Key -> child, in the object's own order."""
+        return self.__dict__
+
+    def _nnx_storage(self) -> Any:
+        """Where items live: `storage[key]` reads and writes one."""
+        return self.__dict__
+
+    def _nnx_mark(self, key: Hashable) -> str | None:
+        return self._nnx_marks.get(key) or self._nnx_class_marks.get(key)  # type: ignore[call-overload]
+
+    def _nnx_fill(self, items: dict[Any, Any], marks: Hashable) -> None:
+        """Take these items; only ever called on an object that `create` has just made."""
+        self.__dict__.update(items)
+        if marks:
+            object.__setattr__(self, "_nnx_marks", dict(marks))  # type: ignore[call-overload]
+
+    def _nnx_assign(self, changed: dict[Any, Any], removed: tuple[Any, ...]) -> None:
+        """Set and remove items, as attribute syntax does, without the trace check."""
+        for key in removed:
+            self.__dict__.pop(key, None)
+        self.__dict__.update(changed)
+        touch(self)
+
+    # ---- Python protocols ----
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"items": dict(self._nnx_items()), "marks": tuple(self._nnx_marks.items())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._nnx_fill(state["items"], state["marks"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return create, (type(self),), self.__getstate__()
+
+    def __copy__(self) -> Any:
+        new = create(type(self))
+        new._nnx_fill(dict(self._nnx_items()), tuple(self._nnx_marks.items()))
+        return new
+
+    def __repr__(self) -> str:
+        size = size_of(v._raw_value for v in vars(self).values() if isinstance(v, Variable))
+        fields = [(f"{k}=", v) for k, v in self._nnx_items().items()]
+        return show_fields(f"{type(self).__name__}", [*([("# ", _Text(size))] if size else []), *fields])
+
+
+class _Text(str):
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+_set_marks, _set_trace, _set_version = (_slot(n) for n in ("_nnx_marks", "_nnx_trace", "_nnx_version"))
+set_plan: Callable[[Object, Any], None] = _slot("_nnx_plan")
+_NO_MARKS: dict[str, str] = {}
+
+
+def create(kind: type[Any]) -> Any:
+    """An object of class `kind` without attributes; no `__init__`."""
+    obj = object.__new__(kind)
+    _set_version(obj, 0)
+    set_plan(obj, None)
+    _set_marks(obj, _NO_MARKS)
+    _set_trace(obj, current_trace())
+    return obj
+
+
+def _annotated_marks(cls: type) -> dict[str, str]:
+    marks: dict[str, str] = {}
+    for name, annotation in cls.__dict__.get("__annotations__", {}).items():
+        mark = getattr(annotation, "__metadata__", (None,))[0]
+        if mark in (_DATA, _STATIC):
+            marks[name] = mark
+        elif isinstance(field := cls.__dict__.get(name), dataclasses.Field) and "nnx" in field.metadata:
+            marks[name] = field.metadata["nnx"]
+    return marks
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is something JAX treats as one array, abstract ones and Refs included."""
+    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct | jax.Ref) or hasattr(x, "__jax_array__")
+
+
+def is_data(value: Any) -> bool:
+    """Whether an attribute with this value is data: an array, Variable, object, or a pytree with one inside.
+
+    Example:
+      >>> import nnx_core as nnx, jax.numpy as jnp
+      >>> nnx.is_data([jnp.ones(2)]), nnx.is_data([1, 2])
+      (True, False)
+    """
+    if isinstance(value, Variable | Object) or is_array(value):
+        return True
+    leaves = jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, Variable | Object))
+    if len(leaves) == 1 and leaves[0] is value:
+        return False
+    return any(isinstance(x, Variable | Object) or is_array(x) for x in leaves)
+
+
+def has_data(value: Any) -> bool:
+    """Whether there is any data in `value`, a pytree."""
+    return is_data(value)
+
+
+# ---- pytree: data attributes are children, static ones are part of the treedef ----
+
+
+def _split_attributes(obj: Object) -> tuple[list[Any], list[Any], tuple[Any, ...]]:
+    items = obj._nnx_items()
+    keys, children, fixed = [], [], []
+    for key in sorted_keys(items):
+        mark = obj._nnx_mark(key)
+        if mark == _DATA or (mark is None and is_data(items[key])):
+            keys.append(key)
+            children.append(items[key])
+        else:
+            fixed.append((key, type(items[key]), items[key]))
+    return keys, children, (tuple(keys), tuple(fixed), tuple(obj._nnx_marks.items()), tuple(items))
+
+
+def _flatten(obj: Object) -> tuple[list[Any], Any]:
+    _, children, aux = _split_attributes(obj)
+    return children, aux
+
+
+def _flatten_with_keys(obj: Object) -> tuple[list[tuple[Any, Any]], Any]:
+    keys, children, aux = _split_attributes(obj)
+    return [(_key_entry(obj, k), c) for k, c in zip(keys, children, strict=True)], aux
+
+
+def _key_entry(obj: Object, key: Any) -> Any:
+    if isinstance(key, int):
+        return jax.tree_util.SequenceKey(key)
+    return jax.tree_util.GetAttrKey(key) if key in obj.__dict__ else jax.tree_util.DictKey(key)
+
+
+def _unflatten(kind: type[Any], aux: Any, children: Any) -> Any:
+    keys, fixed, marks, order = aux
+    items = {**dict(zip(keys, children, strict=True)), **{k: v for k, _, v in fixed}}
+    obj = create(kind)
+    obj._nnx_fill({k: items[k] for k in order}, marks)
+    return obj
+
+
+def copy_variables(tree: Any) -> Any:
+    """`tree`, a pytree, with a new Variable for each of its Variables."""
+    return jax.tree.map(
+        lambda x: new_variable(type(x), x._raw_value, dict(x._var_metadata)) if isinstance(x, Variable) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, Variable),
+    )
+

@@ -1,0 +1,531 @@
+"""pack and unpack: the only walk that knows identity.
+
+Everything that crosses a JAX boundary takes four steps, under one set of indices (`Refs`):
+
+  pack     outside   walk the arguments once: a hashable structure, and leaves in groups
+  unpack   inside    rebuild fresh objects under the same indices             } the user's function runs
+  collect  inside    what changed in them, and the result, as an `After`      } between these two
+  apply    outside   write what changed into the objects that own the indices
+
+A *group* says how JAX must treat a leaf: an axis, a sharding, Carry, Diff. Which leaf goes into which group is
+the business of a `spec`: a group, a `ByFilter`, or a prefix of tuples, lists and dicts of these.
+
+Law: unpack(pack(x)) is isomorphic to x, sharing and cycles included; only what was written is in an `After`;
+one Variable has one treatment in a call. Knows nothing of transforms.
+"""
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from numbers import Number
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from nnx_core._changes import track
+from nnx_core._errors import AliasError, NotAGraphError, Path, SharedReferenceError, SpecError, show_path
+from nnx_core.graph.containers import can_change, contents, is_container
+from nnx_core.graph.objects import Object, create, is_array
+from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, Ref, Static, VariableDef
+from nnx_core.state import State, sorted_keys
+from nnx_core.variables import Variable, freeze_metadata, new_variable, set_metadata_dict, set_raw
+
+Group = Hashable
+Spec = Any
+#: A leaf's owner: the index of an object, and the keys from it down to the leaf (None: it cannot be found again).
+Owner = tuple[int, Path | None] | None
+AS_STATIC = type("AS_STATIC", (), {"__repr__": lambda self: "static"})()  # a spec: part of the structure
+#: One group on its way through JAX: values of Variables and of arrays that objects own, then loose leaves.
+Leaves = tuple[list[Any], list[Any]]
+
+
+class ByFilter:
+    """A spec that chooses the group of each leaf of an object by path (below that object) and value."""
+
+    def group(self, path: Path, value: Any) -> Group:
+        """The group of the leaf `value` at `path`."""
+        raise NotImplementedError
+
+
+class Place(NamedTuple):
+    """Where something was first reached and how it is treated; `base` is the length of its root's path."""
+
+    path: Path
+    spec: Spec
+    base: int
+
+
+VARIABLE, OBJECT, SEQUENCE, DICT, STATE, ARRAY, NUMBER, STATIC, PYTREE = range(9)
+_kinds: dict[type, int] = {list: SEQUENCE, tuple: SEQUENCE, dict: DICT, type(None): STATIC, str: STATIC}
+
+
+def kind_of(x: Any) -> int:
+    """How the walk treats `x`; remembered per type."""
+    kind = _kinds.get(type(x))
+    if kind is None:
+        kind = _kinds[type(x)] = _classify(x)
+    return kind
+
+
+def _classify(x: Any) -> int:
+    if isinstance(x, Variable):
+        return VARIABLE
+    if isinstance(x, Object):
+        return OBJECT
+    if isinstance(x, State):
+        return STATE
+    if isinstance(x, type):
+        return STATIC
+    if isinstance(x, np.ndarray) or (is_array(x) and not isinstance(x, np.generic)):
+        return ARRAY
+    if isinstance(x, Number | np.generic):
+        return NUMBER
+    treedef = jax.tree.structure(x, is_leaf=lambda y: y is not x)
+    return STATIC if jax.tree_util.treedef_is_leaf(treedef) and treedef.num_leaves else PYTREE
+
+
+def one_level(x: Any) -> tuple[list[Hashable], list[Any], Any]:
+    """Keys, children and treedef of one level of any registered pytree."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)
+    return [_plain_key(path[0]) if path else 0 for path, _ in pairs], [child for _, child in pairs], treedef
+
+
+def _plain_key(entry: Any) -> Hashable:
+    for name in ("key", "name", "idx"):
+        if hasattr(entry, name):
+            return getattr(entry, name)  # type: ignore[no-any-return]  # jax's key entries are untyped
+    return str(entry)
+
+
+class Refs:
+    """Object <-> index, and where each was first reached, for the length of one call."""
+
+    __slots__ = ("indices", "objects", "places")
+
+    def __init__(self) -> None:
+        self.objects: list[Any] = []
+        self.indices: dict[int, int] = {}
+        self.places: list[Place] = []
+
+    def add(self, obj: Any, place: Place) -> int:
+        index = len(self.objects)
+        self.objects.append(obj)
+        self.indices[id(obj)] = index
+        self.places.append(place)
+        return index
+
+
+class AttributePlace:
+    """An array that an object owns: index of the object, keys from it down to the array."""
+
+    __slots__ = ("index", "keys")
+
+    def __init__(self, index: int, keys: Path | None):
+        self.index, self.keys = index, keys
+
+
+class Packer:
+    """One walk over some arguments. Afterwards: `leaves` by group, and what was met on the way."""
+
+    def __init__(
+        self,
+        groups: tuple[Group, ...],
+        refs: Refs,
+        *,
+        allow_sharing: bool = True,
+        strict: bool = True,
+        describe: Any = None,
+    ):
+        self.groups = groups
+        self.group_index = {group: i for i, group in enumerate(groups)}
+        self.leaves: list[Leaves] = [([], []) for _ in groups]
+        #: For each value, the Variable or AttributePlace it came from; for each loose leaf its group.
+        self.sources: list[list[Variable[Any] | AttributePlace]] = [[] for _ in groups]
+        self.loose_groups: list[int] = []
+        self.containers: list[tuple[int, Hashable]] = []
+        self.states: list[State] = []
+        self.refs = refs
+        self.allow_sharing = allow_sharing
+        self.strict = strict
+        self.describe = describe  # what to do to a Variable's metadata before it leaves: (metadata, value, group)
+
+    def walk(self, x: Any, place: Place, owner: Owner = None) -> Element:
+        """The structure of `x`; its leaves go into `self.leaves`."""
+        if place.spec is AS_STATIC:
+            return Static(type(x), x)
+        kind = kind_of(x)
+        if kind == VARIABLE:
+            return self._variable(x, place)
+        if kind == OBJECT:
+            return self._object(x, place)
+        if kind == STATIC:
+            return Static(type(x), x)
+        if kind == ARRAY or kind == NUMBER:
+            return self._leaf(x, place, owner, kind)
+        if kind == PYTREE:
+            return self._pytree(x, place, owner)
+        if kind == DICT or kind == STATE:
+            if kind == STATE:
+                self.states.append(x._root)
+            items = x if kind == DICT else x._mapping
+            keys = sorted_keys(items)
+            order = None if kind == STATE or list(items) == keys else tuple(items)
+            return self._node(type(x), keys, [items[k] for k in keys], order, None, place, owner)
+        return self._node(type(x), list(range(len(x))), x, None, None, place, owner)
+
+    def _node(
+        self, kind: type, keys: list[Any], values: Any, order: Any, extra: Hashable, place: Place, owner: Any
+    ) -> Node:
+        path, spec, base = place
+        specs = prefix_of(spec, keys, kind, path) if type(spec) in _PREFIXES or type(spec) is kind else None
+        children = tuple(
+            self.walk(
+                value,
+                Place((*path, key), spec, base) if specs is None else Place((*path, key), specs[i], len(path) + 1),
+                _below(owner, key),
+            )
+            for i, (key, value) in enumerate(zip(keys, values, strict=True))
+        )
+        return Node(kind, None, tuple(keys), children, order, extra)
+
+    def _pytree(self, x: Any, place: Place, owner: Any) -> Element:
+        keys, children, treedef = one_level(x)
+        if owner is not None and not isinstance(x, tuple):
+            owner = owner[0], None  # no plan can find the way back to a leaf in there
+        return self._node(type(x), keys, children, None, treedef, place, owner)
+
+    def _leaf(self, x: Any, place: Place, owner: Any, kind: int) -> Element:
+        if owner is None:
+            group = self._group(place, x)
+            self.leaves[group][1].append(x)
+            self.loose_groups.append(group)
+            return Leaf(group, owned=False)
+        index, keys = owner
+        if kind == NUMBER and self.refs.objects[index]._nnx_mark(keys[0] if keys else None) != "data":
+            return Static(type(x), x)  # as in NNX, a number stored on an object is configuration
+        group = self._group(place, x)
+        self.leaves[group][0].append(x)
+        self.sources[group].append(AttributePlace(index, keys))
+        return Leaf(group, owned=True)
+
+    def _group(self, place: Place, x: Any) -> int:
+        path, spec, base = place
+        group = spec.group(path[base:], x) if isinstance(spec, ByFilter) else spec
+        try:
+            return self.group_index[group]
+        except (KeyError, TypeError):
+            raise SpecError(f"{show_path(path)}: {group!r} is none of the treatments {self.groups}.") from None
+
+    def _known(self, index: int, place: Place, treatment: Any) -> Ref:
+        first = self.refs.places[index]
+        if not self.allow_sharing:
+            raise SharedReferenceError(type(self.refs.objects[index]).__name__, first.path, place.path)
+        if self.strict and first.spec is not treatment and first.spec != treatment:
+            name = type(self.refs.objects[index]).__name__
+            raise AliasError(name, (first.path, show(first.spec)), (place.path, show(treatment)))
+        return Ref(index)
+
+    def _variable(self, v: Variable[Any], place: Place) -> Element:
+        group = self._group(place, v)
+        index = self.refs.indices.get(id(v))
+        if index is not None:
+            return self._known(index, place, self.groups[group])
+        index = self.refs.add(v, Place(place.path, self.groups[group], place.base))
+        value, metadata = v._raw_value, v._var_metadata
+        self.leaves[group][0].append(value)
+        self.sources[group].append(v)
+        if self.describe is not None:
+            metadata = self.describe(v, self.groups[group])
+        return VariableDef(type(v), index, freeze_metadata(metadata), group)
+
+    def _object(self, obj: Object, place: Place) -> Element:
+        path, spec, base = place
+        index = self.refs.indices.get(id(obj))
+        if index is not None:
+            return self._known(index, place, spec)
+        if type(spec) in _PREFIXES:
+            raise SpecError(
+                f"{show_path(path)} is a {type(obj).__name__}, expected one treatment for it (or StateAxes,"
+                f" StateSharding, ...), found {spec!r}."
+            )
+        index = self.refs.add(obj, place)
+        items = obj._nnx_items()
+        order = tuple(items)
+        keys = tuple(sorted_keys(order))
+        children = tuple(self.attribute(index, obj, key, items[key], place) for key in keys)
+        marks = tuple(sorted(obj._nnx_marks.items()))
+        return Node(type(obj), index, keys, children, None if order == keys else order, marks)
+
+    def attribute(self, index: int, obj: Object, key: Hashable, value: Any, place: Place) -> Element:
+        """The structure of one attribute (or item) of the object under `index`, which is at `place`."""
+        if obj._nnx_mark(key) == "static":
+            return Static(type(value), value)
+        kind = kind_of(value)
+        if kind == STATIC or (kind == NUMBER and obj._nnx_mark(key) is None):
+            return Static(type(value), value)
+        if can_change(value):
+            self.containers.append((index, key))
+        return self.walk(value, Place((*place.path, key), place.spec, place.base), (index, (key,)))
+
+
+def _below(owner: Owner, key: Hashable) -> Owner:
+    if owner is None:
+        return None
+    return owner[0], None if owner[1] is None else (*owner[1], key)
+
+
+_PREFIXES = (tuple, list, dict)
+
+
+def prefix_of(spec: Any, keys: list[Any], kind: type, path: Path) -> list[Any]:
+    """The spec of each child, where `spec` is a prefix: a container of the same form.
+
+    Raises:
+      SpecError: if it has another form.
+    """
+    if isinstance(spec, dict | State):
+        spec = spec._mapping if isinstance(spec, State) else spec
+        found = [spec.get(key, _ABSENT) for key in keys]
+        if len(spec) == len(keys) and _ABSENT not in [f for f in found if f is _ABSENT]:
+            return found
+    elif isinstance(spec, list | tuple) and len(spec) == len(keys):
+        return list(spec)
+    raise SpecError(
+        f"{show_path(path)} is a {kind.__name__} with {len(keys)} items; the treatment given for it has another"
+        f" form: {spec!r}."
+    )
+
+
+_ABSENT: Any = object()
+
+
+def show(treatment: Any) -> str:
+    """A treatment in words, for errors."""
+    return "not mapped" if treatment is None else f"axis {treatment}" if type(treatment) is int else str(treatment)
+
+
+def require_graph(x: Any, function: str) -> None:
+    """Raise NotAGraphError unless there can be something to walk in `x`."""
+    if kind_of(x) in (STATIC, NUMBER, ARRAY) and x is not None:
+        raise NotAGraphError(f"nnx.{function} needs a module, Variable or pytree, found {type(x).__name__}.")
+
+
+# ---- unpack ----
+
+
+class Watch:
+    """What `unpack` built, as it was, so that `collect` can tell what changed."""
+
+    __slots__ = ("arrays", "containers", "objects", "variables")
+
+    def __init__(self) -> None:
+        self.variables: list[tuple[int, Variable[Any], Any, dict[str, Any], int]] = []
+        self.objects: list[tuple[int, Object, int, dict[Any, Any]]] = []
+        self.arrays: list[tuple[int, Object, Path, Any, int]] = []
+        self.containers: list[tuple[int, Object, Hashable, list[Any]]] = []
+
+
+class Unpacker:
+    """Rebuilds a structure with fresh objects under the structure's own indices."""
+
+    def __init__(
+        self,
+        leaves: tuple[Leaves, ...],
+        refs: Refs,
+        groups: tuple[Group, ...] | None = None,
+        watch: Watch | None = None,
+        describe: Any = None,
+    ):
+        self.groups = groups
+        self.values = [iter(values) for values, _ in leaves]
+        self.loose = [iter(loose) for _, loose in leaves]
+        self.refs, self.watch, self.describe = refs, watch, describe
+
+    def build(self, d: Element, place: Place, owner: Owner = None) -> Any:
+        """The object, container or leaf that `d` describes."""
+        tag = type(d)
+        if tag is Static:
+            return d.value
+        if tag is Leaf:
+            return self._leaf(d, place, owner)
+        if tag is Ref:
+            return self.refs.objects[d.index]
+        if tag is VariableDef:
+            return self._variable(d, place)
+        return self._node(d, place, owner) if d.index is None else self._object(d, place)
+
+    def _leaf(self, d: Leaf, place: Place, owner: Any) -> Any:
+        if not d.owned:
+            return next(self.loose[d.group])
+        value = next(self.values[d.group])
+        if self.watch is not None and owner is not None and owner[1] is not None and len(owner[1]) == 1:
+            index = owner[0]
+            self.watch.arrays.append((index, self.refs.objects[index], owner[1], value, d.group))
+        return value
+
+    def _variable(self, d: VariableDef, place: Place) -> Variable[Any]:
+        value, metadata = next(self.values[d.group]), dict(d.metadata)
+        v = new_variable(d.kind, value, metadata)
+        if self.groups is not None:
+            place = Place(place.path, self.groups[d.group], place.base)
+            if self.describe is not None:
+                set_metadata_dict(v, self.describe(v, place.spec))
+        index = self.refs.add(v, place)
+        if self.watch is not None:
+            self.watch.variables.append((index, v, _snapshot(value), v._var_metadata, d.group))
+        return v
+
+    def _node(self, d: Node, place: Place, owner: Any) -> Any:
+        path, spec, base = place
+        specs = prefix_of(spec, list(d.keys), d.kind, path) if type(spec) in _PREFIXES or type(spec) is d.kind else None
+        children = [
+            self.build(
+                child,
+                Place((*path, key), spec, base) if specs is None else Place((*path, key), specs[i], len(path) + 1),
+                _below(owner, key),
+            )
+            for i, (key, child) in enumerate(zip(d.keys, d.children, strict=True))
+        ]
+        if d.kind is dict:
+            new = dict(zip(d.keys, children, strict=True))
+            return new if d.order is None else {k: new[k] for k in d.order}
+        if issubclass(d.kind, State):
+            return d.kind.over(dict(zip(d.keys, children, strict=True)))
+        return d.kind(children) if d.extra is None else d.extra.unflatten(children)  # type: ignore[attr-defined]
+
+    def _object(self, d: Node, place: Place) -> Object:
+        obj = create(d.kind)
+        index = self.refs.add(obj, place)
+        path, spec, base = place
+        items = {
+            key: self.build(child, Place((*path, key), spec, base), (index, (key,)))
+            for key, child in zip(d.keys, d.children, strict=True)
+        }
+        if d.order is not None:
+            items = {k: items[k] for k in d.order}
+        obj._nnx_fill(items, d.extra)
+        if self.watch is not None:
+            self.watch.objects.append((index, obj, track(obj), dict(items)))
+            for key, value in items.items():
+                if can_change(value):
+                    self.watch.containers.append((index, obj, key, contents(value)))
+        return obj
+
+
+def _snapshot(value: Any) -> Any:
+    """`value`, or for a pytree its structure and leaves: a dict may be changed in place."""
+    return value if is_array(value) else jax.tree.flatten(value)
+
+
+def _unchanged(value: Any, before: Any) -> bool:
+    if value is before:
+        return True
+    if is_array(value) or type(before) is not tuple:
+        return False
+    leaves, treedef = jax.tree.flatten(value)
+    return bool(treedef == before[1]) and all(a is b for a, b in zip(leaves, before[0], strict=True))
+
+
+# ---- collect and apply: what changed ----
+
+
+class ObjectChange(NamedTuple):
+    """Attributes of the object under `index` that were set or removed, and the marks it has now."""
+
+    index: int
+    set: tuple[tuple[Hashable, Element], ...]
+    removed: tuple[Hashable, ...]
+    marks: Hashable
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class After:
+    """What a function did: which Variables, arrays and attributes it wrote, and the structure of its result.
+
+    The values travel beside it, group by group, in this order: Variables, arrays, then what is new.
+    """
+
+    variables: tuple[tuple[int, Any, int | None], ...]  # index, new metadata or None, group or None if not written
+    arrays: tuple[tuple[int, Path, int], ...]  # index of the owner, keys, group
+    objects: tuple[ObjectChange, ...]
+    result: GraphDef
+
+
+def collect(packer: Packer, watch: Watch, result: Any, spec: Spec, always: frozenset[int]) -> tuple[After, list[Leaves]]:
+    """What changed in the objects under `watch`, together with `result`; see `After`."""
+    refs, leaves = packer.refs, packer.leaves
+    variables = []
+    for index, v, before, metadata, group in watch.variables:
+        written = group in always or not _unchanged(v._raw_value, before)
+        news = None if v._var_metadata is metadata else v._var_metadata
+        if written:
+            leaves[group][0].append(v._raw_value)
+        if written or news is not None:
+            treatment = packer.groups[group]
+            if news is not None:
+                news = freeze_metadata(packer.describe(v, treatment) if packer.describe else news)
+            variables.append((index, news, group if written else None))
+    changed = _changed_keys(watch)
+    arrays = []
+    for index, obj, keys, before, group in watch.arrays:
+        value = obj._nnx_items().get(keys[0], before)
+        if keys[0] not in changed.get(index, ()) and value is not before and is_array(value):
+            leaves[group][0].append(value)
+            arrays.append((index, keys, group))
+    objects = tuple(_object_change(packer, index, watch, keys) for index, keys in changed.items())
+    root = packer.walk(result, Place(("result",), spec, 1))
+    return After(tuple(variables), tuple(arrays), objects, GraphDef(root)), leaves
+
+
+def _changed_keys(watch: Watch) -> dict[int, dict[Hashable, None]]:
+    """For each object that changed, the keys that are new, gone, or hold something else."""
+    changed: dict[int, dict[Hashable, None]] = {}
+    for index, obj, version, items in watch.objects:
+        if obj._nnx_version == version:
+            continue
+        now = obj._nnx_items()
+        arrays = [k for k in now if k in items and is_array(now[k]) and is_array(items[k])]
+        keys = [k for k in {**items, **now} if k not in arrays and now.get(k, _ABSENT) is not items.get(k, _ABSENT)]
+        changed[index] = dict.fromkeys(keys)
+    for index, obj, key, before in watch.containers:
+        value = obj._nnx_items().get(key)
+        if is_container(value):
+            after = contents(value)
+            if len(after) != len(before) or not all(a is b for a, b in zip(after, before, strict=True)):
+                changed.setdefault(index, {})[key] = None
+    return {index: keys for index, keys in changed.items() if keys}
+
+
+def _object_change(packer: Packer, index: int, watch: Watch, keys: dict[Hashable, None]) -> ObjectChange:
+    obj, place = packer.refs.objects[index], packer.refs.places[index]
+    items = obj._nnx_items()
+    new = tuple((k, packer.attribute(index, obj, k, items[k], place)) for k in keys if k in items)
+    return ObjectChange(index, new, tuple(k for k in keys if k not in items), tuple(sorted(obj._nnx_marks.items())))
+
+
+def apply(after: After, leaves: list[Leaves], refs: Refs) -> Any:
+    """Write what `after` says into the objects of `refs`; return the result."""
+    unpacker = Unpacker(tuple(leaves), refs)
+    for index, metadata, group in after.variables:
+        v = refs.objects[index]
+        if group is not None:
+            set_raw(v, next(unpacker.values[group]))
+        if metadata is not None:
+            set_metadata_dict(v, dict(metadata))
+    for index, keys, group in after.arrays:
+        refs.objects[index]._nnx_storage()[keys[0]] = next(unpacker.values[group])
+    for change in after.objects:
+        obj = refs.objects[change.index]
+        place = Place((), None, 0)
+        new = {k: unpacker.build(d, place, (change.index, (k,))) for k, d in change.set}
+        obj._nnx_assign(new, change.removed)
+        if change.marks:
+            object.__setattr__(obj, "_nnx_marks", dict(change.marks))  # type: ignore[call-overload]
+    return unpacker.build(after.result.root, Place((), None, 0))
+
+
+def walk_paths(refs: Refs) -> Iterator[tuple[Path, Any]]:
+    """(path, object or Variable) of everything in `refs`, in walking order."""
+    for obj, place in zip(refs.objects, refs.places, strict=True):
+        yield place.path, obj

@@ -1,0 +1,140 @@
+"""A plan is a remembered walk: it tells the leaves of some arguments without walking them again.
+
+Law: a plan is used only while everything it saw is unchanged, so a stale plan cannot run. Checked in two
+steps: the one global reading of `_changes` (nothing at all has changed: the usual case), then the version of
+each object it saw. Plain lists and dicts cannot count their changes and are compared, shallowly.
+A plan keeps no object alive: it holds objects weakly, and Variables, which refer to none, strongly.
+"""
+
+import weakref
+from collections.abc import Callable, Hashable
+from operator import is_
+from typing import Any
+
+from nnx_core._changes import now, track
+from nnx_core._errors import Path
+from nnx_core.graph.containers import contents
+from nnx_core.graph.objects import Object
+from nnx_core.graph.pack import AttributePlace, Leaves, Packer, Place, Refs
+from nnx_core.graph.structure import GraphDef
+from nnx_core.state import State
+from nnx_core.variables import Variable, get_raw
+
+
+class Plan:
+    """What a walk found: the structure, where the leaves of each group are, and the versions of all it saw."""
+
+    __slots__ = (
+        "_all_variables",
+        "_containers",
+        "_known",
+        "_objects",
+        "_places",
+        "_seen_at",
+        "_sources",
+        "_variables",
+        "cacheable",
+        "graphdef",
+        "loose_groups",
+        "memo",
+    )
+
+    def __init__(self, graphdef: GraphDef, packer: Packer, seen_at: int):
+        self._seen_at = seen_at
+        self.graphdef = graphdef
+        self.memo: dict[Hashable, Any] = {}  # whatever can be derived from an unchanged plan
+        self.loose_groups = packer.loose_groups
+        self._known = [x if isinstance(x, Variable) else weakref.ref(x) for x in packer.refs.objects]
+        self._places: list[Place] = packer.refs.places
+        variables = [(v, track(v)) for v in packer.refs.objects if isinstance(v, Variable)]
+        self._variables = variables
+        tracked = [x for x in packer.refs.objects if isinstance(x, Object)] + packer.states
+        self._objects = [(weakref.ref(x), track(x)) for x in tracked]
+        self._containers = [self._container(packer.refs.objects[i], key) for i, key in packer.containers]
+        self._sources = packer.sources
+        self._all_variables = [all(isinstance(s, Variable) for s in group) for group in packer.sources]
+        places = [s for group in packer.sources for s in group if isinstance(s, AttributePlace)]
+        self.cacheable = all(s.keys is not None for s in places)
+
+    @staticmethod
+    def _container(owner: Object, key: Hashable) -> tuple[Any, Hashable, list[Any]]:
+        found = contents(owner._nnx_storage()[key])
+        return weakref.ref(owner), key, [weakref.ref(x) if isinstance(x, Object | State) else x for x in found]
+
+    def holds(self) -> bool:
+        """Whether everything this plan saw is unchanged."""
+        if self._containers and not all(map(_same_contents, self._containers)):
+            return False
+        stamp = now()  # before the versions: a change in between must not be missed
+        if stamp != self._seen_at:
+            for ref, version in self._objects:
+                obj = ref()
+                if obj is None or obj._nnx_version != version:
+                    return False
+            for v, version in self._variables:
+                if v._nnx_version != version:
+                    return False
+            self._seen_at = stamp
+        return True
+
+    def leaves(self, loose: list[Any]) -> list[Leaves]:
+        """The leaves of each group as they are now; `loose` are those that no object owns, in order."""
+        groups: list[Leaves] = []
+        for sources, only_variables in zip(self._sources, self._all_variables, strict=True):
+            values = list(map(get_raw, sources)) if only_variables else [self._read(s) for s in sources]
+            groups.append((values, []))
+        if len(groups) == 1:
+            return [(groups[0][0], loose)]
+        for x, group in zip(loose, self.loose_groups, strict=True):
+            groups[group][1].append(x)
+        return groups
+
+    def _read(self, source: Any) -> Any:
+        if type(source) is not AttributePlace:
+            return source._raw_value
+        at = self.known(source.index)._nnx_storage()
+        assert source.keys is not None  # or the plan would not be cacheable
+        for key in source.keys:
+            at = getattr(at, str(key)) if hasattr(at, "_fields") else at[key]
+        return at
+
+    def known(self, index: int) -> Any:
+        """The object or Variable under `index`."""
+        x = self._known[index]
+        return x() if type(x) is weakref.ReferenceType else x
+
+    def refs(self) -> Refs:
+        """The indices of the walk, on objects that are alive."""
+        refs = Refs()
+        refs.objects = [self.known(i) for i in range(len(self._known))]
+        refs.indices = {id(x): i for i, x in enumerate(refs.objects)}
+        refs.places = list(self._places)
+        return refs
+
+    @property
+    def group_count(self) -> int:
+        """How many groups the leaves are in."""
+        return len(self._sources)
+
+    def path(self, index: int) -> Path:
+        """Where the object or Variable under `index` was first reached."""
+        return self._places[index].path
+
+    def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """`make()`, once for this plan."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+
+def _same_contents(entry: tuple[Any, Hashable, list[Any]]) -> bool:
+    ref, key, before = entry
+    owner = ref()
+    container = None if owner is None else owner._nnx_items().get(key)
+    if container is None:
+        return False
+    after = contents(container)
+    if len(after) != len(before):
+        return False
+    alive = [x() if type(x) is weakref.ReferenceType else x for x in before]
+    return all(map(is_, after, alive))

@@ -1,0 +1,132 @@
+"""Walks that visit: iterators over a graph, and maps of it.
+
+Law: every object, Variable and leaf is visited once, under the path where it is first reached, children
+before parents, keys in sorted order. Nothing here changes what it walks.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+from nnx_core import filters as filterlib
+from nnx_core._errors import Path
+from nnx_core.graph.objects import Object
+from nnx_core.graph.pack import DICT, OBJECT, PYTREE, SEQUENCE, STATE, kind_of, one_level
+from nnx_core.state import sorted_keys
+from nnx_core.variables import Variable
+
+
+def children(x: Any) -> list[tuple[Hashable, Any]]:
+    """(key, child) of one object, container or pytree, keys sorted; nothing for leaves and Variables."""
+    kind = kind_of(x)
+    if kind == OBJECT:
+        items = x._nnx_items()
+        return [(key, items[key]) for key in sorted_keys(items)]
+    if kind == DICT:
+        return [(key, x[key]) for key in sorted_keys(x)]
+    if kind == STATE:
+        return children(x._mapping)
+    if kind == SEQUENCE:
+        return list(enumerate(x))
+    if kind == PYTREE:
+        keys, values, _ = one_level(x)
+        return list(zip(keys, values, strict=True))
+    return []
+
+
+def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Path, Any]]:
+    """(path, value) of every object, Variable and attribute of `node`, children first, shared ones once.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> [path for path, value in nnx.iter_graph(model) if isinstance(value, nnx.Variable)]
+      [('bias',), ('kernel',)]
+    """
+    yield from _visit(node, (), set())
+
+
+def _visit(x: Any, path: Path, seen: set[int]) -> Iterator[tuple[Path, Any]]:
+    if isinstance(x, Object | Variable):
+        if id(x) in seen:
+            return
+        seen.add(id(x))
+    for key, child in children(x):
+        yield from _visit(child, (*path, key), seen)
+    yield path, x
+
+
+def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Hashable, Any]]:
+    """(key, child) of the direct children of `node` that are objects."""
+    for key, child in children(node):
+        if isinstance(child, Object):
+            yield key, child
+
+
+def recursive_map(f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | None = None) -> Any:
+    """A copy of `node` in which every value is f(path, value), children before parents, shared ones once.
+
+    f gets a fresh shallow copy of each object, with children replaced already; it may change it in place.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> half = lambda path, x: x.replace(x / 2) if isinstance(x, nnx.Variable) else x
+      >>> bool((nnx.recursive_map(half, model).kernel * 2 == model.kernel).all())
+      True
+    """
+    return _map(f, node, (), {})
+
+
+def _map(f: Callable[[Path, Any], Any], x: Any, path: Path, done: dict[int, Any]) -> Any:
+    if isinstance(x, Object | Variable):
+        if id(x) in done:
+            return done[id(x)]
+        if isinstance(x, Variable):
+            done[id(x)] = f(path, x)
+            return done[id(x)]
+        copy = x.__copy__()
+        done[id(x)] = copy  # a cycle back to x meets the copy
+        for key, child in children(x):
+            new = _map(f, child, (*path, key), done)
+            if new is not child:
+                copy._nnx_assign({key: new}, ())
+        done[id(x)] = f(path, copy)
+        return done[id(x)]
+    pairs = children(x)
+    if not pairs:
+        return f(path, x)
+    mapped = [_map(f, child, (*path, key), done) for key, child in pairs]
+    return f(path, _rebuild(x, [key for key, _ in pairs], mapped))
+
+
+def _rebuild(x: Any, keys: list[Hashable], values: list[Any]) -> Any:
+    kind = kind_of(x)
+    if kind == DICT:
+        new = dict(zip(keys, values, strict=True))
+        return {key: new[key] for key in x}
+    if kind == STATE:
+        return type(x)(dict(zip(keys, values, strict=True)))
+    if kind == SEQUENCE:
+        return type(x)(values)
+    return one_level(x)[2].unflatten(values)
+
+
+def find_duplicates(node: Any, /, *, only: filterlib.Filter = ...) -> list[list[Path]]:
+    """Paths of every object and Variable that is reached more than once, a list each, in walking order."""
+    predicate = filterlib.to_predicate(only)
+    found: dict[int, list[Path]] = {}
+    keep: list[Any] = []  # so that no id is used twice
+
+    def visit(x: Any, path: Path) -> None:
+        if isinstance(x, Object | Variable):
+            first = id(x) not in found
+            if predicate(path, x) or not first:
+                found.setdefault(id(x), []).append(path)
+            keep.append(x)
+            if not first or (path and any(x is y for y in keep[:-1])):
+                return
+        for key, child in children(x):
+            visit(child, (*path, key))
+
+    visit(node, ())
+    return [paths for paths in found.values() if len(paths) > 1]

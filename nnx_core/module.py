@@ -1,0 +1,192 @@
+"""Module: an object with the conventions of a neural network layer.
+
+Law: `train`, `eval` and `set_attributes` reach every submodule once, however it is stored; `sow` collects into
+Variables of the given type and never changes the numbers of a call.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from nnx_core import filters as filterlib
+from nnx_core._errors import AttributeNotFoundError, Path
+from nnx_core.graph.containers import DictStorage, ListStorage
+from nnx_core.graph.objects import Object
+from nnx_core.graph.walk import children, iter_graph
+from nnx_core.kinds import Perturbation, variable_type_from_name
+from nnx_core.variables import Variable
+
+A = TypeVar("A")
+
+
+class Module(Object):
+    """Base of all layers and models.
+
+    Example:
+      >>> import nnx_core as nnx, jax.numpy as jnp
+      >>> class Model(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.layers = [nnx.Linear(2, 2, rngs=rngs) for _ in range(3)]
+      ...     def __call__(self, x):
+      ...         for layer in self.layers:
+      ...             x = layer(x)
+      ...         return x
+      >>> Model(nnx.Rngs(0))(jnp.ones((1, 2))).shape
+      (1, 2)
+    """
+
+    def sow(
+        self,
+        variable_type: type[Variable[Any]] | str,
+        name: str,
+        value: Any,
+        reduce_fn: Callable[[Any, Any], Any] = lambda xs, x: (*xs, x),
+        init_fn: Callable[[], Any] = lambda: (),
+    ) -> bool:
+        """Add `value` to the Variable `name` of this module, which is created where there is none.
+
+        Args:
+          variable_type: its type, such as nnx.Intermediate, or the name of one.
+          name: its attribute name.
+          value: any pytree.
+          reduce_fn: (collected so far, value) -> collected; by default a tuple grows.
+          init_fn: what to begin with.
+
+        Returns:
+          True.
+
+        Raises:
+          ValueError: if the attribute exists and is no Variable of that type.
+        """
+        kind = _variable_type(variable_type)
+        variable = getattr(self, name, None)
+        if variable is None:
+            setattr(self, name, kind(reduce_fn(init_fn(), value)))
+        elif isinstance(variable, kind):
+            variable.set_raw_value(reduce_fn(variable.get_raw_value(), value))
+        else:
+            raise ValueError(
+                f"Expected {name!r} of {type(self).__name__} to be a {kind.__name__}, found a"
+                f" {type(variable).__name__}. Sow under another name."
+            )
+        return True
+
+    def perturb(self, name: str, value: A, variable_type: type[Variable[Any]] | str = Perturbation) -> A:
+        """`value` plus the Variable `name`, which is created as zeros where there is none.
+
+        The gradient with respect to that Variable is the gradient with respect to `value`.
+        """
+        kind = _variable_type(variable_type)
+        if not hasattr(self, name):
+            setattr(self, name, kind(value * 0))  # type: ignore[operator]  # arrays
+        variable = getattr(self, name)
+        if not isinstance(variable, kind):
+            raise ValueError(
+                f"Expected {name!r} of {type(self).__name__} to be a {kind.__name__}, found a"
+                f" {type(variable).__name__}. Perturb under another name."
+            )
+        return value + variable.get_value()  # type: ignore[no-any-return]
+
+    def train(self, **attributes: Any) -> None:
+        """Set training mode on all submodules: deterministic=False, use_running_average=False."""
+        self.set_attributes(
+            deterministic=False, use_running_average=False, **attributes, raise_if_not_found=False
+        )
+
+    def eval(self, **attributes: Any) -> None:
+        """Set evaluation mode on all submodules: deterministic=True, use_running_average=True."""
+        self.set_attributes(deterministic=True, use_running_average=True, **attributes, raise_if_not_found=False)
+
+    def set_attributes(
+        self,
+        *filters: filterlib.Filter,
+        raise_if_not_found: bool = True,
+        graph: bool | None = None,
+        **attributes: Any,
+    ) -> None:
+        """Set attributes on every submodule that has them and that a filter matches (all for no filter).
+
+        Raises:
+          AttributeNotFoundError: naming the attributes that no such module has.
+        """
+        predicates = filterlib.to_predicates(filters or (...,))
+        missing = set(attributes)
+        for path, module in iter_modules(self):
+            if filterlib.first_match(predicates, path, module) is None:
+                continue
+            for name, value in attributes.items():
+                if hasattr(module, name):
+                    missing.discard(name)
+                    if getattr(module, name) is not value:
+                        setattr(module, name, value)
+        if missing and raise_if_not_found:
+            raise AttributeNotFoundError(missing)
+
+    def iter_modules(self) -> Iterator[tuple[Path, "Module"]]:
+        """(path, module) of this module and all below, children first."""
+        return iter_modules(self)
+
+    def iter_children(self) -> Iterator[tuple[Any, "Module"]]:
+        """(key, module) of the direct children that are modules."""
+        return ((key, child) for key, child in children(self) if isinstance(child, Module))
+
+
+def iter_modules(module: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Path, Module]]:
+    """(path, module) of every module in `module`, itself included, children first."""
+    return ((path, x) for path, x in iter_graph(module) if isinstance(x, Module))
+
+
+def _variable_type(kind: type[Variable[Any]] | str) -> type[Variable[Any]]:
+    return variable_type_from_name(kind, allow_register=True) if isinstance(kind, str) else kind
+
+
+class List(ListStorage[A], Module):
+    """A list of modules, Variables or anything else; its changes are seen by compiled functions.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> layers = nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(0))])
+      >>> layers.append(nnx.Linear(3, 4, rngs=nnx.Rngs(1)))
+      >>> [layer.out_features for layer in layers]
+      [3, 4]
+    """
+
+
+class Dict(DictStorage[A], Module):
+    """A dict of modules, Variables or anything else; its changes are seen by compiled functions.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> heads = nnx.Dict(a=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> heads["a"].out_features, heads.a is heads["a"]
+      (3, True)
+    """
+
+
+class Sequential(Module):
+    """Calls its layers one after another: a tuple is passed on as arguments, a dict as keywords.
+
+    Example:
+      >>> import nnx_core as nnx, jax.numpy as jnp
+      >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> model(jnp.ones((1, 2))).shape
+      (1, 3)
+    """
+
+    def __init__(self, *fns: Callable[..., Any]):
+        self.layers = List(fns)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output: Any = None
+        for i, f in enumerate(self.layers):
+            if not callable(f):
+                raise TypeError(f"Sequential.layers[{i}] must be callable, found {type(f).__name__}.")
+            if i:
+                args, kwargs = _as_arguments(output)
+            output = f(*args, **kwargs)
+        return output
+
+
+def _as_arguments(output: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(output, tuple):
+        return output, {}
+    return ((), output) if isinstance(output, dict) else ((output,), {})

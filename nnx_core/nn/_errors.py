@@ -1,0 +1,96 @@
+"""What can go wrong at a layer, and how to say where the layer is.
+
+Law: a message names the layer by its path, says what was expected, what was found and what to do. All work
+happens once something has failed: a check that passes costs one comparison. Knows no particular layer.
+"""
+
+import sys
+
+from nnx_core._errors import NnxError, show_path
+from nnx_core.graph.walk import iter_graph
+from nnx_core.module import Module
+from nnx_core.rngs import Rngs
+
+
+def place(layer: Module) -> str:
+    """Where `layer` is, as one would type it: `Encoder.blocks[0].up`, or its own type where nothing holds it.
+
+    A layer does not know who holds it, and a reference upwards would make a cycle of every model. The frames
+    that called it do know: the outermost `self` from which the layer can be reached is the model.
+    """
+    root, path = layer, ()
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Module) and owner is not root:
+            root, path = next(((owner, p) for p, node in iter_graph(owner) if node is layer), (root, path))
+        frame = frame.f_back
+    return show_path((type(root).__name__, *path))
+
+
+class InputShapeError(NnxError, ValueError):
+    """A layer was called with the wrong rank or number of features."""
+
+    def __init__(self, layer: Module, expected: str, found: tuple[int, ...], fix: str):
+        super().__init__(
+            f"{type(layer).__name__} at {place(layer)}:\n"
+            f"  expected an input of shape {expected}\n  found    shape {found}\n{fix}"
+        )
+
+
+class InputDtypeError(NnxError, ValueError, TypeError):
+    """A layer was called with a dtype it cannot compute with."""
+
+    def __init__(self, layer: Module, expected: str, found: object, fix: str):
+        super().__init__(
+            f"{type(layer).__name__} at {place(layer)}:\n"
+            f"  expected an input of {expected} dtype\n  found    {found}\n{fix}"
+        )
+
+
+class OptionError(NnxError, ValueError):
+    """A layer was constructed with an option that does not fit the others."""
+
+    def __init__(self, layer: Module, option: str, expected: str, found: object, fix: str):
+        super().__init__(
+            f"{type(layer).__name__}(..., {option}=...):\n  expected {expected}\n  found    {found}\n{fix}"
+        )
+
+
+class MissingFlagError(NnxError, ValueError):
+    """Neither the layer nor the call says whether this is training or evaluation."""
+
+    def __init__(self, layer: Module, flag: str):
+        super().__init__(
+            f"No `{flag}` argument was provided to {type(layer).__name__} at {place(layer)}:\n"
+            f"  expected True or False, in the constructor or in the call\n  found    None in both\n"
+            f"Construct it with {flag}=True/False, call it with {flag}=True/False,"
+            " or call .train() or .eval() on the model."
+        )
+
+
+class MissingRngsError(NnxError, ValueError, TypeError):
+    """A layer needs random numbers and was given no source of them."""
+
+    def __init__(self, where: str, expected: str, found: object, fix: str):
+        super().__init__(f"{where}:\n  expected rngs to be {expected}\n  found    {found!r}\n{fix}")
+
+
+def require_rngs(layer: Module, rngs: object) -> None:
+    """Raise MissingRngsError unless `rngs` can initialize the parameters of `layer`."""
+    if not isinstance(rngs, Rngs):
+        name = type(layer).__name__
+        raise MissingRngsError(
+            f"{name}(..., rngs=...)",
+            "an nnx.Rngs",
+            rngs,
+            f"Write {name}(..., rngs=nnx.Rngs(0)), or hand on the rngs of the module that holds it.",
+        )
+
+
+def choose_flag(layer: Module, flag: str, call: bool | None, own: bool | None) -> bool:
+    """The flag of the call if there is one, else the layer's own; MissingFlagError if there is neither."""
+    chosen = own if call is None else call
+    if chosen is None:
+        raise MissingFlagError(layer, flag)
+    return chosen

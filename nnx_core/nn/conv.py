@@ -1,0 +1,268 @@
+"""Convolutions.
+
+Law: the arithmetic, its order and its dtypes are flax.linen's, so equal weights give equal bits. Channels are
+last; any number of batch axes comes first. Knows nothing of how parameters are stored or traced.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nnx_core.graph.objects import data
+from nnx_core.kinds import Param
+from nnx_core.module import Module
+from nnx_core.nn import dtypes
+from nnx_core.nn._errors import InputShapeError, OptionError, require_rngs
+from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
+from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
+from nnx_core.rngs import Rngs
+
+PaddingLike = str | int | Sequence[int | tuple[int, int]]
+PerAxis = int | Sequence[int] | None
+
+_LAX_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
+_OWN_PADDINGS = ("CIRCULAR", "REFLECT", "CAUSAL")
+
+
+class Conv(Module):
+    """Convolution over the axes before the last, by `jax.lax.conv_general_dilated`.
+
+    `kernel` is a Param of shape `(*kernel_size, in_features // feature_group_count, out_features)`, `bias`
+    one of shape `(out_features,)` or None. As everywhere in deep learning it is a cross-correlation: no
+    kernel is flipped.
+
+    Args:
+      in_features: size of the last axis of the input.
+      out_features: size of the last axis of the output.
+      kernel_size: one integer for each spatial axis; a single integer means one axis.
+      strides: between windows; one for all axes, or one for each.
+      padding: "SAME", "SAME_LOWER" or "VALID"; "CIRCULAR" (periodic) or "REFLECT" (mirrored without the
+        edge), both to the size of the input; "CAUSAL" (one axis, padded on the left); an integer for all
+        sides; or for each axis an integer for both sides or a pair (before, after).
+      input_dilation: spread the input by this factor; needs explicit padding.
+      kernel_dilation: spread the kernel by this factor ("atrous", Chen et al. 2017, arXiv:1606.00915).
+      feature_group_count: split the features into groups that do not see each other.
+      use_bias: whether to add a bias.
+      mask: array of the shape of the kernel, multiplied onto it (van den Oord et al. 2016, arXiv:1601.06759).
+      dtype: the dtype of the computation (None: promoted from input and parameters).
+      param_dtype: the dtype of the parameters.
+      precision: of the products, see `jax.lax.Precision`.
+      kernel_init: initializer of the kernel.
+      bias_init: initializer of the bias.
+      conv_general_dilated: in place of `jax.lax.conv_general_dilated`, with its arguments.
+      promote_dtype: called with `(inputs, kernel, bias)` and `dtype`; returns them in one dtype.
+      preferred_element_type: dtype in which the convolution accumulates and that it returns.
+      rngs: source of the initial values; the stream `params`, one key a parameter.
+      kernel_metadata: metadata of the kernel.
+      bias_metadata: metadata of the bias.
+
+    Raises:
+      OptionError: options that do not fit the kernel size or each other.
+      MissingRngsError: `rngs` is not an Rngs.
+
+    >>> import jax.numpy as jnp
+    >>> import nnx_core as nnx
+    >>> layer = nnx.Conv(3, 4, kernel_size=(3, 3), strides=2, padding="CIRCULAR", rngs=nnx.Rngs(0))
+    >>> layer.kernel.shape
+    (3, 3, 3, 4)
+    >>> layer(jnp.ones((5, 8, 8, 3))).shape
+    (5, 4, 4, 4)
+    >>> layer(jnp.ones((8, 8, 3))).shape
+    (4, 4, 4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: PerAxis = 1,
+        *,
+        padding: PaddingLike = "SAME",
+        input_dilation: PerAxis = 1,
+        kernel_dilation: PerAxis = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        mask: jax.Array | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: lax.PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        conv_general_dilated: Callable[..., jax.Array] = lax.conv_general_dilated,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None,
+        rngs: Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        require_rngs(self, rngs)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kernel_size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+        self.strides = _hashable(strides)
+        self.padding = _hashable(padding)
+        self.input_dilation = _hashable(input_dilation)
+        self.kernel_dilation = _hashable(kernel_dilation)
+        self.feature_group_count = feature_group_count
+        self.use_bias = use_bias
+        self.mask = data(mask)
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.conv_general_dilated = conv_general_dilated
+        self.promote_dtype = promote_dtype
+        self.preferred_element_type = preferred_element_type
+        self.kernel_shape = (*self.kernel_size, in_features // feature_group_count, out_features)
+        _check_options(self)
+        self.kernel = Param(kernel_init(rngs.params(), self.kernel_shape, param_dtype), **kernel_metadata)
+        # `data`: without a bias the place stays one where a Param may be put later.
+        self.bias: Param | None = data(
+            Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
+            if use_bias
+            else None
+        )
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Apply the layer.
+
+        Args:
+          inputs: `[*batch, *spatial, in_features]` with as many spatial axes as `kernel_size` has entries,
+            and any number of batch axes: none, one, or several, which are flattened for the convolution.
+          out_sharding: of the convolution, in JAX's explicit sharding mode.
+
+        Returns:
+          `[*batch, *spatial', out_features]`, in `dtype`, or the dtype promoted from inputs and parameters.
+
+        Raises:
+          InputShapeError: too few axes, or the last axis does not fit the kernel.
+        """
+        inputs = jnp.asarray(inputs)
+        kernel = self.kernel[...]
+        bias = None if self.bias is None else self.bias[...]
+        _check_input(self, inputs.shape, kernel.shape)
+        rank = len(self.kernel_size)
+        batch = inputs.shape[: inputs.ndim - rank - 1]
+        if len(batch) != 1:
+            inputs = jnp.reshape(inputs, (math.prod(batch), *inputs.shape[len(batch) :]))
+        # The order padding, mask, promotion is Linen's, and the gradients of bfloat16 inputs depend on it.
+        inputs, padding = _pad(inputs, self.padding, self.kernel_size, _each_axis(self.kernel_dilation, rank))
+        if self.mask is not None:
+            kernel = kernel * self.mask
+        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        element_type = (
+            {}
+            if self.preferred_element_type is None
+            else {"preferred_element_type": self.preferred_element_type}
+        )
+        y = self.conv_general_dilated(
+            inputs,
+            kernel,
+            _each_axis(self.strides, rank),
+            padding,
+            lhs_dilation=_each_axis(self.input_dilation, rank),
+            rhs_dilation=_each_axis(self.kernel_dilation, rank),
+            dimension_numbers=_channels_last(rank),
+            feature_group_count=self.feature_group_count,
+            precision=self.precision,
+            out_sharding=out_sharding,
+            **element_type,
+        )
+        if bias is not None:
+            y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        return y if len(batch) == 1 else jnp.reshape(y, (*batch, *y.shape[1:]))
+
+
+def _hashable(option: Any) -> Any:
+    """Lists as tuples, at every depth: options are part of the key of a compiled function."""
+    return (
+        tuple(map(_hashable, option))
+        if isinstance(option, Sequence) and not isinstance(option, str)
+        else option
+    )
+
+
+def _each_axis(option: PerAxis, rank: int) -> tuple[int, ...]:
+    if option is None:
+        return (1,) * rank
+    return (option,) * rank if isinstance(option, int) else tuple(option)
+
+
+def _channels_last(rank: int) -> lax.ConvDimensionNumbers:
+    spatial = tuple(range(1, rank + 1))
+    image = (0, rank + 1, *spatial)
+    return lax.ConvDimensionNumbers(image, (rank + 1, rank, *range(rank)), image)
+
+
+def _pad(
+    inputs: jax.Array, padding: PaddingLike, kernel_size: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[jax.Array, str | Sequence[tuple[int, int]]]:
+    """`inputs` with the padding that lax does not know applied, and what is left for lax to do."""
+    if isinstance(padding, int):
+        return inputs, [(padding, padding)] * len(kernel_size)
+    if not isinstance(padding, str):
+        return inputs, [(p, p) if isinstance(p, int) else tuple(p) for p in padding]
+    if (name := padding.upper()) in _LAX_PADDINGS:
+        return inputs, name
+    reach = [(size - 1) * spread for size, spread in zip(kernel_size, dilation, strict=True)]
+    if name == "CAUSAL":
+        return jnp.pad(inputs, [(0, 0), (reach[0], 0), (0, 0)]), "VALID"
+    widths = [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)]
+    return jnp.pad(inputs, widths, mode="wrap" if name == "CIRCULAR" else "reflect"), "VALID"
+
+
+def _check_input(layer: Conv, shape: tuple[int, ...], kernel: tuple[int, ...]) -> None:
+    rank = len(layer.kernel_size)
+    # Not `in_features`: inside shard_map the kernel is a shard of its own size, and users replace it.
+    features = kernel[-2] * layer.feature_group_count
+    if len(shape) < rank + 1 or shape[-1] != features:
+        spatial = ", ".join(f"spatial_{i}" for i in range(rank))
+        raise InputShapeError(
+            layer,
+            f"(*batch, {spatial}, {features})",
+            shape,
+            f"kernel_size {layer.kernel_size} has {rank} spatial axes; channels are last (NHWC, not NCHW).",
+        )
+
+
+def _check_options(layer: Conv) -> None:
+    rank = len(layer.kernel_size)
+    for option in ("strides", "input_dilation", "kernel_dilation"):
+        value = getattr(layer, option)
+        if isinstance(value, tuple) and len(value) != rank:
+            _fail(layer, option, f"one integer, or {rank}: one for each spatial axis", value)
+    if not _is_padding(layer.padding, rank):
+        names = ", ".join((*_LAX_PADDINGS, *_OWN_PADDINGS))
+        _fail(
+            layer,
+            "padding",
+            f"one of {names}; an integer; or {rank} integers or (before, after) pairs",
+            layer.padding,
+        )
+    if isinstance(layer.padding, str) and layer.padding.upper() == "CAUSAL" and rank != 1:
+        _fail(layer, "padding", "CAUSAL only with one spatial axis", f"kernel_size {layer.kernel_size}")
+    for option in ("in_features", "out_features"):
+        if getattr(layer, option) % layer.feature_group_count:
+            found = f"{option} {getattr(layer, option)}, feature_group_count {layer.feature_group_count}"
+            _fail(layer, "feature_group_count", f"a divisor of {option}", found)
+    if layer.mask is not None and jnp.shape(layer.mask) != layer.kernel_shape:
+        _fail(layer, "mask", f"the shape of the kernel, {layer.kernel_shape}", jnp.shape(layer.mask))
+
+
+def _is_padding(padding: Any, rank: int) -> bool:
+    if isinstance(padding, str):
+        return padding.upper() in _LAX_PADDINGS + _OWN_PADDINGS
+    if isinstance(padding, tuple):
+        return len(padding) == rank and all(
+            isinstance(p, int) or (isinstance(p, tuple) and len(p) == 2) for p in padding
+        )
+    return isinstance(padding, int)
+
+
+def _fail(layer: Conv, option: str, expected: str, found: object) -> None:
+    raise OptionError(layer, option, expected, found, f"This Conv has kernel_size {layer.kernel_size}.")

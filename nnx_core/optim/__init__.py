@@ -1,0 +1,1 @@
+"""Optimizers: optax transformations on the Variables of a module."""

@@ -1,0 +1,362 @@
+"""Random streams: Rngs, the streams in it, and how they fork, split and are reseeded.
+
+Law: a stream's n-th key is `fold_in(key, n)`: the same seed gives the same keys everywhere; a key is drawn only
+when one is asked for, and reading a stream never changes it. Keys and counts are Variables, so they cross
+transforms like all state.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnx_core import filters as filterlib
+from nnx_core._errors import MissingRngError, Path
+from nnx_core.graph.objects import Object
+from nnx_core.graph.walk import iter_graph
+from nnx_core.kinds import RngCount, RngKey
+from nnx_core.variables import Variable
+
+RngValue = Any  # an int seed, a key (typed or raw), or a Variable with one
+_SAMPLERS = (
+    "ball bernoulli beta binomial bits categorical cauchy chisquare choice dirichlet double_sided_maxwell"
+    " exponential f gamma generalized_normal geometric gumbel laplace loggamma logistic lognormal maxwell multinomial"
+    " multivariate_normal normal orthogonal pareto permutation poisson rademacher randint rayleigh t triangular"
+    " truncated_normal uniform wald weibull_min"
+).split()
+_INITIALIZERS = (
+    "delta_orthogonal glorot_normal glorot_uniform he_normal he_uniform kaiming_normal kaiming_uniform lecun_normal"
+    " lecun_uniform variance_scaling xavier_normal xavier_uniform"
+).split()
+
+
+def as_key(value: RngValue) -> jax.Array:
+    """A typed key from a seed, a typed key, a raw uint32 key, or a Variable with one of these."""
+    if isinstance(value, Variable):
+        value = value.get_value()
+    if isinstance(value, int | np.integer):
+        return jax.random.key(int(value))
+    if isinstance(value, jax.Array | np.ndarray):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return value  # type: ignore[return-value]  # a typed key is a jax.Array
+        if value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer):
+            return jax.random.key(value)
+        return jax.random.wrap_key_data(value)  # type: ignore[no-any-return]
+    raise TypeError(f"Expected a seed or a key, found {type(value).__name__}.")
+
+
+class _Samplers(Object):
+    """`stream.normal(shape)` is `jax.random.normal(stream(), shape)`, and so on for all of jax.random."""
+
+    def __call__(self) -> jax.Array:
+        raise NotImplementedError
+
+
+def _sampler(name: str, get: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    def sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return get()(self(), *args, **kwargs)
+
+    sample.__name__ = name
+    sample.__doc__ = f"`jax.random.{name}` (or the jax.nn initializer) with the stream's next key."
+    return sample
+
+
+def _initializer(name: str) -> Callable[..., Any]:
+    def sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        options = {k: kwargs.pop(k) for k in list(kwargs) if k not in ("shape", "dtype", "out_sharding")}
+        return getattr(jax.nn.initializers, name)(**options)(self(), *args, **kwargs)
+
+    sample.__name__ = name
+    sample.__doc__ = f"`jax.nn.initializers.{name}` with the stream's next key: (shape, dtype, **options)."
+    return sample
+
+
+for _name in _SAMPLERS:
+    setattr(_Samplers, _name, _sampler(_name, functools.partial(getattr, jax.random, _name)))
+for _name in _INITIALIZERS:
+    setattr(_Samplers, _name, _initializer(_name))
+
+
+class RngStream(_Samplers):
+    """One random stream: a key and a count of the keys given out.
+
+    Args:
+      key: a seed or a key; a key array of shape (...) makes a stream of that shape, for vmap.
+      tag: the stream's name, kept as metadata so that filters can tell streams apart.
+
+    Example:
+      >>> import nnx_core as nnx, jax
+      >>> stream = nnx.RngStream(0, tag="params")
+      >>> first, second = stream(), stream()
+      >>> bool(second == jax.random.fold_in(jax.random.key(0), 1)), int(stream.count[...])
+      (True, 2)
+    """
+
+    def __init__(self, key: RngValue, *, tag: str):
+        key = as_key(key)
+        self.tag = tag
+        self.key = RngKey(key, tag=tag)
+        self.count = RngCount(jnp.zeros(key.shape, jnp.uint32), tag=tag)
+
+    def __call__(self) -> jax.Array:
+        count = self.count.get_value()
+        self.count.set_value(count + jnp.uint32(1))
+        return jax.random.fold_in(self.key.get_value(), count)  # type: ignore[no-any-return]
+
+    @property
+    def last_key(self) -> jax.Array:
+        """The key given out last; reading it changes nothing."""
+        return jax.random.fold_in(self.key.get_value(), self.count.get_value() - jnp.uint32(1))  # type: ignore[no-any-return]
+
+    def fork(self, *, split: int | tuple[int, ...] | None = None) -> "RngStream":
+        """A new stream seeded by this one's next key, or with `split` by that key split into this shape."""
+        key = self()
+        return type(self)(key if split is None else jax.random.split(key, split), tag=self.tag)
+
+    def split(self, k: int | tuple[int, ...]) -> "RngStream":
+        """`fork(split=k)`."""
+        return self.fork(split=k)
+
+
+class Rngs(_Samplers, Mapping[str, RngStream]):
+    """Named random streams; names that were not given fall back to the stream `default`.
+
+    Args:
+      default: seed or key of the default stream, a stream, or a mapping of names to these.
+      **rngs: seeds or keys of more streams.
+
+    Raises:
+      MissingRngError: when a stream is asked for that is not there, and neither is a default.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> rngs = nnx.Rngs(0, dropout=1)
+      >>> rngs.params().shape, rngs.dropout.normal((2,)).shape, list(rngs)
+      ((), (2,), ['default', 'dropout'])
+    """
+
+    def __init__(self, default: Any = None, **rngs: Any):
+        if isinstance(default, Mapping):
+            rngs = {**default, **rngs}
+        elif default is not None:
+            rngs = {"default": default, **rngs}
+        for name, value in rngs.items():
+            key = value.key if isinstance(value, RngStream) else value
+            setattr(self, name, RngStream(key, tag=name))
+
+    def __getattr__(self, name: str) -> RngStream:
+        if name.startswith("_"):
+            raise AttributeError(name)  # protocols of Python and its tools are no streams
+        streams = self.__dict__
+        if "default" not in streams:
+            raise MissingRngError(name, streams)
+        return streams["default"]  # type: ignore[no-any-return]  # __dict__ is dict[str, Any]
+
+    def __getitem__(self, name: str) -> RngStream:
+        return getattr(self, name)  # type: ignore[no-any-return]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.__dict__
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dict__)
+
+    def __len__(self) -> int:
+        return len(self.__dict__)
+
+    def __call__(self) -> jax.Array:
+        return self.default()
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def items(self) -> Any:
+        """(name, stream) pairs."""
+        return self.__dict__.items()
+
+    def fork(self, /, *, split: Any = None) -> "Rngs":
+        """New streams, each seeded by the next key of the one with its name.
+
+        Args:
+          split: None; or a shape that every stream is split into; or {filter: shape or None}.
+        """
+        rules = _split_rules(split)
+        new: Rngs = type(self)()
+        for name, stream in self.items():
+            setattr(new, name, stream.fork(split=_split_of(rules, (name,), stream)))
+        return new
+
+    def split(self, k: Any) -> "Rngs":
+        """`fork(split=k)`."""
+        return self.fork(split=k)
+
+
+Shape = int | tuple[int, ...] | None
+_Rules = list[tuple[filterlib.Predicate, Shape]]
+
+
+def _split_rules(split: Any) -> _Rules:
+    if isinstance(split, Mapping):
+        return [(filterlib.to_predicate(f), shape) for f, shape in split.items()]
+    return [(filterlib.to_predicate(...), split)]
+
+
+def _split_of(rules: _Rules, path: Path, stream: RngStream) -> Shape:
+    return next((shape for predicate, shape in rules if predicate(path, stream)), None)
+
+
+def streams_of(node: Any) -> list[tuple[Path, RngStream]]:
+    """(path, stream) of every random stream in `node`, shared ones once."""
+    return [(path, x) for path, x in iter_graph(node) if isinstance(x, RngStream)]
+
+
+class SplitBackups(tuple[Any, ...]):
+    """What streams held before they were forked or split: `with` restores them at its end."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> "SplitBackups":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        restore_rngs(self)
+
+
+def _replace(stream: RngStream, key: jax.Array) -> tuple[Any, ...]:
+    backup = stream, stream.key.get_raw_value(), stream.count.get_raw_value()
+    stream.key.set_raw_value(key)
+    stream.count.set_raw_value(jnp.zeros(key.shape, jnp.uint32))
+    return backup
+
+
+def split_rngs(
+    node: Any = None,
+    /,
+    *,
+    splits: int | tuple[int, ...],
+    only: filterlib.Filter = ...,
+    squeeze: bool = False,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
+    """Split the streams of `node` in place, each key into `splits` keys; as a decorator, for the call.
+
+    Args:
+      node: a module or pytree; without it, a decorator for functions that take some.
+      splits: number of keys, or a shape.
+      only: which streams.
+      squeeze: drop the new axis, which must have size 1.
+
+    Returns:
+      Backups for `restore_rngs`, also a context manager.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> rngs = nnx.Rngs(params=0, dropout=1)
+      >>> with nnx.split_rngs(rngs, splits=5, only="params"):
+      ...     rngs.params.key.shape, rngs.dropout.key.shape
+      ((5,), ())
+      >>> rngs.params.key.shape
+      ()
+    """
+    if node is None or _is_function(node):
+        options = {"splits": splits, "only": only, "squeeze": squeeze}
+        return _around_call(node, lambda args: split_rngs(args, **options))
+    if squeeze and splits != 1:
+        raise ValueError(f"squeeze=True needs splits=1, found {splits}.")
+    predicate = filterlib.to_predicate(only)
+    backups = []
+    for path, stream in streams_of(node):
+        if predicate(path, stream):
+            key = jax.random.split(stream(), splits)
+            backups.append(_replace(stream, key[0] if squeeze else key))
+    return SplitBackups(backups)
+
+
+def fork_rngs(
+    node: Any = None,
+    /,
+    *,
+    split: Any = None,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
+    """Fork the streams of `node` in place (see `Rngs.fork`); as a decorator, for the call.
+
+    Returns:
+      Backups for `restore_rngs`, also a context manager.
+    """
+    if node is None or _is_function(node):
+        return _around_call(node, lambda args: fork_rngs(args, split=split))
+    rules = _split_rules(split)
+    backups = []
+    for path, stream in streams_of(node):
+        shape = _split_of(rules, path, stream)
+        key = stream()
+        backups.append(_replace(stream, key if shape is None else jax.random.split(key, shape)))
+    return SplitBackups(backups)
+
+
+def restore_rngs(backups: Iterable[tuple[Any, ...]], /) -> None:
+    """Undo `split_rngs` or `fork_rngs`: keys come back, and counts go on from where they were."""
+    for stream, key, count in backups:
+        stream.key.set_raw_value(key)
+        stream.count.set_raw_value(count)
+
+
+def _is_function(node: Any) -> bool:
+    return callable(node) and not isinstance(node, Object | Variable)
+
+
+def _around_call(f: Any, prepare: Callable[[Any], SplitBackups]) -> Any:
+    def decorate(f: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(f)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with prepare((args, kwargs)):
+                return f(*args, **kwargs)
+
+        return call
+
+    return decorate if f is None else decorate(f)
+
+
+def reseed(node: Any, /, *, graph: bool | None = None, policy: Any = "scalars_only", **stream_keys: RngValue) -> None:
+    """Give the streams of `node` with these names new keys and set their counts to zero.
+
+    Args:
+      policy: "scalars_only" raises for streams that are not scalar; "match_shape" splits the key to the
+        stream's shape; a function (path, key, shape) -> keys decides itself.
+
+    Raises:
+      ValueError: for a stream with a shape under "scalars_only".
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> model = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+      >>> nnx.reseed(model, dropout=42, default=42)
+      >>> int(model.rngs.count[...])
+      0
+    """
+    for path, stream in streams_of(node):
+        if stream.tag not in stream_keys:
+            continue
+        key, shape = as_key(stream_keys[stream.tag]), stream.key.shape
+        if callable(policy):
+            key = policy(path, key, shape)
+        elif shape and policy == "match_shape":
+            key = jax.random.split(key, shape)
+        elif shape:
+            raise ValueError(
+                f"The stream {stream.tag!r} at {path} has shape {shape}, and policy 'scalars_only' reseeds scalar"
+                " streams only. Pass policy='match_shape', or a function."
+            )
+        stream.key.set_raw_value(key)
+        stream.count.set_raw_value(jnp.zeros(key.shape, jnp.uint32))

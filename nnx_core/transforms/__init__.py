@@ -1,0 +1,1 @@
+"""Lifted transforms: JAX's transforms for functions of objects."""

@@ -1,0 +1,115 @@
+"""vmap.
+
+Law: `vmap(f)` on leaves stacked along their axes equals stacking what f gives for each; a Variable that is not
+mapped may be read, and written only with what does not depend on the mapped ones. Axis names in metadata lose
+the mapped axis inside and get it back outside; an axis without a name is None.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax
+
+from nnx_core._errors import MetadataError
+from nnx_core.transforms.groups import distinct
+from nnx_core.transforms.lift import Lifted, dressed, optional_decorator, unbound
+from nnx_core.variables import AXIS_NAMES, Variable, new_variable
+
+PARTITION_NAME = "partition_name"
+
+
+class AxisMetadata:
+    """Takes the mapped axis out of Variables' metadata on the way in, and puts it back on the way out."""
+
+    def __init__(self, metadata: Mapping[str, Any]):
+        self.named = PARTITION_NAME in metadata
+        self.name = metadata.get(PARTITION_NAME)
+
+    def enter(self, v: Variable[Any], axis: Hashable) -> dict[str, Any]:
+        """Metadata of `v`, whose value has lost its axis already."""
+        if type(axis) is not int:
+            return v._var_metadata
+        index = axis if axis >= 0 else axis + _rank(v) + 1
+        names = v._var_metadata.get(AXIS_NAMES)
+        if self.named and names and index < len(names) and names[index] != self.name:
+            raise MetadataError(
+                f"Axis {index} of a {type(v).__name__} with axis names {tuple(names)} is mapped under the name"
+                f" {self.name!r}, found {names[index]!r}. Give transform_metadata the name the axis has."
+            )
+        return _changed(v, "remove_axis", index, self.name)
+
+    def leave(self, v: Variable[Any], axis: Hashable) -> dict[str, Any]:
+        """Metadata of `v` for outside, where its value gets the axis."""
+        if type(axis) is not int:
+            return v._var_metadata
+        return _changed(v, "add_axis", axis if axis >= 0 else axis + _rank(v) + 1, self.name)
+
+
+def _rank(v: Variable[Any]) -> int:
+    return max((jax.numpy.ndim(x) for x in jax.tree.leaves(v._raw_value)), default=0)
+
+
+def _changed(v: Variable[Any], method: str, index: int, name: Any) -> dict[str, Any]:
+    if not v._var_metadata and not hasattr(type(v), f"on_{method}"):
+        return v._var_metadata
+    copy = new_variable(type(v), v._raw_value, dict(v._var_metadata))
+    getattr(copy, method)(index, name)
+    return copy._var_metadata
+
+
+@optional_decorator
+def vmap(
+    f: Callable[..., Any],
+    *,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    axis_name: Hashable = None,
+    axis_size: int | None = None,
+    spmd_axis_name: Any = None,
+    transform_metadata: Mapping[str, Any] | None = None,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Callable[..., Any]:
+    """`jax.vmap` for functions of modules.
+
+    Args:
+      in_axes: an axis, or one for each positional argument: int, None, StateAxes, or a prefix of these.
+        Keyword arguments are mapped along axis 0, as in JAX.
+      out_axes: likewise for the result.
+      transform_metadata: {nnx.PARTITION_NAME: name} names the mapped axis in the Variables' axis names.
+
+    Raises:
+      AliasError: if one Variable is reached under two axes; it names both paths.
+
+    Example:
+      >>> import nnx_core as nnx, jax
+      >>> @nnx.vmap
+      ... def make(key):
+      ...     return nnx.Linear(2, 3, rngs=nnx.Rngs(key))
+      >>> models = make(jax.random.split(jax.random.key(0), 5))
+      >>> models.kernel.shape
+      (5, 2, 3)
+    """
+    function, owner = unbound(f)
+    metadata = AxisMetadata(transform_metadata or {})
+    options = {"axis_name": axis_name, "axis_size": axis_size, "spmd_axis_name": spmd_axis_name}
+    shared = {"sharing": graph is not False, "updates": graph_updates is not False}
+    forms: dict[int, tuple[Lifted, Any]] = {}
+
+    def make(count: int) -> tuple[Lifted, Any]:
+        axes = tuple(in_axes) if isinstance(in_axes, tuple | list) else (in_axes,) * (count - len(owner))
+        inputs = (*(None for _ in owner), *axes)
+        groups = distinct(0, inputs, out_axes)
+        lifted = Lifted(
+            function, groups, inputs, out_axes, 0, enter=metadata.enter, leave=metadata.leave, strict=True, **shared
+        )
+        return lifted, jax.vmap(lifted.pure, (None, *groups), (None, *groups), **options)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if len(args) not in forms:
+            forms[len(args)] = make(len(args))
+        lifted, run = forms[len(args)]
+        return lifted.call(run, args, kwargs)
+
+    return dressed(call, f, owner)
+

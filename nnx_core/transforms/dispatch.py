@@ -1,0 +1,219 @@
+"""The plans of one lifted function: how a call on unchanged arguments skips the walk.
+
+Law: what a quick call does equals what a walking call does. Nothing here keeps an object alive: plans are found
+by identity and forgotten when one of the objects dies.
+
+Per call on unchanged arguments: the signature (one step an argument), one comparison of change counters, one
+pass over the Variables to read, the compiled function, one pass over those it wrote.
+"""
+
+import weakref
+from collections.abc import Hashable
+from typing import Any
+
+from nnx_core._errors import TraceError, show_path
+from nnx_core._trace import current_trace
+from nnx_core.graph.pack import (
+    ARRAY,
+    AS_STATIC,
+    DICT,
+    NUMBER,
+    OBJECT,
+    SEQUENCE,
+    STATIC,
+    After,
+    Leaves,
+    Place,
+    Refs,
+    Unpacker,
+    kind_of,
+)
+from nnx_core.graph.plan import Plan
+from nnx_core.graph.structure import Element, Leaf, Node, Static
+from nnx_core.state import sorted_keys
+from nnx_core.variables import Variable, set_raw
+
+MAX_PLANS = 512
+_LEAF = 0
+
+
+class NotPlannable(Exception):
+    """Arguments that are walked on every call, such as bare Variables and States."""
+
+
+def signature(
+    args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Any, keywords: Any
+) -> tuple[Hashable | None, list[Any], list[Any]]:
+    """(key, objects, loose leaves in walking order) of some arguments; the key is None if no plan can serve them."""
+    roots: list[Any] = []
+    loose: list[Any] = []
+    try:
+        fixed = type(inputs) is tuple and AS_STATIC in inputs
+        keys = [
+            ("static", type(x), x) if fixed and inputs[i] is AS_STATIC else _sign(x, roots, loose)
+            for i, x in enumerate(args)
+        ]
+        for name in sorted(kwargs):
+            is_static = type(keywords) is dict and keywords.get(name) is AS_STATIC
+            x = kwargs[name]
+            keys.append((name, ("static", type(x), x) if is_static else _sign(x, roots, loose)))
+    except NotPlannable:
+        return None, roots, loose
+    return tuple(keys), roots, loose
+
+
+def _sign(x: Any, roots: list[Any], loose: list[Any]) -> Hashable:
+    kind = kind_of(x)
+    if kind == ARRAY or kind == NUMBER:
+        loose.append(x)
+        return _LEAF
+    if kind == OBJECT:
+        roots.append(x)
+        return id(x)
+    if kind == STATIC:
+        return type(x), x
+    if kind == SEQUENCE:
+        return type(x), tuple([_sign(child, roots, loose) for child in x])
+    if kind == DICT:
+        keys = sorted_keys(x)
+        return tuple(x), tuple([_sign(x[key], roots, loose) for key in keys])
+    raise NotPlannable
+
+
+class Plans:
+    """Plans by the signature of the arguments they were made for."""
+
+    __slots__ = ("_plans", "__weakref__")
+
+    def __init__(self) -> None:
+        self._plans: dict[Hashable, tuple[list[weakref.ref[Any]], Plan]] = {}
+
+    def find(self, key: Hashable | None, roots: list[Any]) -> Plan | None:
+        """A plan for these arguments that still holds."""
+        if key is None:
+            return None
+        try:
+            entry = self._plans.get(key)
+        except TypeError:  # an argument that is static and not hashable: packing will say which
+            return None
+        if entry is None:
+            return None
+        refs, plan = entry
+        for ref, root in zip(refs, roots, strict=True):
+            if ref() is not root:
+                return None
+        return plan if plan.holds() else None
+
+    def remember(self, key: Hashable, roots: list[Any], plan: Plan) -> None:
+        """Keep `plan` for as long as all of `roots` live."""
+        if len(self._plans) >= MAX_PLANS:
+            self._plans.clear()
+        forget = _Forget(weakref.ref(self), key)
+        try:
+            self._plans[key] = [weakref.ref(root, forget) for root in roots], plan
+        except TypeError:  # not hashable, see find
+            return
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._plans.clear()
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+
+class _Forget:
+    __slots__ = ("key", "plans")
+
+    def __init__(self, plans: "weakref.ref[Plans]", key: Hashable):
+        self.plans, self.key = plans, key
+
+    def __call__(self, _: Any) -> None:
+        plans = self.plans()
+        if plans is not None:
+            plans._plans.pop(self.key, None)
+
+
+def check_writes(after: After, refs: Refs) -> None:
+    """Raise TraceError if something that `after` writes belongs to another trace; before anything is written."""
+    trace = current_trace()
+    for index, _, _ in after.variables:
+        v = refs.objects[index]
+        if v._trace_state != trace:
+            raise TraceError(f"{type(v).__name__} at {show_path(refs.places[index].path)}")
+    for index in [*(change.index for change in after.objects), *(index for index, _, _ in after.arrays)]:
+        obj = refs.objects[index]
+        if obj._nnx_trace != trace:
+            raise TraceError(f"{type(obj).__name__} at {show_path(refs.places[index].path)}")
+
+
+class Outcome:
+    """What one compiled function writes, resolved to Variables: nothing is looked up any more."""
+
+    __slots__ = ("after", "result", "targets", "trace")
+
+    def __init__(self, after: After, targets: list[list[Variable[Any]]], trace: object):
+        self.after, self.targets, self.trace = after, targets, trace
+        self.result = after.result.root
+
+    def write(self, written: list[Leaves]) -> Any:
+        for targets, (values, _) in zip(self.targets, written, strict=True):
+            if targets:
+                # exhausts `map` at C speed; values beyond the targets do not exist (see `_is_quick`)
+                any(map(set_raw, targets, values))
+        if type(self.result) is Leaf:
+            return written[self.result.group][1][0]
+        return Unpacker(tuple(written), Refs()).build(self.result, Place((), None, 0))
+
+
+class Outcomes:
+    """The outcomes of one plan; the last one used is found by identity."""
+
+    __slots__ = ("_known", "_last")
+
+    def __init__(self) -> None:
+        self._last: Outcome | None = None
+        self._known: dict[After, Outcome | None] = {}
+
+    def find(self, plan: Plan, after: After) -> Outcome | None:
+        """How to write `after` quickly, or None where objects change, or are returned."""
+        last = self._last
+        if last is None or last.after is not after:
+            if after not in self._known:
+                self._known[after] = _resolve(plan, after)
+            last = self._known[after]
+            if last is None:
+                return None
+            if last.after is not after:
+                last = self._known[after] = Outcome(after, last.targets, last.trace)
+            self._last = last
+        if last.trace != current_trace():
+            check_writes(after, plan.refs())
+            last.trace = current_trace()
+        return last
+
+
+def _resolve(plan: Plan, after: After) -> Outcome | None:
+    if not _is_quick(after):
+        return None
+    targets: list[list[Variable[Any]]] = [[] for _ in range(plan.group_count)]
+    for index, _, group in after.variables:
+        if group is not None:
+            targets[group].append(plan.known(index))
+    return Outcome(after, targets, None)
+
+
+def _is_quick(after: After) -> bool:
+    return (
+        not after.objects
+        and not after.arrays
+        and all(metadata is None for _, metadata, _ in after.variables)
+        and _is_plain(after.result.root)
+    )
+
+
+def _is_plain(d: Element) -> bool:
+    if type(d) is Node:
+        return d.index is None and all(map(_is_plain, d.children))
+    return type(d) is Leaf or type(d) is Static
+

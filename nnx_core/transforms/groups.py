@@ -1,0 +1,141 @@
+"""How users say which leaf is treated how: filters to groups.
+
+Law: a `ByFilter` spec sends each leaf to the group of the first filter that matches it, and two such specs are
+equal iff they say the same. Knows filters; knows nothing of JAX's transforms.
+"""
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+from nnx_core import filters as filterlib
+from nnx_core._errors import FilterError, Path, SpecError, show_path
+from nnx_core.graph.pack import ByFilter
+from nnx_core.state import State, iter_leaves
+
+
+class Carry:
+    """Treatment of leaves that a loop passes from one step to the next."""
+
+
+class Named:
+    """A treatment that is only a name."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+Rest, Diff, Out = Named("not differentiated"), Named("differentiated"), Named("returned")
+
+
+class FilterGroups(ByFilter):
+    """Sends each leaf to the group of the first filter that matches its path and value.
+
+    Args:
+      rules: a mapping or pairs of filter and group, or a State with one group for each path.
+    """
+
+    def __init__(self, rules: Mapping[Any, Hashable] | Iterable[tuple[Any, Hashable]], /):
+        if isinstance(rules, State):
+            rules = [(filterlib.PathIn(path), group) for path, group in iter_leaves(rules)]
+        pairs = tuple(rules.items()) if isinstance(rules, Mapping) else tuple(rules)
+        self.rules = tuple((filterlib.to_predicate(f), group) for f, group in pairs)
+
+    @property
+    def filters(self) -> tuple[Any, ...]:
+        """The filters, as predicates."""
+        return tuple(f for f, _ in self.rules)
+
+    @property
+    def groups(self) -> tuple[Hashable, ...]:
+        """The group of each filter."""
+        return tuple(group for _, group in self.rules)
+
+    def items(self) -> Iterable[tuple[Any, Hashable]]:
+        """(filter, group) pairs."""
+        return self.rules
+
+    def group(self, path: Path, value: Any) -> Hashable:
+        for predicate, group in self.rules:
+            if predicate(path, value):
+                return group
+        raise FilterError(
+            f"No filter of {self!r} matches {show_path(path)} ({type(value).__name__}). End with `...` for the rest."
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.rules == self.rules  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(self.rules)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({{{', '.join(f'{f}: {g}' for f, g in self.rules)}}})"
+
+
+class StateAxes(FilterGroups):
+    """Axes of a module's Variables for vmap, pmap and scan: `StateAxes({nnx.Param: 0, ...: None})`."""
+
+    @property
+    def axes(self) -> tuple[Hashable, ...]:
+        """The axis of each filter."""
+        return self.groups
+
+
+class StateSharding(FilterGroups):
+    """Shardings of a module's Variables for jit: `StateSharding({nnx.Param: sharding, ...: None})`."""
+
+    @property
+    def shardings(self) -> tuple[Hashable, ...]:
+        """The sharding of each filter."""
+        return self.groups
+
+
+class DiffState:
+    """Which Variables of argument `argnum` a gradient is taken of.
+
+    Args:
+      argnum: position of the argument.
+      filter: the Variables.
+    """
+
+    def __init__(self, argnum: int, filter: filterlib.Filter):
+        self.argnum, self.filter = argnum, filter
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DiffState) and (self.argnum, self.filter) == (other.argnum, other.filter)
+
+    def __hash__(self) -> int:
+        return hash((self.argnum, self.filter))
+
+    def __repr__(self) -> str:
+        return f"DiffState(argnum={self.argnum}, filter={self.filter})"
+
+
+def distinct(*specs: Any) -> tuple[Hashable, ...]:
+    """The groups that are named anywhere in `specs`, in order of first appearance."""
+    found: dict[Hashable, None] = {}
+
+    def visit(spec: Any) -> None:
+        if isinstance(spec, FilterGroups):
+            for group in spec.groups:
+                found.setdefault(group)
+        elif isinstance(spec, State):
+            visit(spec._mapping)
+        elif type(spec) is dict:
+            for child in spec.values():
+                visit(child)
+        elif type(spec) in (list, tuple):
+            for child in spec:
+                visit(child)
+        else:
+            try:
+                found.setdefault(spec)
+            except TypeError:
+                raise SpecError(f"{spec!r} cannot say how to treat a leaf: it is not hashable.") from None
+
+    for spec in specs:
+        visit(spec)
+    return tuple(found)

@@ -1,0 +1,178 @@
+"""Lifted: the mechanism behind every transform.
+
+A user's function f of objects is seen by JAX as `pure`, a function of a hashable structure and of groups of
+leaves, which returns what f did (`After`) and, in the same groups, the leaves it wrote. A transform says
+which leaf goes into which group, and calls one JAX function on `pure`; nothing else.
+
+Law: `bind(run)` equals f in everything it does to its arguments, for every `run` that equals calling `pure`.
+A call that raises has changed nothing. On unchanged arguments no call walks them (`dispatch`).
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nnx_core._changes import now
+from nnx_core._errors import StructureUpdateError
+from nnx_core.graph.objects import Object
+from nnx_core.graph.pack import After, Leaves, Packer, Place, Refs, Unpacker, Watch, apply, collect
+from nnx_core.graph.plan import Plan
+from nnx_core.graph.structure import GraphDef, Node
+from nnx_core.transforms.dispatch import Outcomes, Plans, check_writes, signature
+from nnx_core.variables import Variable
+
+Run = Callable[..., Any]
+#: What a transform does to a Variable's metadata on the way in or out: (Variable, group) -> metadata.
+Describe = Callable[[Variable[Any], Hashable], dict[str, Any]] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Lifted:
+    """f, with the treatment of its leaves.
+
+    Args:
+      f: the user's function.
+      groups: the treatments there are; leaves cross JAX in this order.
+      inputs: spec of the positional arguments (a tuple, or one group for all).
+      outputs: spec of the result.
+      keywords: spec of the keyword arguments (a dict, or one group for all).
+      always: groups whose Variables travel back even when they were not written (loop carries, donated ones).
+      enter, leave: what happens to the metadata of Variables on the way in and out.
+      strict: what is returned must be treated as it was when it came in (an axis in is the axis out).
+      sharing, updates: False forbids shared references; structure changes (`graph=`, `graph_updates=`).
+    """
+
+    f: Callable[..., Any]
+    groups: tuple[Hashable, ...]
+    inputs: Any
+    outputs: Any
+    keywords: Any = None
+    always: frozenset[Hashable] = frozenset()
+    enter: Describe = None
+    leave: Describe = None
+    sharing: bool = True
+    updates: bool = True
+    strict: bool = False
+    plans: Plans = field(default_factory=Plans)
+
+    def pure(self, graphdef: GraphDef, *leaves: Leaves) -> tuple[Any, ...]:
+        """f on fresh objects: (structure, *groups) -> (After, *groups)."""
+        refs, watch = Refs(), Watch()
+        unpacker = Unpacker(leaves, refs, self.groups, watch, self.enter)
+        root = graphdef.root
+        assert type(root) is Node  # pack made it
+        args = unpacker.build(root.children[0], Place(("args",), self.inputs, 1))
+        kwargs = unpacker.build(root.children[1], Place(("kwargs",), self.keywords, 1))
+        out = self.f(*args, **kwargs)
+        packer = Packer(self.groups, refs, describe=self.leave, strict=self.strict)
+        always = frozenset(packer.group_index[g] for g in self.always if g in packer.group_index)
+        after, written = collect(packer, watch, out, self.outputs, always)
+        if not self.updates and after.objects:
+            raise StructureUpdateError(
+                name_of(self.f),
+                [(*refs.places[c.index].path, k) for c in after.objects for k in (*dict(c.set), *c.removed)],
+            )
+        return after, *written
+
+    def pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, Packer]:
+        """Walk the arguments."""
+        stamp = now()
+        packer = Packer(self.groups, Refs(), allow_sharing=self.sharing)
+        children = (
+            packer.walk(args, Place(("args",), self.inputs, 1)),
+            packer.walk(kwargs, Place(("kwargs",), self.keywords, 1)),
+        )
+        root = Node(tuple, None, (0, 1), children, None, None)
+        return Plan(GraphDef(root), packer, stamp), packer
+
+    def bind(self, run: Run) -> Callable[..., Any]:
+        """f again, on objects; `run` is `pure` under some JAX transform."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self.call(run, args, kwargs)
+
+        return dressed(call, self.f)
+
+    def call(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of `run` on these arguments."""
+        key, roots, loose = signature(args, kwargs, self.inputs, self.keywords)
+        plan = self.plans.find(key, roots)
+        if plan is None:
+            plan, packer = self.pack(args, kwargs)
+            leaves = packer.leaves
+            if key is not None and plan.cacheable:
+                self.plans.remember(key, roots, plan)
+        else:
+            leaves = plan.leaves(loose)
+        after, *written = run(plan.graphdef, *leaves)
+        return finish(plan, after, written)
+
+
+def finish(plan: Plan, after: After, written: list[Leaves]) -> Any:
+    """Write what a call did into the objects of `plan`; return its result."""
+    outcomes: Outcomes = plan.remember("outcomes", Outcomes)
+    quick = outcomes.find(plan, after)
+    if quick is not None:
+        return quick.write(written)
+    refs = plan.refs()
+    check_writes(after, refs)
+    return apply(after, written, refs)
+
+
+def name_of(f: Callable[..., Any]) -> str:
+    """The name of a function, for errors."""
+    return getattr(f, "__qualname__", None) or repr(f)
+
+
+def unbound(f: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """(f, ()) or, for a method bound to an object, (its function, (the object,)).
+
+    The object is an argument like the others, or what the method writes would be lost.
+    """
+    if isinstance(f, functools.partial):
+        return f, ()
+    owner = getattr(f, "__self__", None)
+    if isinstance(owner, Object) and inspect.ismethod(f):
+        return f.__func__, (owner,)
+    if isinstance(f, Object):
+        call = type(f).__call__  # type: ignore[operator]  # the caller checked that f can be called
+        return call, (f,)
+    return f, ()
+
+
+def dressed(call: Callable[..., Any], f: Callable[..., Any], owner: tuple[Any, ...] = ()) -> Callable[..., Any]:
+    """`call` looking like `f`, with `owner` in front of its arguments."""
+    looks = f if hasattr(f, "__name__") else type(f)
+    if not owner:
+        return functools.update_wrapper(call, looks)
+
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        return call(*owner, *args, **kwargs)
+
+    return functools.update_wrapper(bound, looks)
+
+
+def positional(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Arguments by position, where specs are given by position."""
+    if not kwargs:
+        return args
+    bound = inspect.signature(f).bind(*args, **kwargs)
+    bound.apply_defaults()
+    if bound.kwargs:
+        raise TypeError(f"{name_of(f)}: {sorted(bound.kwargs)} are keyword-only, and specs are given by position.")
+    return bound.args
+
+
+def optional_decorator(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a transform be used as `transform(f, ...)`, `@transform` and `@transform(...)`."""
+
+    @functools.wraps(make)
+    def transform(f: Any = None, /, **options: Any) -> Any:
+        if f is None or f is ...:
+            return lambda f: make(f, **options)
+        return make(f, **options)
+
+    return transform
+

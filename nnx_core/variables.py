@@ -1,0 +1,488 @@
+"""A Variable is a named place that holds one value: an array, or a pytree of arrays.
+
+Law: identity matters, not equality; a Variable is written only under the trace that created it; metadata is
+inert: it never touches the value, needs no mesh, and every change of it is counted (`_changes`).
+Knows nothing of objects, paths or transforms.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from nnx_core._changes import touch
+from nnx_core._errors import TraceError
+from nnx_core._repr import show_fields
+from nnx_core._trace import current_trace
+
+A = TypeVar("A")
+V = TypeVar("V", bound="Variable[Any]")
+
+MISSING: Any = type("MISSING", (), {"__repr__": lambda self: "MISSING"})()
+
+#: Older names of the one key that holds axis names; read and written as that key.
+AXIS_NAMES = "out_sharding"
+_OLD_KEYS = {"sharding": AXIS_NAMES, "sharding_names": AXIS_NAMES}
+_HOOKS = ("on_create_value", "on_get_value", "on_set_value", "on_add_axis", "on_remove_axis")
+_SLOTS = ("_raw_value", "_var_metadata", "_trace_state", "_nnx_version")
+
+
+@dataclass(frozen=True)
+class VariableMetadata(Generic[A]):
+    """A value together with the metadata its Variable shall have; what `with_metadata` initializers return."""
+
+    raw_value: A
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Variable(Generic[A]):
+    """A place that holds one value, with metadata; the state of modules is made of these.
+
+    Args:
+      value: an array of any shape and dtype, or a pytree of arrays.
+      ref: hold the value in a `jax.Ref`, which JAX mutates in place.
+      **metadata: anything hashable; `out_sharding` names the value's axes. `on_get_value`,
+        `on_set_value`, `on_create_value`, `on_add_axis` and `on_remove_axis` are hooks.
+
+    Raises:
+      TraceError: on a write under another trace than the one that created the Variable.
+
+    Example:
+      >>> import nnx_core as nnx, jax.numpy as jnp
+      >>> v = nnx.Param(jnp.ones((2, 3)), out_sharding=("in", "out"))
+      >>> v[...] = v * 2
+      >>> v.shape, float(v.sum()), v.out_sharding
+      ((2, 3), 12.0, ('in', 'out'))
+    """
+
+    __slots__ = (*_SLOTS, "__weakref__")
+    _raw_value: A
+    _var_metadata: dict[str, Any]
+    _trace_state: object
+    _nnx_version: int
+
+    def __init__(
+        self,
+        value: A | VariableMetadata[A],
+        *,
+        hijax: bool | None = None,
+        ref: bool | None = None,
+        eager_sharding: bool | None = None,
+        **metadata: Any,
+    ):
+        del hijax, eager_sharding  # flax.nnx's switches; here metadata is inert and there is one kind of Variable
+        if isinstance(value, VariableMetadata):
+            metadata = {**value.metadata, **metadata}
+            value = value.raw_value
+        elif isinstance(value, Variable):
+            metadata = {**value._var_metadata, **metadata}
+            value = value._raw_value
+        _fill(self, value, {_OLD_KEYS.get(k, k): v for k, v in metadata.items()} if metadata else {})
+        created = self.create_value(value)
+        _set_raw(self, jax.new_ref(created) if ref else created)
+
+    # ---- value ----
+
+    def _check_can_write(self) -> None:
+        if self._trace_state != current_trace():
+            raise TraceError(f"{type(self).__name__}{_shape_text(self._raw_value)}")
+
+    def create_value(self, value: A) -> A:
+        """`value` after the `on_create_value` hooks."""
+        return self._run_hooks("on_create_value", value)
+
+    def get_value(self, *, index: Any = MISSING) -> A:
+        """The value after the `on_get_value` hooks; `index` reads a part of it."""
+        raw = self._raw_value
+        if is_ref(raw):
+            raw = raw[...] if index is MISSING else raw[index]
+            index = MISSING
+        value = self._run_hooks("on_get_value", raw)
+        return value if index is MISSING or index is ... else value[index]
+
+    def set_value(self, value: A, *, index: Any = MISSING) -> None:
+        """Write the value, or with `index` a part of it, after the `on_set_value` hooks."""
+        if isinstance(value, Variable):
+            value = value.get_value()
+        raw = self._raw_value
+        if is_ref(raw):  # a jax.Ref may be written under any trace: that is what it is for
+            raw[... if index is MISSING else index] = self._run_hooks("on_set_value", value)
+            return
+        self._check_can_write()
+        if index is not MISSING and index is not ...:
+            value = _with_item(raw, index, value)
+        _set_raw(self, self._run_hooks("on_set_value", value))
+
+    value = property(get_value, set_value, doc="The value; the same as `v[...]`.")
+
+    def get_raw_value(self) -> A:
+        """The stored value, without hooks (a `jax.Ref` for ref Variables)."""
+        return self._raw_value
+
+    def set_raw_value(self, value: A, *, _unsafe_bypass_check: bool = False) -> None:
+        """Store `value` without hooks."""
+        if not _unsafe_bypass_check:
+            self._check_can_write()
+        _set_raw(self, value)
+
+    raw_value = property(get_raw_value, set_raw_value)
+
+    def copy_from(self, other: "Variable[A]") -> None:
+        """Take value and metadata of `other`, which must be of the same type."""
+        if type(other) is not type(self):
+            raise ValueError(f"Expected a {type(self).__name__}, found a {type(other).__name__}.")
+        self.update_from_state(other)
+
+    def update_from_state(self, variable_state: "Variable[A]") -> None:
+        """Take value and metadata of `variable_state`."""
+        self._check_can_write()
+        _set_raw(self, variable_state._raw_value)
+        if self._var_metadata != variable_state._var_metadata:
+            object.__setattr__(self, "_var_metadata", dict(variable_state._var_metadata))
+            touch(self)
+
+    def _run_hooks(self, name: str, value: Any) -> Any:
+        for hook in _hooks(self, name):
+            value = hook(self, value)
+        return value
+
+    # ---- metadata ----
+
+    @property
+    def type(self) -> type["Variable[A]"]:
+        """The class of this Variable."""
+        return type(self)
+
+    @property
+    def has_ref(self) -> bool:
+        """Whether the value lives in a `jax.Ref`."""
+        return is_ref(self._raw_value)
+
+    def get_metadata(self, name: str | None = None, default: Any = MISSING, **_: Any) -> Any:
+        """All metadata as a new dict, or the one called `name`."""
+        if name is None:
+            return dict(self._var_metadata)
+        value = self._var_metadata.get(_OLD_KEYS.get(name, name), default)
+        if value is MISSING:
+            raise KeyError(f"{type(self).__name__} has no metadata {name!r}; it has {sorted(self._var_metadata)}.")
+        return value
+
+    def set_metadata(self, *args: Any, **metadata: Any) -> None:
+        """`set_metadata(a=1)` or `set_metadata("a", 1)` add or replace; `set_metadata({...})` replaces all."""
+        new = dict(self._var_metadata)
+        if len(args) == 1 and not metadata:
+            new = dict(args[0])
+        elif len(args) == 2 and not metadata:
+            new[args[0]] = args[1]
+        elif not args:
+            new.update(metadata)
+        else:
+            raise TypeError("set_metadata takes one mapping, a name and a value, or keywords.")
+        self._check_can_write()
+        object.__setattr__(self, "_var_metadata", {_OLD_KEYS.get(k, k): v for k, v in new.items()})
+        touch(self)
+
+    def has_metadata(self, name: str) -> bool:
+        """Whether there is metadata called `name`."""
+        return _OLD_KEYS.get(name, name) in self._var_metadata
+
+    def del_metadata(self, name: str) -> None:
+        """Remove the metadata called `name`."""
+        self._check_can_write()
+        new = dict(self._var_metadata)
+        if new.pop(_OLD_KEYS.get(name, name), MISSING) is MISSING:
+            raise KeyError(f"{type(self).__name__} has no metadata {name!r}; it has {sorted(new)}.")
+        object.__setattr__(self, "_var_metadata", new)
+        touch(self)
+
+    @property
+    def sharding_names(self) -> Any:
+        """The axis names (metadata `out_sharding`)."""
+        return self.get_metadata(AXIS_NAMES)
+
+    def add_axis(self, axis_index: int, axis_name: Any = None) -> None:
+        """Say that the value gets a new axis at `axis_index` (of the value that has it)."""
+        names = self._var_metadata.get(AXIS_NAMES)
+        if names is not None:
+            self.set_metadata(AXIS_NAMES, insert_name(names, axis_index, axis_name))
+        for hook in _hooks(self, "on_add_axis"):
+            hook(self, axis_index, axis_name)
+
+    def remove_axis(self, axis_index: int, axis_name: Any = None) -> None:
+        """Say that the value loses its axis `axis_index`; the inverse of `add_axis`."""
+        names = self._var_metadata.get(AXIS_NAMES)
+        if names is not None:
+            self.set_metadata(AXIS_NAMES, remove_name(names, axis_index))
+        for hook in _hooks(self, "on_remove_axis"):
+            hook(self, axis_index, axis_name)
+
+    # ---- copies ----
+
+    def replace(self, value: Any = MISSING, **updates: Any) -> "Variable[Any]":
+        """A new Variable of this type with another value or other metadata."""
+        updates.pop("_copy_ref", None)
+        if isinstance(value, Variable):
+            updates = {**value._var_metadata, **updates}
+            value = value._raw_value
+        value = self._raw_value if value is MISSING else value
+        metadata = {**self._var_metadata, **{_OLD_KEYS.get(k, k): v for k, v in updates.items()}}
+        return new_variable(type(self), value, metadata)
+
+    copy = replace
+
+    @classmethod
+    def from_metadata(cls, value: A, attributes: Mapping[str, Any]) -> "Variable[A]":
+        """A Variable of this class from a raw value and metadata; no hooks run."""
+        return new_variable(cls, value, dict(attributes))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_raw_value": self._raw_value, "_var_metadata": dict(self._var_metadata)}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        _fill(self, state["_raw_value"], dict(state["_var_metadata"]))
+
+    def __copy__(self: V) -> V:
+        return new_variable(type(self), self._raw_value, dict(self._var_metadata))
+
+    # ---- Python protocols ----
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _SLOTS or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)  # not filled yet (copy, pickle), or a protocol the value must not lend
+        metadata = self._var_metadata
+        key = name if name in metadata else name if name == "sharding" else _OLD_KEYS.get(name, name)
+        if key in metadata:
+            return metadata[key]
+        try:
+            return getattr(self.get_value(), name)
+        except AttributeError:
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute or metadata {name!r}, and neither has its value."
+            ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _SLOTS and not hasattr(type(self), name):
+            raise AttributeError(
+                f"Cannot set attribute {name!r} of {type(self).__name__}. Write the value with v[...] = x,"
+                f" metadata with v.set_metadata({name}=...)."
+            )
+        object.__setattr__(self, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.get_value(index=key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.set_value(value, index=key)
+
+    def __jax_array__(self) -> Any:
+        return self.get_value()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.get_value()(*args, **kwargs)  # type: ignore[operator]  # values may be callables
+
+    def __len__(self) -> int:
+        return len(self.get_value())  # type: ignore[arg-type]  # as the value allows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.get_value())  # type: ignore[call-overload]  # as the value allows
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.get_value()  # type: ignore[operator]  # as the value allows
+
+    def __repr__(self) -> str:
+        fields = [("", self._raw_value), *((f"{k}=", v) for k, v in self._var_metadata.items())]
+        return show_fields(type(self).__name__, fields)
+
+    __hash__ = None  # type: ignore[assignment]  # == is elementwise, as for arrays
+
+
+_set_raw = Variable._raw_value.__set__  # type: ignore[attr-defined]  # the slot itself: no __setattr__ on the way
+_set_metadata = Variable._var_metadata.__set__  # type: ignore[attr-defined]
+_set_trace = Variable._trace_state.__set__  # type: ignore[attr-defined]
+_set_version = Variable._nnx_version.__set__  # type: ignore[attr-defined]
+get_raw = operator.attrgetter("_raw_value")
+set_raw: Callable[[Variable[Any], Any], None] = _set_raw
+
+
+def _fill(variable: Variable[Any], value: Any, metadata: dict[str, Any]) -> None:
+    _set_raw(variable, value)
+    _set_metadata(variable, metadata)
+    _set_trace(variable, current_trace())
+    _set_version(variable, 0)
+
+
+def new_variable(kind: type[V], value: Any, metadata: dict[str, Any]) -> V:
+    """A Variable of class `kind` as it is: no hooks, no `__init__`. `metadata` is not copied."""
+    variable = kind.__new__(kind)
+    _fill(variable, value, metadata)
+    return variable
+
+
+def set_metadata_dict(variable: Variable[Any], metadata: dict[str, Any]) -> None:
+    """Replace all metadata without a trace check (transforms do this on what they own)."""
+    _set_metadata(variable, metadata)
+    touch(variable)
+
+
+def is_ref(value: Any) -> bool:
+    """Whether `value` is a `jax.Ref` (or a tracer of one)."""
+    if type(value) is _ARRAY:
+        return False
+    return isinstance(value, jax.Ref)
+
+
+_ARRAY = type(jnp.zeros(()))
+
+
+def _shape_text(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return "" if shape is None else f" of shape {tuple(shape)}"
+
+
+def _with_item(old: Any, index: Any, value: Any) -> Any:
+    if isinstance(old, jax.Array):
+        return old.at[index].set(value)
+    old = old.copy() if hasattr(old, "copy") else list(old)
+    old[index] = value
+    return old
+
+
+def _hooks(variable: Variable[Any], name: str) -> tuple[Callable[..., Any], ...]:
+    own = variable._var_metadata.get(name, ())
+    hooks = tuple(own) if isinstance(own, list | tuple) else (own,)
+    method = getattr(type(variable), name, None)
+    return hooks if method is None else (method, *hooks)
+
+
+def insert_name(names: Any, index: int, name: Any) -> Any:
+    """Axis names after a new axis `name` appeared at `index`; names beyond the last given one are None."""
+    names = list(names)
+    if index < 0:
+        index += len(names) + 1
+    if index > len(names) and name is None:
+        return _as(names)
+    names += [None] * (index - len(names))
+    names.insert(index, name)
+    return _as(names)
+
+
+def remove_name(names: Any, index: int) -> Any:
+    """Axis names after the axis `index` is gone."""
+    names = list(names)
+    if index < 0:
+        index += len(names)
+    if 0 <= index < len(names):
+        del names[index]
+    return _as(names)
+
+
+def _as(names: list[Any]) -> tuple[Any, ...]:
+    return tuple(names)
+
+
+# ---- operators: what an array does, a Variable does with its value ----
+
+
+def _unary(op: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda self: op(self.get_value())
+
+
+def _binary(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def method(self: Any, other: Any) -> Any:
+        return op(self.get_value(), other.get_value() if isinstance(other, Variable) else other)
+
+    return method
+
+
+def _reflected(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda self, other: op(other, self.get_value())
+
+
+_BINARY = "add sub mul matmul truediv floordiv mod pow lshift rshift and or xor"
+for _name in _BINARY.split():
+    _op = getattr(operator, f"__{_name}__")
+    setattr(Variable, f"__{_name}__", _binary(_op))
+    setattr(Variable, f"__r{_name}__", _reflected(_op))
+for _name in "eq ne lt le gt ge".split():
+    setattr(Variable, f"__{_name}__", _binary(getattr(operator, f"__{_name}__")))
+for _name in "neg pos abs invert index".split():
+    setattr(Variable, f"__{_name}__", _unary(getattr(operator, f"__{_name}__")))
+for _name, _op in {"int": int, "float": float, "complex": complex, "bool": bool, "round": round}.items():
+    setattr(Variable, f"__{_name}__", _unary(_op))
+Variable.__hash__ = None  # type: ignore[assignment]  # setting __eq__ above does not unset it
+
+
+# ---- pytree: a Variable is a node with one child ----
+
+
+def _flatten(v: Variable[Any]) -> tuple[tuple[Any], tuple[type, tuple[tuple[str, Any], ...]]]:
+    return (v._raw_value,), (type(v), freeze_metadata(v._var_metadata))
+
+
+def _flatten_with_keys(v: Variable[Any]) -> tuple[tuple[tuple[Any, Any]], Any]:
+    (value,), aux = _flatten(v)
+    return ((_VALUE_KEY, value),), aux
+
+
+def _unflatten(aux: Any, children: Any) -> Variable[Any]:
+    kind, metadata = aux
+    return new_variable(kind, children[0], dict(metadata))
+
+
+_VALUE_KEY = jax.tree_util.GetAttrKey("value")
+
+
+def freeze_metadata(metadata: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Metadata as a hashable, order-free tuple."""
+    if not metadata:
+        return ()
+    return tuple((k, tuple(v) if type(v) is list else v) for k, v in sorted(metadata.items()))
+
+
+def _register(kind: type) -> None:
+    jax.tree_util.register_pytree_with_keys(kind, _flatten_with_keys, _unflatten, _flatten)
+
+
+_register(Variable)
+
+
+def _init_subclass(cls: type, **kwargs: Any) -> None:
+    super(Variable, cls).__init_subclass__(**kwargs)
+    _register(cls)
+
+
+Variable.__init_subclass__ = classmethod(_init_subclass)  # type: ignore[assignment]
+
+
+def with_metadata(
+    initializer: Callable[..., Any],
+    on_set_value: Any = (),
+    on_get_value: Any = (),
+    on_create_value: Any = (),
+    on_add_axis: Any = (),
+    on_remove_axis: Any = (),
+    **metadata: Any,
+) -> Callable[..., VariableMetadata[Any]]:
+    """An initializer whose result carries metadata and hooks for the Variable it will fill.
+
+    Example:
+      >>> import nnx_core as nnx, jax
+      >>> init = nnx.with_metadata(nnx.initializers.ones, unit="m")
+      >>> nnx.Param(init(jax.random.key(0), (2,))).unit
+      'm'
+    """
+    hooks = (on_create_value, on_get_value, on_set_value, on_add_axis, on_remove_axis)
+    metadata |= {name: hook for name, hook in zip(_HOOKS, hooks, strict=True) if hook != ()}
+
+    @wraps(initializer)
+    def initialize(*args: Any, **kwargs: Any) -> VariableMetadata[Any]:
+        value = initializer(*args, **kwargs)
+        if isinstance(value, VariableMetadata):
+            return VariableMetadata(value.raw_value, {**value.metadata, **metadata})
+        return VariableMetadata(value, metadata)
+
+    return initialize

@@ -24,6 +24,7 @@ from nnx_core.graph.api import clone as clone
 from nnx_core.graph.api import graphdef as graphdef
 from nnx_core.graph.api import merge as merge
 from nnx_core.graph.api import pop as pop
+from nnx_core.graph.api import set_metadata as set_metadata
 from nnx_core.graph.api import split as split
 from nnx_core.graph.api import state as state
 from nnx_core.graph.api import update as update
@@ -32,8 +33,10 @@ from nnx_core.graph.objects import Data as Data
 from nnx_core.graph.objects import Object as Object
 from nnx_core.graph.objects import Static as Static
 from nnx_core.graph.objects import data as data
+from nnx_core.graph.objects import dataclass as dataclass
 from nnx_core.graph.objects import has_data as has_data
 from nnx_core.graph.objects import is_data as is_data
+from nnx_core.graph.objects import register_data_type as register_data_type
 from nnx_core.graph.objects import static as static
 from nnx_core.graph.structure import GraphDef as GraphDef
 from nnx_core.graph.walk import find_duplicates as find_duplicates

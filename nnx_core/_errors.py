@@ -160,5 +160,14 @@ class OptimizerError(NnxError, TypeError):
     """Gradients or arguments that an Optimizer cannot use."""
 
 
+class InPlaceError(NnxError, NotImplementedError):
+    """`variable += x` would put an array where the Variable is."""
+
+    def __init__(self, kind: str, operator: str):
+        super().__init__(
+            f"`variable {operator}= x` would replace the {kind} by an array. Write `variable[...] {operator}= x`."
+        )
+
+
 class RegistryError(NnxError, ValueError):
     """Two different Variable types under one name."""

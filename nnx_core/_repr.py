@@ -7,14 +7,28 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+MAX_NUMBERS = 6
 
 
 def show_value(value: Any) -> str:
-    """An array as `float32[2,3]`, a small or concrete scalar as itself, everything else as its repr."""
+    """An array as `float32[2,3]`, with its numbers if they are few; everything else as its repr."""
     if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+        shape = f"{value.dtype}[{','.join(map(str, value.shape))}]"
+        return f"{shape} {_numbers(value)}".rstrip()
     return repr(value)
+
+
+def _numbers(value: Any) -> str:
+    if isinstance(value, jax.ShapeDtypeStruct | jax.core.Tracer) or value.size > MAX_NUMBERS:
+        return ""
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return ""
+    if isinstance(value, jax.Array) and (value.is_deleted() or not value.is_fully_addressable):
+        return ""
+    return np.array2string(np.asarray(value), separator=", ").replace("\n", "")
 
 
 def show_fields(name: str, fields: Iterable[tuple[str, Any]], brackets: str = "()") -> str:

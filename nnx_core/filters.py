@@ -77,12 +77,15 @@ class ExactType:
 
 @dataclass(frozen=True)
 class PathContains:
-    """Values with `key` somewhere in their path."""
+    """Values with `key` somewhere in their path; with `exact=False` as a part of a key is enough."""
 
     key: Hashable
+    exact: bool = True
 
     def __call__(self, path: PathParts, value: AnyType) -> bool:
-        return self.key in path
+        if self.exact:
+            return self.key in path
+        return any(str(self.key) in str(part) for part in path)
 
 
 @dataclass(frozen=True)

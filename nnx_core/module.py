@@ -64,10 +64,7 @@ class Module(Object):
         elif isinstance(variable, kind):
             variable.set_raw_value(reduce_fn(variable.get_raw_value(), value))
         else:
-            raise ValueError(
-                f"Expected {name!r} of {type(self).__name__} to be a {kind.__name__}, found a"
-                f" {type(variable).__name__}. Sow under another name."
-            )
+            raise ValueError(_taken(self, name, kind, variable))
         return True
 
     def perturb(self, name: str, value: A, variable_type: type[Variable[Any]] | str = Perturbation) -> A:
@@ -80,10 +77,7 @@ class Module(Object):
             setattr(self, name, kind(value * 0))  # type: ignore[operator]  # arrays
         variable = getattr(self, name)
         if not isinstance(variable, kind):
-            raise ValueError(
-                f"Expected {name!r} of {type(self).__name__} to be a {kind.__name__}, found a"
-                f" {type(variable).__name__}. Perturb under another name."
-            )
+            raise ValueError(_taken(self, name, kind, variable))
         return value + variable.get_value()  # type: ignore[no-any-return]
 
     def train(self, **attributes: Any) -> None:
@@ -133,6 +127,13 @@ class Module(Object):
 def iter_modules(module: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Path, Module]]:
     """(path, module) of every module in `module`, itself included, children first."""
     return ((path, x) for path, x in iter_graph(module) if isinstance(x, Module))
+
+
+def _taken(module: Module, name: str, kind: type[Variable[Any]], found: Any) -> str:
+    return (
+        f"Expected {name!r} of {type(module).__name__} to be a Variable of type {kind.__name__}, found"
+        f" {type(found).__name__}. Use another name."
+    )
 
 
 def _variable_type(kind: type[Variable[Any]] | str) -> type[Variable[Any]]:

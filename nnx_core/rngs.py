@@ -65,13 +65,13 @@ def _sampler(name: str, get: Callable[[], Callable[..., Any]]) -> Callable[..., 
 
 
 def _initializer(name: str) -> Callable[..., Any]:
-    def sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-        options = {k: kwargs.pop(k) for k in list(kwargs) if k not in ("shape", "dtype", "out_sharding")}
-        return getattr(jax.nn.initializers, name)(**options)(self(), *args, **kwargs)
+    def sampler(self: Any, *options: Any, **named: Any) -> Callable[..., Any]:
+        initialize = getattr(jax.nn.initializers, name)(*options, **named)
+        return lambda *args, **kwargs: initialize(self(), *args, **kwargs)
 
-    sample.__name__ = name
-    sample.__doc__ = f"`jax.nn.initializers.{name}` with the stream's next key: (shape, dtype, **options)."
-    return sample
+    sampler.__name__ = name
+    sampler.__doc__ = f"`jax.nn.initializers.{name}(...)` that draws its key here: a function of (shape, dtype)."
+    return sampler
 
 
 for _name in _SAMPLERS:
@@ -345,10 +345,11 @@ def reseed(node: Any, /, *, graph: bool | None = None, policy: Any = "scalars_on
       >>> int(model.rngs.count[...])
       0
     """
+    sources = {name: RngStream(key, tag=name) for name, key in stream_keys.items()}
     for path, stream in streams_of(node):
-        if stream.tag not in stream_keys:
+        if stream.tag not in sources:
             continue
-        key, shape = as_key(stream_keys[stream.tag]), stream.key.shape
+        key, shape = sources[stream.tag](), stream.key.shape  # several streams of one name get different keys
         if callable(policy):
             key = policy(path, key, shape)
         elif shape and policy == "match_shape":

@@ -125,7 +125,7 @@ class State(MutableMapping[Hashable, Any]):
 
     def __repr__(self) -> str:
         fields = [(f"{k!r}: ", self[k]) for k in sorted_keys(self._mapping)]
-        return show_fields(type(self).__name__, fields, "{}") if fields else f"{type(self).__name__}({{}})"
+        return f"{type(self).__name__}({show_fields('', fields, '{}')})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._mapping,)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx_core._changes import touch
-from nnx_core._errors import TraceError
+from nnx_core._errors import InPlaceError, TraceError
 from nnx_core._repr import show_fields
 from nnx_core._trace import current_trace
 
@@ -407,6 +407,16 @@ for _name in _BINARY.split():
     _op = getattr(operator, f"__{_name}__")
     setattr(Variable, f"__{_name}__", _binary(_op))
     setattr(Variable, f"__r{_name}__", _reflected(_op))
+def _in_place(symbol: str) -> Callable[[Any, Any], Any]:
+    def method(self: Any, other: Any) -> Any:
+        raise InPlaceError(type(self).__name__, symbol)
+
+    return method
+
+
+_SYMBOLS = "+ - * @ / // % ** << >> & | ^"
+for _name, _symbol in zip(_BINARY.split(), _SYMBOLS.split(), strict=True):
+    setattr(Variable, f"__i{_name}__", _in_place(_symbol))
 for _name in "eq ne lt le gt ge".split():
     setattr(Variable, f"__{_name}__", _binary(getattr(operator, f"__{_name}__")))
 for _name in "neg pos abs invert index".split():

@@ -7,6 +7,8 @@ the graph's own Variables. On an unchanged object none of them walks: they share
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import jax
+
 from nnx_core import filters as filterlib
 from nnx_core._changes import now
 from nnx_core._errors import FilterError, Path, StateMismatchError
@@ -15,7 +17,7 @@ from nnx_core.graph.pack import Packer, Place, Refs, Unpacker, require_graph
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import GraphDef, Leaf, VariableDef, nodes
 from nnx_core.graph.walk import recursive_map
-from nnx_core.state import State, iter_leaves, split_pairs
+from nnx_core.state import State, split_pairs
 from nnx_core.variables import Variable
 
 A = TypeVar("A")
@@ -38,7 +40,7 @@ def plan_of(node: Any, *, allow_sharing: bool = True) -> Plan:
 
 def _walk(node: Any, allow_sharing: bool = True) -> tuple[Plan, Packer]:
     stamp = now()
-    packer = Packer((None,), Refs(), allow_sharing=allow_sharing)
+    packer = Packer((None,), Refs(), allow_sharing=allow_sharing, trace_numbers=False)
     root = packer.walk(node, Place((), None, 0))
     return Plan(GraphDef(root), packer, stamp), packer
 
@@ -99,10 +101,11 @@ def split(node: Any, *filters: filterlib.Filter, graph: bool | None = None) -> t
     return graphdef, *split_pairs(pairs, filters)
 
 
-def merge(graphdef: GraphDef, state: Mapping[Any, Any] = State(), /, *states: Mapping[Any, Any], **_: bool) -> Any:  # noqa: B008  # never written
+def merge(graphdef: GraphDef, /, *states: Mapping[Any, Any], copy: bool = True, recreate_variables: bool = True) -> Any:
     """The inverse of `split`: new objects, and new Variables with the values in the States.
 
-    The Variables in the States are copied, never adopted: writing to the result does not write to them.
+    The Variables in the States are copied, never adopted: writing to the result does not write to them
+    (`copy` and `recreate_variables` are accepted for flax.nnx's callers; this is always so).
 
     Raises:
       StateMismatchError: listing all paths that are missing from the States, or that the graph has not.
@@ -117,7 +120,7 @@ def merge(graphdef: GraphDef, state: Mapping[Any, Any] = State(), /, *states: Ma
     if not isinstance(graphdef, GraphDef):
         raise TypeError(f"nnx.merge needs a GraphDef first, as nnx.split returns it; found {type(graphdef).__name__}.")
     layout = layout_of(graphdef)
-    leaves = _by_path([path for path, _, _ in layout], (state, *states), require_all=True)
+    leaves = _by_path([path for path, _, _ in layout], states, require_all=True)
     values, loose = [], []
     metadata: dict[int, Any] = {}
     for (_, index, owned), leaf in zip(layout, leaves, strict=True):
@@ -172,13 +175,18 @@ def _leaves_at(state: Any, known: Mapping[Path, Any]) -> Iterator[tuple[Path, An
             yield path, x
 
 
-def update(node: Any, state: Any, /, *states: Any) -> None:
-    """Write the values of the States into `node`, in place; States may hold a part of its paths.
+def update(node: Any, state: Any, /, *states: Any, strict: bool = False) -> None:
+    """Write the values of the States into `node`, in place.
 
-    Values may have another shape or dtype: that is up to the caller (`bridge.load_variables` is strict).
+    Args:
+      node: what is written to.
+      state, *states: States or nested mappings of Variables or arrays.
+      strict: every path of `node` must be there, with its shape and dtype. Otherwise the States may hold a part
+        of the paths, and values may have another shape or dtype (casting a model writes it that way).
 
     Raises:
-      StateMismatchError: listing all paths that `node` has not; nothing is written then.
+      StateMismatchError: listing all paths that `node` has not, and with `strict` all that are missing or have
+        another shape or dtype; nothing is written then.
 
     Example:
       >>> import nnx_core as nnx, jax
@@ -190,7 +198,9 @@ def update(node: Any, state: Any, /, *states: Any) -> None:
     require_graph(node, "update")
     plan = plan_of(node)
     layout: Layout = plan.remember("layout", lambda: layout_of(plan.graphdef))
-    leaves = _by_path([path for path, _, _ in layout], (state, *states), require_all=False)
+    leaves = _by_path([path for path, _, _ in layout], (state, *states), require_all=strict)
+    if strict:
+        _require_same_types(plan, layout, leaves)
     writes = [(path, index, leaf) for (path, index, _), leaf in zip(layout, leaves, strict=True) if leaf is not _ABSENT]
     for _, index, _ in writes:
         if index is not None:
@@ -203,6 +213,31 @@ def update(node: Any, state: Any, /, *states: Any) -> None:
                 plan.known(index).update_from_state(leaf)
         else:
             plan.known(index).set_raw_value(leaf)
+
+
+def _require_same_types(plan: Plan, layout: Layout, leaves: list[Any]) -> None:
+    [(values, _)] = plan.leaves([])
+    different = []
+    for (path, _, _), old, new in zip(layout, values, leaves, strict=True):
+        want, got = _type_text(old), _type_text(new._raw_value if isinstance(new, Variable) else new)
+        if want != got:
+            different.append((path, want, got))
+    if different:
+        raise StateMismatchError(mismatched=different)
+
+
+def _type_text(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return type(value).__name__ if jax.tree_util.all_leaves([value]) else str(jax.tree.structure(value))
+
+
+def set_metadata(node: Any, /, *, only: filterlib.Filter = Variable, **metadata: Any) -> None:
+    """Set metadata on every Variable of `node` that the filter matches."""
+    predicate = filterlib.to_predicate(only)
+    for path, x in _parts(node, None, "set_metadata")[1]:
+        if isinstance(x, Variable) and predicate(path, x):
+            x.set_metadata(**metadata)
 
 
 def _set_leaf(node: Any, path: Path, leaf: Any) -> None:
@@ -244,9 +279,8 @@ def state(node: Any, *filters: filterlib.Filter, graph: bool | None = None) -> A
 
 
 def variables(node: Any, *filters: filterlib.Filter, graph: bool | None = None) -> Any:
-    """Like `state`, but Variables only: arrays that are plain attributes are left out."""
-    pairs = [(path, x) for path, x in _parts(node, graph, "variables")[1] if isinstance(x, Variable)]
-    return _selected(pairs, filters)
+    """Another name for `state`."""
+    return state(node, *filters, graph=graph)
 
 
 def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef:
@@ -319,4 +353,3 @@ def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool 
     return Unpacker(((values, loose),), Refs()).build(structure.root, Place((), None, 0))  # type: ignore[no-any-return]
 
 
-__all__ = ["clone", "graphdef", "iter_leaves", "merge", "pop", "split", "state", "update", "variables"]

@@ -5,6 +5,7 @@ Law: what is put in comes out, under any key: items live apart from attributes a
 identity and are compared shallowly instead.
 """
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from nnx_core._trace import current_trace
 from nnx_core.graph.objects import Marked, Object
 
 A = TypeVar("A")
-_ITEMS = "_nnx_storage"
+_ITEMS = "_nnx_stored"
 
 
 def _check_trace(obj: Object) -> None:
@@ -35,7 +36,7 @@ class ListStorage(Object, MutableSequence[A], pytree=False):
 
     def __getitem__(self, index: Any) -> Any:
         items = self.__dict__[_ITEMS]
-        return type(self)(items[index]) if isinstance(index, slice) else items[index]
+        return items[index]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         _check_trace(self)
@@ -81,8 +82,9 @@ class ListStorage(Object, MutableSequence[A], pytree=False):
         self.__dict__[_ITEMS] = [items[i] for i in sorted(items)]
         touch(self)
 
+    @reprlib.recursive_repr()
     def __repr__(self) -> str:
-        return show_fields(type(self).__name__, [("", x) for x in self])
+        return show_fields(type(self).__name__, [("", x) for x in self], "[]")
 
 
 class DictStorage(Object, MutableMapping[Any, A], pytree=False):
@@ -149,6 +151,7 @@ class DictStorage(Object, MutableMapping[Any, A], pytree=False):
         items.update(changed)
         touch(self)
 
+    @reprlib.recursive_repr()
     def __repr__(self) -> str:
         return show_fields(type(self).__name__, [(f"{k!r}: ", v) for k, v in self.items()], "{}")
 

@@ -7,6 +7,7 @@ under the trace that created it. Objects are JAX pytrees too.
 
 import dataclasses
 import functools
+import reprlib
 from collections.abc import Callable, Hashable
 from typing import Annotated, Any, TypeVar
 
@@ -162,6 +163,7 @@ class Object:
         new._nnx_fill(dict(self._nnx_items()), tuple(self._nnx_marks.items()))
         return new
 
+    @reprlib.recursive_repr()
     def __repr__(self) -> str:
         size = size_of(v._raw_value for v in vars(self).values() if isinstance(v, Variable))
         fields = [(f"{k}=", v) for k, v in self._nnx_items().items()]
@@ -203,7 +205,9 @@ def _annotated_marks(cls: type) -> dict[str, str]:
 
 def is_array(x: Any) -> bool:
     """Whether `x` is something JAX treats as one array, abstract ones and Refs included."""
-    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct | jax.Ref) or hasattr(x, "__jax_array__")
+    if isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct | jax.Ref):
+        return True
+    return hasattr(x, "__jax_array__") and not isinstance(x, Variable)
 
 
 def is_data(value: Any) -> bool:
@@ -214,12 +218,42 @@ def is_data(value: Any) -> bool:
       >>> nnx.is_data([jnp.ones(2)]), nnx.is_data([1, 2])
       (True, False)
     """
-    if isinstance(value, Variable | Object) or is_array(value):
+    if isinstance(value, (Variable, Object, *_data_types)) or is_array(value):
         return True
     leaves = jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, Variable | Object))
     if len(leaves) == 1 and leaves[0] is value:
         return False
     return any(isinstance(x, Variable | Object) or is_array(x) for x in leaves)
+
+
+_data_types: list[type] = []
+
+
+def register_data_type(kind: type[T]) -> type[T]:
+    """Say that attributes of this type are data; also a decorator."""
+    if kind not in _data_types:
+        _data_types.append(kind)
+    return kind
+
+
+def dataclass(cls: type[Any] | None = None, /, **options: Any) -> Any:
+    """`dataclasses.dataclass` for modules; `nnx.data()` and `nnx.static()` are its field specifiers.
+
+    Two modules are the same only if they are one object, as without it.
+
+    Example:
+      >>> import nnx_core as nnx, jax.numpy as jnp
+      >>> @nnx.dataclass
+      ... class Scale(nnx.Module):
+      ...     factor: nnx.Param
+      ...     name: str = nnx.static(default="scale")
+      >>> Scale(nnx.Param(jnp.ones(2))).name
+      'scale'
+    """
+    options.setdefault("eq", False)
+    options.setdefault("repr", False)
+    make = dataclasses.dataclass(**options)
+    return make if cls is None else make(cls)
 
 
 def has_data(value: Any) -> bool:

@@ -134,6 +134,7 @@ class Packer:
         *,
         allow_sharing: bool = True,
         strict: bool = True,
+        trace_numbers: bool = True,
         describe: Any = None,
     ):
         self.groups = groups
@@ -147,6 +148,7 @@ class Packer:
         self.refs = refs
         self.allow_sharing = allow_sharing
         self.strict = strict
+        self.trace_numbers = trace_numbers
         self.describe = describe  # what to do to a Variable's metadata before it leaves: (metadata, value, group)
 
     def walk(self, x: Any, place: Place, owner: Owner = None) -> Element:
@@ -195,6 +197,8 @@ class Packer:
         return self._node(type(x), keys, children, None, treedef, place, owner)
 
     def _leaf(self, x: Any, place: Place, owner: Any, kind: int) -> Element:
+        if owner is None and kind == NUMBER and not self.trace_numbers:
+            return Static(type(x), x)
         if owner is None:
             group = self._group(place, x)
             self.leaves[group][1].append(x)

@@ -16,12 +16,13 @@ def place(layer: Module) -> str:
     """Where `layer` is, as one would type it: `Encoder.blocks[0].up`, or its own type where nothing holds it.
 
     A layer does not know who holds it, and a reference upwards would make a cycle of every model. The frames
-    that called it do know: the outermost `self` from which the layer can be reached is the model.
+    that called it do know: the outermost first argument from which the layer can be reached is the model.
     """
     root, path = layer, ()
     frame = sys._getframe(1)
     while frame is not None:
-        owner = frame.f_locals.get("self")
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if isinstance(owner, Module) and owner is not root:
             root, path = next(((owner, p) for p, node in iter_graph(owner) if node is layer), (root, path))
         frame = frame.f_back

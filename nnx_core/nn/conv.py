@@ -123,9 +123,7 @@ class Conv(Module):
         self.kernel = Param(kernel_init(rngs.params(), self.kernel_shape, param_dtype), **kernel_metadata)
         # `data`: without a bias the place stays one where a Param may be put later.
         self.bias: Param | None = data(
-            Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
-            if use_bias
-            else None
+            Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata) if use_bias else None
         )
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
@@ -156,9 +154,7 @@ class Conv(Module):
             kernel = kernel * self.mask
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
         element_type = (
-            {}
-            if self.preferred_element_type is None
-            else {"preferred_element_type": self.preferred_element_type}
+            {} if self.preferred_element_type is None else {"preferred_element_type": self.preferred_element_type}
         )
         y = self.conv_general_dilated(
             inputs,
@@ -180,11 +176,7 @@ class Conv(Module):
 
 def _hashable(option: Any) -> Any:
     """Lists as tuples, at every depth: options are part of the key of a compiled function."""
-    return (
-        tuple(map(_hashable, option))
-        if isinstance(option, Sequence) and not isinstance(option, str)
-        else option
-    )
+    return tuple(map(_hashable, option)) if isinstance(option, Sequence) and not isinstance(option, str) else option
 
 
 def _each_axis(option: PerAxis, rank: int) -> tuple[int, ...]:

@@ -52,9 +52,7 @@ class Dropout(Module):
         rngs: Rngs | RngStream | None = None,
     ):
         if not 0 <= rate <= 1:
-            raise OptionError(
-                self, "rate", "a probability in [0, 1]", rate, "It is the rate to drop, not to keep."
-            )
+            raise OptionError(self, "rate", "a probability in [0, 1]", rate, "It is the rate to drop, not to keep.")
         self.rate = rate
         self.broadcast_dims = tuple(broadcast_dims)
         self.deterministic = deterministic
@@ -123,3 +121,12 @@ class Dropout(Module):
         mask = jax.random.bernoulli(self._next_key(rngs), p=keep, shape=tuple(shape))
         mask = jnp.broadcast_to(mask, inputs.shape)
         return lax.select(mask, inputs / keep, jnp.zeros_like(inputs))
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` sets.
+
+        Args:
+          deterministic: True returns inputs as they are, False drops, None leaves it as it is.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic

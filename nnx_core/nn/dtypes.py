@@ -51,9 +51,7 @@ def canonicalize_dtype(*args: ArrayLike | None, dtype: Dtype | None = None, inex
     return dtype
 
 
-def promote_dtype(
-    args: Sequence[ArrayLike | None], /, *, dtype: Dtype | None = None, inexact: bool = True
-) -> Any:
+def promote_dtype(args: Sequence[ArrayLike | None], /, *, dtype: Dtype | None = None, inexact: bool = True) -> Any:
     """`args` as arrays of one dtype, which `canonicalize_dtype` chooses; None stays None.
 
     Unlike `flax.linen.dtypes.promote_dtype` it takes one tuple, not several arguments.

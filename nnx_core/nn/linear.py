@@ -78,9 +78,7 @@ class Linear(Module):
         self.kernel = Param(kernel_init(rngs.params(), shape, param_dtype), **kernel_metadata)
         # `data`: without a bias the place stays one where a Param may be put later.
         self.bias: Param | None = data(
-            Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
-            if use_bias
-            else None
+            Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata) if use_bias else None
         )
         self.in_features = in_features
         self.out_features = out_features
@@ -117,9 +115,7 @@ class Linear(Module):
             )
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
         element_type = (
-            {}
-            if self.preferred_element_type is None
-            else {"preferred_element_type": self.preferred_element_type}
+            {} if self.preferred_element_type is None else {"preferred_element_type": self.preferred_element_type}
         )
         y = self.dot_general(
             inputs,

@@ -152,6 +152,15 @@ class BatchNorm(Module):
         shape = _broadcastable(x.shape, feature_axes)
         return _normalize(self, x, mean.reshape(shape), var.reshape(shape), scale, bias, shape)
 
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What `nnx.view` sets.
+
+        Args:
+          use_running_average: True in evaluation, False in training, None leaves it as it is.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
 
 class LayerNorm(Module):
     """Normalizes each example over its features (Ba et al. 2016, https://arxiv.org/abs/1607.06450).
@@ -289,9 +298,7 @@ def _feature_axes(layer: Any, shape: tuple[int, ...], axes: Axes, size: int | No
     found = 1
     for axis in axes:
         if not -rank <= axis < rank:
-            raise InputShapeError(
-                layer, f"with an axis {axis}", shape, "Give it that axis, or the layer another one."
-            )
+            raise InputShapeError(layer, f"with an axis {axis}", shape, "Give it that axis, or the layer another one.")
         found *= shape[axis]
     if size is not None and found != size:
         raise InputShapeError(
@@ -314,9 +321,7 @@ def _squared(x: jax.Array) -> jax.Array:
     return lax.square(x)
 
 
-def _moments(
-    layer: Any, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def _moments(layer: Any, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Mean and biased variance of `x` over `axes`, in at least float32, without those axes.
 
     Over a mapped axis each index has the same weight, masked or not. The one-pass variance can come out below

@@ -73,13 +73,18 @@ class Optimizer(Object):
       (0.10000000149011612, 1)
     """
 
-    def __init__(self, model: Any, tx: optax.GradientTransformation, *, wrt: filterlib.Filter = Param):
+    def __init__(self, model: Any, tx: optax.GradientTransformation, *, wrt: filterlib.Filter = None):
+        if wrt is None:
+            raise OptimizerError(
+                "Expected wrt=, the filter of the Variables to optimize (usually nnx.Param). update() takes (model,"
+                " grads); for the older update(grads) use nnx.ModelAndOptimizer."
+            )
         self.step = OptState(jnp.array(0, jnp.uint32))
         self.tx = tx
         self.wrt = wrt
         self.opt_state = _to_state(tx.init(_copied(state_of(model, wrt))))
 
-    def update(self, model: Any, grads: Any, **kwargs: Any) -> None:
+    def update(self, model: Any, grads: Any = None, /, **kwargs: Any) -> None:
         """One step: write the new values into the Variables of `model` and the new state into this object.
 
         Args:

@@ -5,14 +5,17 @@ mapped may be read, and written only with what does not depend on the mapped one
 the mapped axis inside and get it back outside; an axis without a name is None.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
 
-from nnx_core._errors import MetadataError
+from nnx_core._errors import MetadataError, StructureError, show_paths
+from nnx_core.graph.pack import After
+from nnx_core.graph.structure import GraphDef, VariableDef, nodes
 from nnx_core.transforms.groups import distinct
-from nnx_core.transforms.lift import Lifted, dressed, optional_decorator, unbound
+from nnx_core.transforms.lift import Lifted, by_position, dressed, name_of, optional_decorator, unbound
 from nnx_core.variables import AXIS_NAMES, Variable, new_variable
 
 PARTITION_NAME = "partition_name"
@@ -31,7 +34,7 @@ class AxisMetadata:
             return v._var_metadata
         index = axis if axis >= 0 else axis + _rank(v) + 1
         names = v._var_metadata.get(AXIS_NAMES)
-        if self.named and names and index < len(names) and names[index] != self.name:
+        if self.named and names and index < len(names) and names[index] not in (None, self.name):
             raise MetadataError(
                 f"Axis {index} of a {type(v).__name__} with axis names {tuple(names)} is mapped under the name"
                 f" {self.name!r}, found {names[index]!r}. Give transform_metadata the name the axis has."
@@ -57,6 +60,35 @@ def _changed(v: Variable[Any], method: str, index: int, name: Any) -> dict[str, 
     return copy._var_metadata
 
 
+def _run(lifted: Lifted, options: dict[str, Any], *packed: Any) -> Any:
+    done: list[After] = []
+
+    def pure(*packed: Any) -> Any:
+        out = lifted.pure(*packed)
+        done.append(out[0])
+        return out
+
+    groups: Any = lifted.groups
+    try:
+        return jax.vmap(pure, (None, *groups), (None, *groups), **options)(*packed)
+    except ValueError as error:
+        if done and "output was batched" in str(error):
+            raise _batched_error(lifted, packed[0], done[0], error) from error
+        raise
+
+
+def _batched_error(lifted: Lifted, graphdef: GraphDef, after: After, error: ValueError) -> Exception:
+    shared = [i for i, _, group in after.variables if group is not None and lifted.groups[group] is None]
+    paths = [path for path, d in nodes(graphdef.root) if type(d) is VariableDef and d.index in shared]
+    if not paths:
+        return error
+    return StructureError(
+        f"vmap: {name_of(lifted.f)} wrote a value that depends on a mapped axis to a Variable that is not mapped"
+        f" (axis None), one of:{show_paths((('args', 'kwargs')[p[0]], *p[1:]) for p in paths)}\n"
+        "Map the Variable (nnx.StateAxes), or reduce the value over the axis first."
+    )
+
+
 @optional_decorator
 def vmap(
     f: Callable[..., Any],
@@ -74,7 +106,7 @@ def vmap(
 
     Args:
       in_axes: an axis, or one for each positional argument: int, None, StateAxes, or a prefix of these.
-        Keyword arguments are mapped along axis 0, as in JAX.
+        Arguments passed by keyword have the axis of their position; keyword-only ones axis 0, as in JAX.
       out_axes: likewise for the result.
       transform_metadata: {nnx.PARTITION_NAME: name} names the mapped axis in the Variables' axis names.
 
@@ -103,9 +135,10 @@ def vmap(
         lifted = Lifted(
             function, groups, inputs, out_axes, 0, enter=metadata.enter, leave=metadata.leave, strict=True, **shared
         )
-        return lifted, jax.vmap(lifted.pure, (None, *groups), (None, *groups), **options)
+        return lifted, functools.partial(_run, lifted, options)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = by_position(function, args, kwargs)
         if len(args) not in forms:
             forms[len(args)] = make(len(args))
         lifted, run = forms[len(args)]

@@ -86,7 +86,7 @@ class _Jit:
         shared = {"sharing": self.sharing, "updates": self.updates}
         if self.simple:
             lifted = Lifted(self.f, (PLAIN,), PLAIN, PLAIN, PLAIN, **shared)
-            return lifted, jax.jit(lifted.pure, **self.options)
+            return lifted, jax.jit(lifted.named, **self.options)
         inputs = tuple(self.spec(i, x) for i, x in enumerate(args))
         keywords = {k: self.keyword(k) for k in kwargs}
         outputs = _placed(self.out_shardings, donated=False)
@@ -99,7 +99,7 @@ class _Jit:
             options["in_shardings"] = shardings
         if self.out_shardings is not None or self.in_shardings is not None:
             options["out_shardings"] = shardings
-        return lifted, jax.jit(lifted.pure, **options)
+        return lifted, jax.jit(lifted.named, **options)
 
     def spec(self, position: int, _: Any) -> Any:
         if position in self.static.positions:
@@ -117,11 +117,35 @@ class _Jit:
         lifted, run = self.form(args, kwargs)
         return lifted.call(run, args, kwargs)
 
-    def stage(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`jax.jit`'s `lower`, `trace` or `eval_shape` of the compiled function."""
+    def stage(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Stage":
+        """`jax.jit`'s `lower` or `trace` of the compiled function."""
         lifted, run = self.form(args, kwargs)
         plan, packer = lifted.pack(args, kwargs)
-        return getattr(run, name)(plan.graphdef, *packer.leaves)
+        return Stage(lifted, getattr(run, name)(plan.graphdef, *packer.leaves), self.owner)
+
+
+class Stage:
+    """A traced, lowered or compiled function of modules; what it has not itself, the `jax.stages` object has.
+
+    `compile()` gives a Stage that can be called with the arguments it was lowered for.
+    """
+
+    def __init__(self, lifted: Lifted, stage: Any, owner: tuple[Any, ...]):
+        self._lifted, self._stage, self._owner = lifted, stage, owner
+
+    def lower(self, **options: Any) -> "Stage":
+        """`jax.stages.Traced.lower`."""
+        return Stage(self._lifted, self._stage.lower(**options), self._owner)
+
+    def compile(self, *args: Any, **options: Any) -> "Stage":
+        """`jax.stages.Lowered.compile`."""
+        return Stage(self._lifted, self._stage.compile(*args, **options), self._owner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._lifted.call(self._stage, (*self._owner, *args), kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stage, name)
 
 
 @optional_decorator
@@ -175,8 +199,9 @@ def jit(
         return lifted.call(run, args, kwargs)
 
     call = dressed(call, fun, owner)
-    for stage in ("lower", "trace", "eval_shape"):
+    for stage in ("lower", "trace"):
         setattr(call, stage, lambda *a, _stage=stage, **k: wrapped.stage(_stage, (*owner, *a), k))
+    call.eval_shape = lambda *a, **k: eval_shape(fun, *a, **k)  # type: ignore[attr-defined]  # as jax.jit has it
     call.clear_cache = lambda: [  # type: ignore[attr-defined]  # an attribute of a function, as jax.jit has it
         (run.clear_cache(), lifted.plans.clear()) for lifted, run in wrapped.forms.values()
     ] and None

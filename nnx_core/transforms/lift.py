@@ -87,6 +87,17 @@ class Lifted:
         root = Node(tuple, None, (0, 1), children, None, None)
         return Plan(GraphDef(root), packer, stamp), packer
 
+    @property
+    def named(self) -> Callable[..., Any]:
+        """`pure` under the name of f, which is what profiles, jaxprs and HLO show."""
+
+        def pure(*packed: Any) -> tuple[Any, ...]:
+            return self.pure(*packed)
+
+        name = getattr(self.f, "__name__", None) or type(self.f).__name__
+        pure.__name__ = pure.__qualname__ = name
+        return pure
+
     def bind(self, run: Run) -> Callable[..., Any]:
         """f again, on objects; `run` is `pure` under some JAX transform."""
 
@@ -152,6 +163,16 @@ def dressed(call: Callable[..., Any], f: Callable[..., Any], owner: tuple[Any, .
         return call(*owner, *args, **kwargs)
 
     return functools.update_wrapper(bound, looks)
+
+
+def by_position(
+    f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) with everything by position that can be."""
+    if not kwargs:
+        return args, kwargs
+    bound = inspect.signature(f).bind(*args, **kwargs)
+    return bound.args, bound.kwargs
 
 
 def positional(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -4,109 +4,260 @@ The public list, nothing else: names, signatures and documented behaviour are th
 """
 
 from nnx_core import filters as filterlib
-from nnx_core import graph as graph
+from nnx_core import graph
 from nnx_core import rngs as rnglib
 from nnx_core import state as statelib
 from nnx_core import variables as variablelib
-from nnx_core._errors import NnxError as NnxError
-from nnx_core.filters import All as All
-from nnx_core.filters import Any as Any
-from nnx_core.filters import Everything as Everything
-from nnx_core.filters import ExactType as ExactType
-from nnx_core.filters import Not as Not
-from nnx_core.filters import Nothing as Nothing
-from nnx_core.filters import OfType as OfType
-from nnx_core.filters import PathContains as PathContains
-from nnx_core.filters import PathIn as PathIn
-from nnx_core.filters import PathRegex as PathRegex
-from nnx_core.filters import WithTag as WithTag
-from nnx_core.graph.api import clone as clone
-from nnx_core.graph.api import graphdef as graphdef
-from nnx_core.graph.api import merge as merge
-from nnx_core.graph.api import pop as pop
-from nnx_core.graph.api import set_metadata as set_metadata
-from nnx_core.graph.api import split as split
-from nnx_core.graph.api import state as state
-from nnx_core.graph.api import update as update
-from nnx_core.graph.api import variables as variables
-from nnx_core.graph.objects import Data as Data
-from nnx_core.graph.objects import Object as Object
-from nnx_core.graph.objects import Static as Static
-from nnx_core.graph.objects import data as data
-from nnx_core.graph.objects import dataclass as dataclass
-from nnx_core.graph.objects import has_data as has_data
-from nnx_core.graph.objects import is_data as is_data
-from nnx_core.graph.objects import register_data_type as register_data_type
-from nnx_core.graph.objects import static as static
-from nnx_core.graph.structure import GraphDef as GraphDef
-from nnx_core.graph.walk import find_duplicates as find_duplicates
-from nnx_core.graph.walk import iter_children as iter_children
-from nnx_core.graph.walk import iter_graph as iter_graph
-from nnx_core.graph.walk import recursive_map as recursive_map
-from nnx_core.kinds import BatchStat as BatchStat
-from nnx_core.kinds import Cache as Cache
-from nnx_core.kinds import Intermediate as Intermediate
-from nnx_core.kinds import OptArray as OptArray
-from nnx_core.kinds import OptState as OptState
-from nnx_core.kinds import OptVariable as OptVariable
-from nnx_core.kinds import Param as Param
-from nnx_core.kinds import Perturbation as Perturbation
-from nnx_core.kinds import RngCount as RngCount
-from nnx_core.kinds import RngKey as RngKey
-from nnx_core.kinds import RngState as RngState
-from nnx_core.kinds import register_variable_name as register_variable_name
-from nnx_core.kinds import variable_name_from_type as variable_name_from_type
-from nnx_core.kinds import variable_type_from_name as variable_type_from_name
-from nnx_core.module import Dict as Dict
-from nnx_core.module import List as List
-from nnx_core.module import Module as Module
-from nnx_core.module import Sequential as Sequential
-from nnx_core.module import iter_modules as iter_modules
-from nnx_core.nn import activations as activations
-from nnx_core.nn import initializers as initializers
-from nnx_core.nn.activations import *  # noqa: F403  # all activations are public
-from nnx_core.nn.activations import PReLU as PReLU
-from nnx_core.nn.conv import Conv as Conv
-from nnx_core.nn.dropout import Dropout as Dropout
-from nnx_core.nn.embed import Embed as Embed
-from nnx_core.nn.linear import Linear as Linear
-from nnx_core.nn.norm import BatchNorm as BatchNorm
-from nnx_core.nn.norm import LayerNorm as LayerNorm
-from nnx_core.optim.optimizer import ModelAndOptimizer as ModelAndOptimizer
-from nnx_core.optim.optimizer import Optimizer as Optimizer
-from nnx_core.rngs import RngStream as RngStream
-from nnx_core.rngs import Rngs as Rngs
-from nnx_core.rngs import fork_rngs as fork_rngs
-from nnx_core.rngs import reseed as reseed
-from nnx_core.rngs import restore_rngs as restore_rngs
-from nnx_core.rngs import split_rngs as split_rngs
-from nnx_core.state import EmptyState as EmptyState
-from nnx_core.state import FlatState as FlatState
-from nnx_core.state import GraphState as GraphState
-from nnx_core.state import State as State
-from nnx_core.state import filter_state as filter_state
-from nnx_core.state import from_flat_state as from_flat_state
-from nnx_core.state import map_state as map_state
-from nnx_core.state import merge_state as merge_state
-from nnx_core.state import replace_by_pure_dict as replace_by_pure_dict
-from nnx_core.state import restore_int_paths as restore_int_paths
-from nnx_core.state import split_state as split_state
-from nnx_core.state import to_flat_state as to_flat_state
-from nnx_core.state import to_nested_state as to_nested_state
-from nnx_core.state import to_pure_dict as to_pure_dict
-from nnx_core.transforms.autodiff import grad as grad
-from nnx_core.transforms.autodiff import remat as remat
-from nnx_core.transforms.autodiff import value_and_grad as value_and_grad
-from nnx_core.transforms.batch import PARTITION_NAME as PARTITION_NAME
-from nnx_core.transforms.batch import vmap as vmap
-from nnx_core.transforms.compile import eval_shape as eval_shape
-from nnx_core.transforms.compile import jit as jit
-from nnx_core.transforms.groups import Carry as Carry
-from nnx_core.transforms.groups import DiffState as DiffState
-from nnx_core.transforms.groups import StateAxes as StateAxes
-from nnx_core.transforms.groups import StateSharding as StateSharding
-from nnx_core.transforms.loops import scan as scan
-from nnx_core.variables import Variable as Variable
-from nnx_core.variables import VariableMetadata as VariableMetadata
-from nnx_core.variables import with_metadata as with_metadata
+from nnx_core._errors import NnxError
+from nnx_core.filters import (
+    All,
+    Any,
+    Everything,
+    ExactType,
+    Not,
+    Nothing,
+    OfType,
+    PathContains,
+    PathIn,
+    PathRegex,
+    WithTag,
+)
+from nnx_core.graph.api import clone, graphdef, merge, pop, set_metadata, split, state, update, variables
+from nnx_core.graph.objects import Data, Object, Static, data, dataclass, has_data, is_data, register_data_type, static
 from nnx_core.graph.objects import Object as Pytree
+from nnx_core.graph.structure import GraphDef
+from nnx_core.graph.walk import find_duplicates, iter_children, iter_graph, recursive_map
+from nnx_core.kinds import (
+    BatchStat,
+    Cache,
+    Intermediate,
+    OptArray,
+    OptState,
+    OptVariable,
+    Param,
+    Perturbation,
+    RngCount,
+    RngKey,
+    RngState,
+    register_variable_name,
+    variable_name_from_type,
+    variable_type_from_name,
+)
+from nnx_core.module import Dict, List, Module, Sequential, iter_modules
+from nnx_core.nn import activations, initializers
+from nnx_core.nn.activations import (
+    PReLU,
+    celu,
+    elu,
+    gelu,
+    glu,
+    hard_sigmoid,
+    hard_silu,
+    hard_swish,
+    hard_tanh,
+    identity,
+    leaky_relu,
+    log_sigmoid,
+    log_softmax,
+    logsumexp,
+    one_hot,
+    relu,
+    relu6,
+    selu,
+    sigmoid,
+    silu,
+    soft_sign,
+    softmax,
+    softplus,
+    standardize,
+    swish,
+    tanh,
+)
+from nnx_core.nn.conv import Conv
+from nnx_core.nn.dropout import Dropout
+from nnx_core.nn.embed import Embed
+from nnx_core.nn.linear import Linear
+from nnx_core.nn.norm import BatchNorm, LayerNorm
+from nnx_core.optim.optimizer import ModelAndOptimizer, Optimizer
+from nnx_core.rngs import Rngs, RngStream, fork_rngs, reseed, restore_rngs, split_rngs
+from nnx_core.state import (
+    EmptyState,
+    FlatState,
+    GraphState,
+    State,
+    filter_state,
+    from_flat_state,
+    map_state,
+    merge_state,
+    replace_by_pure_dict,
+    restore_int_paths,
+    split_state,
+    to_flat_state,
+    to_nested_state,
+    to_pure_dict,
+)
+from nnx_core.transforms.autodiff import grad, remat, value_and_grad
+from nnx_core.transforms.batch import PARTITION_NAME, vmap
+from nnx_core.transforms.compile import eval_shape, jit
+from nnx_core.transforms.groups import Carry, DiffState, StateAxes, StateSharding
+from nnx_core.transforms.loops import scan
+from nnx_core.variables import Variable, VariableMetadata, with_metadata
+
+__all__ = [
+    # rooms
+    "filterlib",
+    "graph",
+    "rnglib",
+    "statelib",
+    "variablelib",
+    # _errors
+    "NnxError",
+    # filters
+    "All",
+    "Any",
+    "Everything",
+    "ExactType",
+    "Not",
+    "Nothing",
+    "OfType",
+    "PathContains",
+    "PathIn",
+    "PathRegex",
+    "WithTag",
+    # graph.api
+    "clone",
+    "graphdef",
+    "merge",
+    "pop",
+    "set_metadata",
+    "split",
+    "state",
+    "update",
+    "variables",
+    # graph.objects
+    "Data",
+    "Object",
+    "Pytree",
+    "Static",
+    "data",
+    "dataclass",
+    "has_data",
+    "is_data",
+    "register_data_type",
+    "static",
+    # graph.structure
+    "GraphDef",
+    # graph.walk
+    "find_duplicates",
+    "iter_children",
+    "iter_graph",
+    "recursive_map",
+    # kinds
+    "BatchStat",
+    "Cache",
+    "Intermediate",
+    "OptArray",
+    "OptState",
+    "OptVariable",
+    "Param",
+    "Perturbation",
+    "RngCount",
+    "RngKey",
+    "RngState",
+    "register_variable_name",
+    "variable_name_from_type",
+    "variable_type_from_name",
+    # module
+    "Dict",
+    "List",
+    "Module",
+    "Sequential",
+    "iter_modules",
+    # nn
+    "activations",
+    "initializers",
+    # nn.activations
+    "PReLU",
+    "celu",
+    "elu",
+    "gelu",
+    "glu",
+    "hard_sigmoid",
+    "hard_silu",
+    "hard_swish",
+    "hard_tanh",
+    "identity",
+    "leaky_relu",
+    "log_sigmoid",
+    "log_softmax",
+    "logsumexp",
+    "one_hot",
+    "relu",
+    "relu6",
+    "selu",
+    "sigmoid",
+    "silu",
+    "soft_sign",
+    "softmax",
+    "softplus",
+    "standardize",
+    "swish",
+    "tanh",
+    # nn.conv
+    "Conv",
+    # nn.dropout
+    "Dropout",
+    # nn.embed
+    "Embed",
+    # nn.linear
+    "Linear",
+    # nn.norm
+    "BatchNorm",
+    "LayerNorm",
+    # optim.optimizer
+    "ModelAndOptimizer",
+    "Optimizer",
+    # rngs
+    "RngStream",
+    "Rngs",
+    "fork_rngs",
+    "reseed",
+    "restore_rngs",
+    "split_rngs",
+    # state
+    "EmptyState",
+    "FlatState",
+    "GraphState",
+    "State",
+    "filter_state",
+    "from_flat_state",
+    "map_state",
+    "merge_state",
+    "replace_by_pure_dict",
+    "restore_int_paths",
+    "split_state",
+    "to_flat_state",
+    "to_nested_state",
+    "to_pure_dict",
+    # transforms.autodiff
+    "grad",
+    "remat",
+    "value_and_grad",
+    # transforms.batch
+    "PARTITION_NAME",
+    "vmap",
+    # transforms.compile
+    "eval_shape",
+    "jit",
+    # transforms.groups
+    "Carry",
+    "DiffState",
+    "StateAxes",
+    "StateSharding",
+    # transforms.loops
+    "scan",
+    # variables
+    "Variable",
+    "VariableMetadata",
+    "with_metadata",
+]

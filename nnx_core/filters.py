@@ -13,7 +13,8 @@ from nnx_core._errors import FilterError
 
 PathParts = tuple[Hashable, ...]
 Predicate = Callable[[PathParts, AnyType], bool]
-#: What users may write: a type, a tag, `...`/True, None/False, a predicate, or a list/tuple (any of them).
+#: What users may write: a type, a tag, `...`/True, None/False, a predicate, a compiled regular expression of the
+#: path, or a list/tuple (any of them).
 Filter = AnyType
 
 
@@ -40,6 +41,8 @@ def to_predicate(filter: Filter) -> Predicate:
         return filter
     if isinstance(filter, list | tuple):
         return Any(*filter)
+    if isinstance(filter, re.Pattern):
+        return PathRegex(filter)
     raise FilterError(
         f"Expected a filter (a type, a tag, ..., a bool, None, a predicate, or a list of these), found {filter!r}."
     )
@@ -103,14 +106,16 @@ class PathIn:
 
 @dataclass(frozen=True)
 class PathRegex:
-    """Values whose path, joined by `/`, matches `pattern` in full.
+    r"""Values whose path, joined by `/`, matches `pattern` (a string, or a compiled pattern) in full.
+
+    A compiled pattern is a filter by itself: `nnx.state(model, re.compile(r"encoder/.*"))`.
 
     Example:
-      >>> PathRegex(r"layers/\\d+/kernel")(("layers", 3, "kernel"), None)
+      >>> PathRegex(r"layers/\d+/kernel")(("layers", 3, "kernel"), None)
       True
     """
 
-    pattern: str
+    pattern: str | re.Pattern[str]
 
     def __call__(self, path: PathParts, value: AnyType) -> bool:
         return re.fullmatch(self.pattern, "/".join(map(str, path))) is not None

@@ -26,6 +26,7 @@ class Module(Object):
       >>> class Model(nnx.Module):
       ...     def __init__(self, rngs):
       ...         self.layers = [nnx.Linear(2, 2, rngs=rngs) for _ in range(3)]
+      ...
       ...     def __call__(self, x):
       ...         for layer in self.layers:
       ...             x = layer(x)
@@ -82,9 +83,7 @@ class Module(Object):
 
     def train(self, **attributes: Any) -> None:
         """Set training mode on all submodules: deterministic=False, use_running_average=False."""
-        self.set_attributes(
-            deterministic=False, use_running_average=False, **attributes, raise_if_not_found=False
-        )
+        self.set_attributes(deterministic=False, use_running_average=False, **attributes, raise_if_not_found=False)
 
     def eval(self, **attributes: Any) -> None:
         """Set evaluation mode on all submodules: deterministic=True, use_running_average=True."""

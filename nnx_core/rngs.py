@@ -22,14 +22,14 @@ from nnx_core.variables import Variable
 
 RngValue = Any  # an int seed, a key (typed or raw), or a Variable with one
 _SAMPLERS = (
-    "ball bernoulli beta binomial bits categorical cauchy chisquare choice dirichlet double_sided_maxwell"
-    " exponential f gamma generalized_normal geometric gumbel laplace loggamma logistic lognormal maxwell multinomial"
-    " multivariate_normal normal orthogonal pareto permutation poisson rademacher randint rayleigh t triangular"
-    " truncated_normal uniform wald weibull_min"
+    "ball bernoulli beta binomial bits categorical cauchy chisquare choice dirichlet double_sided_maxwell "
+    "exponential f gamma generalized_normal geometric gumbel laplace loggamma logistic lognormal maxwell "
+    "multinomial multivariate_normal normal orthogonal pareto permutation poisson rademacher randint rayleigh "
+    "t triangular truncated_normal uniform wald weibull_min"
 ).split()
 _INITIALIZERS = (
-    "delta_orthogonal glorot_normal glorot_uniform he_normal he_uniform kaiming_normal kaiming_uniform lecun_normal"
-    " lecun_uniform variance_scaling xavier_normal xavier_uniform"
+    "delta_orthogonal glorot_normal glorot_uniform he_normal he_uniform kaiming_normal kaiming_uniform "
+    "lecun_normal lecun_uniform variance_scaling xavier_normal xavier_uniform"
 ).split()
 
 

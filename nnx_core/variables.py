@@ -407,6 +407,8 @@ for _name in _BINARY.split():
     _op = getattr(operator, f"__{_name}__")
     setattr(Variable, f"__{_name}__", _binary(_op))
     setattr(Variable, f"__r{_name}__", _reflected(_op))
+
+
 def _in_place(symbol: str) -> Callable[[Any, Any], Any]:
     def method(self: Any, other: Any) -> Any:
         raise InPlaceError(type(self).__name__, symbol)
@@ -417,9 +419,9 @@ def _in_place(symbol: str) -> Callable[[Any, Any], Any]:
 _SYMBOLS = "+ - * @ / // % ** << >> & | ^"
 for _name, _symbol in zip(_BINARY.split(), _SYMBOLS.split(), strict=True):
     setattr(Variable, f"__i{_name}__", _in_place(_symbol))
-for _name in "eq ne lt le gt ge".split():
+for _name in ["eq", "ne", "lt", "le", "gt", "ge"]:
     setattr(Variable, f"__{_name}__", _binary(getattr(operator, f"__{_name}__")))
-for _name in "neg pos abs invert index".split():
+for _name in ["neg", "pos", "abs", "invert", "index"]:
     setattr(Variable, f"__{_name}__", _unary(getattr(operator, f"__{_name}__")))
 for _name, _op in {"int": int, "float": float, "complex": complex, "bool": bool, "round": round}.items():
     setattr(Variable, f"__{_name}__", _unary(_op))

@@ -1,0 +1,1 @@
+"""The object graph: what it is, how it is taken apart and put together again."""

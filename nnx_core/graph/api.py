@@ -47,10 +47,10 @@ def _walk(node: Any, allow_sharing: bool = True) -> tuple[Plan, Packer]:
 
 def layout_of(graphdef: GraphDef) -> Layout:
     """Where the leaves of a structure are, in walking order."""
-    found = []
+    found: list[tuple[Path, int | None, bool]] = []
     for path, d in nodes(graphdef.root):
         if type(d) is VariableDef:
-            found.append((path, d.index, True))
+            found.append((path, d.id, True))
         elif type(d) is Leaf:
             found.append((path, None, d.owned))
     return tuple(found)
@@ -121,7 +121,8 @@ def merge(graphdef: GraphDef, /, *states: Mapping[Any, Any], copy: bool = True, 
         raise TypeError(f"nnx.merge needs a GraphDef first, as nnx.split returns it; found {type(graphdef).__name__}.")
     layout = layout_of(graphdef)
     leaves = _by_path([path for path, _, _ in layout], states, require_all=True)
-    values, loose = [], []
+    values: list[Any] = []
+    loose: list[Any] = []
     metadata: dict[int, Any] = {}
     for (_, index, owned), leaf in zip(layout, leaves, strict=True):
         if isinstance(leaf, Variable):
@@ -272,8 +273,8 @@ def state(node: Any, *filters: filterlib.Filter, graph: bool | None = None) -> A
 
     Example:
       >>> import nnx_core as nnx
-      >>> nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
-      State{'bias': Param(float32[3]), 'kernel': Param(float32[2,3])}
+      >>> nnx.state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Param)
+      State({'bias': Param(float32[3] [0., 0., 0.]), 'kernel': Param(float32[4,3])})
     """
     return _selected(_parts(node, graph, "state")[1], filters)
 
@@ -302,7 +303,7 @@ def pop(node: Any, *filters: filterlib.Filter) -> Any:
       >>> model = Model()
       >>> model(jnp.ones(2))
       >>> nnx.pop(model, nnx.Intermediate)
-      State{'x': Intermediate((Array([1., 1.], dtype=float32),))}
+      State({'x': Intermediate((Array([1., 1.], dtype=float32),))})
       >>> hasattr(model, "x")
       False
     """
@@ -343,13 +344,12 @@ def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool 
     """
     require_graph(node, "clone")
     if not variables:
-        return recursive_map(lambda _, x: x, node)  # type: ignore[no-any-return]  # a copy of node's type
+        return recursive_map(lambda _, x: x, node)
     structure, pairs = _parts(node, graph, "clone")
     layout = layout_of(structure)
-    values, loose = [], []
+    values: list[Any] = []
+    loose: list[Any] = []
     for (_, _, owned), (_, leaf) in zip(layout, pairs, strict=True):
         value = leaf._raw_value if isinstance(leaf, Variable) else leaf
         (values if owned else loose).append(value.copy() if arrays and hasattr(value, "copy") else value)
-    return Unpacker(((values, loose),), Refs()).build(structure.root, Place((), None, 0))  # type: ignore[no-any-return]
-
-
+    return Unpacker(((values, loose),), Refs()).build(structure.root, Place((), None, 0))

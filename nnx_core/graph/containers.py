@@ -19,6 +19,10 @@ A = TypeVar("A")
 _ITEMS = "_nnx_stored"
 
 
+def _unmarked(x: Any) -> Any:
+    return x.value if type(x) is Marked else x
+
+
 def _check_trace(obj: Object) -> None:
     if obj._nnx_trace != current_trace():
         raise TraceError(f"an item of {type(obj).__name__}")
@@ -32,7 +36,7 @@ class ListStorage(Object, MutableSequence[A], pytree=False):
     """
 
     def __init__(self, items: Iterable[A] = (), /):
-        self.__dict__[_ITEMS] = [x.value if type(x) is Marked else x for x in items]
+        self.__dict__[_ITEMS] = [_unmarked(x) for x in items]
 
     def __getitem__(self, index: Any) -> Any:
         items = self.__dict__[_ITEMS]
@@ -97,7 +101,7 @@ class DictStorage(Object, MutableMapping[Any, A], pytree=False):
 
     def __init__(self, mapping: Mapping[Any, A] | Iterable[tuple[Any, A]] = (), /, **items: A):
         new = {**dict(mapping), **items}
-        self.__dict__[_ITEMS] = {k: x.value if type(x) is Marked else x for k, x in new.items()}
+        self.__dict__[_ITEMS] = {k: _unmarked(x) for k, x in new.items()}
 
     def __getitem__(self, key: Any) -> A:
         return self.__dict__[_ITEMS][key]
@@ -136,7 +140,7 @@ class DictStorage(Object, MutableMapping[Any, A], pytree=False):
     __hash__ = object.__hash__
 
     def _nnx_items(self) -> dict[Any, Any]:
-        return self.__dict__[_ITEMS]  # type: ignore[no-any-return]  # __dict__ is dict[str, Any]
+        return self.__dict__[_ITEMS]
 
     def _nnx_storage(self) -> Any:
         return self.__dict__[_ITEMS]

@@ -7,6 +7,7 @@ under the trace that created it. Objects are JAX pytrees too.
 
 import dataclasses
 import functools
+import inspect
 import reprlib
 from collections.abc import Callable, Hashable
 from typing import Annotated, Any, TypeVar
@@ -56,7 +57,7 @@ def data(value: Any = MISSING, /, **field_options: Any) -> Any:
       ...     def __init__(self):
       ...         self.count = nnx.data(0)
       >>> nnx.state(Counter())
-      State{'count': 0}
+      State({'count': 0})
     """
     return _mark(_DATA, value, field_options)
 
@@ -194,7 +195,7 @@ def create(kind: type[Any]) -> Any:
 
 def _annotated_marks(cls: type) -> dict[str, str]:
     marks: dict[str, str] = {}
-    for name, annotation in cls.__dict__.get("__annotations__", {}).items():
+    for name, annotation in inspect.get_annotations(cls).items():
         mark = getattr(annotation, "__metadata__", (None,))[0]
         if mark in (_DATA, _STATIC):
             marks[name] = mark
@@ -308,4 +309,3 @@ def copy_variables(tree: Any) -> Any:
         tree,
         is_leaf=lambda x: isinstance(x, Variable),
     )
-

@@ -81,7 +81,8 @@ def _classify(x: Any) -> int:
     if isinstance(x, Number | np.generic):
         return NUMBER
     treedef = jax.tree.structure(x, is_leaf=lambda y: y is not x)
-    return STATIC if jax.tree_util.treedef_is_leaf(treedef) and treedef.num_leaves else PYTREE
+    is_leaf = jax.tree_util.treedef_is_leaf(treedef) and treedef.num_leaves == 1  # type: ignore[attr-defined]
+    return STATIC if is_leaf else PYTREE
 
 
 def one_level(x: Any) -> tuple[list[Hashable], list[Any], Any]:
@@ -93,7 +94,7 @@ def one_level(x: Any) -> tuple[list[Hashable], list[Any], Any]:
 def _plain_key(entry: Any) -> Hashable:
     for name in ("key", "name", "idx"):
         if hasattr(entry, name):
-            return getattr(entry, name)  # type: ignore[no-any-return]  # jax's key entries are untyped
+            return getattr(entry, name)
     return str(entry)
 
 
@@ -162,11 +163,11 @@ class Packer:
             return self._object(x, place)
         if kind == STATIC:
             return Static(type(x), x)
-        if kind == ARRAY or kind == NUMBER:
+        if kind in (ARRAY, NUMBER):
             return self._leaf(x, place, owner, kind)
         if kind == PYTREE:
             return self._pytree(x, place, owner)
-        if kind == DICT or kind == STATE:
+        if kind in (DICT, STATE):
             if kind == STATE:
                 self.states.append(x._root)
             items = x if kind == DICT else x._mapping
@@ -243,7 +244,7 @@ class Packer:
         return VariableDef(type(v), index, freeze_metadata(metadata), group)
 
     def _object(self, obj: Object, place: Place) -> Element:
-        path, spec, base = place
+        path, spec, _ = place
         index = self.refs.indices.get(id(obj))
         if index is not None:
             return self._known(index, place, spec)
@@ -347,16 +348,16 @@ class Unpacker:
 
     def build(self, d: Element, place: Place, owner: Owner = None) -> Any:
         """The object, container or leaf that `d` describes."""
-        tag = type(d)
-        if tag is Static:
+        if type(d) is Static:
             return d.value
-        if tag is Leaf:
+        if type(d) is Leaf:
             return self._leaf(d, place, owner)
-        if tag is Ref:
-            return self.refs.objects[d.index]
-        if tag is VariableDef:
+        if type(d) is Ref:
+            return self.refs.objects[d.id]
+        if type(d) is VariableDef:
             return self._variable(d, place)
-        return self._node(d, place, owner) if d.index is None else self._object(d, place)
+        assert type(d) is Node  # there is nothing else
+        return self._node(d, place, owner) if d.id is None else self._object(d, place)
 
     def _leaf(self, d: Leaf, place: Place, owner: Any) -> Any:
         if not d.owned:
@@ -369,7 +370,7 @@ class Unpacker:
 
     def _variable(self, d: VariableDef, place: Place) -> Variable[Any]:
         value, metadata = next(self.values[d.group]), dict(d.metadata)
-        v = new_variable(d.kind, value, metadata)
+        v: Variable[Any] = new_variable(d.kind, value, metadata)
         if self.groups is not None:
             place = Place(place.path, self.groups[d.group], place.base)
             if self.describe is not None:
@@ -395,7 +396,7 @@ class Unpacker:
             return new if d.order is None else {k: new[k] for k in d.order}
         if issubclass(d.kind, State):
             return d.kind.over(dict(zip(d.keys, children, strict=True)))
-        return d.kind(children) if d.extra is None else d.extra.unflatten(children)  # type: ignore[attr-defined]
+        return d.rebuild(children)
 
     def _object(self, d: Node, place: Place) -> Object:
         obj = create(d.kind)
@@ -434,9 +435,9 @@ def _unchanged(value: Any, before: Any) -> bool:
 
 
 class ObjectChange(NamedTuple):
-    """Attributes of the object under `index` that were set or removed, and the marks it has now."""
+    """Attributes of the object `id` that were set or removed, and the marks it has now."""
 
-    index: int
+    id: int
     set: tuple[tuple[Hashable, Element], ...]
     removed: tuple[Hashable, ...]
     marks: Hashable
@@ -456,13 +457,15 @@ class After:
     result: GraphDef
 
 
-def collect(packer: Packer, watch: Watch, result: Any, spec: Spec, always: frozenset[int]) -> tuple[After, list[Leaves]]:
+def collect(
+    packer: Packer, watch: Watch, result: Any, spec: Spec, always: frozenset[int]
+) -> tuple[After, list[Leaves]]:
     """What changed in the objects under `watch`, together with `result`; see `After`."""
-    refs, leaves = packer.refs, packer.leaves
+    leaves = packer.leaves
     variables = []
     for index, v, before, metadata, group in watch.variables:
         written = group in always or not _unchanged(v._raw_value, before)
-        news = None if v._var_metadata is metadata else v._var_metadata
+        news: Any = None if v._var_metadata is metadata else v._var_metadata
         if written:
             leaves[group][0].append(v._raw_value)
         if written or news is not None:
@@ -520,9 +523,9 @@ def apply(after: After, leaves: list[Leaves], refs: Refs) -> Any:
     for index, keys, group in after.arrays:
         refs.objects[index]._nnx_storage()[keys[0]] = next(unpacker.values[group])
     for change in after.objects:
-        obj = refs.objects[change.index]
+        obj = refs.objects[change.id]
         place = Place((), None, 0)
-        new = {k: unpacker.build(d, place, (change.index, (k,))) for k, d in change.set}
+        new = {k: unpacker.build(d, place, (change.id, (k,))) for k, d in change.set}
         obj._nnx_assign(new, change.removed)
         if change.marks:
             object.__setattr__(obj, "_nnx_marks", dict(change.marks))  # type: ignore[call-overload]

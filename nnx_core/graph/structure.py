@@ -31,9 +31,9 @@ class Leaf(NamedTuple):
 
 
 class Ref(NamedTuple):
-    """What is already known under `index`."""
+    """What is already known under the index `id`."""
 
-    index: int
+    id: int
     tag: str = "ref"
 
 
@@ -41,26 +41,31 @@ class VariableDef(NamedTuple):
     """A Variable seen for the first time; its value travels in group number `group`."""
 
     kind: type
-    index: int
+    id: int
     metadata: tuple[tuple[str, Any], ...]
     group: int
     tag: str = "variable"
 
 
 class Node(NamedTuple):
-    """An object seen for the first time, or (index None) a container without identity.
+    """An object seen for the first time, or (id None) a container without identity.
 
     `order` lists the keys as the object holds them, where that differs from the sorted `keys`.
     `extra` is what the kind of node needs to be rebuilt: attribute marks, or a treedef.
     """
 
     kind: type
-    index: int | None
+    id: int | None
     keys: tuple[Hashable, ...]
     children: tuple["Element", ...]
     order: tuple[Hashable, ...] | None
-    extra: Hashable
+    extra: Any
     tag: str = "node"
+
+    def rebuild(self, children: list[Any]) -> Any:
+        """A list, tuple or other pytree from its children; not for objects, dicts and States."""
+        make: Any = self.kind if self.extra is None else self.extra.unflatten
+        return make(children)
 
 
 Element: TypeAlias = Static | Leaf | Ref | VariableDef | Node
@@ -108,7 +113,7 @@ class GraphDef:
 
     def __repr__(self) -> str:
         defs = [e for _, e in nodes(self.root)]
-        objects = sum(type(e) is Node and e.index is not None for e in defs)
+        objects = sum(type(e) is Node and e.id is not None for e in defs)
         variables = sum(type(e) is VariableDef for e in defs)
         kind = getattr(self.root, "kind", type(self.root)).__name__
         return f"GraphDef({kind}, {objects} objects, {variables} variables)"

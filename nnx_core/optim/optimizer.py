@@ -5,7 +5,6 @@ written unless the whole update could be computed. The state is made of Variable
 own state has, so it is saved, sharded and transformed like every other state.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -150,5 +149,3 @@ class ModelAndOptimizer(Optimizer):
     def update(self, grads: Any, **kwargs: Any) -> None:  # type: ignore[override]  # that is the point of it
         """One step for the model this object holds; see `Optimizer.update`."""
         super().update(self.model, grads, **kwargs)
-
-

@@ -17,7 +17,7 @@ from nnx_core.kinds import Param
 from nnx_core.state import State
 from nnx_core.transforms.compile import PLAIN
 from nnx_core.transforms.groups import Diff, DiffState, FilterGroups, Out, Rest
-from nnx_core.transforms.lift import Lifted, name_of, dressed, optional_decorator, positional, unbound
+from nnx_core.transforms.lift import Lifted, Modes, dressed, name_of, optional_decorator, positional, unbound
 from nnx_core.variables import Variable, new_variable
 
 _GROUPS: tuple[Hashable, ...] = (Diff, Rest, Out)
@@ -52,8 +52,8 @@ def _wanted(argnums: tuple[int | DiffState, ...], args: tuple[Any, ...], f: Call
 class _Gradient:
     """value_and_grad of one function: for each form of the arguments a Lifted."""
 
-    def __init__(self, f: Callable[..., Any], argnums: Any, has_aux: bool, options: dict[str, Any], shared: dict[str, bool]):
-        self.f, self.has_aux, self.options, self.shared = f, has_aux, options, shared
+    def __init__(self, f: Callable[..., Any], argnums: Any, has_aux: bool, options: dict[str, Any], modes: Modes):
+        self.f, self.has_aux, self.options, self.modes = f, has_aux, options, modes
         self.single = not isinstance(argnums, Sequence)
         self.argnums: tuple[int | DiffState, ...] = (argnums,) if self.single else tuple(argnums)
         self.forms: dict[Any, Lifted] = {}
@@ -62,7 +62,7 @@ class _Gradient:
         specs = _wanted(self.argnums, args, self.f)
         if specs not in self.forms:
             outputs = (Out, Rest) if self.has_aux else Out
-            self.forms[specs] = Lifted(self.f_of_loss, _GROUPS, specs, outputs, **self.shared)
+            self.forms[specs] = Lifted(self.f_of_loss, _GROUPS, specs, outputs, modes=self.modes)
         return self.forms[specs]
 
     def f_of_loss(self, *args: Any) -> Any:
@@ -111,12 +111,12 @@ def _gradient(d: Element, values: Iterator[Any], loose: Iterator[Any]) -> Any:
         return next(values if d.owned else loose) if d.group == 0 else None
     if type(d) is not Node:
         return None
-    if d.index is not None or issubclass(d.kind, State):
+    if d.id is not None or issubclass(d.kind, State):
         return State(_leaf_gradients(d, values))
     children = [_gradient(child, values, loose) for child in d.children]
     if d.kind is dict:
         return dict(zip(d.keys, children, strict=True))
-    return d.kind(children) if d.extra is None else d.extra.unflatten(children)  # type: ignore[attr-defined]
+    return d.rebuild(children)
 
 
 def _leaf_gradients(d: Node, values: Iterator[Any]) -> Iterator[tuple[Path, Any]]:
@@ -133,8 +133,8 @@ def _make(f: Callable[..., Any], options: dict[str, Any], pick: Callable[[Any, A
     if owner:
         argnums = _shift(argnums, len(owner))
     options.pop("reduce_axes")
-    shared = {"sharing": options.pop("graph") is not False, "updates": options.pop("graph_updates") is not False}
-    gradient = _Gradient(function, argnums, has_aux, options, shared)
+    modes = Modes.of(options.pop("graph"), options.pop("graph_updates"))
+    gradient = _Gradient(function, argnums, has_aux, options, modes)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return pick(*gradient(*owner, *args, **kwargs))
@@ -200,7 +200,7 @@ def grad(
       >>> import nnx_core as nnx, jax.numpy as jnp
       >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
       >>> nnx.grad(lambda m, x: m(x).sum())(model, jnp.ones((1, 2)))
-      State{'bias': Param(float32[1]), 'kernel': Param(float32[2,1])}
+      State({'bias': Param(float32[1] [1.]), 'kernel': Param(float32[2,1] [[1.], [1.]])})
     """
     given = locals()
     options = {k: given[k] for k in given if k != "f"}
@@ -229,7 +229,7 @@ def remat(
     """
     function, owner = unbound(f)
     static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
-    shared = {"sharing": graph is not False, "updates": graph_updates is not False}
+    modes = Modes.of(graph, graph_updates)
     forms: dict[int, tuple[Lifted, Any]] = {}
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -237,7 +237,7 @@ def remat(
         if len(args) not in forms:
             fixed = {n + len(owner) if n >= 0 else n + len(args) for n in static}
             inputs = tuple(AS_STATIC if i in fixed else PLAIN for i in range(len(args)))
-            lifted = Lifted(function, (PLAIN,), inputs, PLAIN, PLAIN, **shared)
+            lifted = Lifted(function, (PLAIN,), inputs, PLAIN, PLAIN, modes=modes)
             forms[len(args)] = lifted, jax.checkpoint(lifted.pure, prevent_cse=prevent_cse, policy=policy)
         lifted, run = forms[len(args)]
         return lifted.call(run, args, kwargs)

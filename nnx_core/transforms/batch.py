@@ -15,7 +15,7 @@ from nnx_core._errors import MetadataError, StructureError, show_paths
 from nnx_core.graph.pack import After
 from nnx_core.graph.structure import GraphDef, VariableDef, nodes
 from nnx_core.transforms.groups import distinct
-from nnx_core.transforms.lift import Lifted, by_position, dressed, name_of, optional_decorator, unbound
+from nnx_core.transforms.lift import Lifted, Modes, by_position, dressed, name_of, optional_decorator, unbound
 from nnx_core.variables import AXIS_NAMES, Variable, new_variable
 
 PARTITION_NAME = "partition_name"
@@ -79,12 +79,13 @@ def _run(lifted: Lifted, options: dict[str, Any], *packed: Any) -> Any:
 
 def _batched_error(lifted: Lifted, graphdef: GraphDef, after: After, error: ValueError) -> Exception:
     shared = [i for i, _, group in after.variables if group is not None and lifted.groups[group] is None]
-    paths = [path for path, d in nodes(graphdef.root) if type(d) is VariableDef and d.index in shared]
+    paths = [path for path, d in nodes(graphdef.root) if type(d) is VariableDef and d.id in shared]
     if not paths:
         return error
+    places = [("kwargs" if path[0] else "args", *path[1:]) for path in paths]
     return StructureError(
         f"vmap: {name_of(lifted.f)} wrote a value that depends on a mapped axis to a Variable that is not mapped"
-        f" (axis None), one of:{show_paths((('args', 'kwargs')[p[0]], *p[1:]) for p in paths)}\n"
+        f" (axis None), one of:{show_paths(('kwargs' if p[0] else 'args', *p[1:]) for p in paths)}\n"
         "Map the Variable (nnx.StateAxes), or reduce the value over the axis first."
     )
 
@@ -125,7 +126,7 @@ def vmap(
     function, owner = unbound(f)
     metadata = AxisMetadata(transform_metadata or {})
     options = {"axis_name": axis_name, "axis_size": axis_size, "spmd_axis_name": spmd_axis_name}
-    shared = {"sharing": graph is not False, "updates": graph_updates is not False}
+    modes = Modes.of(graph, graph_updates)
     forms: dict[int, tuple[Lifted, Any]] = {}
 
     def make(count: int) -> tuple[Lifted, Any]:
@@ -133,7 +134,7 @@ def vmap(
         inputs = (*(None for _ in owner), *axes)
         groups = distinct(0, inputs, out_axes)
         lifted = Lifted(
-            function, groups, inputs, out_axes, 0, enter=metadata.enter, leave=metadata.leave, strict=True, **shared
+            function, groups, inputs, out_axes, 0, enter=metadata.enter, leave=metadata.leave, strict=True, modes=modes
         )
         return lifted, functools.partial(_run, lifted, options)
 
@@ -145,4 +146,3 @@ def vmap(
         return lifted.call(run, args, kwargs)
 
     return dressed(call, f, owner)
-

@@ -14,7 +14,7 @@ from nnx_core.graph.pack import AS_STATIC, Place, Refs, Unpacker, apply
 from nnx_core.graph.structure import Node
 from nnx_core.state import State
 from nnx_core.transforms.groups import FilterGroups, distinct
-from nnx_core.transforms.lift import Lifted, dressed, optional_decorator, unbound
+from nnx_core.transforms.lift import Lifted, Modes, dressed, optional_decorator, unbound
 
 
 class Placement(NamedTuple):
@@ -46,7 +46,9 @@ def _arguments(f: Callable[..., Any], nums: Any, names: Any, offset: int) -> _Ar
     by_position = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     positions = {n + offset if n >= 0 else len(by_position) + n for n in nums}
     positions |= {i for i, name in enumerate(by_position) if name in names}
-    return _Arguments(frozenset(positions), frozenset(names) | {by_position[i] for i in positions if i < len(by_position)})
+    return _Arguments(
+        frozenset(positions), frozenset(names) | {by_position[i] for i in positions if i < len(by_position)}
+    )
 
 
 def _placed(spec: Any, donated: bool) -> Any:
@@ -70,7 +72,7 @@ class _Jit:
         self.static = _arguments(f, options.pop("static_argnums"), options.pop("static_argnames"), len(owner))
         self.donated = _arguments(f, options.pop("donate_argnums"), options.pop("donate_argnames"), len(owner))
         self.in_shardings, self.out_shardings = options.pop("in_shardings"), options.pop("out_shardings")
-        self.sharing, self.updates = options.pop("graph") is not False, options.pop("graph_updates") is not False
+        self.modes = Modes.of(options.pop("graph"), options.pop("graph_updates"))
         self.options = {k: v for k, v in options.items() if v is not None and v is not False}
         self.simple = not any((*self.static, *self.donated)) and self.in_shardings is self.out_shardings is None
         self.forms: dict[Any, tuple[Lifted, Any]] = {}
@@ -83,16 +85,15 @@ class _Jit:
         return found
 
     def make(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Lifted, Any]:
-        shared = {"sharing": self.sharing, "updates": self.updates}
         if self.simple:
-            lifted = Lifted(self.f, (PLAIN,), PLAIN, PLAIN, PLAIN, **shared)
+            lifted = Lifted(self.f, (PLAIN,), PLAIN, PLAIN, PLAIN, modes=self.modes)
             return lifted, jax.jit(lifted.named, **self.options)
         inputs = tuple(self.spec(i, x) for i, x in enumerate(args))
         keywords = {k: self.keyword(k) for k in kwargs}
         outputs = _placed(self.out_shardings, donated=False)
         groups = tuple(g for g in distinct(PLAIN, inputs, keywords, outputs) if g is not AS_STATIC)
         always = frozenset(g for g in groups if g.donated)  # type: ignore[attr-defined]  # Placements
-        lifted = Lifted(self.f, groups, inputs, outputs, keywords, always, **shared)
+        lifted = Lifted(self.f, groups, inputs, outputs, keywords, always, modes=self.modes)
         options = dict(self.options, donate_argnums=tuple(i + 1 for i, g in enumerate(groups) if g in always))
         shardings = (None, *(g.sharding for g in groups))  # type: ignore[attr-defined]  # Placements
         if self.in_shardings is not None:
@@ -116,6 +117,12 @@ class _Jit:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         lifted, run = self.form(args, kwargs)
         return lifted.call(run, args, kwargs)
+
+    def clear_cache(self) -> None:
+        """Forget everything compiled and planned."""
+        for lifted, run in self.forms.values():
+            run.clear_cache()
+            lifted.plans.clear()
 
     def stage(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Stage":
         """`jax.jit`'s `lower` or `trace` of the compiled function."""
@@ -202,9 +209,7 @@ def jit(
     for stage in ("lower", "trace"):
         setattr(call, stage, lambda *a, _stage=stage, **k: wrapped.stage(_stage, (*owner, *a), k))
     call.eval_shape = lambda *a, **k: eval_shape(fun, *a, **k)  # type: ignore[attr-defined]  # as jax.jit has it
-    call.clear_cache = lambda: [  # type: ignore[attr-defined]  # an attribute of a function, as jax.jit has it
-        (run.clear_cache(), lifted.plans.clear()) for lifted, run in wrapped.forms.values()
-    ] and None
+    call.clear_cache = wrapped.clear_cache  # type: ignore[attr-defined]  # as jax.jit has it
     return call
 
 
@@ -220,9 +225,7 @@ def eval_shape(
       ShapeDtypeStruct(shape=(1000, 1000), dtype=float32)
     """
     function, owner = unbound(f)
-    lifted = Lifted(
-        function, (PLAIN,), PLAIN, PLAIN, PLAIN, sharing=graph is not False, updates=graph_updates is not False
-    )
+    lifted = Lifted(function, (PLAIN,), PLAIN, PLAIN, PLAIN, modes=Modes.of(graph, graph_updates))
     plan, packer = lifted.pack((*owner, *args), kwargs)
     after, *written = jax.eval_shape(lifted.pure, plan.graphdef, *packer.leaves)
     refs = Refs()

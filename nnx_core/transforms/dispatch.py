@@ -64,7 +64,7 @@ def signature(
 
 def _sign(x: Any, roots: list[Any], loose: list[Any]) -> Hashable:
     kind = kind_of(x)
-    if kind == ARRAY or kind == NUMBER:
+    if kind in (ARRAY, NUMBER):
         loose.append(x)
         return _LEAF
     if kind == OBJECT:
@@ -83,7 +83,7 @@ def _sign(x: Any, roots: list[Any], loose: list[Any]) -> Hashable:
 class Plans:
     """Plans by the signature of the arguments they were made for."""
 
-    __slots__ = ("_plans", "__weakref__")
+    __slots__ = ("__weakref__", "_plans")
 
     def __init__(self) -> None:
         self._plans: dict[Hashable, tuple[list[weakref.ref[Any]], Plan]] = {}
@@ -141,7 +141,7 @@ def check_writes(after: After, refs: Refs) -> None:
         v = refs.objects[index]
         if v._trace_state != trace:
             raise TraceError(f"{type(v).__name__} at {show_path(refs.places[index].path)}")
-    for index in [*(change.index for change in after.objects), *(index for index, _, _ in after.arrays)]:
+    for index in [*(change.id for change in after.objects), *(index for index, _, _ in after.arrays)]:
         obj = refs.objects[index]
         if obj._nnx_trace != trace:
             raise TraceError(f"{type(obj).__name__} at {show_path(refs.places[index].path)}")
@@ -214,6 +214,5 @@ def _is_quick(after: After) -> bool:
 
 def _is_plain(d: Element) -> bool:
     if type(d) is Node:
-        return d.index is None and all(map(_is_plain, d.children))
+        return d.id is None and all(map(_is_plain, d.children))
     return type(d) is Leaf or type(d) is Static
-

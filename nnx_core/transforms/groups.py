@@ -66,7 +66,7 @@ class FilterGroups(ByFilter):
         )
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.rules == self.rules  # type: ignore[attr-defined]
+        return type(other) is type(self) and other.rules == self.rules
 
     def __hash__(self) -> int:
         return hash(self.rules)

@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from nnx_core._changes import now
 from nnx_core._errors import StructureUpdateError
@@ -28,6 +28,18 @@ Run = Callable[..., Any]
 Describe = Callable[[Variable[Any], Hashable], dict[str, Any]] | None
 
 
+class Modes(NamedTuple):
+    """What users may forbid: shared references (`graph=False`), structure changes (`graph_updates=False`)."""
+
+    sharing: bool = True
+    updates: bool = True
+
+    @classmethod
+    def of(cls, graph: bool | None, graph_updates: bool | None) -> "Modes":
+        """From flax.nnx's keywords; None is the default, which forbids nothing."""
+        return cls(graph is not False, graph_updates is not False)
+
+
 @dataclass(frozen=True, eq=False)
 class Lifted:
     """f, with the treatment of its leaves.
@@ -41,7 +53,7 @@ class Lifted:
       always: groups whose Variables travel back even when they were not written (loop carries, donated ones).
       enter, leave: what happens to the metadata of Variables on the way in and out.
       strict: what is returned must be treated as it was when it came in (an axis in is the axis out).
-      sharing, updates: False forbids shared references; structure changes (`graph=`, `graph_updates=`).
+      modes: what the user forbids.
     """
 
     f: Callable[..., Any]
@@ -52,9 +64,8 @@ class Lifted:
     always: frozenset[Hashable] = frozenset()
     enter: Describe = None
     leave: Describe = None
-    sharing: bool = True
-    updates: bool = True
     strict: bool = False
+    modes: Modes = Modes()  # noqa: RUF009  # immutable
     plans: Plans = field(default_factory=Plans)
 
     def pure(self, graphdef: GraphDef, *leaves: Leaves) -> tuple[Any, ...]:
@@ -69,17 +80,17 @@ class Lifted:
         packer = Packer(self.groups, refs, describe=self.leave, strict=self.strict)
         always = frozenset(packer.group_index[g] for g in self.always if g in packer.group_index)
         after, written = collect(packer, watch, out, self.outputs, always)
-        if not self.updates and after.objects:
+        if not self.modes.updates and after.objects:
             raise StructureUpdateError(
                 name_of(self.f),
-                [(*refs.places[c.index].path, k) for c in after.objects for k in (*dict(c.set), *c.removed)],
+                [(*refs.places[c.id].path, k) for c in after.objects for k in (*dict(c.set), *c.removed)],
             )
         return after, *written
 
     def pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, Packer]:
         """Walk the arguments."""
         stamp = now()
-        packer = Packer(self.groups, Refs(), allow_sharing=self.sharing)
+        packer = Packer(self.groups, Refs(), allow_sharing=self.modes.sharing)
         children = (
             packer.walk(args, Place(("args",), self.inputs, 1)),
             packer.walk(kwargs, Place(("kwargs",), self.keywords, 1)),
@@ -142,14 +153,12 @@ def unbound(f: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]
 
     The object is an argument like the others, or what the method writes would be lost.
     """
-    if isinstance(f, functools.partial):
-        return f, ()
-    owner = getattr(f, "__self__", None)
-    if isinstance(owner, Object) and inspect.ismethod(f):
-        return f.__func__, (owner,)
-    if isinstance(f, Object):
-        call = type(f).__call__  # type: ignore[operator]  # the caller checked that f can be called
-        return call, (f,)
+    given: Any = f
+    owner = getattr(given, "__self__", None)
+    if isinstance(owner, Object) and inspect.ismethod(given):
+        return given.__func__, (owner,)
+    if isinstance(given, Object):
+        return type(given).__call__, (given,)
     return f, ()
 
 
@@ -196,4 +205,3 @@ def optional_decorator(make: Callable[..., Any]) -> Callable[..., Any]:
         return make(f, **options)
 
     return transform
-

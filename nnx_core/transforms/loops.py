@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from nnx_core._errors import Path, SpecError, StructureError, show_path
 from nnx_core.graph.pack import After, Leaves
-from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, Ref, VariableDef, nodes
+from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, Ref, Static, VariableDef, nodes
 from nnx_core.transforms.batch import AxisMetadata
 from nnx_core.transforms.groups import Carry, distinct
-from nnx_core.transforms.lift import Lifted, dressed, name_of, optional_decorator, positional, unbound
+from nnx_core.transforms.lift import Lifted, Modes, dressed, name_of, optional_decorator, positional, unbound
 
 
 class _SharedWritten(Exception):
@@ -33,7 +33,7 @@ def shared_positions(graphdef: GraphDef, group: int) -> dict[int, int]:
     position = 0
     for _, d in nodes(graphdef.root):
         if type(d) is VariableDef and d.group == group:
-            at[d.index] = position
+            at[d.id] = position
             position += 1
         elif type(d) is Leaf and d.owned and d.group == group:
             position += 1
@@ -42,14 +42,14 @@ def shared_positions(graphdef: GraphDef, group: int) -> dict[int, int]:
 
 def same_form(before: Element, after: Element, path: Path, f: Callable[..., Any]) -> None:
     """Raise StructureError unless a carry came back with the structure it had."""
-    if type(after) is Ref and type(before) in (Node, VariableDef, Ref) and before.index == after.index:  # type: ignore[union-attr]  # all of these have one
+    if type(after) is Ref and type(before) in (Node, VariableDef, Ref) and before.id == after.id:  # type: ignore[union-attr]  # all of these have one
         return
-    if type(before) is Node and type(after) is Node and before.index is None is after.index:
+    if type(before) is Node and type(after) is Node and before.id is None is after.id:
         if (before.kind, before.keys, before.extra) == (after.kind, after.keys, after.extra):
             for key, b, a in zip(before.keys, before.children, after.children, strict=True):
                 same_form(b, a, (*path, key), f)
             return
-    elif before == after and type(before) in (Leaf, Ref) or type(before) is type(after) and before == after:
+    elif (before == after and type(before) in (Leaf, Ref)) or (type(before) is type(after) and before == after):
         return
     raise StructureError(
         f"{name_of(f)} must return its carry with the structure it was given; {show_path(path)} differs:\n"
@@ -59,11 +59,13 @@ def same_form(before: Element, after: Element, path: Path, f: Callable[..., Any]
 
 
 def _show(d: Element) -> str:
+    if type(d) is Static:
+        return repr(d.value)
     if type(d) is Node:
         return f"{d.kind.__name__}({', '.join(map(str, d.keys))})"
     if type(d) is VariableDef:
         return d.kind.__name__
-    return "an array or number" if type(d) is Leaf else "an object of the caller" if type(d) is Ref else repr(d.value)
+    return "an array or number" if type(d) is Leaf else "an object of the caller"
 
 
 def carried(d: Element, spec: Any, path: Path) -> list[tuple[Path, Element]]:
@@ -116,7 +118,9 @@ class _Scan:
         news = [back[at[i]] for i, _, group in after.variables if group == 1]
         return after, carry, (news, []), *(_moved(y, 0, axis) for y, axis in zip(ys, self.axes, strict=True))
 
-    def check(self, graphdef: GraphDef, after: After, new: list[Any], loose: list[Any], written: frozenset[int]) -> None:
+    def check(
+        self, graphdef: GraphDef, after: After, new: list[Any], loose: list[Any], written: frozenset[int]
+    ) -> None:
         f = self.lifted.f
         root = graphdef.root
         assert type(root) is Node  # pack made it
@@ -135,7 +139,7 @@ class _Scan:
 def _moved(leaves: Leaves, source: int, target: int) -> Leaves:
     if source == target:
         return leaves
-    return jax.tree.map(lambda x: jnp.moveaxis(x, source, target), leaves)  # type: ignore[no-any-return]
+    return jax.tree.map(lambda x: jnp.moveaxis(x, source, target), leaves)
 
 
 @optional_decorator
@@ -175,7 +179,7 @@ def scan(
     """
     function, owner = unbound(f)
     metadata = AxisMetadata(transform_metadata or {})
-    shared = {"sharing": graph is not False, "updates": graph_updates is not False}
+    modes = Modes.of(graph, graph_updates)
     options = {"length": length, "reverse": reverse, "unroll": unroll, "_split_transpose": _split_transpose}
     forms: dict[int, tuple[Lifted, _Scan]] = {}
 
@@ -192,7 +196,7 @@ def scan(
             enter=metadata.enter,
             leave=metadata.leave,
             strict=True,
-            **shared,
+            modes=modes,
         )
         return lifted, _Scan(lifted, options)
 

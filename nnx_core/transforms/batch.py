@@ -85,7 +85,7 @@ def _batched_error(lifted: Lifted, graphdef: GraphDef, after: After, error: Valu
     places = [("kwargs" if path[0] else "args", *path[1:]) for path in paths]
     return StructureError(
         f"vmap: {name_of(lifted.f)} wrote a value that depends on a mapped axis to a Variable that is not mapped"
-        f" (axis None), one of:{show_paths(('kwargs' if p[0] else 'args', *p[1:]) for p in paths)}\n"
+        f" (axis None), one of:{show_paths(places)}\n"
         "Map the Variable (nnx.StateAxes), or reduce the value over the axis first."
     )
 

@@ -98,9 +98,10 @@ from nnx_core.state import (
 )
 from nnx_core.transforms.autodiff import grad, remat, value_and_grad
 from nnx_core.transforms.batch import PARTITION_NAME, vmap
+from nnx_core.transforms.branch import cond, switch
 from nnx_core.transforms.compile import eval_shape, jit
 from nnx_core.transforms.groups import Carry, DiffState, StateAxes, StateSharding
-from nnx_core.transforms.loops import scan
+from nnx_core.transforms.loops import fori_loop, scan, while_loop
 from nnx_core.variables import Variable, VariableMetadata, with_metadata
 
 __all__ = [
@@ -246,6 +247,9 @@ __all__ = [
     # transforms.batch
     "PARTITION_NAME",
     "vmap",
+    # transforms.branch
+    "cond",
+    "switch",
     # transforms.compile
     "eval_shape",
     "jit",
@@ -255,7 +259,9 @@ __all__ = [
     "StateAxes",
     "StateSharding",
     # transforms.loops
+    "fori_loop",
     "scan",
+    "while_loop",
     # variables
     "Variable",
     "VariableMetadata",

@@ -4,7 +4,7 @@ Law: `merge(*split(g))` is isomorphic to g, with new objects and new Variables; 
 the graph's own Variables. On an unchanged object none of them walks: they share one plan, kept with the object.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -16,7 +16,7 @@ from nnx_core.graph.objects import Object, set_plan
 from nnx_core.graph.pack import Packer, Place, Refs, Unpacker, require_graph
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import GraphDef, Leaf, VariableDef, nodes
-from nnx_core.graph.walk import recursive_map
+from nnx_core.graph.walk import children, rebuilt, recursive_map
 from nnx_core.state import State, split_pairs
 from nnx_core.variables import Variable
 
@@ -208,7 +208,7 @@ def update(node: Any, state: Any, /, *states: Any, strict: bool = False) -> None
             plan.known(index)._check_can_write()
     for path, index, leaf in writes:
         if index is None:
-            _set_leaf(node, path, leaf)
+            _put(node, path, leaf)
         elif isinstance(leaf, Variable):
             if leaf is not plan.known(index):
                 plan.known(index).update_from_state(leaf)
@@ -241,18 +241,23 @@ def set_metadata(node: Any, /, *, only: filterlib.Filter = Variable, **metadata:
             x.set_metadata(**metadata)
 
 
-def _set_leaf(node: Any, path: Path, leaf: Any) -> None:
-    *parents, last = path
-    for key in parents:
-        node = node._nnx_items()[key] if isinstance(node, Object) else _child(node, key)
+def _put(node: Any, path: Path, leaf: Any) -> Any:
+    """`node` with `leaf` at `path`: written in place where that is possible, else a new one."""
+    if not path:
+        return leaf
+    key, rest = path[0], path[1:]
+    pairs = dict(children(node))
+    new = _put(pairs[key], rest, leaf)
+    if new is pairs[key]:
+        return node
     if isinstance(node, Object):
-        node._nnx_assign({last: leaf}, ())
+        node._nnx_assign({key: new}, ())
+    elif isinstance(node, State | dict | list):
+        storage: Any = node
+        storage[key] = new
     else:
-        node[last] = leaf
-
-
-def _child(container: Any, key: Hashable) -> Any:
-    return getattr(container, str(key)) if hasattr(container, "_fields") else container[key]
+        return rebuilt(node, list(pairs), list((pairs | {key: new}).values()))
+    return node
 
 
 def _selected(pairs: list[tuple[Path, Any]], filters: tuple[filterlib.Filter, ...]) -> Any:

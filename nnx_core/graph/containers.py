@@ -158,36 +158,3 @@ class DictStorage(Object, MutableMapping[Any, A], pytree=False):
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
         return show_fields(type(self).__name__, [(f"{k!r}: ", v) for k, v in self.items()], "{}")
-
-
-def is_container(value: Any) -> bool:
-    """Whether `value` is a plain list, dict or tuple (namedtuples included)."""
-    return type(value) is list or type(value) is dict or isinstance(value, tuple)
-
-
-def can_change(value: Any) -> bool:
-    """Whether `value` is a plain container that may change without telling: a list, a dict, a tuple of these."""
-    if isinstance(value, tuple):
-        return any(map(can_change, value))
-    return type(value) is list or type(value) is dict
-
-
-_OPEN, _CLOSE = object(), object()
-
-
-def contents(container: Any) -> list[Any]:
-    """Everything in a plain container, nested plain containers flattened between brackets.
-
-    Two readings that are pairwise identical (`is`) mean that nothing changed.
-    """
-    out: list[Any] = [_OPEN]
-    if type(container) is dict:
-        out += container
-        container = container.values()
-    for x in container:
-        if is_container(x):
-            out += contents(x)
-        else:
-            out.append(x)
-    out.append(_CLOSE)
-    return out

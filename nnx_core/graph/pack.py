@@ -16,15 +16,26 @@ one Variable has one treatment in a call. Knows nothing of transforms.
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from numbers import Number
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from nnx_core._changes import track
 from nnx_core._errors import AliasError, NotAGraphError, Path, SharedReferenceError, SpecError, show_path
-from nnx_core.graph.containers import can_change, contents, is_container
+from nnx_core.graph.classify import (
+    ARRAY,
+    DICT,
+    NUMBER,
+    OBJECT,
+    PYTREE,
+    STATE,
+    STATIC,
+    VARIABLE,
+    can_change,
+    contents,
+    kind_of,
+    one_level,
+)
 from nnx_core.graph.objects import Object, create, is_array
 from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, Ref, Static, VariableDef
 from nnx_core.state import State, sorted_keys
@@ -32,8 +43,6 @@ from nnx_core.variables import Variable, freeze_metadata, new_variable, set_meta
 
 Group = Hashable
 Spec = Any
-#: A leaf's owner: the index of an object, and the keys from it down to the leaf (None: it cannot be found again).
-Owner = tuple[int, Path | None] | None
 AS_STATIC = type("AS_STATIC", (), {"__repr__": lambda self: "static"})()  # a spec: part of the structure
 #: One group on its way through JAX: values of Variables and of arrays that objects own, then loose leaves.
 Leaves = tuple[list[Any], list[Any]]
@@ -55,47 +64,22 @@ class Place(NamedTuple):
     base: int
 
 
-VARIABLE, OBJECT, SEQUENCE, DICT, STATE, ARRAY, NUMBER, STATIC, PYTREE = range(9)
-_kinds: dict[type, int] = {list: SEQUENCE, tuple: SEQUENCE, dict: DICT, type(None): STATIC, str: STATIC}
+class OwnedBy(NamedTuple):
+    """Where a leaf belongs that is no Variable: the index of an object, the keys from it down to the leaf.
+
+    Not `findable` if those keys do not lead to it: inside of a pytree that only JAX can open.
+    """
+
+    owner: int
+    keys: Path
+    findable: bool = True
+
+    def below(self, key: Hashable) -> "OwnedBy":
+        """The same, one level down."""
+        return OwnedBy(self.owner, (*self.keys, key), self.findable)
 
 
-def kind_of(x: Any) -> int:
-    """How the walk treats `x`; remembered per type."""
-    kind = _kinds.get(type(x))
-    if kind is None:
-        kind = _kinds[type(x)] = _classify(x)
-    return kind
-
-
-def _classify(x: Any) -> int:
-    if isinstance(x, Variable):
-        return VARIABLE
-    if isinstance(x, Object):
-        return OBJECT
-    if isinstance(x, State):
-        return STATE
-    if isinstance(x, type):
-        return STATIC
-    if isinstance(x, np.ndarray) or (is_array(x) and not isinstance(x, np.generic)):
-        return ARRAY
-    if isinstance(x, Number | np.generic):
-        return NUMBER
-    treedef = jax.tree.structure(x, is_leaf=lambda y: y is not x)
-    is_leaf = jax.tree_util.treedef_is_leaf(treedef) and treedef.num_leaves == 1  # type: ignore[attr-defined]
-    return STATIC if is_leaf else PYTREE
-
-
-def one_level(x: Any) -> tuple[list[Hashable], list[Any], Any]:
-    """Keys, children and treedef of one level of any registered pytree."""
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)
-    return [_plain_key(path[0]) if path else 0 for path, _ in pairs], [child for _, child in pairs], treedef
-
-
-def _plain_key(entry: Any) -> Hashable:
-    for name in ("key", "name", "idx"):
-        if hasattr(entry, name):
-            return getattr(entry, name)
-    return str(entry)
+Owner = OwnedBy | None
 
 
 class Refs:
@@ -119,10 +103,10 @@ class Refs:
 class AttributePlace:
     """An array that an object owns: index of the object, keys from it down to the array."""
 
-    __slots__ = ("index", "keys")
+    __slots__ = ("findable", "index", "keys")
 
-    def __init__(self, index: int, keys: Path | None):
-        self.index, self.keys = index, keys
+    def __init__(self, index: int, keys: Path, findable: bool):
+        self.index, self.keys, self.findable = index, keys, findable
 
 
 class Packer:
@@ -185,7 +169,7 @@ class Packer:
             self.walk(
                 value,
                 Place((*path, key), spec, base) if specs is None else Place((*path, key), specs[i], len(path) + 1),
-                _below(owner, key),
+                owner and owner.below(key),
             )
             for i, (key, value) in enumerate(zip(keys, values, strict=True))
         )
@@ -194,7 +178,7 @@ class Packer:
     def _pytree(self, x: Any, place: Place, owner: Any) -> Element:
         keys, children, treedef = one_level(x)
         if owner is not None and not isinstance(x, tuple):
-            owner = owner[0], None  # no plan can find the way back to a leaf in there
+            owner = owner._replace(findable=False)
         return self._node(type(x), keys, children, None, treedef, place, owner)
 
     def _leaf(self, x: Any, place: Place, owner: Any, kind: int) -> Element:
@@ -205,12 +189,12 @@ class Packer:
             self.leaves[group][1].append(x)
             self.loose_groups.append(group)
             return Leaf(group, owned=False)
-        index, keys = owner
-        if kind == NUMBER and self.refs.objects[index]._nnx_mark(keys[0] if keys else None) != "data":
+        index, keys, findable = owner
+        if kind == NUMBER and self.refs.objects[index]._nnx_mark(keys[0]) != "data":
             return Static(type(x), x)  # as in NNX, a number stored on an object is configuration
         group = self._group(place, x)
         self.leaves[group][0].append(x)
-        self.sources[group].append(AttributePlace(index, keys))
+        self.sources[group].append(AttributePlace(index, keys, findable))
         return Leaf(group, owned=True)
 
     def _group(self, place: Place, x: Any) -> int:
@@ -270,13 +254,7 @@ class Packer:
             return Static(type(value), value)
         if can_change(value):
             self.containers.append((index, key))
-        return self.walk(value, Place((*place.path, key), place.spec, place.base), (index, (key,)))
-
-
-def _below(owner: Owner, key: Hashable) -> Owner:
-    if owner is None:
-        return None
-    return owner[0], None if owner[1] is None else (*owner[1], key)
+        return self.walk(value, Place((*place.path, key), place.spec, place.base), OwnedBy(index, (key,)))
 
 
 _PREFIXES = (tuple, list, dict)
@@ -321,13 +299,14 @@ def require_graph(x: Any, function: str) -> None:
 class Watch:
     """What `unpack` built, as it was, so that `collect` can tell what changed."""
 
-    __slots__ = ("arrays", "containers", "objects", "variables")
+    __slots__ = ("arrays", "containers", "objects", "states", "variables")
 
     def __init__(self) -> None:
         self.variables: list[tuple[int, Variable[Any], Any, dict[str, Any], int]] = []
         self.objects: list[tuple[int, Object, int, dict[Any, Any]]] = []
         self.arrays: list[tuple[int, Object, Path, Any, int]] = []
         self.containers: list[tuple[int, Object, Hashable, list[Any]]] = []
+        self.states: list[tuple[int, Hashable, State, int]] = []
 
 
 class Unpacker:
@@ -363,9 +342,8 @@ class Unpacker:
         if not d.owned:
             return next(self.loose[d.group])
         value = next(self.values[d.group])
-        if self.watch is not None and owner is not None and owner[1] is not None and len(owner[1]) == 1:
-            index = owner[0]
-            self.watch.arrays.append((index, self.refs.objects[index], owner[1], value, d.group))
+        if self.watch is not None and len(owner.keys) == 1:
+            self.watch.arrays.append((owner.owner, self.refs.objects[owner.owner], owner.keys, value, d.group))
         return value
 
     def _variable(self, d: VariableDef, place: Place) -> Variable[Any]:
@@ -387,7 +365,7 @@ class Unpacker:
             self.build(
                 child,
                 Place((*path, key), spec, base) if specs is None else Place((*path, key), specs[i], len(path) + 1),
-                _below(owner, key),
+                owner and owner.below(key),
             )
             for i, (key, child) in enumerate(zip(d.keys, d.children, strict=True))
         ]
@@ -395,7 +373,10 @@ class Unpacker:
             new = dict(zip(d.keys, children, strict=True))
             return new if d.order is None else {k: new[k] for k in d.order}
         if issubclass(d.kind, State):
-            return d.kind.over(dict(zip(d.keys, children, strict=True)))
+            state = d.kind.over(dict(zip(d.keys, children, strict=True)))
+            if self.watch is not None and owner is not None:
+                self.watch.states.append((owner.owner, owner.keys[0], state, track(state)))
+            return state
         return d.rebuild(children)
 
     def _object(self, d: Node, place: Place) -> Object:
@@ -403,7 +384,7 @@ class Unpacker:
         index = self.refs.add(obj, place)
         path, spec, base = place
         items = {
-            key: self.build(child, Place((*path, key), spec, base), (index, (key,)))
+            key: self.build(child, Place((*path, key), spec, base), OwnedBy(index, (key,)))
             for key, child in zip(d.keys, d.children, strict=True)
         }
         if d.order is not None:
@@ -455,24 +436,39 @@ class After:
     arrays: tuple[tuple[int, Path, int], ...]  # index of the owner, keys, group
     objects: tuple[ObjectChange, ...]
     result: GraphDef
+    idle: frozenset[int] = frozenset()  # Variables whose values travel (a loop carries them) but were not written
 
 
-def collect(
-    packer: Packer, watch: Watch, result: Any, spec: Spec, always: frozenset[int]
-) -> tuple[After, list[Leaves]]:
+class Forced(NamedTuple):
+    """What travels back although nobody wrote it, as numbers of groups and indices of Variables.
+
+    groups, variables: count as written (a donated buffer is gone; another branch of a cond writes it).
+    carried: only travel, because a loop passes them on.
+    """
+
+    groups: frozenset[int] = frozenset()
+    carried: frozenset[int] = frozenset()
+    variables: frozenset[int] = frozenset()
+
+
+def collect(packer: Packer, watch: Watch, result: Any, spec: Spec, forced: Forced) -> tuple[After, list[Leaves]]:
     """What changed in the objects under `watch`, together with `result`; see `After`."""
     leaves = packer.leaves
     variables = []
+    idle: set[int] = set()
     for index, v, before, metadata, group in watch.variables:
-        written = group in always or not _unchanged(v._raw_value, before)
+        written = group in forced.groups or index in forced.variables or not _unchanged(v._raw_value, before)
         news: Any = None if v._var_metadata is metadata else v._var_metadata
-        if written:
+        if not written and group in forced.carried:
+            idle.add(index)
+        travels = written or group in forced.carried
+        if travels:
             leaves[group][0].append(v._raw_value)
-        if written or news is not None:
+        if travels or news is not None:
             treatment = packer.groups[group]
             if news is not None:
                 news = freeze_metadata(packer.describe(v, treatment) if packer.describe else news)
-            variables.append((index, news, group if written else None))
+            variables.append((index, news, group if travels else None))
     changed = _changed_keys(watch)
     arrays = []
     for index, obj, keys, before, group in watch.arrays:
@@ -482,7 +478,7 @@ def collect(
             arrays.append((index, keys, group))
     objects = tuple(_object_change(packer, index, watch, keys) for index, keys in changed.items())
     root = packer.walk(result, Place(("result",), spec, 1))
-    return After(tuple(variables), tuple(arrays), objects, GraphDef(root)), leaves
+    return After(tuple(variables), tuple(arrays), objects, GraphDef(root), frozenset(idle)), leaves
 
 
 def _changed_keys(watch: Watch) -> dict[int, dict[Hashable, None]]:
@@ -497,10 +493,13 @@ def _changed_keys(watch: Watch) -> dict[int, dict[Hashable, None]]:
         changed[index] = dict.fromkeys(keys)
     for index, obj, key, before in watch.containers:
         value = obj._nnx_items().get(key)
-        if is_container(value):
+        if can_change(value):
             after = contents(value)
             if len(after) != len(before) or not all(a is b for a, b in zip(after, before, strict=True)):
                 changed.setdefault(index, {})[key] = None
+    for index, key, state, version in watch.states:
+        if state._nnx_version != version:
+            changed.setdefault(index, {})[key] = None
     return {index: keys for index, keys in changed.items() if keys}
 
 
@@ -517,7 +516,9 @@ def apply(after: After, leaves: list[Leaves], refs: Refs) -> Any:
     for index, metadata, group in after.variables:
         v = refs.objects[index]
         if group is not None:
-            set_raw(v, next(unpacker.values[group]))
+            value = next(unpacker.values[group])
+            if index not in after.idle:
+                set_raw(v, value)
         if metadata is not None:
             set_metadata_dict(v, dict(metadata))
     for index, keys, group in after.arrays:
@@ -525,7 +526,7 @@ def apply(after: After, leaves: list[Leaves], refs: Refs) -> Any:
     for change in after.objects:
         obj = refs.objects[change.id]
         place = Place((), None, 0)
-        new = {k: unpacker.build(d, place, (change.id, (k,))) for k, d in change.set}
+        new = {k: unpacker.build(d, place, OwnedBy(change.id, (k,))) for k, d in change.set}
         obj._nnx_assign(new, change.removed)
         if change.marks:
             object.__setattr__(obj, "_nnx_marks", dict(change.marks))  # type: ignore[call-overload]

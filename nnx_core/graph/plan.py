@@ -13,7 +13,7 @@ from typing import Any
 
 from nnx_core._changes import now, track
 from nnx_core._errors import Path
-from nnx_core.graph.containers import contents
+from nnx_core.graph.classify import contents
 from nnx_core.graph.objects import Object
 from nnx_core.graph.pack import AttributePlace, Leaves, Packer, Place, Refs
 from nnx_core.graph.structure import GraphDef
@@ -54,7 +54,7 @@ class Plan:
         self._sources = packer.sources
         self._all_variables = [all(isinstance(s, Variable) for s in group) for group in packer.sources]
         places = [s for group in packer.sources for s in group if isinstance(s, AttributePlace)]
-        self.cacheable = all(s.keys is not None for s in places)
+        self.cacheable = all(s.findable for s in places)
 
     @staticmethod
     def _container(owner: Object, key: Hashable) -> tuple[Any, Hashable, list[Any]]:
@@ -93,7 +93,6 @@ class Plan:
         if type(source) is not AttributePlace:
             return source._raw_value
         at = self.known(source.index)._nnx_storage()
-        assert source.keys is not None  # or the plan would not be cacheable
         for key in source.keys:
             at = getattr(at, str(key)) if hasattr(at, "_fields") else at[key]
         return at

@@ -9,8 +9,8 @@ from typing import Any
 
 from nnx_core import filters as filterlib
 from nnx_core._errors import Path
-from nnx_core.graph.objects import Object
-from nnx_core.graph.pack import DICT, OBJECT, PYTREE, SEQUENCE, STATE, kind_of, one_level
+from nnx_core.graph.classify import DICT, OBJECT, PYTREE, SEQUENCE, STATE, kind_of, one_level
+from nnx_core.graph.objects import Object, is_data
 from nnx_core.state import sorted_keys
 from nnx_core.variables import Variable
 
@@ -56,9 +56,11 @@ def _visit(x: Any, path: Path, seen: set[int]) -> Iterator[tuple[Path, Any]]:
 
 
 def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Hashable, Any]]:
-    """(key, child) of the direct children of `node` that are objects."""
+    """(key, child) of the direct children of `node`, without static attributes and plain arrays."""
     for key, child in children(node):
-        if isinstance(child, Object):
+        if isinstance(child, Object | Variable) or (
+            kind_of(child) in (SEQUENCE, DICT, STATE, PYTREE) and is_data(child)
+        ):
             yield key, child
 
 
@@ -96,10 +98,11 @@ def _map(f: Callable[[Path, Any], Any], x: Any, path: Path, done: dict[int, Any]
     if not pairs:
         return f(path, x)
     mapped = [_map(f, child, (*path, key), done) for key, child in pairs]
-    return f(path, _rebuild(x, [key for key, _ in pairs], mapped))
+    return f(path, rebuilt(x, [key for key, _ in pairs], mapped))
 
 
-def _rebuild(x: Any, keys: list[Hashable], values: list[Any]) -> Any:
+def rebuilt(x: Any, keys: list[Hashable], values: list[Any]) -> Any:
+    """A container like `x`, which is no object, with other children."""
     kind = kind_of(x)
     if kind == DICT:
         new = dict(zip(keys, values, strict=True))

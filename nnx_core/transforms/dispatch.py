@@ -13,21 +13,8 @@ from typing import Any
 
 from nnx_core._errors import TraceError, show_path
 from nnx_core._trace import current_trace
-from nnx_core.graph.pack import (
-    ARRAY,
-    AS_STATIC,
-    DICT,
-    NUMBER,
-    OBJECT,
-    SEQUENCE,
-    STATIC,
-    After,
-    Leaves,
-    Place,
-    Refs,
-    Unpacker,
-    kind_of,
-)
+from nnx_core.graph.classify import ARRAY, DICT, NUMBER, OBJECT, SEQUENCE, STATIC, kind_of
+from nnx_core.graph.pack import AS_STATIC, After, Leaves, Place, Refs, Unpacker
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import Element, Leaf, Node, Static
 from nnx_core.state import sorted_keys
@@ -139,7 +126,7 @@ def check_writes(after: After, refs: Refs) -> None:
     trace = current_trace()
     for index, _, _ in after.variables:
         v = refs.objects[index]
-        if v._trace_state != trace:
+        if index not in after.idle and v._trace_state != trace:
             raise TraceError(f"{type(v).__name__} at {show_path(refs.places[index].path)}")
     for index in [*(change.id for change in after.objects), *(index for index, _, _ in after.arrays)]:
         obj = refs.objects[index]
@@ -206,6 +193,7 @@ def _resolve(plan: Plan, after: After) -> Outcome | None:
 def _is_quick(after: After) -> bool:
     return (
         not after.objects
+        and not after.idle
         and not after.arrays
         and all(metadata is None for _, metadata, _ in after.variables)
         and _is_plain(after.result.root)

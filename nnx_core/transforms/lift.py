@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from nnx_core._changes import now
 from nnx_core._errors import StructureUpdateError
 from nnx_core.graph.objects import Object
-from nnx_core.graph.pack import After, Leaves, Packer, Place, Refs, Unpacker, Watch, apply, collect
+from nnx_core.graph.pack import After, Forced, Leaves, Packer, Place, Refs, Unpacker, Watch, apply, collect
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import GraphDef, Node
 from nnx_core.transforms.dispatch import Outcomes, Plans, check_writes, signature
@@ -50,7 +50,8 @@ class Lifted:
       inputs: spec of the positional arguments (a tuple, or one group for all).
       outputs: spec of the result.
       keywords: spec of the keyword arguments (a dict, or one group for all).
-      always: groups whose Variables travel back even when they were not written (loop carries, donated ones).
+      always: groups whose Variables are written back even when f did not (donated ones).
+      carried: groups whose Variables travel back even when f did not write them (loop carries).
       enter, leave: what happens to the metadata of Variables on the way in and out.
       strict: what is returned must be treated as it was when it came in (an axis in is the axis out).
       modes: what the user forbids.
@@ -62,14 +63,15 @@ class Lifted:
     outputs: Any
     keywords: Any = None
     always: frozenset[Hashable] = frozenset()
+    carried: frozenset[Hashable] = frozenset()
     enter: Describe = None
     leave: Describe = None
     strict: bool = False
     modes: Modes = Modes()  # noqa: RUF009  # immutable
     plans: Plans = field(default_factory=Plans)
 
-    def pure(self, graphdef: GraphDef, *leaves: Leaves) -> tuple[Any, ...]:
-        """f on fresh objects: (structure, *groups) -> (After, *groups)."""
+    def pure(self, graphdef: GraphDef, *leaves: Leaves, written: frozenset[int] = frozenset()) -> tuple[Any, ...]:
+        """f on fresh objects: (structure, *groups) -> (After, *groups); `written` counts as written in any case."""
         refs, watch = Refs(), Watch()
         unpacker = Unpacker(leaves, refs, self.groups, watch, self.enter)
         root = graphdef.root
@@ -78,14 +80,14 @@ class Lifted:
         kwargs = unpacker.build(root.children[1], Place(("kwargs",), self.keywords, 1))
         out = self.f(*args, **kwargs)
         packer = Packer(self.groups, refs, describe=self.leave, strict=self.strict)
-        always = frozenset(packer.group_index[g] for g in self.always if g in packer.group_index)
-        after, written = collect(packer, watch, out, self.outputs, always)
+        always, carried = (frozenset(map(packer.group_index.__getitem__, g)) for g in (self.always, self.carried))
+        after, news = collect(packer, watch, out, self.outputs, Forced(always, carried, written))
         if not self.modes.updates and after.objects:
             raise StructureUpdateError(
                 name_of(self.f),
                 [(*refs.places[c.id].path, k) for c in after.objects for k in (*dict(c.set), *c.removed)],
             )
-        return after, *written
+        return after, *news
 
     def pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, Packer]:
         """Walk the arguments."""

@@ -1,4 +1,4 @@
-"""scan.
+"""scan, while_loop and fori_loop.
 
 Law: `scan(f)` equals the Python loop over f, with every effect on the arguments. Leaves of the group Carry go
 from step to step; leaves with an axis are sliced and what is written to them stacked; leaves without axis
@@ -6,18 +6,20 @@ from step to step; leaves with an axis are sliced and what is written to them st
 carried, and of what is sliced only what was written is stacked again.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from nnx_core._errors import Path, SpecError, StructureError, show_path
+from nnx_core._errors import SpecError, StructureError
 from nnx_core.graph.pack import After, Leaves
-from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, Ref, Static, VariableDef, nodes
+from nnx_core.graph.structure import GraphDef, Leaf, Node, VariableDef, nodes
 from nnx_core.transforms.batch import AxisMetadata
+from nnx_core.transforms.carry import carried, require_same_carry, same_form
 from nnx_core.transforms.groups import Carry, distinct
-from nnx_core.transforms.lift import Lifted, Modes, dressed, name_of, optional_decorator, positional, unbound
+from nnx_core.transforms.lift import Lifted, Modes, by_position, dressed, name_of, optional_decorator, unbound
 
 
 class _SharedWritten(Exception):
@@ -40,57 +42,23 @@ def shared_positions(graphdef: GraphDef, group: int) -> dict[int, int]:
     return at
 
 
-def same_form(before: Element, after: Element, path: Path, f: Callable[..., Any]) -> None:
-    """Raise StructureError unless a carry came back with the structure it had."""
-    if type(after) is Ref and type(before) in (Node, VariableDef, Ref) and before.id == after.id:  # type: ignore[union-attr]  # all of these have one
-        return
-    if type(before) is Node and type(after) is Node and before.id is None is after.id:
-        if (before.kind, before.keys, before.extra) == (after.kind, after.keys, after.extra):
-            for key, b, a in zip(before.keys, before.children, after.children, strict=True):
-                same_form(b, a, (*path, key), f)
-            return
-    elif (before == after and type(before) in (Leaf, Ref)) or (type(before) is type(after) and before == after):
-        return
-    raise StructureError(
-        f"{name_of(f)} must return its carry with the structure it was given; {show_path(path)} differs:\n"
-        f"  given:    {_show(before)}\n  returned: {_show(after)}\n"
-        "Update modules in place and return the same objects."
-    )
-
-
-def _show(d: Element) -> str:
-    if type(d) is Static:
-        return repr(d.value)
-    if type(d) is Node:
-        return f"{d.kind.__name__}({', '.join(map(str, d.keys))})"
-    if type(d) is VariableDef:
-        return d.kind.__name__
-    return "an array or number" if type(d) is Leaf else "an object of the caller"
-
-
-def carried(d: Element, spec: Any, path: Path) -> list[tuple[Path, Element]]:
-    """The parts of a structure whose spec is Carry."""
-    if spec is Carry:
-        return [(path, d)]
-    if type(spec) in (tuple, list, dict) and type(d) is Node:
-        pairs = zip(d.keys, d.children, strict=True)
-        specs = spec if type(spec) is dict else dict(enumerate(spec))
-        return [part for key, child in pairs for part in carried(child, specs[key], (*path, key))]
-    return []
-
-
 class _Scan:
     """One scanned function, for one number of arguments."""
 
     def __init__(self, lifted: Lifted, options: dict[str, Any]):
         self.lifted, self.options = lifted, options
+        # jit, so that a second call outside of any jit traces and compiles nothing; inlined inside of one
+        self.compiled = jax.jit(self.run, static_argnums=0, inline=True)
+        self.moving: dict[GraphDef, frozenset[int]] = {}
         self.axes: tuple[int, ...] = lifted.groups[2:]  # type: ignore[assignment]  # after Carry and None come axes
 
     def __call__(self, graphdef: GraphDef, carry: Leaves, shared: Leaves, *mapped: Leaves) -> tuple[Any, ...]:
+        moving = self.moving.get(graphdef, frozenset())
         try:
-            return self.run(frozenset(), graphdef, carry, shared, mapped)
+            return self.compiled(moving, graphdef, carry, shared, mapped)
         except _SharedWritten as written:
-            return self.run(written.positions, graphdef, carry, shared, mapped)
+            self.moving[graphdef] = written.positions
+            return self.compiled(written.positions, graphdef, carry, shared, mapped)
 
     def run(
         self, moving: frozenset[int], graphdef: GraphDef, carry: Leaves, shared: Leaves, mapped: tuple[Leaves, ...]
@@ -192,7 +160,7 @@ def scan(
             (Carry, None, *named),
             inputs,
             out_axes,
-            always=frozenset({Carry}),
+            carried=frozenset({Carry}),
             enter=metadata.enter,
             leave=metadata.leave,
             strict=True,
@@ -201,10 +169,134 @@ def scan(
         return lifted, _Scan(lifted, options)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        args = (*owner, *positional(function, (*owner, *args), kwargs)[len(owner) :])
+        args, kwargs = by_position(function, (*owner, *args), kwargs)
         if len(args) not in forms:
             forms[len(args)] = make(len(args))
         lifted, run = forms[len(args)]
-        return lifted.call(run, args, {})
+        return lifted.call(run, args, kwargs)
 
     return dressed(call, f)
+
+
+class _While:
+    """A while loop over one carry; made once for each pair of functions."""
+
+    def __init__(self, cond: Callable[..., Any], body: Callable[..., Any], modes: Modes):
+        self.cond = Lifted(cond, (Carry,), (Carry,), Carry, modes=modes)
+        self.body = Lifted(body, (Carry,), (Carry,), Carry, carried=frozenset({Carry}), modes=modes)
+        self.compiled = jax.jit(self.run, inline=True)
+
+    def run(self, graphdef: GraphDef, carry: Leaves) -> tuple[Any, ...]:
+        afters: list[After] = []
+
+        def test(carry: Leaves) -> Any:
+            after, (_, (result, *_)) = self.cond.pure(graphdef, carry)
+            if after.variables or after.objects:
+                raise StructureError(f"while_loop: {name_of(self.cond.f)}, the condition, must not write anything.")
+            return result
+
+        def step(carry: Leaves) -> Leaves:
+            after, carry = self.body.pure(graphdef, carry)
+            require_same_carry(self.body.f, graphdef, after)
+            afters.append(after)
+            return carry
+
+        carry = jax.lax.while_loop(test, step, carry)
+        return afters[-1], carry
+
+
+_while = functools.lru_cache(maxsize=256)(_While)
+
+
+def while_loop(
+    cond_fun: Callable[[Any], Any],
+    body_fun: Callable[[Any], Any],
+    init_val: Any,
+    *,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
+    """`jax.lax.while_loop` for a carry with modules in it.
+
+    Args:
+      cond_fun: carry -> bool scalar; must not write anything.
+      body_fun: carry -> carry of the same structure; modules are updated in place and returned.
+      init_val: any pytree of modules, Variables, arrays and numbers.
+
+    Raises:
+      StructureError: if the carry comes back with another structure.
+
+    Example:
+      >>> import nnx_core as nnx, jax.numpy as jnp
+      >>> count = nnx.Variable(jnp.array(0))
+      >>> def body(count):
+      ...     count[...] += 1
+      ...     return count
+      >>> int(nnx.while_loop(lambda count: count[...] < 5, body, count)[...])
+      5
+    """
+    loop = _while(cond_fun, body_fun, Modes.of(graph, graph_updates))
+    return loop.body.call(loop.compiled, (init_val,), {})
+
+
+@functools.lru_cache(maxsize=256)
+def _fori_body(body_fun: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
+    def body(state: Any) -> Any:
+        i, upper, carry = state
+        return i + 1, upper, body_fun(i, carry)
+
+    return functools.update_wrapper(body, body_fun) if hasattr(body_fun, "__name__") else body
+
+
+def _fori_cond(state: Any) -> Any:
+    return state[0] < state[1]
+
+
+@functools.lru_cache(maxsize=256)
+def _fori_scan(body_fun: Callable[[Any, Any], Any], lower: int, upper: int, unroll: Any, modes: Modes) -> Any:
+    def step(carry: Any, i: Any) -> Any:
+        return body_fun(i, carry)
+
+    given = {"unroll": 1 if unroll is None else unroll, "length": upper - lower}
+    return scan(
+        step,
+        in_axes=(Carry, 0),
+        out_axes=Carry,
+        graph=modes.sharing,
+        graph_updates=modes.updates,
+        **given,
+    )
+
+
+def fori_loop(
+    lower: Any,
+    upper: Any,
+    body_fun: Callable[[Any, Any], Any],
+    init_val: Any,
+    *,
+    unroll: int | bool | None = None,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
+    """`jax.lax.fori_loop` for a carry with modules in it: carry = body_fun(i, carry) for lower <= i < upper.
+
+    With bounds that are Python numbers it can be differentiated in reverse, as in JAX.
+
+    Example:
+      >>> import nnx_core as nnx, jax.numpy as jnp
+      >>> total = nnx.Variable(jnp.array(0))
+      >>> def body(i, total):
+      ...     total[...] += i
+      ...     return total
+      >>> int(nnx.fori_loop(0, 5, body, total)[...])
+      10
+    """
+    if isinstance(lower, int) and isinstance(upper, int):
+        if upper <= lower:
+            return init_val
+        run = _fori_scan(body_fun, lower, upper, unroll, Modes.of(graph, graph_updates))
+        return run(init_val, jnp.arange(lower, upper))
+    if unroll is not None:
+        raise ValueError("fori_loop can be unrolled only if lower and upper are Python numbers.")
+    start = jnp.asarray(lower), jnp.asarray(upper), init_val
+    return while_loop(_fori_cond, _fori_body(body_fun), start, graph=graph, graph_updates=graph_updates)[2]

@@ -1,0 +1,141 @@
+"""cond and switch.
+
+Law: `cond(p, f, g, *args)` equals `f(*args) if p else g(*args)`, with every effect on the arguments. All branches
+must leave the same structure behind; which values they write may differ.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx_core._errors import StructureError
+from nnx_core.graph.pack import After, Leaves
+from nnx_core.graph.structure import GraphDef
+from nnx_core.transforms.compile import PLAIN
+from nnx_core.transforms.lift import Lifted, Modes, name_of, unbound
+from nnx_core.variables import Variable
+
+
+class _Switch:
+    """Some branches over the same operands; made once for each list of functions."""
+
+    def __init__(self, branches: tuple[Callable[..., Any], ...], modes: Modes):
+        self.branches = [Lifted(f, (PLAIN,), PLAIN, PLAIN, PLAIN, modes=modes) for f in branches]
+        # jit, so that a second call outside of any jit traces and compiles nothing; inlined inside of one
+        self.compiled = jax.jit(self.run, static_argnums=1, inline=True)
+        self.written: dict[GraphDef, frozenset[int]] = {}
+
+    def __call__(self, index: Any, graphdef: GraphDef, leaves: Leaves) -> tuple[Any, ...]:
+        written = self.written.get(graphdef, frozenset())
+        while True:  # again with more, until every branch returns what any of them writes
+            try:
+                return self.compiled(index, written, graphdef, leaves)
+            except _AnotherWrites as more:
+                written = self.written[graphdef] = written | more.variables
+
+    def run(self, index: Any, written: frozenset[int], graphdef: GraphDef, leaves: Leaves) -> tuple[Any, ...]:
+        traced: list[tuple[Lifted, After]] = []
+
+        def branch(lifted: Lifted, leaves: Leaves) -> Leaves:
+            after, values = lifted.pure(graphdef, leaves, written=written)
+            if traced and traced[0][1] != after:
+                here, there = _written(after), _written(traced[0][1])
+                if here != there:
+                    raise _AnotherWrites(here | there)
+                raise _differ(traced[0][0].f, traced[0][1], lifted.f, after)
+            traced.append((lifted, after))
+            return values
+
+        out = jax.lax.switch(index, [functools.partial(branch, b) for b in self.branches], leaves)
+        return traced[0][1], out
+
+
+class _AnotherWrites(Exception):
+    """Signal to trace again: some branch writes these Variables, so every one must return them."""
+
+    def __init__(self, variables: frozenset[int]):
+        self.variables = variables
+
+
+def _written(after: After) -> frozenset[int]:
+    return frozenset(index for index, _, group in after.variables if group is not None)
+
+
+_switch = functools.lru_cache(maxsize=256)(_Switch)
+
+
+def _differ(first: Callable[..., Any], a: After, second: Callable[..., Any], b: After) -> StructureError:
+    if a.result != b.result:
+        what = f"  {name_of(first)} returned:  {a.result.root!r}\n  {name_of(second)} returned:  {b.result.root!r}"
+    else:
+        what = f"  {name_of(first)} changed:  {_changes(a)}\n  {name_of(second)} changed:  {_changes(b)}"
+    return StructureError(
+        f"cond and switch need branches that leave the same structure behind:\n{what}\n"
+        "Return the same containers, and set the same attributes, in every branch."
+    )
+
+
+def _changes(after: After) -> str:
+    keys = [k for change in after.objects for k in (*dict(change.set), *change.removed)]
+    return f"the attributes {keys}" if keys else "metadata only" if after.variables else "nothing"
+
+
+def cond(
+    pred: Any,
+    true_fun: Callable[..., Any],
+    false_fun: Callable[..., Any],
+    *operands: Any,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
+    """`jax.lax.cond` for functions of modules.
+
+    Args:
+      pred: bool scalar.
+      true_fun, false_fun: take the operands.
+      *operands: modules, Variables, arrays, and pytrees of these.
+
+    Raises:
+      StructureError: if the branches leave different structures behind.
+
+    Example:
+      >>> import nnx_core as nnx, jax.numpy as jnp
+      >>> def double(v):
+      ...     v[...] *= 2
+      >>> v = nnx.Variable(jnp.array(3))
+      >>> nnx.cond(True, double, lambda v: None, v)
+      >>> int(v[...])
+      6
+    """
+    pred = pred.get_value() if isinstance(pred, Variable) else pred
+    index = jnp.asarray(pred, bool).astype(jnp.int32)
+    return switch(index, (false_fun, true_fun), *operands, graph=graph, graph_updates=graph_updates)
+
+
+def switch(
+    index: Any,
+    branches: Sequence[Callable[..., Any]],
+    *operands: Any,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
+    """`jax.lax.switch` for functions of modules; see `cond`.
+
+    Args:
+      index: integer scalar, clamped to the number of branches.
+      branches: functions of the operands.
+
+    Raises:
+      StructureError: if the branches leave different structures behind.
+    """
+    index = index.get_value() if isinstance(index, Variable) else index
+    functions, owners = zip(*map(unbound, branches), strict=True)
+    owner = owners[0]
+    if any(o and o[0] is not owner[0] if owner else o for o in owners):  # methods of several objects: as they are
+        functions, owner = tuple(branches), ()
+    made = _switch(functions, Modes.of(graph, graph_updates))
+    run = functools.partial(made, index)
+    return made.branches[0].call(run, (*owner, *operands), {})

@@ -1,0 +1,96 @@
+"""Names, signatures, attributes and initial values are flax.nnx's."""
+
+import inspect
+
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import nnx_core as nnx
+from nnx_core.nn import activations, initializers
+from tests.layers import LAYERS
+from tests.tolerance import assert_trees_equal
+
+ROWS = pytest.mark.parametrize("row", LAYERS, ids=lambda row: row.name)
+
+
+def signature(function):
+    """Names, kinds and defaults; of a function as default its name, since each library has its own."""
+    return [
+        (p.name, p.kind, getattr(p.default, "__name__", p.default))
+        for p in inspect.signature(function).parameters.values()
+    ]
+
+
+@ROWS
+@pytest.mark.parametrize("method", ["__init__", None], ids=["init", "call"])
+def test_signature(row, method):
+    ours, theirs = type(row.make(nnx, nnx.Rngs(0))), type(row.make(flax.nnx, flax.nnx.Rngs(0)))
+    method = method or row.method
+    assert signature(getattr(ours, method)) == signature(getattr(theirs, method))
+
+
+@ROWS
+def test_public_attributes(row):
+    ours, theirs = row.make(nnx, nnx.Rngs(0)), row.make(flax.nnx, flax.nnx.Rngs(0))
+    public = {name for name in vars(theirs) if not name.startswith("_")}
+    assert public <= set(vars(ours))
+
+
+@ROWS
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_initial_values(row, param_dtype):
+    ours = row.make(nnx, nnx.Rngs(5), param_dtype=param_dtype)
+    theirs = row.make(flax.nnx, flax.nnx.Rngs(5), param_dtype=param_dtype)
+    assert_trees_equal(values(nnx, ours), values(flax.nnx, theirs))
+
+
+RANDOM = initializers.normal()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda lib, rngs: lib.Linear(3, 4, bias_init=RANDOM, rngs=rngs),
+        lambda lib, rngs: lib.Linear(3, 4, use_bias=False, rngs=rngs),
+        lambda lib, rngs: lib.Conv(3, 4, (2, 3), bias_init=RANDOM, rngs=rngs),
+        lambda lib, rngs: lib.Conv(4, 4, 3, feature_group_count=2, use_bias=False, rngs=rngs),
+        lambda lib, rngs: lib.BatchNorm(4, scale_init=RANDOM, bias_init=RANDOM, rngs=rngs),
+        lambda lib, rngs: lib.BatchNorm(4, use_scale=False, bias_init=RANDOM, rngs=rngs),
+        lambda lib, rngs: lib.LayerNorm(4, scale_init=RANDOM, bias_init=RANDOM, rngs=rngs),
+        lambda lib, rngs: lib.LayerNorm(4, use_bias=False, scale_init=RANDOM, rngs=rngs),
+        lambda lib, rngs: lib.Embed(4, 3, rngs=rngs),
+        lambda lib, rngs: lib.Dropout(0.5, rngs=rngs),
+    ],
+)
+@pytest.mark.parametrize("seeds", [{"default": 0}, {"params": 0, "dropout": 1}], ids=["default", "streams"])
+def test_as_many_keys_in_the_same_order(make, seeds):
+    rngs, flax_rngs = nnx.Rngs(**seeds), flax.nnx.Rngs(**seeds)
+    for _ in range(2):  # the second layer's values depend on how many keys the first one drew
+        assert_trees_equal(values(nnx, make(nnx, rngs)), values(flax.nnx, make(flax.nnx, flax_rngs)))
+    assert_trees_equal(values(nnx, rngs), values(flax.nnx, flax_rngs))
+
+
+def values(lib, module):
+    """State as a dict path -> array."""
+    return {"/".join(map(str, path)): leaf[...] for path, leaf in lib.to_flat_state(lib.state(module))}
+
+
+def test_every_activation():
+    for name in flax.nnx.nn.activations.__all__:
+        ours, theirs = getattr(activations, name), getattr(flax.nnx, name)
+        assert getattr(nnx, name) is ours
+        assert ours is theirs or name == "PReLU"
+    assert set(activations.__all__) == set(flax.nnx.nn.activations.__all__)
+
+
+def test_every_initializer():
+    theirs = {name for name in dir(flax.nnx.initializers) if not name.startswith("_")} - {"tp"}
+    assert theirs <= set(initializers.__all__)
+    assert nnx.initializers is initializers
+    for name in theirs - {"DtypeLikeInexact", "Initializer"}:
+        assert getattr(initializers, name).__name__ == getattr(flax.nnx.initializers, name).__name__
+    key = jax.random.key(0)
+    for init in (initializers.ones_init(), initializers.zeros_init(), initializers.default_kernel_init):
+        assert init(key, (2, 3), jnp.bfloat16).dtype == jnp.bfloat16

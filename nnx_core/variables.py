@@ -308,17 +308,20 @@ get_raw = operator.attrgetter("_raw_value")
 set_raw: Callable[[Variable[Any], Any], None] = _set_raw
 
 
-def _fill(variable: Variable[Any], value: Any, metadata: dict[str, Any]) -> None:
+def _fill(variable: Variable[Any], value: Any, metadata: dict[str, Any], trace: object = None) -> None:
     _set_raw(variable, value)
     _set_metadata(variable, metadata)
-    _set_trace(variable, current_trace())
+    _set_trace(variable, current_trace() if trace is None else trace)
     _set_version(variable, 0)
 
 
-def new_variable(kind: type[V], value: Any, metadata: dict[str, Any]) -> V:
-    """A Variable of class `kind` as it is: no hooks, no `__init__`. `metadata` is not copied."""
+def new_variable(kind: type[V], value: Any, metadata: dict[str, Any], trace: object = None) -> V:
+    """A Variable of class `kind` as it is: no hooks, no `__init__`. `metadata` is not copied.
+
+    `trace` is `current_trace()`, for callers that make many.
+    """
     variable = kind.__new__(kind)
-    _fill(variable, value, metadata)
+    _fill(variable, value, metadata, trace)
     return variable
 
 

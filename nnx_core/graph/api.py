@@ -15,15 +15,13 @@ from nnx_core._errors import FilterError, Path, StateMismatchError
 from nnx_core.graph.objects import Object, set_plan
 from nnx_core.graph.pack import Packer, Place, Refs, Unpacker, require_graph
 from nnx_core.graph.plan import Plan
-from nnx_core.graph.structure import GraphDef, Leaf, VariableDef, nodes
+from nnx_core.graph.structure import GraphDef, Layout
 from nnx_core.graph.walk import children, rebuilt, recursive_map
 from nnx_core.state import State, split_pairs
 from nnx_core.variables import Variable
 
 A = TypeVar("A")
 _ABSENT: Any = object()
-#: How one leaf of a structure is found: its path, and (index of a Variable, or None; owned by an object or not).
-Layout = tuple[tuple[Path, int | None, bool], ...]
 
 
 def plan_of(node: Any, *, allow_sharing: bool = True) -> Plan:
@@ -45,17 +43,6 @@ def _walk(node: Any, allow_sharing: bool = True) -> tuple[Plan, Packer]:
     return Plan(GraphDef(root), packer, stamp), packer
 
 
-def layout_of(graphdef: GraphDef) -> Layout:
-    """Where the leaves of a structure are, in walking order."""
-    found: list[tuple[Path, int | None, bool]] = []
-    for path, d in nodes(graphdef.root):
-        if type(d) is VariableDef:
-            found.append((path, d.id, True))
-        elif type(d) is Leaf:
-            found.append((path, None, d.owned))
-    return tuple(found)
-
-
 def _parts(node: Any, graph: bool | None, function: str) -> tuple[GraphDef, list[tuple[Path, Any]]]:
     """Structure of `node`, and (path, Variable or array) of its leaves."""
     require_graph(node, function)
@@ -71,7 +58,7 @@ def _parts(node: Any, graph: bool | None, function: str) -> tuple[GraphDef, list
 
 def _pairs(plan: Plan, values: list[Any], loose: list[Any]) -> Iterator[tuple[Path, Any]]:
     owned, free = iter(values), iter(loose)
-    for path, index, is_owned in plan.remember("layout", lambda: layout_of(plan.graphdef)):
+    for path, index, is_owned in plan.graphdef.layout:
         value = next(owned) if is_owned else next(free)
         yield path, value if index is None else plan.known(index)
 
@@ -119,7 +106,7 @@ def merge(graphdef: GraphDef, /, *states: Mapping[Any, Any], copy: bool = True, 
     """
     if not isinstance(graphdef, GraphDef):
         raise TypeError(f"nnx.merge needs a GraphDef first, as nnx.split returns it; found {type(graphdef).__name__}.")
-    layout = layout_of(graphdef)
+    layout = graphdef.layout
     leaves = _by_path([path for path, _, _ in layout], states, require_all=True)
     values: list[Any] = []
     loose: list[Any] = []
@@ -131,7 +118,7 @@ def merge(graphdef: GraphDef, /, *states: Mapping[Any, Any], copy: bool = True, 
             leaf = leaf._raw_value
         (values if owned else loose).append(leaf)
     refs = Refs()
-    made = Unpacker(((values, loose),), refs).build(graphdef.root, Place((), None, 0))
+    made = Unpacker(((values, loose),), refs).build(graphdef.root, None)
     for index, leaf in metadata.items():  # what a State says of a Variable (metadata) is newer than the structure
         if refs.objects[index]._var_metadata != leaf._var_metadata:
             refs.objects[index].set_metadata(leaf._var_metadata)
@@ -198,7 +185,7 @@ def update(node: Any, state: Any, /, *states: Any, strict: bool = False) -> None
     """
     require_graph(node, "update")
     plan = plan_of(node)
-    layout: Layout = plan.remember("layout", lambda: layout_of(plan.graphdef))
+    layout: Layout = plan.graphdef.layout
     leaves = _by_path([path for path, _, _ in layout], (state, *states), require_all=strict)
     if strict:
         _require_same_types(plan, layout, leaves)
@@ -319,7 +306,7 @@ def pop(node: Any, *filters: filterlib.Filter) -> Any:
     plan = plan_of(node)
     parts: list[list[tuple[Path, Any]]] = [[] for _ in filters]
     gone: set[int] = set()
-    layout: Layout = plan.remember("layout", lambda: layout_of(plan.graphdef))
+    layout: Layout = plan.graphdef.layout
     for path, index, _ in layout:
         if index is None:
             continue
@@ -351,10 +338,10 @@ def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool 
     if not variables:
         return recursive_map(lambda _, x: x, node)
     structure, pairs = _parts(node, graph, "clone")
-    layout = layout_of(structure)
+    layout = structure.layout
     values: list[Any] = []
     loose: list[Any] = []
     for (_, _, owned), (_, leaf) in zip(layout, pairs, strict=True):
         value = leaf._raw_value if isinstance(leaf, Variable) else leaf
         (values if owned else loose).append(value.copy() if arrays and hasattr(value, "copy") else value)
-    return Unpacker(((values, loose),), Refs()).build(structure.root, Place((), None, 0))
+    return Unpacker(((values, loose),), Refs()).build(structure.root, None)

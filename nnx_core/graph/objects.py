@@ -183,13 +183,13 @@ set_plan: Callable[[Object, Any], None] = _slot("_nnx_plan")
 _NO_MARKS: dict[str, str] = {}
 
 
-def create(kind: type[Any]) -> Any:
-    """An object of class `kind` without attributes; no `__init__`."""
+def create(kind: type[Any], trace: object = None) -> Any:
+    """An object of class `kind` without attributes; no `__init__`. `trace` is `current_trace()`, if known."""
     obj = object.__new__(kind)
     _set_version(obj, 0)
     set_plan(obj, None)
     _set_marks(obj, _NO_MARKS)
-    _set_trace(obj, current_trace())
+    _set_trace(obj, current_trace() if trace is None else trace)
     return obj
 
 

@@ -14,7 +14,8 @@ Law: unpack(pack(x)) is isomorphic to x, sharing and cycles included; only what 
 one Variable has one treatment in a call. Knows nothing of transforms.
 """
 
-from collections.abc import Hashable, Iterator
+import itertools
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import jax
 
 from nnx_core._changes import track
 from nnx_core._errors import AliasError, NotAGraphError, Path, SharedReferenceError, SpecError, show_path
+from nnx_core._trace import current_trace
 from nnx_core.graph.classify import (
     ARRAY,
     DICT,
@@ -37,7 +39,7 @@ from nnx_core.graph.classify import (
     one_level,
 )
 from nnx_core.graph.objects import Object, create, is_array
-from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, Ref, Static, VariableDef
+from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, Ref, Static, VariableDef, static
 from nnx_core.state import State, sorted_keys
 from nnx_core.variables import Variable, freeze_metadata, new_variable, set_metadata_dict, set_raw
 
@@ -62,6 +64,10 @@ class Place(NamedTuple):
     path: Path
     spec: Spec
     base: int
+
+    def below(self, key: Hashable) -> "Place":
+        """The same treatment, one level down."""
+        return Place((*self.path, key), self.spec, self.base)
 
 
 class OwnedBy(NamedTuple):
@@ -90,9 +96,9 @@ class Refs:
     def __init__(self) -> None:
         self.objects: list[Any] = []
         self.indices: dict[int, int] = {}
-        self.places: list[Place] = []
+        self.places: list[Any] = []  # a Place each; None where nobody asks for it
 
-    def add(self, obj: Any, place: Place) -> int:
+    def add(self, obj: Any, place: Place | None) -> int:
         index = len(self.objects)
         self.objects.append(obj)
         self.indices[id(obj)] = index
@@ -139,14 +145,14 @@ class Packer:
     def walk(self, x: Any, place: Place, owner: Owner = None) -> Element:
         """The structure of `x`; its leaves go into `self.leaves`."""
         if place.spec is AS_STATIC:
-            return Static(type(x), x)
+            return static(x)
         kind = kind_of(x)
         if kind == VARIABLE:
             return self._variable(x, place)
         if kind == OBJECT:
             return self._object(x, place)
         if kind == STATIC:
-            return Static(type(x), x)
+            return static(x)
         if kind in (ARRAY, NUMBER):
             return self._leaf(x, place, owner, kind)
         if kind == PYTREE:
@@ -163,15 +169,14 @@ class Packer:
     def _node(
         self, kind: type, keys: list[Any], values: Any, order: Any, extra: Hashable, place: Place, owner: Any
     ) -> Node:
-        path, spec, base = place
-        specs = prefix_of(spec, keys, kind, path) if type(spec) in _PREFIXES or type(spec) is kind else None
+        path, spec, _ = place
+        if type(spec) in _PREFIXES or type(spec) is kind:
+            specs = prefix_of(spec, keys, kind, path)
+            below = [Place((*path, key), s, len(path) + 1) for key, s in zip(keys, specs, strict=True)]
+        else:
+            below = [place.below(key) for key in keys]
         children = tuple(
-            self.walk(
-                value,
-                Place((*path, key), spec, base) if specs is None else Place((*path, key), specs[i], len(path) + 1),
-                owner and owner.below(key),
-            )
-            for i, (key, value) in enumerate(zip(keys, values, strict=True))
+            self.walk(value, at, owner and owner.below(key)) for key, value, at in zip(keys, values, below, strict=True)
         )
         return Node(kind, None, tuple(keys), children, order, extra)
 
@@ -183,7 +188,7 @@ class Packer:
 
     def _leaf(self, x: Any, place: Place, owner: Any, kind: int) -> Element:
         if owner is None and kind == NUMBER and not self.trace_numbers:
-            return Static(type(x), x)
+            return static(x)
         if owner is None:
             group = self._group(place, x)
             self.leaves[group][1].append(x)
@@ -191,7 +196,7 @@ class Packer:
             return Leaf(group, owned=False)
         index, keys, findable = owner
         if kind == NUMBER and self.refs.objects[index]._nnx_mark(keys[0]) != "data":
-            return Static(type(x), x)  # as in NNX, a number stored on an object is configuration
+            return static(x)  # as in NNX, a number stored on an object is configuration
         group = self._group(place, x)
         self.leaves[group][0].append(x)
         self.sources[group].append(AttributePlace(index, keys, findable))
@@ -248,13 +253,13 @@ class Packer:
     def attribute(self, index: int, obj: Object, key: Hashable, value: Any, place: Place) -> Element:
         """The structure of one attribute (or item) of the object under `index`, which is at `place`."""
         if obj._nnx_mark(key) == "static":
-            return Static(type(value), value)
+            return static(value)
         kind = kind_of(value)
         if kind == STATIC or (kind == NUMBER and obj._nnx_mark(key) is None):
-            return Static(type(value), value)
+            return static(value)
         if can_change(value):
             self.containers.append((index, key))
-        return self.walk(value, Place((*place.path, key), place.spec, place.base), OwnedBy(index, (key,)))
+        return self.walk(value, place.below(key), OwnedBy(index, (key,)))
 
 
 _PREFIXES = (tuple, list, dict)
@@ -321,24 +326,25 @@ class Unpacker:
         describe: Any = None,
     ):
         self.groups = groups
+        self.trace = current_trace()
         self.values = [iter(values) for values, _ in leaves]
         self.loose = [iter(loose) for _, loose in leaves]
         self.refs, self.watch, self.describe = refs, watch, describe
 
-    def build(self, d: Element, place: Place, owner: Owner = None) -> Any:
-        """The object, container or leaf that `d` describes."""
+    def build(self, d: Element, place: Place | None, owner: Owner = None) -> Any:
+        """The object, container or leaf that `d` describes; without `place` nobody asks for paths later."""
         if type(d) is Static:
             return d.value
-        if type(d) is Leaf:
-            return self._leaf(d, place, owner)
-        if type(d) is Ref:
-            return self.refs.objects[d.id]
         if type(d) is VariableDef:
             return self._variable(d, place)
+        if type(d) is Leaf:
+            return self._leaf(d, owner)
+        if type(d) is Ref:
+            return self.refs.objects[d.id]
         assert type(d) is Node  # there is nothing else
         return self._node(d, place, owner) if d.id is None else self._object(d, place)
 
-    def _leaf(self, d: Leaf, place: Place, owner: Any) -> Any:
+    def _leaf(self, d: Leaf, owner: Any) -> Any:
         if not d.owned:
             return next(self.loose[d.group])
         value = next(self.values[d.group])
@@ -346,10 +352,10 @@ class Unpacker:
             self.watch.arrays.append((owner.owner, self.refs.objects[owner.owner], owner.keys, value, d.group))
         return value
 
-    def _variable(self, d: VariableDef, place: Place) -> Variable[Any]:
-        value, metadata = next(self.values[d.group]), dict(d.metadata)
-        v: Variable[Any] = new_variable(d.kind, value, metadata)
-        if self.groups is not None:
+    def _variable(self, d: VariableDef, place: Place | None) -> Variable[Any]:
+        value = next(self.values[d.group])
+        v: Variable[Any] = new_variable(d.kind, value, dict(d.metadata), self.trace)
+        if place is not None and self.groups is not None:
             place = Place(place.path, self.groups[d.group], place.base)
             if self.describe is not None:
                 set_metadata_dict(v, self.describe(v, place.spec))
@@ -358,16 +364,10 @@ class Unpacker:
             self.watch.variables.append((index, v, _snapshot(value), v._var_metadata, d.group))
         return v
 
-    def _node(self, d: Node, place: Place, owner: Any) -> Any:
-        path, spec, base = place
-        specs = prefix_of(spec, list(d.keys), d.kind, path) if type(spec) in _PREFIXES or type(spec) is d.kind else None
+    def _node(self, d: Node, place: Place | None, owner: Owner) -> Any:
         children = [
-            self.build(
-                child,
-                Place((*path, key), spec, base) if specs is None else Place((*path, key), specs[i], len(path) + 1),
-                owner and owner.below(key),
-            )
-            for i, (key, child) in enumerate(zip(d.keys, d.children, strict=True))
+            self.build(child, below, owner and owner.below(key))
+            for key, child, below in zip(d.keys, d.children, _places_below(d, place), strict=True)
         ]
         if d.kind is dict:
             new = dict(zip(d.keys, children, strict=True))
@@ -379,14 +379,15 @@ class Unpacker:
             return state
         return d.rebuild(children)
 
-    def _object(self, d: Node, place: Place) -> Object:
-        obj = create(d.kind)
+    def _object(self, d: Node, place: Place | None) -> Object:
+        obj: Object = create(d.kind, self.trace)
         index = self.refs.add(obj, place)
-        path, spec, base = place
-        items = {
-            key: self.build(child, Place((*path, key), spec, base), OwnedBy(index, (key,)))
-            for key, child in zip(d.keys, d.children, strict=True)
-        }
+        items: dict[Any, Any] = {}
+        for key, child in zip(d.keys, d.children, strict=True):
+            if type(child) is Static:
+                items[key] = child.value
+            else:
+                items[key] = self.build(child, place and place.below(key), OwnedBy(index, (key,)))
         if d.order is not None:
             items = {k: items[k] for k in d.order}
         obj._nnx_fill(items, d.extra)
@@ -396,6 +397,16 @@ class Unpacker:
                 if can_change(value):
                     self.watch.containers.append((index, obj, key, contents(value)))
         return obj
+
+
+def _places_below(d: Node, place: Place | None) -> Iterable[Place | None]:
+    if place is None:
+        return itertools.repeat(None, len(d.keys))
+    path, spec, _ = place
+    if type(spec) in _PREFIXES or type(spec) is d.kind:
+        specs = prefix_of(spec, list(d.keys), d.kind, path)
+        return [Place((*path, key), s, len(path) + 1) for key, s in zip(d.keys, specs, strict=True)]
+    return [place.below(key) for key in d.keys]
 
 
 def _snapshot(value: Any) -> Any:
@@ -525,12 +536,11 @@ def apply(after: After, leaves: list[Leaves], refs: Refs) -> Any:
         refs.objects[index]._nnx_storage()[keys[0]] = next(unpacker.values[group])
     for change in after.objects:
         obj = refs.objects[change.id]
-        place = Place((), None, 0)
-        new = {k: unpacker.build(d, place, OwnedBy(change.id, (k,))) for k, d in change.set}
+        new = {k: unpacker.build(d, None, OwnedBy(change.id, (k,))) for k, d in change.set}
         obj._nnx_assign(new, change.removed)
         if change.marks:
             object.__setattr__(obj, "_nnx_marks", dict(change.marks))  # type: ignore[call-overload]
-    return unpacker.build(after.result.root, Place((), None, 0))
+    return unpacker.build(after.result.root, None)
 
 
 def walk_paths(refs: Refs) -> Iterator[tuple[Path, Any]]:

@@ -6,6 +6,7 @@ nothing but the values of their leaves. Sharing and cycles are `Ref`s to an inde
 `tag` keeps classes apart and `Static.kind` keeps 1, 1.0 and True apart.
 """
 
+import math
 from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,6 +21,13 @@ class Static(NamedTuple):
     kind: type
     value: Any
     tag: str = "static"
+
+
+def static(value: Any) -> Static:
+    """`value` as configuration. 0.0 and -0.0 are two values, though Python says they are equal."""
+    if type(value) is float and value == 0.0 and math.copysign(1.0, value) < 0:
+        return Static(float, value, "static -0.0")
+    return Static(type(value), value)
 
 
 class Leaf(NamedTuple):
@@ -71,6 +79,10 @@ class Node(NamedTuple):
 Element: TypeAlias = Static | Leaf | Ref | VariableDef | Node
 
 
+#: How one leaf is found: its path, and (index of a Variable, or None; whether an object owns it).
+Layout: TypeAlias = tuple[tuple[Path, int | None, bool], ...]
+
+
 def nodes(element: Element, path: Path = ()) -> Iterator[tuple[Path, Element]]:
     """(path, element) of everything in `element`, depth first, itself first."""
     yield path, element
@@ -90,21 +102,31 @@ class GraphDef:
       (True, True)
     """
 
-    __slots__ = ("__weakref__", "_hash", "root")
+    __slots__ = ("__weakref__", "_hash", "_layout", "root")
     root: Element
 
     def __init__(self, root: Element):
         self.root = root
         self._hash: int | None = None
+        self._layout: Layout | None = None
 
     def __hash__(self) -> int:
         if self._hash is None:
-            try:
-                self._hash = hash(self.root)
-            except TypeError:
-                _raise_unhashable(self.root)
-                raise
+            self._hash = hash(self.root)
         return self._hash
+
+    @property
+    def layout(self) -> "Layout":
+        """Where the leaves are, in walking order."""
+        if self._layout is None:
+            found: list[tuple[Path, int | None, bool]] = []
+            for path, d in nodes(self.root):
+                if type(d) is VariableDef:
+                    found.append((path, d.id, True))
+                elif type(d) is Leaf:
+                    found.append((path, None, d.owned))
+            self._layout = tuple(found)
+        return self._layout
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -122,8 +144,19 @@ class GraphDef:
         return GraphDef, (self.root,)
 
 
-def _raise_unhashable(root: Element) -> None:
-    for path, element in nodes(root):
+def require_hashable(graphdef: GraphDef, names: tuple[str, ...]) -> None:
+    """Raise StaticAttributeError, with the path, unless the structure can be the key of a compiled function.
+
+    To be called before JAX sees the structure, which takes an error in `hash` for something else.
+    `names` are those of the first level, as a user knows them.
+    """
+    try:
+        hash(graphdef)
+        return
+    except TypeError:
+        found = nodes(graphdef.root)
+    for at, element in found:
+        path = (names[at[0]], *at[1:]) if at and isinstance(at[0], int) else at
         try:
             hash(element)
         except TypeError:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from nnx_core.graph.pack import AS_STATIC, Place, Refs, Unpacker, apply
+from nnx_core.graph.pack import AS_STATIC, Refs, Unpacker, apply
 from nnx_core.graph.structure import Node
 from nnx_core.state import State
 from nnx_core.transforms.groups import FilterGroups, distinct
@@ -232,7 +232,7 @@ def eval_shape(
     abstract = jax.tree.map(_abstract, tuple(packer.leaves))
     root = plan.graphdef.root
     assert type(root) is Node  # pack made it
-    Unpacker(abstract, refs).build(root, Place((), None, 0))
+    Unpacker(abstract, refs).build(root, None)
     return apply(after, written, refs)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from nnx_core._errors import TraceError, show_path
 from nnx_core._trace import current_trace
 from nnx_core.graph.classify import ARRAY, DICT, NUMBER, OBJECT, SEQUENCE, STATIC, kind_of
-from nnx_core.graph.pack import AS_STATIC, After, Leaves, Place, Refs, Unpacker
+from nnx_core.graph.pack import AS_STATIC, After, Leaves, Refs, Unpacker
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import Element, Leaf, Node, Static
 from nnx_core.state import sorted_keys
@@ -150,7 +150,7 @@ class Outcome:
                 any(map(set_raw, targets, values))
         if type(self.result) is Leaf:
             return written[self.result.group][1][0]
-        return Unpacker(tuple(written), Refs()).build(self.result, Place((), None, 0))
+        return Unpacker(tuple(written), Refs()).build(self.result, None)
 
 
 class Outcomes:

@@ -19,7 +19,7 @@ from nnx_core._errors import StructureUpdateError
 from nnx_core.graph.objects import Object
 from nnx_core.graph.pack import After, Forced, Leaves, Packer, Place, Refs, Unpacker, Watch, apply, collect
 from nnx_core.graph.plan import Plan
-from nnx_core.graph.structure import GraphDef, Node
+from nnx_core.graph.structure import GraphDef, Node, require_hashable
 from nnx_core.transforms.dispatch import Outcomes, Plans, check_writes, signature
 from nnx_core.variables import Variable
 
@@ -125,6 +125,7 @@ class Lifted:
         plan = self.plans.find(key, roots)
         if plan is None:
             plan, packer = self.pack(args, kwargs)
+            require_hashable(plan.graphdef, ("args", "kwargs"))
             leaves = packer.leaves
             if key is not None and plan.cacheable:
                 self.plans.remember(key, roots, plan)

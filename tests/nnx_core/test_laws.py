@@ -1,5 +1,8 @@
 """Laws 1 to 5 of DESIGN.md over random object graphs, with sharing, cycles, containers and random effects."""
 
+import collections
+import threading
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +13,8 @@ import nnx_core as nnx
 from tests.strategies import (
     COMPILED_LAW,
     LAW,
+    Affine,
+    Tied,
     apply_all,
     assert_no_tracer,
     attach,
@@ -23,9 +28,12 @@ from tests.strategies import (
     recipes,
     variables_of,
 )
-from tests.tolerance import assert_trees_equal
+from tests.tolerance import assert_trees_close, assert_trees_equal
 
-# ---- law 1: merge inverts split ---------------------------------------------------------------------------------------
+X = jnp.arange(6.0).reshape(2, 3)
+
+
+# ---- law 1: merge inverts split ------------------------------------------------------------------------------------
 
 FILTERS = {
     "none": (),
@@ -108,7 +116,7 @@ def test_law1_a_state_flattens_and_nests(graph):
     assert {id(v) for v in flat.leaves if isinstance(v, nnx.Variable)} == {id(v) for v in variables_of(graph)}
 
 
-# ---- law 2: a transform of anything is the thing itself ------------------------------------------------------------------
+# ---- law 2: a transform of anything is the thing itself ------------------------------------------------------------
 
 
 def jitted(f, graph):
@@ -202,7 +210,7 @@ def test_law2_results_are_those_of_the_thing_itself(recipe, todo, i):
     assert portrait([graph, got], origin=old) == portrait([twin, want], origin=old_twin)
 
 
-# ---- law 3: same object in, same object out --------------------------------------------------------------------------------
+# ---- law 3: same object in, same object out ------------------------------------------------------------------------
 
 
 @given(graphs())
@@ -229,7 +237,7 @@ def test_law3_parts_of_one_graph_as_several_arguments(graph, i, j):
     assert all(x is y for x, y in zip(nnx.jit(f)(a, {"g": graph}, b=b), (b, a, graph), strict=True))
 
 
-# ---- law 4: only what was written leaves the trace -------------------------------------------------------------------------
+# ---- law 4: only what was written leaves the trace -----------------------------------------------------------------
 
 
 @given(recipe=recipes(), todo=effects())
@@ -265,7 +273,7 @@ def test_law4_reading_everything_changes_nothing(graph):
     assert all(dict(members(x))[name] is value for x, name, value in plain)
 
 
-# ---- law 5: no stale plan, no tracer left -----------------------------------------------------------------------------------
+# ---- law 5: no stale plan, no tracer left --------------------------------------------------------------------------
 
 
 def summary(graph):
@@ -334,6 +342,173 @@ def test_law5_a_failure_leaves_everything_as_it_was(recipe, todo, transform):
     assert_no_tracer(graph)
     nnx.jit(lambda g: None)(graph)
     assert portrait(graph) == before
+
+
+# ---- law 5 by example: every way to change a module between calls, failures, threads -------------------------------
+
+
+def total(m):
+    """Everything a plan could get wrong, in one number."""
+    scale = m.scale if m.tagged.tag == "a" else -m.scale
+    variables = [*m.items, m.tagged, m.child.kernel, *m.plain, *m.ordered.values(), *m.nested["a"]]
+    variables += [v for _, v in nnx.to_flat_state(m.state)]
+    return scale * sum(v.sum() for v in variables)
+
+
+class Changing(nnx.Module):
+    def __init__(self):
+        self.scale = 2
+        self.items = nnx.List([nnx.Param(jnp.ones(2)), nnx.Param(jnp.full(2, 2.0))])
+        self.tagged = nnx.Cache(jnp.ones(3), tag="a")
+        self.child = Affine(2, 2)
+        self.plain = [nnx.Param(jnp.ones(1))]
+        self.ordered = collections.OrderedDict(a=nnx.Param(jnp.ones(1)))
+        self.nested = {"a": [nnx.Param(jnp.ones(1))]}
+        self.state = nnx.State({"a": {"b": nnx.Param(jnp.ones(1))}})
+
+
+BETWEEN = {
+    "static attribute": lambda m: setattr(m, "scale", 5),
+    "list item": lambda m: m.items.__setitem__(0, nnx.Param(jnp.full(3, 7.0))),
+    "list append": lambda m: m.items.append(nnx.Param(jnp.full(2, 9.0))),
+    "list pop": lambda m: m.items.pop(),
+    "metadata": lambda m: m.tagged.set_metadata(tag="b"),
+    "new variable": lambda m: setattr(m, "tagged", nnx.Cache(jnp.full(3, 4.0), tag="a")),
+    "new child": lambda m: setattr(m, "child", Affine(2, 2, seed=5)),
+    "grandchild": lambda m: setattr(m.child, "kernel", nnx.Param(jnp.ones((2, 2)))),
+    "shared": lambda m: m.items.__setitem__(1, m.items[0]),
+    "value": lambda m: m.items[0].set_value(jnp.full(2, 3.0)),
+    "copy_from": lambda m: m.tagged.copy_from(nnx.Cache(jnp.full(3, 6.0), tag="c")),
+    "update": lambda m: nnx.update(m, {"child": {"kernel": jnp.zeros((2, 2))}}),
+    "pop": lambda m: nnx.pop(m.items, lambda path, x: path == (1,)),
+    "plain list append": lambda m: m.plain.append(nnx.Param(jnp.full(1, 8.0))),
+    "ordered dict": lambda m: m.ordered.__setitem__("b", nnx.Param(jnp.full(1, 8.0))),
+    "list in a dict": lambda m: m.nested["a"].append(nnx.Param(jnp.full(1, 8.0))),
+    "state": lambda m: m.state.__setitem__("c", nnx.Param(jnp.full(1, 8.0))),
+    "nested state": lambda m: m.state["a"].__setitem__("c", nnx.Param(jnp.full(1, 8.0))),
+    "plain list item": lambda m: m.plain.__setitem__(0, nnx.Param(jnp.full(1, 8.0))),
+}
+
+
+@pytest.mark.parametrize("change", BETWEEN.values(), ids=BETWEEN)
+def test_law5_the_next_call_sees_a_change_made_between(change):
+    m = Changing()
+    f = nnx.jit(total)
+    for _ in range(2):  # the second call may run from a plan
+        assert_trees_close(f(m), total(m))
+    change(m)
+    for _ in range(2):
+        assert_trees_close(f(m), total(m))
+
+
+def test_law5_a_change_inside_another_call_is_seen():
+    m = Changing()
+    f = nnx.jit(total)
+    f(m)
+
+    @nnx.jit
+    def grow(m):
+        m.items.append(nnx.Param(jnp.full(2, 9.0)))
+
+    for _ in range(3):
+        grow(m)
+        assert_trees_close(f(m), total(m))
+
+
+def test_law5_changes_inside_the_call_itself():
+    @nnx.jit
+    def f(m):
+        m.items.append(nnx.Param(m.items[-1] * 2))
+        return len(m.items)
+
+    m = Changing()
+    assert [int(f(m)) for _ in range(3)] == [3, 4, 5]
+    assert_trees_equal(m.items[-1].get_value(), jnp.full(2, 16.0))
+
+
+def test_law5_an_exception_leaves_the_arguments_as_they_were():
+    m = Tied()
+    before, members = portrait(m), reachable(m)
+
+    @nnx.jit
+    def broken(m, x):
+        m(x)
+        m.extra = nnx.Param(x)
+        del m.layers
+        m.encode.kernel.set_metadata(seen=1)
+        raise RuntimeError("on purpose")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="on purpose"):
+            broken(m, X)
+        assert portrait(m) == before
+        assert [id(x) for x in reachable(m)] == [id(x) for x in members]
+        assert_no_tracer(m)
+    nnx.jit(lambda m, x: m(x))(m, X)
+    assert int(m.encode.calls[...]) == 2
+
+
+def test_law5_an_exception_after_a_good_call():
+    m = Affine()
+    f = nnx.jit(lambda m, x: m(x) @ x)
+    f(m, jnp.ones((3, 3)))
+    with pytest.raises(TypeError, match=r"dot_general|contract|shape"):
+        f(m, jnp.ones((2, 3)))
+    f(m, jnp.ones((3, 3)))
+    assert int(m.calls[...]) == 2
+    assert_no_tracer(m)
+
+
+def test_law5_another_thread_sees_no_tracer_during_a_trace():
+    m = Affine()
+    inside, go_on = threading.Event(), threading.Event()
+
+    @nnx.jit
+    def slow(m, x):
+        y = m(x)
+        inside.set()
+        assert go_on.wait(30)
+        return y
+
+    thread = threading.Thread(target=slow, args=(m, X))
+    thread.start()
+    try:
+        assert inside.wait(30)
+        assert_no_tracer(m)
+        assert int(m.calls[...]) == 0
+        assert_trees_close(nnx.jit(lambda m, x: x @ m.kernel[...])(m, X), X @ m.kernel[...])
+    finally:
+        go_on.set()
+        thread.join()
+    assert int(m.calls[...]) == 1
+
+
+def test_law5_threads_that_trace_the_same_function():
+    @nnx.jit
+    def f(m, x):
+        return m(x)
+
+    modules = [Affine(seed=i) for i in range(4)]
+    results: dict[int, jax.Array] = {}
+    start = threading.Barrier(4)
+
+    def work(i):
+        start.wait()
+        for _ in range(5):
+            results[i] = f(modules[i], X)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i, m in enumerate(modules):
+        assert_trees_close(results[i], X @ m.kernel[...])
+        assert int(m.calls[...]) == 5
+        assert_no_tracer(m)
+
+
+# ---- the judge -----------------------------------------------------------------------------------------------------
 
 
 @given(graphs())

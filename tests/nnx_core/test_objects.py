@@ -161,7 +161,7 @@ def test_a_property_and_a_method_are_not_attributes():
 
 def test_objects_compare_and_hash_by_identity():
     a, b = Affine(), Affine()
-    assert a == a  # noqa: PLR0124
+    assert a == a
     assert a != b
     assert len({a, b, a}) == 2
 
@@ -273,7 +273,7 @@ def test_list_items_are_state():
     assert paths(x) == [(0,), (2, "calls"), (2, "kernel"), (3,)]
     del x[0]
     assert paths(x) == [(1, "calls"), (1, "kernel"), (2,)]
-    assert list(nnx.merge(*nnx.split(x)))[0] == 3
+    assert next(iter(nnx.merge(*nnx.split(x)))) == 3
 
 
 def test_list_is_an_object_with_identity():

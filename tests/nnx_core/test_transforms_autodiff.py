@@ -1,4 +1,4 @@
-"""grad and value_and_grad of functions of objects; the oracle is jax.grad of the same arithmetic."""
+"""grad, value_and_grad and remat of functions of objects; the oracle is jax.grad of the same arithmetic."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def kernel_grad(kernel, x=X):
     return jax.grad(lambda k: ((x @ k) ** 2).sum())(kernel)
 
 
-# ---- what comes back ------------------------------------------------------------------------------------------------
+# ---- what comes back -----------------------------------------------------------------------------------------------
 
 
 def test_gradients_are_a_state_of_params_at_the_paths_of_the_model():
@@ -79,7 +79,7 @@ def test_a_model_without_parameters_has_empty_gradients():
     assert len(nnx.grad(lambda m: m.calls[...] ** 2)(m)) == 0
 
 
-# ---- argnums and wrt ------------------------------------------------------------------------------------------------
+# ---- argnums and wrt -----------------------------------------------------------------------------------------------
 
 
 def test_several_argnums_give_a_tuple():
@@ -170,7 +170,7 @@ def test_argnums_counts_among_keywords_and_defaults():
     assert_trees_close(grads["kernel"].get_value(), 2 * kernel_grad(m.kernel[...]))
 
 
-# ---- sharing and effects ---------------------------------------------------------------------------------------------
+# ---- sharing and effects -------------------------------------------------------------------------------------------
 
 
 def test_a_tied_parameter_is_counted_once_with_the_whole_gradient():
@@ -248,7 +248,7 @@ def test_an_exception_leaves_the_model_as_it_was():
     assert portrait(m) == before
 
 
-# ---- with other transforms -------------------------------------------------------------------------------------------
+# ---- with other transforms -----------------------------------------------------------------------------------------
 
 
 def test_second_order():
@@ -315,7 +315,50 @@ def test_as_a_decorator_with_and_without_options():
     assert_trees_close(with_aux(m)[1]["kernel"].get_value(), want)
 
 
-# ---- wrong use -------------------------------------------------------------------------------------------------------
+# ---- remat ---------------------------------------------------------------------------------------------------------
+
+
+def test_remat_is_the_function_itself():
+    m, twin = Tied(), Tied()
+    assert_trees_close(nnx.remat(lambda m, x: m(x))(m, X), twin(X))
+    assert portrait(m) == portrait(twin)
+
+
+def test_remat_as_a_decorator_with_options():
+    class Net(Affine):
+        @nnx.remat(policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+        def forward(self, x):
+            return jnp.sin(self(x))
+
+    m = Net()
+    grads = nnx.grad(lambda m: m.forward(X).sum())(m)
+    assert_trees_close(grads["kernel"].get_value(), jax.grad(lambda k: jnp.sin(X @ k).sum())(m.kernel[...]))
+    assert int(m.calls[...]) == 1
+
+
+def test_remat_with_static_arguments():
+    m = Affine()
+    out = nnx.remat(lambda m, x, twice: m(m(x)) if twice else m(x), static_argnums=(2,))(m, X, True)
+    assert_trees_close(out, X @ m.kernel[...] @ m.kernel[...])
+
+
+def test_remat_recomputes():
+    m = Affine()
+    jaxpr = str(jax.make_jaxpr(lambda k: nnx.grad(lambda m, x: remat_sin(m, x))(with_kernel(k), X))(m.kernel[...]))
+    assert "checkpoint" in jaxpr or "remat" in jaxpr
+
+
+def with_kernel(k):
+    m = Node()
+    m.kernel = nnx.Param(k)
+    return m
+
+
+def remat_sin(m, x):
+    return nnx.remat(lambda m, x: jnp.sin(x @ m.kernel[...]).sum())(m, x)
+
+
+# ---- wrong use -----------------------------------------------------------------------------------------------------
 
 
 def test_a_loss_must_be_a_scalar():

@@ -77,7 +77,7 @@ def test_augmented_assignment_goes_through_the_item(x):
 
 def test_bare_augmented_assignment_is_refused(x):
     with pytest.raises(NotImplementedError, match=r"\[\.\.\.\]"):
-        x += 1  # noqa: F841  it must not rebind the name to an array
+        x += 1
 
 
 def test_a_python_scalar_is_a_value():

@@ -1,0 +1,235 @@
+"""load_train_state: a Linen training checkpoint into models and optimizers, all of it or nothing."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import linen as nn
+from flax.training.train_state import TrainState
+
+import bridge
+import nnx_core as nnx
+from bridge import checkpoint
+from bridge._errors import (
+    CheckpointCorruptError,
+    CheckpointLayoutError,
+    CheckpointNotFoundError,
+    VariablesMismatchError,
+)
+from tests.tolerance import assert_trees_equal
+
+X = jax.random.normal(jax.random.key(0), (8, 5))
+Y = jnp.arange(8) % 3
+NAMES = {"hidden": "first", "norm": "bn", "head": "last"}
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        x = nn.Dense(4, name="hidden")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        return nn.Dense(3, name="head")(nn.relu(x))
+
+
+class Native(nnx.Module):
+    def __init__(self, width=4, *, rngs):
+        self.first = nnx.Linear(5, width, rngs=rngs)
+        self.bn = nnx.BatchNorm(width, rngs=rngs)
+        self.last = nnx.Linear(width, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(nnx.relu(self.bn(self.first(x))))
+
+
+class State(TrainState):
+    batch_stats: dict
+
+
+def loss_of(logits):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean()
+
+
+@jax.jit
+def linen_step(state):
+    def loss_fn(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updated = Net().apply(variables, X, mutable=["batch_stats"])
+        return loss_of(logits), updated
+
+    (loss, updated), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    return state.apply_gradients(grads=grads, **updated), loss
+
+
+@nnx.jit
+def native_step(model, optimizer):
+    loss, grads = nnx.value_and_grad(lambda model: loss_of(model(X)))(model)
+    optimizer.update(model, grads)
+    return loss
+
+
+def is_kernel(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def by_rank(params):
+    return jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", params)
+
+
+OPTIMIZERS = {
+    "adamw": lambda: optax.adamw(1e-2),
+    "chain, schedule": lambda: optax.chain(optax.clip(1.0), optax.adam(optax.cosine_decay_schedule(1e-2, 20))),
+    "masked": lambda: optax.adamw(1e-2, mask=is_kernel),
+    "masked, inner": lambda: optax.masked(optax.adam(1e-2), is_kernel),
+    "multi_transform": lambda: optax.multi_transform(
+        {"matrix": optax.adam(1e-2), "vector": optax.sgd(1e-2, 0.9)}, by_rank
+    ),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=1e-2),
+    "MultiSteps": lambda: optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(),
+}
+
+
+def train(tx, steps):
+    variables = Net().init(jax.random.key(1), X)
+    state = State.create(apply_fn=Net().apply, params=variables["params"], tx=tx, batch_stats=variables["batch_stats"])
+    for _ in range(steps):
+        state, _ = linen_step(state)
+    return state
+
+
+def save(state, path):
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(path, state)
+    return path
+
+
+def fingerprint(*objects):
+    return [np.asarray(x) for x in jax.tree.leaves(nnx.to_pure_dict(nnx.state(objects, nnx.Not(nnx.RngState))))]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_training_goes_on_to_the_last_bit(make, tmp_path):
+    tx = make()
+    state = train(tx, 3)
+    save(state, tmp_path / "ckpt")
+    model = Native(rngs=nnx.Rngs(9))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    report = checkpoint.load_train_state(tmp_path / "ckpt", model, optimizer, rename=NAMES)
+    assert (report.step, int(optimizer.step[...]), report.not_loaded) == (3, 3, ())
+    for _ in range(4):
+        state, want = linen_step(state)
+        assert_trees_equal(native_step(model, optimizer), want)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    assert_trees_equal(bridge.variables_of(model, NAMES), variables)
+    assert int(optimizer.step[...]) == 7
+
+
+def test_into_a_wrapped_model(tmp_path):
+    state = train(optax.adam(1e-2), 2)
+    save(state, tmp_path / "ckpt")
+    model = bridge.ToNNX(Net(), rngs=nnx.Rngs(0)).lazy_init(X)
+    report = checkpoint.load_train_state(tmp_path / "ckpt", model)
+    assert report.not_loaded == ("opt_state",)
+    assert_trees_equal(bridge.variables_of(model), {"params": state.params, "batch_stats": state.batch_stats})
+
+
+def test_a_wrapped_model_trains_on_with_its_optimizer(tmp_path):
+    tx = optax.adamw(1e-2)
+    state = train(tx, 3)
+    save(state, tmp_path / "ckpt")
+    model = bridge.ToNNX(Net(), rngs=nnx.Rngs(0)).lazy_init(X)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    checkpoint.load_train_state(tmp_path / "ckpt", model, optimizer)
+    for _ in range(3):
+        state, want = linen_step(state)
+        assert_trees_equal(native_step(model, optimizer), want)
+
+
+def test_variables_keep_their_identity(tmp_path):
+    save(train(optax.adam(1e-2), 1), tmp_path / "ckpt")
+    model = Native(rngs=nnx.Rngs(0))
+    model.tied = model.first
+    kernel = model.first.kernel
+    checkpoint.load_train_state(tmp_path / "ckpt", model, rename={**NAMES, "hidden": "first"})
+    assert model.first.kernel is kernel
+    assert model.tied is model.first
+
+
+# ---- what does not fit changes nothing ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save(train(optax.adam(1e-2), 1), tmp_path / "ckpt")
+
+
+def files(path):
+    return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def refused(path, model, optimizer, error, match, rename=NAMES):
+    before, on_disk = fingerprint(model, optimizer), files(path) if path.exists() else {}
+    with pytest.raises(error, match=match):
+        checkpoint.load_train_state(path, model, optimizer, rename=rename)
+    assert_trees_equal(fingerprint(model, optimizer), before)
+    assert (files(path) if path.exists() else {}) == on_disk
+
+
+def pair(width=4, tx=None):
+    model = Native(width, rngs=nnx.Rngs(0))
+    return model, nnx.Optimizer(model, tx or optax.adam(1e-2), wrt=nnx.Param)
+
+
+def test_a_checkpoint_of_another_model(saved):
+    class Other(nnx.Module):
+        def __init__(self):
+            self.only = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+
+    model = Other()
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    refused(saved, model, optimizer, VariablesMismatchError, r"(?s)missing.*only/kernel.*unexpected.*first/kernel")
+
+
+def test_a_missing_checkpoint(tmp_path):
+    refused(tmp_path / "nothing", *pair(), CheckpointNotFoundError, r"(?s)nothing.*expected.*found")
+
+
+def test_a_wrong_shape(saved):
+    refused(
+        saved, *pair(width=6), VariablesMismatchError, r"(?s)wrong shape.*kernel: expected \(5, 6\), found \(5, 4\)"
+    )
+    model, _ = pair(width=6)
+    with pytest.raises(VariablesMismatchError, match=r"params/hidden/kernel: expected \(5, 6\), found \(5, 4\)"):
+        checkpoint.load_train_state(saved, model, rename=NAMES)
+
+
+def test_another_optimizer(saved):
+    refused(saved, *pair(tx=optax.sgd(1e-2, 0.9)), VariablesMismatchError, r"(?s)optimizer state.*trace.*mu")
+
+
+def test_a_wrong_dtype(saved):
+    model, optimizer = pair()
+    model.last.bias[...] = model.last.bias.astype(jnp.bfloat16)
+    refused(saved, model, optimizer, VariablesMismatchError, r"params/head/bias: expected bfloat16, found float32")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete"])
+def test_a_truncated_checkpoint(saved, damage):
+    data = max((p for p in (saved / "d").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    if damage == "delete":
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    refused(saved, *pair(), CheckpointCorruptError, r"(?s)ckpt.*expected.*found")
+
+
+def test_no_optimizer_state_in_the_checkpoint(tmp_path):
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "ckpt", Net().init(jax.random.key(1), X))
+    refused(tmp_path / "ckpt", *pair(), CheckpointLayoutError, r"(?s)no optimizer state.*expected opt_state|opt_state")
+    model, _ = pair()
+    assert checkpoint.load_train_state(tmp_path / "ckpt", model, rename=NAMES).step is None
+    shutil.rmtree(tmp_path / "ckpt")

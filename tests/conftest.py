@@ -1,0 +1,33 @@
+"""One environment for every test, set before jax is imported.
+
+Eight CPU devices, so that meshes mean something; matrix products in full float32, so that one tolerance table
+(`tests/tolerance.py`) holds on every platform; no 64-bit; hypothesis draws the same examples in every run.
+"""
+
+import os
+import sys
+
+import pytest
+
+if "jax" in sys.modules:
+    raise pytest.UsageError("jax was imported before tests/conftest.py could set its environment")
+
+_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two workers share one accelerator
+
+import jax  # noqa: E402  the environment above has to come first
+from hypothesis import settings  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_enable_x64", False)
+
+# `deadline`: the first example compiles. `database`: a past failure belongs in an @example, not in a cache.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None, print_blob=True)
+settings.load_profile("fixed")
+
+
+def pytest_runtest_setup(item):
+    """Skip what needs an accelerator where there is none."""
+    if item.get_closest_marker("accelerator") and jax.default_backend() == "cpu":
+        pytest.skip("needs a GPU or TPU; jax found only CPUs")

@@ -112,7 +112,10 @@ class GraphDef:
 
     def __hash__(self) -> int:
         if self._hash is None:
-            self._hash = hash(self.root)
+            try:
+                self._hash = hash(self.root)
+            except TypeError as error:
+                raise _unhashable(self.root) or error from None
         return self._hash
 
     @property
@@ -152,19 +155,22 @@ def require_hashable(graphdef: GraphDef, names: tuple[str, ...]) -> None:
     """
     try:
         hash(graphdef)
-        return
-    except TypeError:
-        found = nodes(graphdef.root)
-    for at, element in found:
-        path = (names[at[0]], *at[1:]) if at and isinstance(at[0], int) else at
-        try:
-            hash(element)
-        except TypeError:
-            if type(element) is Static:
-                raise StaticAttributeError(path, element.value) from None
-            if type(element) is VariableDef:
-                for name, value in element.metadata:
-                    try:
-                        hash(value)
-                    except TypeError:
-                        raise StaticAttributeError((*path, name), value) from None
+    except StaticAttributeError as error:
+        first, *rest = error.path
+        raise StaticAttributeError((names[first], *rest), error.value) from None  # type: ignore[call-overload]
+
+
+def _unhashable(root: Element) -> StaticAttributeError | None:
+    for path, element in nodes(root):
+        if type(element) is Static:
+            parts: list[tuple[Path, Any]] = [(path, element.value)]
+        elif type(element) is VariableDef:
+            parts = [((*path, name), value) for name, value in element.metadata]
+        else:
+            continue
+        for at, value in parts:
+            try:
+                hash(value)
+            except TypeError:
+                return StaticAttributeError(at, value)
+    return None

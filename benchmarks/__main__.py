@@ -1,0 +1,145 @@
+"""`python -m benchmarks NAME`: run a benchmark, print a table, write JSON.
+
+Law: the exit code says whether the benchmark ran, never whether it was fast.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from benchmarks import dispatch as dispatch_benchmark
+from benchmarks.timing import Timing, Timings, machine
+from tests.tolerance import assert_trees_close
+
+STEPS_COMPARED = 5
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _benchmarks() -> None:
+    """Ratios against flax.nnx, Linen and bare JAX, each in one process, interleaved."""
+
+
+@app.command()
+def dispatch(
+    layers: Annotated[str, typer.Option(help="Depths to measure, with commas between.")] = "3,10,50",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each times every variant once.")] = 40,
+    calls: Annotated[int, typer.Option(min=1, help="Training steps timed together in a round.")] = 10,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers.")] = None,
+) -> None:
+    """Host time of one training step: nnx_core, flax.nnx, Linen, next to a bare jax.jit."""
+    console = Console()
+    try:
+        depths = dispatch_benchmark.parse_layers(layers)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--layers") from None
+    about = machine()
+    with dispatch_benchmark.full_precision():
+        losses = {depth: _agreeing_losses(depth) for depth in depths}
+        measured = _measure(console, depths, repeats, calls)
+    goals = dispatch_benchmark.goals(measured)
+    console.print(_table(measured))
+    for row in goals:
+        console.print(_goal_line(row), highlight=False)
+    if (warning := _busy(about)) is not None:
+        console.print(warning, style="yellow", highlight=False)
+    if json_file is not None:
+        content = {
+            "benchmark": "dispatch",
+            "repeats": repeats,
+            "calls": calls,
+            "machine": about,
+            "goals": goals,
+        }
+        content |= {"goals": goals, "layers": _as_json(measured, losses)}
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(content, indent=1) + "\n")
+        console.print(f"Written: {json_file}", highlight=False)
+
+
+def _agreeing_losses(depth: int) -> list[float]:
+    """The losses of the first steps; AssertionError names the variant that does not share them."""
+    found = dispatch_benchmark.losses(dispatch_benchmark.problem(depth), STEPS_COMPARED)
+    expected = found[dispatch_benchmark.BARE]
+    assert_trees_close(
+        {name: np.float32(losses) for name, losses in found.items()},
+        {name: np.float32(expected) for name in found},
+    )
+    return expected
+
+
+def _measure(console: Console, depths: list[int], repeats: int, calls: int) -> dict[int, dict[str, Timings]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    measured = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        for depth in depths:
+            bar = progress.add_task(f"{depth} layers", total=repeats)
+            measured[depth] = dispatch_benchmark.measure(
+                depth, rounds=repeats, calls=calls, on_round=lambda bar=bar: progress.advance(bar)
+            )
+    return measured
+
+
+def _table(measured: dict[int, dict[str, Timings]]) -> Table:
+    title = "One training step, medians. wall: a user's wait; host: this thread's work"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading in ("layers", "variant", "wall ms", "±", "ratio", "host ms", "ratio"):
+        table.add_column(heading, justify="left" if heading == "variant" else "right", no_wrap=True)
+    for depth, timings in measured.items():
+        base = timings[dispatch_benchmark.BARE]
+        for name, timing in timings.items():
+            low, high = timing.wall.quartiles
+            wall = (f"{1e3 * timing.wall.median:.2f}", f"{1e3 * (high - low) / 2:.2f}")
+            ratios = [f"{timing.wall.ratio_to(base.wall):.2f}", f"{timing.host.ratio_to(base.host):.2f}"]
+            table.add_row(str(depth), name, *wall, ratios[0], f"{1e3 * timing.host.median:.2f}", ratios[1])
+        table.add_section()
+    return table
+
+
+def _goal_line(row: dict[str, Any]) -> str:
+    start = f"{row['goal']}, {row['layers']} layers: "
+    if row["met"] is None:
+        return start + "not measured"
+    verdict = "[green]met[/green]" if row["met"] else "[red]missed[/red]"
+    return f"{start}{verdict}, {row['ratio']:.2f} (host {row['host_ratio']:.2f})"
+
+
+def _busy(about: dict[str, Any]) -> str | None:
+    """A warning if other processes wanted the machine when the benchmark began; None on a quiet one."""
+    load = about["load_average"]
+    if load is None or load[0] < about["cores"]:
+        return None
+    return f"Busy machine, load {load[0]:.1f} on {about['cores']} cores: trust host time over wall time."
+
+
+def _as_json(measured: dict[int, dict[str, Timings]], losses: dict[int, list[float]]) -> dict[str, Any]:
+    """Seconds per step by both clocks: medians, quartiles, ratios to bare; and the losses that all share."""
+
+    def clock(timing: Timing, base: Timing) -> dict[str, Any]:
+        ratio = timing.ratio_to(base)
+        return {"median_s": timing.median, "quartiles_s": timing.quartiles, "ratio_to_bare": ratio}
+
+    rows = {}
+    for depth, timings in measured.items():
+        base = timings[dispatch_benchmark.BARE]
+        variants = {
+            name: {"wall": clock(timing.wall, base.wall), "host": clock(timing.host, base.host)}
+            for name, timing in timings.items()
+        }
+        rows[str(depth)] = {"losses": losses[depth], "variants": variants}
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,205 @@
+"""Where NNX code inside Linen runs: the module around it, and the random streams that this module holds.
+
+Law: a key is drawn from Linen when one is asked for and not before, so a missing rng raises what Linen raises, and
+only then. Linen's keys are handed out as they are: `stream()` is `module.make_rng(tag)`. A stream that crosses an
+NNX transform takes one key with it and counts from there, as all streams do.
+Knows streams and the running module; knows nothing of variables and collections.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import flax.errors
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import module as linen_module
+
+import nnx_core as nnx
+from nnx_core._errors import TraceError
+from nnx_core._trace import current_trace
+
+
+@dataclass(frozen=True, eq=False)
+class Host:
+    """What NNX code runs inside of, as far as it can tell.
+
+    Args:
+      module: the Linen module, or None where only shapes are wanted.
+      initializing: whether variables are being made.
+      streams: names of the random streams there are.
+      make_rng: name -> key.
+    """
+
+    module: nn.Module | None
+    initializing: bool
+    streams: tuple[str, ...]
+    make_rng: Callable[[str], jax.Array]
+    trace: object = field(default_factory=current_trace)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Host":
+        """The host that a bound Linen module is."""
+        assert module.scope is not None
+        return cls(module, module.is_initializing(), tuple(sorted(module.scope.rngs)), module.make_rng)
+
+    @classmethod
+    def abstract(cls, streams: tuple[str, ...]) -> "Host":
+        """A host for finding out shapes: all keys are equal, and none may be used for numbers."""
+        return cls(None, True, streams, lambda _: jax.random.key(0))
+
+    def has_rng(self, name: str) -> bool:
+        """Whether `make_rng(name)` gives a key: Linen falls back to the stream `params`."""
+        return self.module is None or name in self.streams or "params" in self.streams
+
+
+# The host cannot be an argument: the user's code stands between the wrapper and the streams.
+_host: ContextVar[Host | None] = ContextVar("bridge_host", default=None)
+
+
+@contextmanager
+def hosted(host: Host | None) -> Iterator[None]:
+    """Run NNX code in `host` (None: in none). Linen modules made meanwhile have no parent: NNX owns them."""
+    token = _host.set(host)
+    stack = linen_module._context.module_stack  # else they would become submodules of the module around
+    stack.append(None)
+    try:
+        yield
+    finally:
+        stack.pop()
+        _host.reset(token)
+
+
+def current_linen_module() -> nn.Module | None:
+    """The innermost Linen module whose method is running, seen from NNX code inside it too; None outside.
+
+    >>> current_linen_module() is None
+    True
+    """
+    stack = linen_module._context.module_stack
+    return next((module for module in reversed(stack) if module is not None), None)
+
+
+def is_linen_initializing() -> bool:
+    """Whether this code runs because a Linen module is being initialised, so that heavy work can be skipped.
+
+    >>> is_linen_initializing()
+    False
+    """
+    module, host = linen_module._context.module_stack[-1], _host.get()
+    if module is None and host is not None:
+        return host.initializing
+    return module is not None and module.scope is not None and module.is_initializing()
+
+
+def _live() -> Host | None:
+    """The host, unless the running trace is an inner one, to which Linen gives no keys."""
+    host = _host.get()
+    return host if host is not None and host.trace == current_trace() else None
+
+
+@dataclass(frozen=True)
+class MissingRng:
+    """A hook for the key of a stream that Linen has no rng for: whoever reads it is told so."""
+
+    module: str | None
+    name: str
+
+    def __call__(self, *_: Any) -> NoReturn:
+        raise flax.errors.InvalidRngError(f'{self.module} needs PRNG for "{self.name}"')
+
+
+@functools.cache
+def _no_key() -> jax.Array:
+    with jax.ensure_compile_time_eval():  # a constant in every trace
+        return jax.random.key(0)
+
+
+class LinenStream(nnx.RngStream):
+    """A random stream whose key is Linen's.
+
+    It has no key of its own (`key`, `count`) until somebody looks for one: a transform that it is passed to, or
+    code that reads or splits it.
+    """
+
+    shape: tuple[int, ...] = ()  # of the keys, for streams that were split
+
+    @classmethod
+    def named(cls, tag: str, shape: tuple[int, ...] = ()) -> "LinenStream":
+        """A stream without a key."""
+        stream: LinenStream = cls.__new__(cls)
+        stream.tag, stream.shape = tag, shape
+        return stream
+
+    def __call__(self) -> jax.Array:
+        host = None if "key" in self.__dict__ or self.shape else _live()
+        return super().__call__() if host is None else nnx.rnglib.as_key(host.make_rng(self.tag))
+
+    def _take_key(self, host: Host) -> None:
+        hooks = {}
+        if host.has_rng(self.tag):
+            key = nnx.rnglib.as_key(host.make_rng(self.tag))
+        else:
+            key = _no_key()  # stands where a key must be; the hook lets nobody read it
+            hooks["on_get_value"] = MissingRng(host.module and host.module.name, self.tag)
+        key = jax.random.split(key, self.shape) if self.shape else key
+        count = nnx.RngCount(jnp.zeros(self.shape, jnp.uint32), tag=self.tag)
+        self._nnx_assign({"key": nnx.RngKey(key, tag=self.tag, **hooks), "count": count}, ())
+
+    def _nnx_items(self) -> dict[Any, Any]:
+        # Asked for by every walk. The ones a transform makes on its way in need the key; it does not walk twice.
+        if "key" not in self.__dict__ and (host := _live()) is not None:
+            self._take_key(host)
+        return super()._nnx_items()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("key", "count"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+        host = _live()
+        if host is None:
+            raise TraceError(f"the random stream {self.tag!r}")
+        self._take_key(host)
+        return self.__dict__[name]
+
+
+class LinenRngs(nnx.Rngs):
+    """Rngs for the constructor of an NNX module inside Linen: it has every stream that it is asked for."""
+
+    @classmethod
+    def of(cls, host: Host) -> "LinenRngs":
+        """The streams of `host`, and the two that constructors ask for most."""
+        rngs = cls()
+        for name in ("default", "params", *host.streams):
+            setattr(rngs, name, LinenStream.named(name))
+        return rngs
+
+    def __getattr__(self, name: str) -> nnx.RngStream:
+        if name.startswith("_") or _live() is None:
+            return super().__getattr__(name)
+        self._nnx_assign({name: LinenStream.named(name)}, ())
+        return self.__dict__[name]  # type: ignore[no-any-return]  # __dict__ is dict[str, Any]
+
+
+def give_back_streams(module: nnx.Object) -> None:
+    """Make every random stream in `module`, which must be the caller's own, one of Linen's, without a key."""
+    for _, x in list(nnx.iter_graph(module)):
+        if isinstance(x, nnx.RngStream):
+            key = x.__dict__.get("key")
+            shape = x.__dict__.get("shape", ()) if key is None else tuple(key.shape)
+            object.__setattr__(x, "__class__", LinenStream)
+            x._nnx_assign({"shape": shape}, ("key", "count"))
+
+
+@functools.cache
+def linen_method(name: str) -> Callable[..., Any]:
+    """A Linen method that calls `self(..., nnx_method=name)`, named `name` for interceptors and error messages."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._run(name, args, kwargs)
+
+    method.__name__ = method.__qualname__ = name
+    return linen_module.wrap_method_once(method)

@@ -1,0 +1,95 @@
+"""Random streams of NNX as the rngs of Linen: one key a stream for one call, counted only if Linen asked for it.
+
+Law: a call that draws nothing changes no stream; a call that draws from a stream moves its count by one, however
+often Linen asked. `exact` hands Linen the keys of the streams themselves and moves nothing, so the same keys
+give the same numbers, as in Linen. Linen keeps a counter for each name and module, and lifted transforms share
+them with the scope around: reading those after the call is how it is known what was drawn.
+Knows streams, keys and Linen's scopes; knows nothing of variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.errors
+import jax
+
+import nnx_core as nnx
+
+#: What stands for random keys: streams, keys or seeds by name, or one key or seed (for `params`).
+RngSource = nnx.Rngs | nnx.RngStream | Mapping[str, Any] | jax.Array | int | None
+
+
+class Keys:
+    """The keys for one call.
+
+    Args:
+      source: where they come from. Keys and seeds are handed to Linen as they are.
+      exact: hand out the keys of streams themselves too.
+
+    >>> import nnx_core as nnx, jax
+    >>> stream = nnx.Rngs(dropout=0)
+    >>> keys = Keys(stream, exact=False)
+    >>> list(keys.by_name), bool(keys.by_name["dropout"] == jax.random.fold_in(jax.random.key(0), 0))
+    (['dropout'], True)
+    """
+
+    def __init__(self, source: RngSource, *, exact: bool):
+        self.by_name: dict[str, jax.Array] = {}
+        self._streams: dict[str, nnx.RngStream] = {}
+        self._counters: Mapping[Any, Any] = {}
+        for name, key in _by_name(source).items():
+            if not isinstance(key, nnx.RngStream):
+                self.by_name[name] = nnx.rnglib.as_key(key)
+            elif (drawn := _key_of(key, exact)) is not None:
+                self.by_name[name] = drawn
+                if not exact:
+                    self._streams[name] = key
+
+    def watching(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """`method`, a function of a bound Linen module, seen by `settle`."""
+
+        def watched(module: Any, *args: Any, **kwargs: Any) -> Any:
+            self._counters = module.scope.root.rng_counters
+            return method(module, *args, **kwargs)
+
+        return watched
+
+    def settle(self) -> None:
+        """Count the streams that the watched call drew from.
+
+        Raises:
+          TraceError: if a stream was drawn from under another trace than its own.
+        """
+        for name, stream in self._streams.items():
+            if _was_used(self._counters, name):
+                stream.count.set_value(stream.count.get_value() + jax.numpy.uint32(1))
+
+
+def _by_name(source: RngSource) -> Mapping[str, Any]:
+    if source is None:
+        return {}
+    if not isinstance(source, Mapping):
+        return {"params": source}
+    streams = dict(source.items())
+    if "params" not in streams and "default" in streams:
+        streams["params"] = streams.pop("default")  # where Linen looks for names it has no rng for
+    return streams
+
+
+def _key_of(stream: nnx.RngStream, exact: bool) -> jax.Array | None:
+    """The key that `stream` would give next; None where there is none, and Linen will say so if it asks."""
+    try:
+        key = stream.key.get_value()
+    except flax.errors.InvalidRngError:
+        return None  # a stream of a Linen module around, which has no such rng
+    if key.shape:
+        return None  # split for a vmap that this call is outside of
+    return key if exact else jax.random.fold_in(key, stream.count.get_value())
+
+
+def _was_used(counters: Mapping[Any, Any], name: str) -> bool:
+    if counters.get(name):
+        return True
+    return any(isinstance(below, Mapping) and _was_used(below, name) for below in counters.values())

@@ -1,0 +1,521 @@
+"""ToNNX: a Linen module as an NNX module.
+
+The wrapped module is configuration; its variables are Variables of this object, under Linen's own paths. A call
+builds Linen's variables dict, runs `apply`, and writes what changed back into the same Variables.
+
+Law: outputs, gradients and updates are those of `module.apply` with the same variables and keys. A Variable that
+exists before a call is the same object after it. Any name is legal in Linen, so the variables live apart from
+attributes, and in the graph attributes make room: Linen's names stay as they are.
+Knows Linen modules and the object graph; knows nothing of ToLinen.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import flax.errors
+import jax
+from flax import linen as nn
+
+import nnx_core as nnx
+from bridge._wrapper_errors import (
+    AlreadyInitializedError,
+    NoModeWarning,
+    NoOwnerError,
+    NoRngsError,
+    NotALinenModuleError,
+    NotInitializedError,
+    StateAttributeError,
+)
+from bridge.context import current_linen_module, is_linen_initializing
+from bridge.linen_state import (
+    Level,
+    LinenScope,
+    View,
+    at_home,
+    filled,
+    is_empty,
+    scoped,
+    sync,
+    view_of,
+    write_value,
+)
+from bridge.mapping import Location, leaves, nest
+from bridge.metadata import to_nnx_variable
+from bridge.rngs import Keys, RngSource
+from bridge.wrapped import WHEN_TRAINING, Wrapped
+from nnx_core._changes import touch
+from nnx_core._errors import TraceError
+from nnx_core._trace import current_trace
+from nnx_core.graph.api import plan_of
+from nnx_core.graph.objects import is_array
+
+
+class ToNNX(nnx.Module):
+    """A Linen module as an NNX module.
+
+    Its variables appear with the first `lazy_init`, as Variables under Linen's paths; names that are attributes or
+    methods here (`rngs`, `train`, ...) are reached through `nnx.state(model)`. Fields, properties and methods of the
+    Linen module are reached as attributes.
+
+    Args:
+      module: any Linen module.
+      rngs: an `nnx.Rngs`, a key or a seed; its streams go to Linen by name, `default` as `params`. A fork of it is
+        kept.
+      parity: hand Linen exactly the keys given, never folded: `lazy_init` equals `module.init(keys, ...)` and a
+        call equals `module.apply(..., rngs=keys)` bit for bit. As in Linen the same keys then give the same dropout
+        mask in each call: pass `rngs=` to the call, or `nnx.reseed` it.
+
+    Raises:
+      NotALinenModuleError: if `module` is something else.
+
+    >>> from flax import linen as nn
+    >>> import nnx_core as nnx, jax.numpy as jnp
+    >>> model = ToNNX(nn.Dense(64), rngs=nnx.Rngs(0)).lazy_init(jnp.ones((1, 32)))
+    >>> model(jnp.ones((1, 32))).shape, model.kernel.shape, model.features
+    ((1, 64), (32, 64), 64)
+    """
+
+    __slots__ = ("_nnx_variables", "_nnx_wrapped")
+    _nnx_variables: dict[str, Any]
+    _nnx_wrapped: Wrapped
+    rngs: nnx.Rngs | None
+
+    def __init__(self, module: nn.Module, rngs: RngSource = None, *, parity: bool = False):
+        if not isinstance(module, nn.Module):
+            raise NotALinenModuleError(module)
+        if module.parent is not None:  # bound, or made inside another Linen module: NNX owns this one
+            module = module.clone(parent=None)
+        _set_variables(self, {})
+        _set_wrapped(self, Wrapped(module, parity))
+        if isinstance(rngs, nnx.Rngs) and not parity:
+            rngs = rngs.fork()
+        elif rngs is not None:
+            rngs = nnx.Rngs(rngs)  # streams of its own, with the same keys
+        self.rngs = rngs
+
+    @property
+    def module(self) -> nn.Module:
+        """The Linen module."""
+        return self._nnx_wrapped.module
+
+    # ---- calls ----
+
+    def lazy_init(self, *args: Any, **kwargs: Any) -> ToNNX:
+        """Make the variables that this call needs and that are not there; see `bridge.lazy_init`."""
+        lazy_init(self, *args, **kwargs)
+        return self
+
+    def __call__(
+        self,
+        *args: Any,
+        rngs: RngSource = None,
+        method: Callable[..., Any] | str | None = None,
+        mutable: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What `module.apply` returns, without the updates: those are written into the Variables.
+
+        Args:
+          *args: arguments of the method.
+          rngs: streams, keys or seeds for this call; by default the streams given to the constructor.
+          method: a method of the Linen module, its name, or a function of the bound module.
+          mutable: the collections that may be written, as for `apply`; by default those that are there, except
+            `params` and `intermediates`, and inside a Linen module only what is mutable there.
+          **kwargs: keywords of the method.
+
+        Raises:
+          NotInitializedError: if variables are needed and none have been made.
+        """
+        recorder = _recorder.get()
+        if recorder is not None and id(self) in recorder.places:
+            recorder.record(self, args, kwargs, rngs, method)
+        elif not self._nnx_variables and is_linen_initializing():
+            self._make_variables(args, kwargs, rngs, method)
+        return self._apply(args, kwargs, rngs, method, mutable)
+
+    def _apply(self, args: Any, kwargs: Any, rngs: RngSource, method: Any, mutable: Any) -> Any:
+        view, wrapped = self._view(), self._nnx_wrapped
+        keys = Keys(self.rngs if rngs is None else rngs, exact=wrapped.exact)
+        run, kwargs = self._method(method, args, kwargs)
+        if mutable is None:
+            mutable = _writable(view.collections) or False
+        try:
+            result = wrapped.module.apply(
+                filled(view.template),
+                *args,
+                rngs=keys.by_name or None,
+                method=keys.watching(run),
+                mutable=mutable,
+                **kwargs,
+            )
+        except _NOT_FOUND as error:
+            if view.variables:
+                raise
+            raise NotInitializedError(type(wrapped.module).__name__, error) from error
+        keys.settle()
+        if mutable is False:
+            return result
+        output, updates = result
+        self._write(view, updates)
+        return output
+
+    def _make_variables(self, args: Any, kwargs: Any, rngs: RngSource, method: Any) -> int:
+        """Make the variables that this call needs and that are not there; how many there were."""
+        wrapped, view = self._nnx_wrapped, self._view()
+        keys = Keys(self.rngs if rngs is None else rngs, exact=wrapped.exact)
+        if not keys.by_name:
+            raise NoRngsError(type(wrapped.module).__name__)
+        run, kwargs = self._method(method, args, kwargs)
+        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, kwargs)))
+        init = wrapped.module.lazy_init if abstract else wrapped.module.init
+        made = init(keys.by_name, *args, method=keys.watching(run), **kwargs)
+        new = {at: value for at, value in leaves(made) if at not in view.variables and not is_empty(value)}
+        if new:
+            keys.settle()
+            self._add(view, {at: to_nnx_variable(at[0], value) for at, value in new.items()})
+        return len(new)
+
+    def _method(self, method: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """What to call with the bound module, and keywords with the flags that the caller left open."""
+        if inspect.ismethod(method) and isinstance(method.__self__, nn.Module):
+            method = method.__func__
+        run = method if callable(method) else _by_name(method)
+        if defaults := self._nnx_wrapped.defaults:
+            target = method if callable(method) else getattr(type(self.module), method or "__call__")
+            kwargs = {**_open_flags(target, defaults, args, kwargs), **kwargs}
+        return run, kwargs
+
+    # ---- variables ----
+
+    def _view(self) -> View:
+        plan = plan_of(self)
+        return plan.remember("bridge.to_nnx", lambda: view_of(self._nnx_variables))  # type: ignore[no-any-return]
+
+    def _write(self, view: View, updates: Mapping[str, Any]) -> None:
+        new = {}
+        for at, value in leaves(updates):
+            variable = view.variables.get(at)
+            if variable is not None:
+                write_value(variable, value, at)
+            elif not is_empty(value):
+                new[at] = to_nnx_variable(at[0], value)
+        if new:
+            self._add(view, new)
+
+    def _add(self, view: View, new: dict[Location, nnx.Variable[Any]]) -> None:
+        _check_trace(self)
+        sync(self._nnx_variables, nest({**view.variables, **new}, Level))
+        self._arrange()
+        touch(self)
+
+    # ---- how the graph sees it: the wrapped module, plain attributes, variables ----
+
+    def _arrange(self) -> None:
+        """Give attributes keys in the graph that no variable has; kept in `_nnx_wrapped`, so that copies agree."""
+        wrapped, used = self._nnx_wrapped, set(self._nnx_variables)
+        key = _free("to_nnx__module", used)
+        attributes = tuple([(_free(name, used), name) for name in self.__dict__])
+        if key != wrapped.key or attributes != wrapped.attributes:
+            _set_wrapped(self, wrapped.replace(key=key, attributes=attributes))
+
+    def _nnx_items(self) -> dict[Any, Any]:
+        wrapped = self._nnx_wrapped
+        own = {key: self.__dict__[name] for key, name in wrapped.attributes}
+        return {wrapped.key: wrapped, **own, **self._nnx_variables}
+
+    def _nnx_storage(self) -> Any:
+        return _Storage(self)
+
+    def _nnx_mark(self, key: Any) -> str | None:
+        if key == self._nnx_wrapped.key:
+            return "static"
+        name = dict(self._nnx_wrapped.attributes).get(key)
+        return None if name is None else super()._nnx_mark(name)
+
+    def _nnx_fill(self, items: dict[Any, Any], marks: Any) -> None:
+        [wrapped] = [x for x in items.values() if type(x) is Wrapped]
+        names = dict(wrapped.attributes)
+        variables = {k: scoped(x) for k, x in items.items() if x is not wrapped and k not in names}
+        self.__dict__.clear()
+        self.__dict__.update({names[k]: x for k, x in items.items() if k in names})
+        _set_variables(self, variables)
+        _set_wrapped(self, wrapped)
+        self._arrange()
+        if marks:
+            object.__setattr__(self, "_nnx_marks", dict(marks))
+
+    def _nnx_assign(self, changed: dict[Any, Any], removed: tuple[Any, ...]) -> None:
+        items = {key: x for key, x in self._nnx_items().items() if key not in removed}
+        self._nnx_fill({**items, **changed}, ())
+        touch(self)
+
+    # ---- attributes ----
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("__", "_nnx_")):
+            raise AttributeError(name)  # not filled yet (copy, pickle), or a protocol of Python or its tools
+        if name in self._nnx_variables:
+            return at_home(self._nnx_variables[name], self, (name,))
+        if self._nnx_wrapped.has(name):
+            return self._nnx_wrapped.get(name)
+        return self._of_class(name)
+
+    def _of_class(self, name: str) -> Any:
+        """A method, property or constant that the class of the Linen module adds to `nn.Module`."""
+        kind = type(self.module)
+        found = inspect.getattr_static(kind, name, None)
+        if found is None or found is inspect.getattr_static(nn.Module, name, None):
+            raise AttributeError(
+                f"ToNNX({kind.__name__}) has no attribute or variable {name!r}, and neither has {kind.__name__}; its"
+                f" variables are {list(self._nnx_variables)}."
+            )
+        if isinstance(found, property):
+            return self(method=lambda module: getattr(module, name))
+        if inspect.isfunction(found):
+            return functools.partial(self, method=name)
+        return getattr(self.module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            super().__setattr__(name, value)
+        elif name in self._nnx_variables:
+            self._set_variable(name, value)
+        elif self._nnx_wrapped.has(name):
+            _check_trace(self)
+            _set_wrapped(self, self._nnx_wrapped.set(name, value))
+            touch(self)
+        else:
+            super().__setattr__(name, value)
+            self._arrange()
+            touch(self)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ or name not in self._nnx_variables:
+            super().__delattr__(name)
+        else:
+            _check_trace(self)
+            del self._nnx_variables[name]
+        self._arrange()
+        touch(self)
+
+    def _set_variable(self, name: str, value: Any) -> None:
+        _check_trace(self)
+        if not isinstance(value, nnx.Variable | LinenScope):
+            raise StateAttributeError(name, value)
+        self._nnx_variables[name] = value
+        touch(self)
+
+    # ---- training and evaluation ----
+
+    def train(self, **attributes: Any) -> None:
+        """Set the wrapped module's flags for training: fields, or arguments of calls that do not give them.
+
+        Warns:
+          NoModeWarning: if it has none of deterministic, use_running_average, train and training.
+        """
+        self._warn_without_flags("train")
+        super().train(**attributes)
+
+    def eval(self, **attributes: Any) -> None:
+        """Set the wrapped module's flags for evaluation; see `train`."""
+        self._warn_without_flags("eval")
+        super().eval(**attributes)
+
+    def _warn_without_flags(self, mode: str) -> None:
+        if not any(map(self._nnx_wrapped.has, WHEN_TRAINING)):
+            warnings.warn(
+                f"ToNNX({type(self.module).__name__}).{mode}() has no effect: neither a field nor an argument of"
+                f" __call__ is one of {', '.join(WHEN_TRAINING)}. Pass the mode as your module expects it.",
+                NoModeWarning,
+                stacklevel=3,
+            )
+
+
+_set_variables = ToNNX.__dict__["_nnx_variables"].__set__
+_set_wrapped = ToNNX.__dict__["_nnx_wrapped"].__set__
+_NOT_FOUND = (
+    flax.errors.ScopeCollectionNotFound,
+    flax.errors.ScopeParamNotFoundError,
+    flax.errors.ScopeVariableNotFoundError,
+)
+
+
+class _Storage:
+    """Reads and writes one item of a ToNNX by its key in the graph."""
+
+    __slots__ = ("_owner",)
+
+    def __init__(self, owner: ToNNX):
+        self._owner = owner
+
+    def _find(self, key: str) -> tuple[dict[str, Any], str]:
+        names = dict(self._owner._nnx_wrapped.attributes)
+        return (self._owner.__dict__, names[key]) if key in names else (self._owner._nnx_variables, key)
+
+    def __getitem__(self, key: str) -> Any:
+        items, name = self._find(key)
+        return items[name]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        items, name = self._find(key)
+        items[name] = value
+
+
+def _free(name: str, used: set[str]) -> str:
+    while name in used:
+        name += "@"
+    used.add(name)
+    return name
+
+
+def _check_trace(module: nnx.Object) -> None:
+    if module._nnx_trace != current_trace():
+        raise TraceError(f"the variables of {type(module).__name__}")
+
+
+def _writable(collections: list[str]) -> list[str]:
+    held = [name for name in collections if name not in ("params", "intermediates")]
+    around = current_linen_module()
+    if around is None or around.scope is None:
+        return held
+    return [name for name in held if around.is_mutable_collection(name)]
+
+
+@functools.cache
+def _by_name(method: str | None) -> Callable[..., Any]:
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (module if method is None else getattr(module, method))(*args, **kwargs)
+
+    return call
+
+
+def _open_flags(
+    method: Callable[..., Any], defaults: tuple[tuple[str, Any], ...], args: Any, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Those of `defaults` that `method` takes and this call does not give."""
+    signature = inspect.signature(method)
+    given = signature.bind_partial(None, *args, **kwargs).arguments
+    return {name: x for name, x in defaults if name in signature.parameters and name not in given}
+
+
+# ---- initialisation ----------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """A call that needs variables: of which module, and with what, arrays as ShapeDtypeStructs."""
+
+    place: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    method: Any
+
+
+class _Recorder:
+    """Notes calls of wrappers without variables while a model runs abstractly."""
+
+    def __init__(self, wrappers: list[ToNNX]):
+        self.places = {id(x): i for i, x in enumerate(wrappers)}
+        self.calls: list[_Call] = []
+
+    def record(self, wrapper: ToNNX, args: Any, kwargs: Any, rngs: RngSource, method: Any) -> None:
+        if wrapper._make_variables(args, kwargs, rngs, method):
+            args, kwargs = jax.tree.map(_abstract, (args, kwargs))
+            self.calls.append(_Call(self.places[id(wrapper)], args, kwargs, method))
+
+
+_recorder: ContextVar[_Recorder | None] = ContextVar("bridge_recorder", default=None)
+
+
+@contextmanager
+def _recording(wrappers: list[ToNNX]) -> Iterator[_Recorder]:
+    recorder = _Recorder(wrappers)
+    token = _recorder.set(recorder)
+    try:
+        yield recorder
+    finally:
+        _recorder.reset(token)
+
+
+def _abstract(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.core.Tracer) else x
+
+
+def _wrappers_in(node: Any) -> list[ToNNX]:
+    return [x for _, x in nnx.iter_graph(node) if isinstance(x, ToNNX)]
+
+
+def lazy_init(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Make the variables of every wrapped Linen module that a call needs; what is there stays as it is.
+
+    A model that has wrapped modules inside runs abstractly, on a copy: no forward pass is computed and no other
+    state changes. Each wrapped module is then initialised for the shapes it was called with.
+
+    Args:
+      fn: a ToNNX, any other NNX module, or a method of one.
+      *args, **kwargs: what to call it with, `jax.ShapeDtypeStruct`s for arrays if you like. A ToNNX also takes
+        `rngs`, `method` and `mutable`, as in a call.
+
+    Returns:
+      `fn`.
+
+    Raises:
+      AlreadyInitializedError: if `fn` is a ToNNX that has all it needs.
+      NoRngsError: if a module has no random keys.
+      NoOwnerError: if `fn` belongs to no module.
+
+    >>> from flax import linen as nn
+    >>> import nnx_core as nnx, jax, jax.numpy as jnp
+    >>> model = nnx.Sequential(ToNNX(nn.Dense(3), rngs=nnx.Rngs(0)), nnx.relu)
+    >>> lazy_init(model, jax.ShapeDtypeStruct((1, 2), jnp.float32)).layers[0].kernel.shape
+    (2, 3)
+    """
+    call, owner = fn, fn if isinstance(fn, nnx.Object) else getattr(fn, "__self__", None)
+    if isinstance(fn, functools.partial) and isinstance(fn.func, ToNNX):  # `model.encode` of a wrapped module
+        owner, kwargs = fn.func, {**fn.keywords, **kwargs}
+    if isinstance(owner, ToNNX):
+        _init_one(owner, args, kwargs)
+    elif isinstance(owner, nnx.Object):
+        method = type(fn).__call__ if call is owner else fn.__func__
+        _init_inside(owner, method, args, kwargs)
+    else:
+        raise NoOwnerError(fn)
+    return fn
+
+
+def _init_one(wrapper: ToNNX, args: Any, kwargs: dict[str, Any], rngs: RngSource = None, method: Any = None) -> None:
+    kwargs = dict(kwargs)
+    rngs, method = kwargs.pop("rngs", rngs), kwargs.pop("method", method)
+    kwargs.pop("mutable", None)  # everything is, while it is made
+    count = len(wrapper._view().variables)
+    if count and method is None:
+        raise AlreadyInitializedError(type(wrapper.module).__name__, count)
+    made = wrapper._make_variables(args, kwargs, rngs, method)
+    if count and not made:
+        raise AlreadyInitializedError(type(wrapper.module).__name__, count)
+
+
+def _init_inside(owner: nnx.Object, method: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
+    flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, nnx.Object | nnx.Variable))
+    arrays = {i: x for i, x in enumerate(flat) if is_array(x)}
+    objects = {i: x for i, x in enumerate(flat) if isinstance(x, nnx.Object)}
+    graphdef, state = nnx.split({"owner": owner, "objects": objects})
+    calls: list[_Call] = []
+
+    def run(state: Any, arrays: dict[int, Any]) -> None:
+        copy = nnx.merge(graphdef, state)
+        args, kwargs = treedef.unflatten({**dict(enumerate(flat)), **copy["objects"], **arrays}.values())
+        with _recording(_wrappers_in(copy["owner"])) as recorder:
+            method(copy["owner"], *args, **kwargs)
+        calls.extend(recorder.calls)
+
+    jax.eval_shape(run, state, arrays)
+    wrappers = _wrappers_in(owner)
+    for call in calls:
+        wrappers[call.place]._make_variables(call.args, call.kwargs, None, call.method)

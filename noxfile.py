@@ -1,0 +1,78 @@
+"""One session a check, each in an environment of its own. The gate is `.ci/run`; this runs one check.
+
+nox            every check on the Python at hand
+nox -s tests   the suite on Python 3.11, 3.12 and 3.13, as far as they are installed
+nox -s oldest  the suite on the lowest versions that pyproject.toml allows; `newest` on the highest
+nox -s docs    the API reference into build/docs
+"""
+
+import re
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.sessions = ["lint", "types", "doctest", "newest"]
+nox.options.default_venv_backend = "venv"
+nox.options.error_on_external_run = True
+
+SUITE = ("python", "-m", "pytest", "-n", "2")
+
+
+@nox.session
+def lint(session):
+    """Lint, format, and the rooms of the house."""
+    session.install("-e", ".[lint]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session):
+    """Types of nnx_core/graph and nnx_core/transforms, strictly."""
+    session.install("-e", ".[lint]")
+    session.run("mypy")
+
+
+@nox.session
+def doctest(session):
+    """Every example in a docstring."""
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "pytest", "--doctest-modules", "nnx_core", "bridge")
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def tests(session):
+    """The suite, on each Python."""
+    session.install("-e", ".[test]")
+    session.run(*SUITE, *session.posargs)
+
+
+@nox.session
+def newest(session):
+    """The suite on the newest releases within pyproject.toml's ranges."""
+    session.install("--upgrade", "-e", ".[test]")
+    session.run(*SUITE, *session.posargs)
+
+
+@nox.session(python="3.11")
+def oldest(session):
+    """The suite on the lower end of every range."""
+    session.install("-e", ".[test]", *lowest())
+    session.run(*SUITE, *session.posargs)
+
+
+@nox.session
+def docs(session):
+    """The API reference, from the docstrings."""
+    session.install("-e", ".[docs]")
+    session.run("pdoc", "--output-directory", "build/docs", "nnx_core", "bridge")
+
+
+def lowest() -> list[str]:
+    """`name==version` for every `name>=version` that users install: not test, lint or docs."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    extras = project["optional-dependencies"]
+    ranges = [*project["dependencies"], *extras["orbax"], *extras["demo"]]
+    matches = [re.match(r"([\w-]+)>=([\d.]+)", entry) for entry in ranges]
+    return [f"{found[1]}=={found[2]}" for found in matches if found]

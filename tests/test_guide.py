@@ -35,9 +35,7 @@ def blocks_of(text: str) -> list[Block]:
             case ["python", option] if option.startswith("raises="):
                 blocks.append(Block(token.content, token.map[0] + 2, option.removeprefix("raises=")))
             case [language, *_] if language.lower().startswith("py"):
-                raise ValueError(
-                    f"line {token.map[0] + 1}: ```{token.info} is neither ```python nor raises=Error"
-                )
+                raise ValueError(f"line {token.map[0] + 1}: ```{token.info} is neither ```python nor raises=Error")
     return blocks
 
 
@@ -90,9 +88,7 @@ def guide(tmp_path):
 
 
 def test_blocks_share_a_namespace_and_other_languages_are_left_alone(guide):
-    text = (
-        "```python\na = 1\n```\n```bash\nrm x\n```\n- list\n\n  ```python\n  if a:\n      b = a + 1\n  ```\n"
-    )
+    text = "```python\na = 1\n```\n```bash\nrm x\n```\n- list\n\n  ```python\n  if a:\n      b = a + 1\n  ```\n"
     assert run(guide(text + "```python\nassert b == 2\n```\n")) == 3
 
 

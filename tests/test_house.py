@@ -55,9 +55,7 @@ def test_function_lengths_leave_out_decorator_and_docstring():
 @pytest.mark.parametrize("file", python_files(*PACKAGES, "benchmarks"))
 def test_file_and_functions_are_short(file):
     source = (ROOT / file).read_text()
-    assert len(source.splitlines()) <= FILE_LINES, (
-        f"{file} is over {FILE_LINES} lines: split it by what it knows"
-    )
+    assert len(source.splitlines()) <= FILE_LINES, f"{file} is over {FILE_LINES} lines: split it by what it knows"
     long = {name: n for name, n in function_lengths(source).items() if n > FUNCTION_LINES}
     assert not long, f"{file} has functions over {FUNCTION_LINES} lines: {long}"
 
@@ -102,9 +100,7 @@ def test_core_file_knows_neither_flax_nor_bridge(file):
 
 def test_importing_all_of_core_leaves_flax_out():
     core = [name for name in module_names() if name.startswith("nnx_core")]
-    script = (
-        f"import importlib, sys; [importlib.import_module(n) for n in {core}]; print(sorted(sys.modules))"
-    )
+    script = f"import importlib, sys; [importlib.import_module(n) for n in {core}]; print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = {name.split(".")[0] for name in ast.literal_eval(done.stdout)}

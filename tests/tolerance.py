@@ -51,9 +51,7 @@ def _compare(actual: Any, expected: Any, why_not: Callable[[Any, Any], str | Non
         if path in theirs and (reason := why_not(ours[path], theirs[path])):
             complaints.append(f"{path}: {reason}")
     if complaints:
-        raise AssertionError(
-            f"{len(complaints)} of {len(ours | theirs)} leaves differ:\n  " + "\n  ".join(complaints)
-        )
+        raise AssertionError(f"{len(complaints)} of {len(ours | theirs)} leaves differ:\n  " + "\n  ".join(complaints))
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -54,9 +54,7 @@ def test_equal_trees_pass(check):
     ],
 )
 def test_different_leaves_fail_by_path(check, actual, expected, text):
-    with pytest.raises(
-        AssertionError, match=r"1 of 1 leaves differ:\n  \['layers'\]\[0\]\['kernel'\]: .*" + text
-    ):
+    with pytest.raises(AssertionError, match=r"1 of 1 leaves differ:\n  \['layers'\]\[0\]\['kernel'\]: .*" + text):
         check(tree(actual), tree(expected))
 
 

@@ -112,7 +112,7 @@ def _goal_line(row: dict[str, Any]) -> str:
     if row["met"] is None:
         return start + "not measured"
     verdict = "[green]met[/green]" if row["met"] else "[red]missed[/red]"
-    return f"{start}{verdict}, {row['ratio']:.2f} (host {row['host_ratio']:.2f})"
+    return f"{start}{verdict}, host {row['host_ratio']:.2f} (wall {row['ratio']:.2f})"
 
 
 def _busy(about: dict[str, Any]) -> str | None:

@@ -55,7 +55,7 @@ def inspect(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for checkpoint, figure and record.")] = Path("linen-nnx-demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the data split, the weights and the dropout.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the batch order, the weights and the dropout.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the verdict alone.")] = False,
 ) -> None:
     """Train a Linen CNN on handwritten digits, carry it across to NNX, and compare every number."""

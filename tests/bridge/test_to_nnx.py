@@ -957,3 +957,32 @@ def test_inside_linen_the_modules_own_rules_hold():
         Parent().apply({}, X)
     Parent().apply({}, X, mutable=["counts"])
     assert float(model.n[...]) == 1.0
+
+
+def test_control_flow_keeps_statistics_in_place_row3():
+    model, twin = (ToNNX(Setup(), nnx.Rngs(0)).lazy_init(X) for _ in range(2))
+    model.set_attributes(train=True)
+    mean = model.norm.mean
+
+    def body(_, model):
+        model(X)
+        return model
+
+    assert nnx.cond(True, lambda m: m(X), lambda m: m(X) * 0, model).shape == (4, 5)
+    nnx.fori_loop(0, 2, body, model)
+    nnx.while_loop(lambda c: c[1] < 2, lambda c: (body(0, c[0]), c[1] + 1), (model, 0))
+    for _ in range(5):
+        twin(X, train=True)
+    assert model.norm.mean is mean
+    assert_trees_close(variables_of(model), variables_of(twin))
+
+
+def test_captured_intermediates_under_jit():
+    model = ToNNX(CNN(), nnx.Rngs(0)).lazy_init(X)
+    scope, kernel = model.Dense_0, model.Dense_0.kernel
+    nnx.jit(lambda m: m(X, mutable=["intermediates"], capture_intermediates=True))(model)
+    assert model.Dense_0 is scope
+    assert scope.kernel is kernel
+    captured = nnx.pop(model, nnx.Intermediate)
+    assert captured["Dense_0"]["__call__"].get_value()[0].shape == (4, 3)
+    assert list(scope) == ["kernel", "bias"]

@@ -41,7 +41,7 @@ class _Untouched:
 
     def key(self) -> Any:
         """The content as something hashable. Raises TypeError if it holds something that is not."""
-        return frozen(self._value)
+        return distinct(self._value)
 
     def __hash__(self) -> int:
         try:
@@ -86,12 +86,12 @@ class Keywords(_Untouched):
     __iter__ = None
 
 
-def frozen(x: Any) -> Any:
+def distinct(x: Any) -> Any:
     """`x` as a hashable value that keeps 1, 1.0 and True, lists and tuples apart."""
     if isinstance(x, Mapping):
-        return type(x), tuple((k, frozen(v)) for k, v in x.items())
+        return type(x), tuple((k, distinct(v)) for k, v in x.items())
     if isinstance(x, list | tuple):
-        return type(x), tuple(map(frozen, x))
+        return type(x), tuple(map(distinct, x))
     if isinstance(x, nnx.Object):
         raise TypeError("a module may change")  # hashes by identity, which says nothing of its content
     hash(x)

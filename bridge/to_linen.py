@@ -34,7 +34,7 @@ from bridge.structure import (
     Recipe,
     Slot,
     Structure,
-    frozen,
+    distinct,
     location_of,
     require_factory,
     structure_of,
@@ -167,7 +167,7 @@ class Call:
         if not isinstance(self.method, str):
             return self._trace_later()  # a function may be another one each time
         try:
-            key = self.method, frozen(signature), frozenset(self.found), self._may_create_params
+            key = self.method, distinct(signature), frozenset(self.found), self._may_create_params
             hash(key)
         except TypeError:
             return self._trace_later()
@@ -497,7 +497,7 @@ def to_linen_class(
 
 def _class_of(fields: dict[str, Any]) -> type[ToLinen]:
     try:
-        key = frozen(fields)
+        key = distinct(fields)
         found = _classes.get(key)
     except TypeError:
         return _new_class(fields)

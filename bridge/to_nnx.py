@@ -200,8 +200,11 @@ class ToNNX(nnx.Module):
 
     def _write(self, view: View, updates: Mapping[str, Any]) -> None:
         new = {}
+        initializing = is_linen_initializing()  # where layers leave what is there as it is (BatchNorm's averages)
         for at, value in leaves(updates):
             variable = view.variables.get(at)
+            if variable is not None and initializing:
+                continue
             if variable is not None:
                 write_value(variable, value, at)
             elif not is_empty(value):

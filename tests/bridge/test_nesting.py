@@ -465,3 +465,17 @@ def test_to_linen_in_to_nnx():
     nnx.update(model, jax.tree.map(lambda x: x, variables["params"]))
     y = model(X)
     assert_trees_equal(y, inner.apply(variables, X, mutable=["batch_stats"])[0])
+
+
+def test_row14_linen_init_leaves_the_averages_of_an_inner_linen_module_alone():
+    class Holder(nnx.Module):
+        def __init__(self, rngs):
+            self.bn = ToNNX(nn.BatchNorm(use_running_average=False), rngs=rngs)
+
+        def __call__(self, x):
+            return self.bn(x)
+
+    x = jnp.arange(6.0).reshape(2, 3)
+    found = to_linen(Holder).init(jax.random.key(0), x)["batch_stats"]["bn"]
+    wanted = nn.BatchNorm(use_running_average=False).init(jax.random.key(0), x)["batch_stats"]
+    assert_trees_equal(dict(found), dict(wanted))

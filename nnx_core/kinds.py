@@ -4,8 +4,8 @@ Law: a name belongs to one type and back; registering the same pair again change
 defined again (a notebook cell run twice) takes its name over. Knows Variables only.
 """
 
-from collections.abc import Callable
 from typing import Any, TypeVar
+from urllib.parse import quote, unquote
 
 from nnx_core._errors import RegistryError
 from nnx_core.variables import A, Variable
@@ -124,8 +124,7 @@ def variable_type_from_name(name: str, /, *, base: type[Any] = Variable, allow_r
                 f"No Variable type is registered for the name {name!r}; known are {sorted(_types)}."
                 " Register one with nnx.register_variable_name, or pass allow_register=True."
             )
-        kind = type(name, (base,), {"__slots__": (), "__module__": __name__, "__reduce__": _reduce_by_name})
-        register_variable_name(name, kind)
+        register_variable_name(name, _make_type(name, base))
     return _types[name]
 
 
@@ -145,16 +144,20 @@ def variable_name_from_type(typ: type[Variable[Any]], /, *, allow_register: bool
     return _names[typ]
 
 
-def _reduce_by_name(self: Variable[Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    # A type made by variable_type_from_name can be found in no module, so pickle finds it by its name.
-    return _rebuild_by_name, (_names[type(self)], self.__getstate__())
+_NAMED = "named_"  # begins the qualified name of a type that variable_type_from_name made
 
 
-def _rebuild_by_name(name: str, state: dict[str, Any]) -> Variable[Any]:
-    kind = variable_type_from_name(name, allow_register=True)
-    variable = kind.__new__(kind)
-    variable.__setstate__(state)
-    return variable
+def _make_type(name: str, base: type[Any]) -> type[Any]:
+    # pickle looks a class up by its qualified name, in which dots separate: `__getattr__` below finds it again.
+    qualname = _NAMED + quote(name, safe="").replace(".", "%2E")
+    shown = name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    return type(shown, (base,), {"__slots__": (), "__module__": __name__, "__qualname__": qualname})
+
+
+def __getattr__(name: str) -> type[Any]:
+    if not name.startswith(_NAMED):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return variable_type_from_name(unquote(name.removeprefix(_NAMED)), allow_register=True)
 
 
 for _name, _kind in {

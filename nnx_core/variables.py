@@ -361,30 +361,38 @@ def _hooks(variable: Variable[Any], name: str) -> tuple[Callable[..., Any], ...]
     return hooks if method is None else (method, *hooks)
 
 
-def insert_name(names: Any, index: int, name: Any) -> Any:
-    """Axis names after a new axis `name` appeared at `index`; names beyond the last given one are None."""
-    names = list(names)
+class PaddedNames(tuple[Any, ...]):
+    """Axis names that were too few for a new named axis, filled up with None; remembers what they were."""
+
+    before: tuple[Any, ...]
+    index: int
+
+
+def insert_name(names: Any, index: int, name: Any) -> tuple[Any, ...]:
+    """Axis names after a new axis `name` appeared at `index` (negative: from the end of the names).
+
+    Axes beyond the last name have none. `remove_name` with the same index is the exact inverse.
+    """
+    names = tuple(names)
     if index < 0:
         index += len(names) + 1
-    if index > len(names) and name is None:
-        return _as(names)
-    names += [None] * (index - len(names))
-    names.insert(index, name)
-    return _as(names)
+    if index <= len(names):
+        return (*names[:index], name, *names[index:])
+    if name is None:
+        return names
+    padded = PaddedNames((*names, *[None] * (index - len(names)), name))
+    padded.before, padded.index = names, index
+    return padded
 
 
-def remove_name(names: Any, index: int) -> Any:
-    """Axis names after the axis `index` is gone."""
-    names = list(names)
+def remove_name(names: Any, index: int) -> tuple[Any, ...]:
+    """Axis names after the axis `index` is gone; the inverse of `insert_name`."""
+    if isinstance(names, PaddedNames) and names.index == index:
+        return names.before
+    names = tuple(names)
     if index < 0:
         index += len(names)
-    if 0 <= index < len(names):
-        del names[index]
-    return _as(names)
-
-
-def _as(names: list[Any]) -> tuple[Any, ...]:
-    return tuple(names)
+    return (*names[:index], *names[index + 1 :])
 
 
 # ---- operators: what an array does, a Variable does with its value ----

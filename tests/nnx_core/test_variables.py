@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import nnx_core as nnx
 from tests.strategies import Count
@@ -405,3 +407,36 @@ def test_row49_a_taken_name_is_named_in_the_error():
 
         @nnx.register_variable_name("params")
         class Other(nnx.Variable): ...
+
+
+# ---- law 7, and types that were made for a name -----------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from([None, "a", "b"]), max_size=4), st.integers(0, 6), st.sampled_from([None, "layers"]))
+def test_law7_remove_axis_inverts_add_axis(names, index, name):
+    v = nnx.Param(jnp.zeros((1,) * 4), out_sharding=tuple(names))
+    v.add_axis(index, name)
+    assert len(v.out_sharding) >= min(len(names), index) or name is None
+    if name is not None:
+        assert v.out_sharding[index] == name
+    v.remove_axis(index, name)
+    assert v.out_sharding == tuple(names)
+
+
+@given(st.lists(st.sampled_from([None, "a"]), max_size=3))
+def test_law7_holds_for_the_last_axis_counted_from_the_end(names):
+    v = nnx.Param(jnp.zeros(()), out_sharding=tuple(names))
+    v.add_axis(-1, "layers")
+    assert v.out_sharding == (*names, "layers")
+    v.remove_axis(-1, "layers")
+    assert v.out_sharding == tuple(names)
+
+
+@pytest.mark.parametrize("name", ["ema_x", "a.b", "a/b", "Param", "a\0b", "ä"])
+def test_row49_types_made_for_a_name_are_importable(name):
+    kind = nnx.variable_type_from_name(name, allow_register=True)
+    assert nnx.variable_type_from_name(name) is kind
+    assert pickle.loads(pickle.dumps(kind)) is kind
+    model = nnx.List([kind(jnp.ones(1))])
+    assert pickle.loads(pickle.dumps(nnx.graphdef(model))) == nnx.graphdef(model)
+    assert type(pickle.loads(pickle.dumps(model))[0]) is kind

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from benchmarks import core as core_benchmark
 from benchmarks import dispatch as dispatch_benchmark
 from benchmarks.timing import Timing, Timings, machine
 from tests.tolerance import assert_trees_close
@@ -66,6 +67,38 @@ def dispatch(
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(content, indent=1) + "\n")
         console.print(f"Written: {json_file}", highlight=False)
+
+
+@app.command()
+def core(
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each times every variant once.")] = 15,
+    layers: Annotated[int, typer.Option(min=1, help="Depth of the model.")] = core_benchmark.LAYERS,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers.")] = None,
+) -> None:
+    """nnx_core's own operations next to flax.nnx's and plain JAX: graph, tracing, retraces, memory, import."""
+    console, about = Console(), machine()
+    with dispatch_benchmark.full_precision():
+        figures = [
+            *core_benchmark.graph_operations(repeats, layers),
+            core_benchmark.tracing(max(repeats // 3, 1), layers),
+            core_benchmark.retraces(),
+            core_benchmark.donation(layers),
+            core_benchmark.importing(max(repeats // 3, 1)),
+        ]
+    table = Table(title=f"nnx_core, {layers} layers", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("figure", "found", "goal", ""):
+        table.add_column(heading, justify="left" if heading in ("figure", "") else "right")
+    for figure in figures:
+        verdict = "[green]met[/green]" if figure.met else "[red]missed[/red]"
+        table.add_row(figure.name, f"{figure.value:.3f}", f"<= {figure.goal:g}", verdict)
+    console.print(table)
+    if (warning := _busy(about)) is not None:
+        console.print(warning, style="yellow", highlight=False)
+    if json_file is not None:
+        rows = [{"figure": f.name, "found": f.value, "goal": f.goal, "met": f.met} for f in figures]
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        content = {"benchmark": "core", "layers": layers, "repeats": repeats, "machine": about, "figures": rows}
+        json_file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _agreeing_losses(depth: int) -> list[float]:

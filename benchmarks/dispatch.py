@@ -137,7 +137,7 @@ def bare(task: Problem) -> Step:
 # --------------------------------------------------------------------------------------------------- NNX
 
 
-def _nnx_network(nnx: ModuleType, task: Problem) -> Any:
+def nnx_network(nnx: ModuleType, task: Problem) -> Any:
     """The network in the given NNX: nnx_core or flax.nnx, which share their public names."""
 
     class Layer(nnx.Module):
@@ -165,7 +165,7 @@ def _nnx_network(nnx: ModuleType, task: Problem) -> Any:
 
 def _nnx_step(nnx: ModuleType, task: Problem, **mode: bool) -> Step:
     """The usual train step over (model, optimizer, x, y); `mode` goes to whatever takes `graph=`."""
-    model = _nnx_network(nnx, task)
+    model = nnx_network(nnx, task)
     optimizer = nnx.Optimizer(model, optax.adam(RATE), wrt=nnx.Param, **mode)
 
     @nnx.jit(**mode)

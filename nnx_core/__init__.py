@@ -3,12 +3,24 @@
 The public list, nothing else: names, signatures and documented behaviour are those of flax.nnx.
 """
 
-from nnx_core import filters as filterlib
-from nnx_core import graph
-from nnx_core import rngs as rnglib
-from nnx_core import state as statelib
-from nnx_core import variables as variablelib
+from nnx_core import graph, traversals
+from nnx_core._compat_paths import (
+    M,
+    VariableState,
+    extract,
+    filterlib,
+    graphlib,
+    helpers,
+    object,
+    pytreelib,
+    rnglib,
+    spmd,
+    statelib,
+    tracers,
+    variablelib,
+)
 from nnx_core._errors import NnxError
+from nnx_core.capture import capture
 from nnx_core.filters import (
     All,
     Any,
@@ -23,9 +35,31 @@ from nnx_core.filters import (
     WithTag,
 )
 from nnx_core.graph.api import clone, graphdef, merge, pop, set_metadata, split, state, update, variables
+from nnx_core.graph.context import (
+    MergeContext,
+    SplitContext,
+    UpdateContext,
+    current_update_context,
+    merge_context,
+    split_context,
+    update_context,
+)
+from nnx_core.graph.functional import (
+    PureState,
+    as_pure,
+    call,
+    check_pytree,
+    flatten,
+    map,
+    pure,
+    unflatten,
+    vars_as,
+    with_vars,
+)
 from nnx_core.graph.objects import Data, Object, Static, data, dataclass, has_data, is_data, register_data_type, static
 from nnx_core.graph.objects import Object as Pytree
 from nnx_core.graph.structure import GraphDef
+from nnx_core.graph.tree import NodeStates, from_tree, to_tree
 from nnx_core.graph.walk import find_duplicates, iter_children, iter_graph, recursive_map
 from nnx_core.kinds import (
     BatchStat,
@@ -43,7 +77,8 @@ from nnx_core.kinds import (
     variable_name_from_type,
     variable_type_from_name,
 )
-from nnx_core.module import Dict, List, Module, Sequential, iter_modules
+from nnx_core.modes import set_graph_mode, set_graph_updates, var_defaults
+from nnx_core.module import Dict, List, Module, Sequential, iter_module_children, iter_modules
 from nnx_core.nn import activations, initializers
 from nnx_core.nn.activations import (
     PReLU,
@@ -76,10 +111,22 @@ from nnx_core.nn.activations import (
 from nnx_core.nn.conv import Conv
 from nnx_core.nn.dropout import Dropout
 from nnx_core.nn.embed import Embed
+from nnx_core.nn.initializers import Initializer
 from nnx_core.nn.linear import Linear
 from nnx_core.nn.norm import BatchNorm, LayerNorm
 from nnx_core.optim.optimizer import ModelAndOptimizer, Optimizer
-from nnx_core.rngs import Rngs, RngStream, fork_rngs, reseed, restore_rngs, split_rngs
+from nnx_core.rngs import Rngs, RngStream, fork_rngs, reseed, restore_rngs, split_rngs, with_rngs
+from nnx_core.sharding import (
+    abstract_with_sharding,
+    as_abstract,
+    get_abstract_model,
+    get_named_sharding,
+    get_partition_spec,
+    logical_axis_rules,
+    use_eager_sharding,
+    using_eager_sharding,
+    with_partitioning,
+)
 from nnx_core.state import (
     EmptyState,
     FlatState,
@@ -97,22 +144,40 @@ from nnx_core.state import (
     to_pure_dict,
 )
 from nnx_core.transforms.autodiff import grad, remat, value_and_grad
-from nnx_core.transforms.batch import PARTITION_NAME, vmap
+from nnx_core.transforms.batch import PARTITION_NAME, transform_metadata, vmap
 from nnx_core.transforms.branch import cond, switch
 from nnx_core.transforms.compile import eval_shape, jit
+from nnx_core.transforms.differentials import custom_vjp, jvp, vjp
 from nnx_core.transforms.groups import Carry, DiffState, StateAxes, StateSharding
 from nnx_core.transforms.loops import fori_loop, scan, while_loop
-from nnx_core.variables import Variable, VariableMetadata, with_metadata
+from nnx_core.transforms.mesh import pmap, shard_map
+from nnx_core.transforms.prefix import prefix
+from nnx_core.transforms.stages import cached_partial, checkify, jit_partial, make_jaxpr
+from nnx_core.variables import A, Variable, VariableMetadata, with_metadata
+from nnx_core.views import view, view_info, with_attributes
 
 __all__ = [
     # rooms
-    "filterlib",
     "graph",
+    "traversals",
+    # _compat_paths
+    "M",
+    "VariableState",
+    "extract",
+    "filterlib",
+    "graphlib",
+    "helpers",
+    "object",
+    "pytreelib",
     "rnglib",
+    "spmd",
     "statelib",
+    "tracers",
     "variablelib",
     # _errors
     "NnxError",
+    # capture
+    "capture",
     # filters
     "All",
     "Any",
@@ -135,6 +200,25 @@ __all__ = [
     "state",
     "update",
     "variables",
+    # graph.context
+    "MergeContext",
+    "SplitContext",
+    "UpdateContext",
+    "current_update_context",
+    "merge_context",
+    "split_context",
+    "update_context",
+    # graph.functional
+    "PureState",
+    "as_pure",
+    "call",
+    "check_pytree",
+    "flatten",
+    "map",
+    "pure",
+    "unflatten",
+    "vars_as",
+    "with_vars",
     # graph.objects
     "Data",
     "Object",
@@ -148,6 +232,10 @@ __all__ = [
     "static",
     # graph.structure
     "GraphDef",
+    # graph.tree
+    "NodeStates",
+    "from_tree",
+    "to_tree",
     # graph.walk
     "find_duplicates",
     "iter_children",
@@ -168,11 +256,16 @@ __all__ = [
     "register_variable_name",
     "variable_name_from_type",
     "variable_type_from_name",
+    # modes
+    "set_graph_mode",
+    "set_graph_updates",
+    "var_defaults",
     # module
     "Dict",
     "List",
     "Module",
     "Sequential",
+    "iter_module_children",
     "iter_modules",
     # nn
     "activations",
@@ -210,6 +303,8 @@ __all__ = [
     "Dropout",
     # nn.embed
     "Embed",
+    # nn.initializers
+    "Initializer",
     # nn.linear
     "Linear",
     # nn.norm
@@ -225,6 +320,17 @@ __all__ = [
     "reseed",
     "restore_rngs",
     "split_rngs",
+    "with_rngs",
+    # sharding
+    "abstract_with_sharding",
+    "as_abstract",
+    "get_abstract_model",
+    "get_named_sharding",
+    "get_partition_spec",
+    "logical_axis_rules",
+    "use_eager_sharding",
+    "using_eager_sharding",
+    "with_partitioning",
     # state
     "EmptyState",
     "FlatState",
@@ -246,6 +352,7 @@ __all__ = [
     "value_and_grad",
     # transforms.batch
     "PARTITION_NAME",
+    "transform_metadata",
     "vmap",
     # transforms.branch
     "cond",
@@ -253,6 +360,10 @@ __all__ = [
     # transforms.compile
     "eval_shape",
     "jit",
+    # transforms.differentials
+    "custom_vjp",
+    "jvp",
+    "vjp",
     # transforms.groups
     "Carry",
     "DiffState",
@@ -262,8 +373,23 @@ __all__ = [
     "fori_loop",
     "scan",
     "while_loop",
+    # transforms.mesh
+    "pmap",
+    "shard_map",
+    # transforms.prefix
+    "prefix",
+    # transforms.stages
+    "cached_partial",
+    "checkify",
+    "jit_partial",
+    "make_jaxpr",
     # variables
+    "A",
     "Variable",
     "VariableMetadata",
     "with_metadata",
+    # views
+    "view",
+    "view_info",
+    "with_attributes",
 ]

@@ -4,13 +4,17 @@ Law: `train`, `eval` and `set_attributes` reach every submodule once, however it
 Variables of the given type and never changes the numbers of a call.
 """
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from nnx_core import filters as filterlib
 from nnx_core._errors import AttributeNotFoundError, Path
+from nnx_core.graph.api import update
 from nnx_core.graph.containers import DictStorage, ListStorage
+from nnx_core.graph.functional import blank
 from nnx_core.graph.objects import Object
+from nnx_core.graph.replay import replay
 from nnx_core.graph.walk import children, iter_graph
 from nnx_core.kinds import Perturbation, variable_type_from_name
 from nnx_core.variables import Variable
@@ -114,18 +118,64 @@ class Module(Object):
         if missing and raise_if_not_found:
             raise AttributeNotFoundError(missing)
 
+    @classmethod
+    def partial_init(cls, state: Any, /, *states: Any) -> Callable[..., Self]:
+        """A constructor of this class that takes the values in the States instead of making them.
+
+        `cls.partial_init(state)(*args, **kwargs)` equals `cls(*args, **kwargs)` followed by
+        `nnx.update(module, state)`, but no initializer runs for what the States have: the constructor is
+        compiled, and returns only the rest. Numbers and arrays among the arguments reach it as they are.
+
+        Args:
+          state, *states: States or nested mappings of Variables or arrays; they may be a part of the module's.
+
+        Raises:
+          StateMismatchError: listing all paths that the module has not.
+
+        Example:
+          >>> import nnx_core as nnx, jax.numpy as jnp
+          >>> state = nnx.State({"kernel": nnx.Param(jnp.ones((2, 3)))})
+          >>> layer = nnx.Linear.partial_init(state)(2, 3, rngs=nnx.Rngs(0))
+          >>> float(layer.kernel.sum()), layer.bias.shape
+          (6.0, (3,))
+        """
+
+        def make(*args: Any, **kwargs: Any) -> Self:
+            module = cls(*args, **kwargs)
+            blank(module, state, *states)
+            return module
+
+        @functools.wraps(cls, updated=())
+        def construct(*args: Any, **kwargs: Any) -> Self:
+            module = replay(make, args, kwargs, compiled=True)
+            update(module, state, *states)
+            return module  # type: ignore[no-any-return]  # what `make` returned
+
+        return construct
+
     def iter_modules(self) -> Iterator[tuple[Path, "Module"]]:
         """(path, module) of this module and all below, children first."""
         return iter_modules(self)
 
     def iter_children(self) -> Iterator[tuple[Any, "Module"]]:
         """(key, module) of the direct children that are modules."""
-        return ((key, child) for key, child in children(self) if isinstance(child, Module))
+        return iter_module_children(self)
 
 
 def iter_modules(module: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Path, Module]]:
     """(path, module) of every module in `module`, itself included, children first."""
     return ((path, x) for path, x in iter_graph(module) if isinstance(x, Module))
+
+
+def iter_module_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Any, Module]]:
+    """(key, module) of the direct children of `node` that are modules.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> [key for key, _ in iter_module_children(nnx.Sequential(nnx.relu))]
+      ['layers']
+    """
+    return ((key, child) for key, child in children(node) if isinstance(child, Module))
 
 
 def _taken(module: Module, name: str, kind: type[Variable[Any]], found: Any) -> str:

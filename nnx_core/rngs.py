@@ -15,9 +15,11 @@ import numpy as np
 
 from nnx_core import filters as filterlib
 from nnx_core._errors import MissingRngError, Path
+from nnx_core.graph.api import graphdef
 from nnx_core.graph.objects import Object
-from nnx_core.graph.walk import iter_graph
+from nnx_core.graph.walk import iter_graph, recursive_map
 from nnx_core.kinds import RngCount, RngKey
+from nnx_core.modes import sharing_allowed
 from nnx_core.variables import Variable
 
 RngValue = Any  # an int seed, a key (typed or raw), or a Variable with one
@@ -105,11 +107,6 @@ class RngStream(_Samplers):
         count = self.count.get_value()
         self.count.set_value(count + jnp.uint32(1))
         return jax.random.fold_in(self.key.get_value(), count)  # type: ignore[no-any-return]
-
-    @property
-    def last_key(self) -> jax.Array:
-        """The key given out last; reading it changes nothing."""
-        return jax.random.fold_in(self.key.get_value(), self.count.get_value() - jnp.uint32(1))  # type: ignore[no-any-return]
 
     def fork(self, *, split: int | tuple[int, ...] | None = None) -> "RngStream":
         """A new stream seeded by this one's next key, or with `split` by that key split into this shape."""
@@ -361,3 +358,69 @@ def reseed(node: Any, /, *, graph: bool | None = None, policy: Any = "scalars_on
             )
         stream.key.set_raw_value(key)
         stream.count.set_raw_value(jnp.zeros(key.shape, jnp.uint32))
+
+
+def with_rngs(
+    node: Any = None,
+    /,
+    *,
+    split: Any = None,
+    fork: Any = None,
+    broadcast: Any = None,
+    only: filterlib.Filter = True,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
+    """A copy of `node` with other streams; it shares all other Variables. As a decorator, for a call's arguments.
+
+    Each stream is treated by the first rule that has it, and kept as it is if none has. The new stream takes
+    the next key of the one it replaces, whose count goes on.
+
+    Args:
+      node: a module or pytree; without it, a decorator for functions that take some.
+      split: a shape, or {filter: shape}: the key is split into this shape.
+      broadcast: a shape, or {filter: shape}: every place of this shape has the same key.
+      fork: a filter, or several: a new stream of the same shape.
+      only: the streams that are considered at all.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> rngs = nnx.Rngs(params=0, dropout=1)
+      >>> new = with_rngs(rngs, split={"params": 4}, fork=nnx.Not("params"))
+      >>> new.params.key.shape, new.dropout.key.shape, int(rngs.dropout.count[...])
+      ((4,), (), 1)
+    """
+    options = {"split": split, "fork": fork, "broadcast": broadcast, "only": only, "graph": graph}
+    if node is None or _is_function(node):
+        return _on_copies(node, options)
+    if not sharing_allowed(graph):
+        graphdef(node, graph=False)  # raises if something is shared
+    splits, broadcasts = ([] if rule is None else _split_rules(rule) for rule in (split, broadcast))
+    considered, forked = filterlib.to_predicate(only), filterlib.to_predicate(fork)
+
+    def replaced(path: Path, x: Any) -> Any:
+        if not isinstance(x, RngStream) or not considered(path, x):
+            return x
+        if any(predicate(path, x) for predicate, _ in splits):
+            return x.fork(split=_split_of(splits, path, x))
+        if any(predicate(path, x) for predicate, _ in broadcasts):
+            return type(x)(jnp.broadcast_to(x(), _shape(_split_of(broadcasts, path, x))), tag=x.tag)
+        return x.fork() if forked(path, x) else x
+
+    return recursive_map(replaced, node)
+
+
+def _shape(shape: Shape) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else shape or ()
+
+
+def _on_copies(f: Any, options: dict[str, Any]) -> Any:
+    def decorate(f: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(f)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = with_rngs((args, kwargs), **options)
+            return f(*args, **kwargs)
+
+        return call
+
+    return decorate if f is None else decorate(f)

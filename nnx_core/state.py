@@ -388,15 +388,20 @@ def _exhaustive(pairs: Iterable[tuple[Path, Any]], filters: tuple[Any, ...]) -> 
     return parts
 
 
-def split_pairs(pairs: Iterable[tuple[Path, Any]], filters: tuple[Any, ...]) -> list[State]:
+def split_pairs(pairs: Iterable[tuple[Path, Any]], filters: tuple[Any, ...]) -> list[Any]:
     """One State a filter; all of the pairs in one for no filter.
 
     Raises:
       FilterError: if a pair matches none.
     """
     if not filters:
-        return [State(pairs)]
-    return [State(part) for part in _exhaustive(pairs, filters)]
+        return [state_or_leaf(list(pairs))]
+    return [state_or_leaf(part) for part in _exhaustive(pairs, filters)]
+
+
+def state_or_leaf(pairs: list[tuple[Path, Any]]) -> Any:
+    """A State of `pairs`; a lone Variable or array, which has the empty path, is its own state."""
+    return pairs[0][1] if len(pairs) == 1 and not pairs[0][0] else State(pairs)
 
 
 def _one_or_all(parts: list[Any]) -> Any:

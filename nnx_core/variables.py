@@ -12,12 +12,12 @@ from functools import wraps
 from typing import Any, Generic, TypeVar
 
 import jax
-import jax.numpy as jnp
 
 from nnx_core._changes import touch
 from nnx_core._errors import InPlaceError, TraceError
 from nnx_core._repr import show_fields
 from nnx_core._trace import current_trace
+from nnx_core.modes import var_defaults
 
 A = TypeVar("A")
 V = TypeVar("V", bound="Variable[Any]")
@@ -74,7 +74,7 @@ class Variable(Generic[A]):
         eager_sharding: bool | None = None,
         **metadata: Any,
     ):
-        del hijax, eager_sharding  # flax.nnx's switches; here metadata is inert and there is one kind of Variable
+        del hijax  # flax.nnx's switch; here there is one kind of Variable
         if isinstance(value, VariableMetadata):
             metadata = {**value.metadata, **metadata}
             value = value.raw_value
@@ -82,10 +82,15 @@ class Variable(Generic[A]):
             metadata = {**value._var_metadata, **metadata}
             value = value._raw_value
         _fill(self, value, {_OLD_KEYS.get(k, k): v for k, v in metadata.items()} if metadata else {})
-        created = self.create_value(value)
+        ref = var_defaults().ref if ref is None else ref
+        created = self._place(self.create_value(value), eager_sharding)
         _set_raw(self, jax.new_ref(created) if ref else created)
 
     # ---- value ----
+
+    def _place(self, value: A, asked: bool | None) -> A:
+        """`value`, moved to where the axis names say if that is asked for; the room `sharding` puts its own here."""
+        return value
 
     def _check_can_write(self) -> None:
         if self._trace_state != current_trace():
@@ -333,12 +338,16 @@ def set_metadata_dict(variable: Variable[Any], metadata: dict[str, Any]) -> None
 
 def is_ref(value: Any) -> bool:
     """Whether `value` is a `jax.Ref` (or a tracer of one)."""
-    if type(value) is _ARRAY:
+    kind = type(value)
+    if kind in _never_refs:
         return False
-    return isinstance(value, jax.Ref)
+    found = isinstance(value, jax.Ref)
+    if not found and not isinstance(value, jax.core.Tracer):  # one type of tracer stands for arrays and Refs alike
+        _never_refs.add(kind)
+    return found
 
 
-_ARRAY = type(jnp.zeros(()))
+_never_refs: set[type] = set()
 
 
 def _shape_text(value: Any) -> str:

@@ -108,6 +108,14 @@ def test_importing_all_of_core_leaves_flax_out():
     assert not loaded & {"flax", "bridge"}
 
 
+@pytest.mark.parametrize("package", ["nnx_core", "bridge"])
+def test_importing_starts_no_backend(package):
+    # jax.distributed.initialize and XLA_FLAGS must come before the backend; an import must not be in their way.
+    script = f"import {package}; from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["False"], done.stdout + done.stderr
+
+
 # ---- public = listed ---------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,8 @@ from nnx_core.graph.pack import Packer, Place, Refs, Unpacker, require_graph
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import GraphDef, Layout
 from nnx_core.graph.walk import children, rebuilt, recursive_map
-from nnx_core.state import State, split_pairs
+from nnx_core.modes import sharing_allowed
+from nnx_core.state import State, split_pairs, state_or_leaf
 from nnx_core.variables import Variable
 
 A = TypeVar("A")
@@ -46,12 +47,13 @@ def _walk(node: Any, allow_sharing: bool = True) -> tuple[Plan, Packer]:
 def _parts(node: Any, graph: bool | None, function: str) -> tuple[GraphDef, list[tuple[Path, Any]]]:
     """Structure of `node`, and (path, Variable or array) of its leaves."""
     require_graph(node, function)
-    if isinstance(node, Object) and graph is not False:
+    sharing = sharing_allowed(graph)
+    if isinstance(node, Object) and sharing:
         plan = plan_of(node)
         if plan.cacheable:
             [(values, loose)] = plan.leaves([])
             return plan.graphdef, list(_pairs(plan, values, loose))
-    plan, packer = _walk(node, graph is not False)
+    plan, packer = _walk(node, sharing)
     [(values, loose)] = packer.leaves
     return plan.graphdef, list(_pairs(plan, values, loose))
 
@@ -118,7 +120,7 @@ def merge(graphdef: GraphDef, /, *states: Mapping[Any, Any], copy: bool = True, 
             leaf = leaf._raw_value
         (values if owned else loose).append(leaf)
     refs = Refs()
-    made = Unpacker(((values, loose),), refs).build(graphdef.root, None)
+    made = Unpacker(((values, loose),), refs, templates=graphdef.templates).build(graphdef.root, None)
     for index, leaf in metadata.items():  # what a State says of a Variable (metadata) is newer than the structure
         if refs.objects[index]._var_metadata != leaf._var_metadata:
             refs.objects[index].set_metadata(leaf._var_metadata)
@@ -127,6 +129,9 @@ def merge(graphdef: GraphDef, /, *states: Mapping[Any, Any], copy: bool = True, 
 
 def _by_path(paths: list[Path], states: tuple[Mapping[Any, Any], ...], *, require_all: bool) -> list[Any]:
     """The leaf of `states` for each of `paths` (or _ABSENT); keys may be digit strings for ints."""
+    exact = _exactly_at(paths, states[0]) if len(states) == 1 else None
+    if exact is not None:
+        return exact
     known = dict.fromkeys(paths)
     spelled: dict[Path, Path] | None = None
     found: dict[Path, Any] = {}
@@ -146,6 +151,26 @@ def _by_path(paths: list[Path], states: tuple[Mapping[Any, Any], ...], *, requir
     if missing or unexpected:
         raise StateMismatchError(missing, unexpected)
     return [found.get(path, _ABSENT) for path in paths]
+
+
+def _exactly_at(paths: list[Path], state: Any) -> list[Any] | None:
+    """The leaf for each of `paths` if `state` has these paths and no others (the usual case), else None."""
+    if not isinstance(state, State):
+        return None
+    found = []
+    try:
+        for path in paths:
+            at: Any = state._mapping
+            for key in path:
+                at = at[key]
+            found.append(at)
+    except (KeyError, TypeError, IndexError):
+        return None
+    return found if _count(state._mapping) == len(paths) else None
+
+
+def _count(mapping: dict[Any, Any]) -> int:
+    return sum(_count(x) if type(x) is dict else 1 for x in mapping.values())
 
 
 def _leaves_at(state: Any, known: Mapping[Path, Any]) -> Iterator[tuple[Path, Any]]:
@@ -249,14 +274,14 @@ def _put(node: Any, path: Path, leaf: Any) -> Any:
 
 def _selected(pairs: list[tuple[Path, Any]], filters: tuple[filterlib.Filter, ...]) -> Any:
     if not filters:
-        return State(pairs)
+        return state_or_leaf(pairs)
     predicates = filterlib.to_predicates(filters)
     parts: list[list[tuple[Path, Any]]] = [[] for _ in filters]
     for path, value in pairs:
         i = filterlib.first_match(predicates, path, value)
         if i is not None:
             parts[i].append((path, value))
-    states = tuple(map(State, parts))
+    states = tuple(map(state_or_leaf, parts))
     return states[0] if len(states) == 1 else states
 
 
@@ -344,4 +369,4 @@ def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool 
     for (_, _, owned), (_, leaf) in zip(layout, pairs, strict=True):
         value = leaf._raw_value if isinstance(leaf, Variable) else leaf
         (values if owned else loose).append(value.copy() if arrays and hasattr(value, "copy") else value)
-    return Unpacker(((values, loose),), Refs()).build(structure.root, None)
+    return Unpacker(((values, loose),), Refs(), templates=structure.templates).build(structure.root, None)

@@ -20,7 +20,7 @@ from nnx_core._errors import TraceError
 from nnx_core._repr import show_fields, size_of
 from nnx_core._trace import current_trace
 from nnx_core.state import sorted_keys
-from nnx_core.variables import MISSING, Variable, new_variable
+from nnx_core.variables import MISSING, Variable
 
 T = TypeVar("T")
 
@@ -208,7 +208,8 @@ def is_array(x: Any) -> bool:
     """Whether `x` is something JAX treats as one array, abstract ones and Refs included."""
     if isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct | jax.Ref):
         return True
-    return hasattr(x, "__jax_array__") and not isinstance(x, Variable)
+    # A class has the attributes of its instances: Param is no array, though a Param would be one.
+    return hasattr(x, "__jax_array__") and not isinstance(x, Variable | type)
 
 
 def is_data(value: Any) -> bool:
@@ -275,7 +276,7 @@ def _split_attributes(obj: Object) -> tuple[list[Any], list[Any], tuple[Any, ...
             children.append(items[key])
         else:
             fixed.append((key, type(items[key]), items[key]))
-    return keys, children, (tuple(keys), tuple(fixed), tuple(obj._nnx_marks.items()), tuple(items))
+    return keys, children, (tuple(keys), tuple(fixed), tuple(sorted(obj._nnx_marks.items())), tuple(items))
 
 
 def _flatten(obj: Object) -> tuple[list[Any], Any]:
@@ -300,12 +301,3 @@ def _unflatten(kind: type[Any], aux: Any, children: Any) -> Any:
     obj = create(kind)
     obj._nnx_fill({k: items[k] for k in order}, marks)
     return obj
-
-
-def copy_variables(tree: Any) -> Any:
-    """`tree`, a pytree, with a new Variable for each of its Variables."""
-    return jax.tree.map(
-        lambda x: new_variable(type(x), x._raw_value, dict(x._var_metadata)) if isinstance(x, Variable) else x,
-        tree,
-        is_leaf=lambda x: isinstance(x, Variable),
-    )

@@ -15,14 +15,14 @@ one Variable has one treatment in a call. Knows nothing of transforms.
 """
 
 import itertools
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 
 from nnx_core._changes import track
-from nnx_core._errors import AliasError, NotAGraphError, Path, SharedReferenceError, SpecError, show_path
+from nnx_core._errors import AliasError, NotAGraphError, Path, SharedReferenceError, SpecError, TraceError, show_path
 from nnx_core._trace import current_trace
 from nnx_core.graph.classify import (
     ARRAY,
@@ -39,7 +39,18 @@ from nnx_core.graph.classify import (
     one_level,
 )
 from nnx_core.graph.objects import Object, create, is_array
-from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, Ref, Static, VariableDef, static
+from nnx_core.graph.structure import (
+    Element,
+    GraphDef,
+    Leaf,
+    Node,
+    Ref,
+    Static,
+    Template,
+    VariableDef,
+    static,
+    template_of,
+)
 from nnx_core.state import State, sorted_keys
 from nnx_core.variables import Variable, freeze_metadata, new_variable, set_metadata_dict, set_raw
 
@@ -98,7 +109,13 @@ class Refs:
         self.indices: dict[int, int] = {}
         self.places: list[Any] = []  # a Place each; None where nobody asks for it
 
+    def append(self, obj: Any) -> int:
+        """Give `obj` the next index; nobody will ask for its place, or for the index of an object."""
+        self.objects.append(obj)
+        return len(self.objects) - 1
+
     def add(self, obj: Any, place: Place | None) -> int:
+        """Give `obj`, which is reached at `place`, the next index."""
         index = len(self.objects)
         self.objects.append(obj)
         self.indices[id(obj)] = index
@@ -324,7 +341,9 @@ class Unpacker:
         groups: tuple[Group, ...] | None = None,
         watch: Watch | None = None,
         describe: Any = None,
+        templates: dict[int, Template] | None = None,
     ):
+        self.templates = {} if templates is None else templates
         self.groups = groups
         self.trace = current_trace()
         self.values = [iter(values) for values, _ in leaves]
@@ -354,8 +373,11 @@ class Unpacker:
 
     def _variable(self, d: VariableDef, place: Place | None) -> Variable[Any]:
         value = next(self.values[d.group])
-        v: Variable[Any] = new_variable(d.kind, value, dict(d.metadata), self.trace)
-        if place is not None and self.groups is not None:
+        v: Variable[Any] = new_variable(d.kind, value, dict(d.metadata) if d.metadata else {}, self.trace)
+        if place is None:
+            self.refs.append(v)
+            return v
+        if self.groups is not None:
             place = Place(place.path, self.groups[d.group], place.base)
             if self.describe is not None:
                 set_metadata_dict(v, self.describe(v, place.spec))
@@ -381,18 +403,17 @@ class Unpacker:
 
     def _object(self, d: Node, place: Place | None) -> Object:
         obj: Object = create(d.kind, self.trace)
-        index = self.refs.add(obj, place)
-        items: dict[Any, Any] = {}
-        for key, child in zip(d.keys, d.children, strict=True):
-            if type(child) is Static:
-                items[key] = child.value
+        index = self.refs.append(obj) if place is None else self.refs.add(obj, place)
+        template, others = template_of(d, self.templates)
+        items = template.copy()
+        for key, child in others:
+            if type(child) is VariableDef:
+                items[key] = self._variable(child, place and place.below(key))
             else:
                 items[key] = self.build(child, place and place.below(key), OwnedBy(index, (key,)))
-        if d.order is not None:
-            items = {k: items[k] for k in d.order}
         obj._nnx_fill(items, d.extra)
         if self.watch is not None:
-            self.watch.objects.append((index, obj, track(obj), dict(items)))
+            self.watch.objects.append((index, obj, track(obj), items.copy()))
             for key, value in items.items():
                 if can_change(value):
                     self.watch.containers.append((index, obj, key, contents(value)))
@@ -521,9 +542,22 @@ def _object_change(packer: Packer, index: int, watch: Watch, keys: dict[Hashable
     return ObjectChange(index, new, tuple(k for k in keys if k not in items), tuple(sorted(obj._nnx_marks.items())))
 
 
+def check_writes(after: After, refs: Refs) -> None:
+    """Raise TraceError if something that `after` writes belongs to another trace; before anything is written."""
+    trace = current_trace()
+    for index, _, _ in after.variables:
+        v = refs.objects[index]
+        if index not in after.idle and v._trace_state != trace:
+            raise TraceError(f"{type(v).__name__} at {show_path(refs.places[index].path)}")
+    for index in [*(change.id for change in after.objects), *(index for index, _, _ in after.arrays)]:
+        obj = refs.objects[index]
+        if obj._nnx_trace != trace:
+            raise TraceError(f"{type(obj).__name__} at {show_path(refs.places[index].path)}")
+
+
 def apply(after: After, leaves: list[Leaves], refs: Refs) -> Any:
     """Write what `after` says into the objects of `refs`; return the result."""
-    unpacker = Unpacker(tuple(leaves), refs)
+    unpacker = Unpacker(tuple(leaves), refs, templates=after.result.templates)
     for index, metadata, group in after.variables:
         v = refs.objects[index]
         if group is not None:
@@ -541,9 +575,3 @@ def apply(after: After, leaves: list[Leaves], refs: Refs) -> Any:
         if change.marks:
             object.__setattr__(obj, "_nnx_marks", dict(change.marks))  # type: ignore[call-overload]
     return unpacker.build(after.result.root, None)
-
-
-def walk_paths(refs: Refs) -> Iterator[tuple[Path, Any]]:
-    """(path, object or Variable) of everything in `refs`, in walking order."""
-    for obj, place in zip(refs.objects, refs.places, strict=True):
-        yield place.path, obj

@@ -79,6 +79,22 @@ class Node(NamedTuple):
 Element: TypeAlias = Static | Leaf | Ref | VariableDef | Node
 
 
+#: The items of an object in its own order, static ones filled in, and the other keys with their elements.
+Template: TypeAlias = tuple[dict[Hashable, Any], tuple[tuple[Hashable, Element], ...]]
+
+
+def template_of(d: Node, known: dict[int, Template]) -> Template:
+    """The Template of an object; remembered in `known`."""
+    found = known.get(id(d))
+    if found is None:
+        elements = dict(zip(d.keys, d.children, strict=True))
+        order = d.keys if d.order is None else d.order
+        items = {key: e.value if type(e := elements[key]) is Static else None for key in order}
+        others = tuple((key, e) for key, e in elements.items() if type(e) is not Static)
+        found = known[id(d)] = items, others
+    return found
+
+
 #: How one leaf is found: its path, and (index of a Variable, or None; whether an object owns it).
 Layout: TypeAlias = tuple[tuple[Path, int | None, bool], ...]
 
@@ -102,13 +118,19 @@ class GraphDef:
       (True, True)
     """
 
-    __slots__ = ("__weakref__", "_hash", "_layout", "root")
+    __slots__ = ("__weakref__", "_hash", "_layout", "root", "templates")
     root: Element
+    templates: dict[int, "Template"]  # of the Nodes in here, by identity; filled as they are needed
 
     def __init__(self, root: Element):
         self.root = root
         self._hash: int | None = None
         self._layout: Layout | None = None
+        self.templates = {}
+
+    def __class_getitem__(cls, _: Any) -> type["GraphDef"]:
+        """`nnx.GraphDef[Model]`, as annotations say what it is the structure of."""
+        return cls
 
     def __hash__(self) -> int:
         if self._hash is None:

@@ -5,11 +5,12 @@ written unless the whole update could be computed. The state is made of Variable
 own state has, so it is saved, sharded and transformed like every other state.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from nnx_core import filters as filterlib
 from nnx_core._errors import OptimizerError, StateMismatchError
@@ -19,6 +20,9 @@ from nnx_core.graph.objects import Object
 from nnx_core.kinds import OptArray, OptState, OptVariable, Param
 from nnx_core.state import State, to_flat_state
 from nnx_core.variables import Variable, new_variable
+
+if TYPE_CHECKING:
+    import optax
 
 _SOURCE = "source_type"  # metadata of an OptVariable: the type of the Variable it belongs to
 
@@ -95,6 +99,8 @@ class Optimizer(Object):
           OptimizerError: if `grads` is not a State.
           StateMismatchError: if its paths are not those of the Variables to optimize.
         """
+        import optax  # here, so that importing nnx_core costs no more than JAX
+
         params = state_of(model, self.wrt)
         if not isinstance(grads, State):
             raise OptimizerError(

@@ -23,14 +23,9 @@ from nnx_core.variables import Variable, new_variable
 _GROUPS: tuple[Hashable, ...] = (Diff, Rest, Out)
 
 
-def _holds_graph(x: Any) -> bool:
-    if isinstance(x, Object | Variable):
-        return True
-    return any(isinstance(leaf, Object | Variable) for leaf in jax.tree.leaves(x, is_leaf=_is_graph))
-
-
-def _is_graph(x: Any) -> bool:
-    return isinstance(x, Object | Variable)
+def holds_object(x: Any) -> bool:
+    """Whether only the Params in `x` are differentiated; of States, Variables and arrays everything is."""
+    return any(isinstance(leaf, Object) for leaf in jax.tree.leaves(x, is_leaf=lambda y: isinstance(y, Object)))
 
 
 def _wanted(argnums: tuple[int | DiffState, ...], args: tuple[Any, ...], f: Callable[..., Any]) -> tuple[Any, ...]:
@@ -42,7 +37,7 @@ def _wanted(argnums: tuple[int | DiffState, ...], args: tuple[Any, ...], f: Call
             raise SpecError(f"argnums {number} is out of range: {name_of(f)} was called with {len(args)} arguments.")
         if isinstance(argnum, DiffState):
             specs[number] = FilterGroups(((argnum.filter, Diff), (..., Rest)))
-        elif _holds_graph(args[number]):
+        elif holds_object(args[number]):
             specs[number] = FilterGroups(((Param, Diff), (..., Rest)))
         else:
             specs[number] = Diff

@@ -48,6 +48,29 @@ class AxisMetadata:
         return _changed(v, "add_axis", axis if axis >= 0 else axis + _rank(v) + 1, self.name)
 
 
+def transform_metadata(
+    f: Callable[..., Any], *, in_axes: Any = 0, out_axes: Any = 0, partition: str, graph: bool | None = None
+) -> Callable[..., Any]:
+    """f, whose mapped axis is called `partition` in the Variables' axis names under vmap, pmap and scan.
+
+    The same as the keyword `transform_metadata={nnx.PARTITION_NAME: partition}` of these; the axes are theirs
+    (`in_axes` and `out_axes` are accepted for flax.nnx's callers, who say them twice).
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return f(*args, **kwargs)
+
+    call = dressed(call, f)
+    call._nnx_partition = partition  # type: ignore[attr-defined]  # read by `axis_options`
+    return call
+
+
+def axis_options(f: Callable[..., Any], given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What the caller of a transform said of the mapped axis, or else what `transform_metadata` did."""
+    name = getattr(f, "_nnx_partition", None)
+    return given or ({} if name is None else {PARTITION_NAME: name})
+
+
 def _rank(v: Variable[Any]) -> int:
     return max((jax.numpy.ndim(x) for x in jax.tree.leaves(v._raw_value)), default=0)
 
@@ -124,7 +147,7 @@ def vmap(
       (5, 2, 3)
     """
     function, owner = unbound(f)
-    metadata = AxisMetadata(transform_metadata or {})
+    metadata = AxisMetadata(axis_options(f, transform_metadata))
     options = {"axis_name": axis_name, "axis_size": axis_size, "spmd_axis_name": spmd_axis_name}
     modes = Modes.of(graph, graph_updates)
     forms: dict[int, tuple[Lifted, Any]] = {}

@@ -60,7 +60,7 @@ def _placed(spec: Any, donated: bool) -> Any:
     if type(spec) is dict:
         return {k: _placed(s, donated) for k, s in spec.items()}
     if isinstance(spec, State):
-        return spec.map(lambda _, s: Placement(s, donated))
+        return _placed(FilterGroups(spec), donated)
     return Placement(spec, donated)
 
 
@@ -88,7 +88,7 @@ class _Jit:
         if self.simple:
             lifted = Lifted(self.f, (PLAIN,), PLAIN, PLAIN, PLAIN, modes=self.modes)
             return lifted, jax.jit(lifted.named, **self.options)
-        inputs = tuple(self.spec(i, x) for i, x in enumerate(args))
+        inputs = tuple(self.spec(i) for i in range(len(args)))
         keywords = {k: self.keyword(k) for k in kwargs}
         outputs = _placed(self.out_shardings, donated=False)
         groups = tuple(g for g in distinct(PLAIN, inputs, keywords, outputs) if g is not AS_STATIC)
@@ -102,7 +102,7 @@ class _Jit:
             options["out_shardings"] = shardings
         return lifted, jax.jit(lifted.named, **options)
 
-    def spec(self, position: int, _: Any) -> Any:
+    def spec(self, position: int) -> Any:
         if position in self.static.positions:
             return AS_STATIC
         spec = self.in_shardings
@@ -113,10 +113,6 @@ class _Jit:
 
     def keyword(self, name: str) -> Any:
         return AS_STATIC if name in self.static.names else Placement(None, name in self.donated.names)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        lifted, run = self.form(args, kwargs)
-        return lifted.call(run, args, kwargs)
 
     def clear_cache(self) -> None:
         """Forget everything compiled and planned."""

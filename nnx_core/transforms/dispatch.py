@@ -11,10 +11,9 @@ import weakref
 from collections.abc import Hashable
 from typing import Any
 
-from nnx_core._errors import TraceError, show_path
 from nnx_core._trace import current_trace
 from nnx_core.graph.classify import ARRAY, DICT, NUMBER, OBJECT, SEQUENCE, STATIC, kind_of
-from nnx_core.graph.pack import AS_STATIC, After, Leaves, Refs, Unpacker
+from nnx_core.graph.pack import AS_STATIC, After, Leaves, Refs, Unpacker, check_writes
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import Element, Leaf, Node, Static
 from nnx_core.state import sorted_keys
@@ -119,19 +118,6 @@ class _Forget:
         plans = self.plans()
         if plans is not None:
             plans._plans.pop(self.key, None)
-
-
-def check_writes(after: After, refs: Refs) -> None:
-    """Raise TraceError if something that `after` writes belongs to another trace; before anything is written."""
-    trace = current_trace()
-    for index, _, _ in after.variables:
-        v = refs.objects[index]
-        if index not in after.idle and v._trace_state != trace:
-            raise TraceError(f"{type(v).__name__} at {show_path(refs.places[index].path)}")
-    for index in [*(change.id for change in after.objects), *(index for index, _, _ in after.arrays)]:
-        obj = refs.objects[index]
-        if obj._nnx_trace != trace:
-            raise TraceError(f"{type(obj).__name__} at {show_path(refs.places[index].path)}")
 
 
 class Outcome:

@@ -11,6 +11,7 @@ from nnx_core import filters as filterlib
 from nnx_core._errors import FilterError, Path, SpecError, show_path
 from nnx_core.graph.pack import ByFilter
 from nnx_core.state import State, iter_leaves
+from nnx_core.variables import Variable
 
 
 class Carry:
@@ -39,7 +40,7 @@ class FilterGroups(ByFilter):
 
     def __init__(self, rules: Mapping[Any, Hashable] | Iterable[tuple[Any, Hashable]], /):
         if isinstance(rules, State):
-            rules = [(filterlib.PathIn(path), group) for path, group in iter_leaves(rules)]
+            rules = [(filterlib.PathIn(path), _content(group)) for path, group in iter_leaves(rules)]
         pairs = tuple(rules.items()) if isinstance(rules, Mapping) else tuple(rules)
         self.rules = tuple((filterlib.to_predicate(f), group) for f, group in pairs)
 
@@ -73,6 +74,11 @@ class FilterGroups(ByFilter):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({{{', '.join(f'{f}: {g}' for f, g in self.rules)}}})"
+
+
+def _content(group: Any) -> Any:
+    """A State of treatments may hold them in Variables, as `get_named_sharding` makes it."""
+    return group._raw_value if isinstance(group, Variable) else group
 
 
 class StateAxes(FilterGroups):

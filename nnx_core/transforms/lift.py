@@ -17,10 +17,23 @@ from typing import Any, NamedTuple
 from nnx_core._changes import now
 from nnx_core._errors import StructureUpdateError
 from nnx_core.graph.objects import Object
-from nnx_core.graph.pack import After, Forced, Leaves, Packer, Place, Refs, Unpacker, Watch, apply, collect
+from nnx_core.graph.pack import (
+    After,
+    Forced,
+    Leaves,
+    Packer,
+    Place,
+    Refs,
+    Unpacker,
+    Watch,
+    apply,
+    check_writes,
+    collect,
+)
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import GraphDef, Node, require_hashable
-from nnx_core.transforms.dispatch import Outcomes, Plans, check_writes, signature
+from nnx_core.modes import sharing_allowed, updates_allowed
+from nnx_core.transforms.dispatch import Outcomes, Plans, signature
 from nnx_core.variables import Variable
 
 Run = Callable[..., Any]
@@ -36,8 +49,8 @@ class Modes(NamedTuple):
 
     @classmethod
     def of(cls, graph: bool | None, graph_updates: bool | None) -> "Modes":
-        """From flax.nnx's keywords; None is the default, which forbids nothing."""
-        return cls(graph is not False, graph_updates is not False)
+        """From flax.nnx's keywords; None is the default, which forbids nothing unless `modes` was told so."""
+        return cls(sharing_allowed(graph), updates_allowed(graph_updates))
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +86,7 @@ class Lifted:
     def pure(self, graphdef: GraphDef, *leaves: Leaves, written: frozenset[int] = frozenset()) -> tuple[Any, ...]:
         """f on fresh objects: (structure, *groups) -> (After, *groups); `written` counts as written in any case."""
         refs, watch = Refs(), Watch()
-        unpacker = Unpacker(leaves, refs, self.groups, watch, self.enter)
+        unpacker = Unpacker(leaves, refs, self.groups, watch, self.enter, graphdef.templates)
         root = graphdef.root
         assert type(root) is Node  # pack made it
         args = unpacker.build(root.children[0], Place(("args",), self.inputs, 1))
@@ -97,8 +110,9 @@ class Lifted:
             packer.walk(args, Place(("args",), self.inputs, 1)),
             packer.walk(kwargs, Place(("kwargs",), self.keywords, 1)),
         )
-        root = Node(tuple, None, (0, 1), children, None, None)
-        return Plan(GraphDef(root), packer, stamp), packer
+        graphdef = GraphDef(Node(tuple, None, (0, 1), children, None, None))
+        require_hashable(graphdef, ("args", "kwargs"))
+        return Plan(graphdef, packer, stamp), packer
 
     @property
     def named(self) -> Callable[..., Any]:
@@ -125,7 +139,6 @@ class Lifted:
         plan = self.plans.find(key, roots)
         if plan is None:
             plan, packer = self.pack(args, kwargs)
-            require_hashable(plan.graphdef, ("args", "kwargs"))
             leaves = packer.leaves
             if key is not None and plan.cacheable:
                 self.plans.remember(key, roots, plan)

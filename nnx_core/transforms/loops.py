@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from nnx_core._errors import SpecError, StructureError
 from nnx_core.graph.pack import After, Leaves
 from nnx_core.graph.structure import GraphDef, Leaf, Node, VariableDef, nodes
-from nnx_core.transforms.batch import AxisMetadata
+from nnx_core.transforms.batch import AxisMetadata, axis_options
 from nnx_core.transforms.carry import carried, require_same_carry, same_form
 from nnx_core.transforms.groups import Carry, distinct
 from nnx_core.transforms.lift import Lifted, Modes, by_position, dressed, name_of, optional_decorator, unbound
@@ -146,7 +146,7 @@ def scan(
       (2, 3)
     """
     function, owner = unbound(f)
-    metadata = AxisMetadata(transform_metadata or {})
+    metadata = AxisMetadata(axis_options(f, transform_metadata))
     modes = Modes.of(graph, graph_updates)
     options = {"length": length, "reverse": reverse, "unroll": unroll, "_split_transpose": _split_transpose}
     forms: dict[int, tuple[Lifted, _Scan]] = {}

@@ -370,3 +370,14 @@ def test_recursive_map_rebuilds_with_sharing():
 def test_not_a_graph(graph):
     with pytest.raises((TypeError, ValueError, IndexError), match=r".+"):
         nnx.pop(graph, nnx.Param)
+
+
+def test_a_lone_variable_is_its_own_state():
+    v = nnx.Param(jnp.ones(2), tag="a")
+    graphdef, state = nnx.split(v)
+    assert state is v
+    assert nnx.state(v) is v
+    copy = nnx.merge(graphdef, state)
+    assert copy is not v
+    assert (type(copy), copy.tag) == (nnx.Param, "a")
+    assert nnx.GraphDef["Model"] is nnx.GraphDef

@@ -376,3 +376,12 @@ def test_integer_parameters_cannot_be_differentiated():
     m.w = nnx.Param(jnp.int32(1))
     with pytest.raises(TypeError, match=r"(?s)int32"):
         nnx.grad(lambda m: m.w * 1.0)(m)
+
+
+def test_of_a_state_or_a_variable_everything_is_differentiated():
+    state = nnx.State({"a": nnx.BatchStat(jnp.ones(2)), "b": nnx.Param(jnp.ones(2))})
+    grads = nnx.grad(lambda s: (s["a"][...] * 3 + s["b"][...]).sum())(state)
+    assert_trees_equal(nnx.to_pure_dict(grads), {"a": jnp.full(2, 3.0), "b": jnp.ones(2)})
+    grad = nnx.grad(lambda v: (v[...] * 2).sum())(nnx.BatchStat(jnp.ones(2)))
+    assert type(grad) is nnx.BatchStat
+    assert_trees_equal(grad[...], jnp.full(2, 2.0))

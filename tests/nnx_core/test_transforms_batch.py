@@ -388,3 +388,18 @@ def test_as_a_decorator_of_a_method():
     m = Net()
     assert_trees_close(m.each(XS), XS @ m.kernel[...])
     assert int(m.calls[...]) == 1
+
+
+def test_transform_metadata_names_the_axis():
+    m = Node()
+    m.w = nnx.Param(jnp.ones((4, 3)), out_sharding=("layers", "embed"))
+
+    def f(m, x):
+        assert m.w.out_sharding == ("embed",)
+        m.new = nnx.Param(m.w[...] + x, out_sharding=("embed",))
+        return m.w.sum()
+
+    named = nnx.transform_metadata(f, in_axes=(0, None), partition="layers")
+    nnx.vmap(named, in_axes=(0, None))(m, 1.0)
+    assert m.new.out_sharding == ("layers", "embed")
+    assert named.__name__ == "f"

@@ -1,0 +1,164 @@
+"""Module paths of flax.nnx that its users reach for, as aliases: `nnx.statelib.State`, `nnx.graph.NodeDef`, ...
+
+Law: nothing is implemented here but what stands for flax.nnx's bookkeeping (`TraceState`, `PytreeState`), which
+nnx_core does without. Every name is the object that its own room defines. Importing this file makes
+`import nnx_core.statelib` and `from nnx_core.graphlib import iter_graph` work. One place, and the only one.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any, TypeVar
+
+import jax
+
+from nnx_core import _trace, modes
+from nnx_core.capture import capture
+from nnx_core.graph import api, context, functional, objects, structure, tree, walk
+from nnx_core.graph.pack import Refs
+from nnx_core.nn import initializers, linear
+from nnx_core.transforms.prefix import prefix
+from nnx_core.views import view, view_info, with_attributes
+
+# The public face has functions called `state` and `variables`: `from nnx_core import state` would give those.
+filters, graph, kinds, module, rngs, sharding, state, variables = (
+    import_module(f"nnx_core.{room}")
+    for room in ("filters", "graph", "kinds", "module", "rngs", "sharding", "state", "variables")
+)
+
+M = TypeVar("M", bound=module.Module)
+VariableState = variables.Variable  # States hold Variables themselves
+
+
+class TraceState:
+    """The trace that was running when this was made; equal to a token of the same trace."""
+
+    __slots__ = ("jax_trace",)
+
+    def __init__(self) -> None:
+        self.jax_trace = _trace.current_trace()
+
+    def is_valid(self) -> bool:
+        """Whether that trace is running."""
+        return self.jax_trace == _trace.current_trace()
+
+    def __eq__(self, other: object) -> bool:
+        return self.jax_trace == (other.jax_trace if isinstance(other, TraceState) else other)
+
+    __hash__ = None  # type: ignore[assignment]  # as in flax.nnx
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, _: Any) -> None:
+        self.jax_trace = _trace.current_trace()  # a trace does not outlive its process
+
+
+@jax.tree_util.register_static
+class PytreeState:
+    """What flax.nnx keeps with each object. Here an object that exists has been set up."""
+
+    __slots__ = ("_initializing", "_is_setup")
+
+    def __init__(self, initializing: bool = False, is_setup: bool = True):
+        self._initializing, self._is_setup = initializing, is_setup
+
+    @property
+    def initializing(self) -> bool:
+        """Whether `__init__` is running, as far as anyone has said."""
+        return self._initializing
+
+    @property
+    def is_setup(self) -> bool:
+        """Whether `__init__` is done, as far as anyone has said."""
+        return self._is_setup
+
+    @property
+    def trace_state(self) -> TraceState:
+        """The trace that is running."""
+        return TraceState()
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is PytreeState and (self._initializing, self._is_setup) == (
+            other._initializing,
+            other._is_setup,
+        )
+
+    def __hash__(self) -> int:
+        return hash((self._initializing, self._is_setup))
+
+
+class _StateOfObject:
+    """`obj._pytree__state`: read it, or write what is then forgotten (flax.nnx's clients do both)."""
+
+    def __get__(self, obj: Any, _: type | None = None) -> Any:
+        return self if obj is None else PytreeState()
+
+    def __set__(self, obj: Any, value: Any) -> None:
+        return
+
+
+def _public(source: ModuleType) -> dict[str, Any]:
+    return {name: x for name, x in vars(source).items() if not name.startswith("_")}
+
+
+def _alias(name: str, *sources: ModuleType, **names: Any) -> ModuleType:
+    """A module `nnx_core.<name>` with the public names of `sources`, and these."""
+    made = ModuleType(f"nnx_core.{name}", f"flax.nnx's path `{name}`; see nnx_core/_compat_paths.py.")
+    for source in sources:
+        vars(made).update(_public(source))
+    vars(made).update(names)
+    sys.modules[made.__name__] = made
+    return made
+
+
+def _offer(real: ModuleType, **names: Any) -> None:
+    """Add names to a module that has one of flax.nnx's paths itself."""
+    for name, x in names.items():
+        if not hasattr(real, name):
+            setattr(real, name, x)
+
+
+def _offer_all() -> None:
+    sys.modules["nnx_core.filterlib"] = filters
+    sys.modules["nnx_core.statelib"] = state
+    sys.modules["nnx_core.rnglib"] = rngs
+    sys.modules["nnx_core.spmd"] = sharding
+    _offer(filters, filters_to_predicates=filters.to_predicates)
+    names: dict[str, Any] = {}
+    for source in (structure, objects, walk, api, functional, context, tree):
+        names |= {n: x for n, x in _public(source).items() if getattr(x, "__module__", "").startswith("nnx_core")}
+    names |= {n: getattr(modes, n) for n in ("set_graph_mode", "set_graph_updates")}
+    names |= {"State": state.State, "Variable": variables.Variable, "NodeDef": structure.Node, "NodeRef": structure.Ref}
+    names |= {"RefMap": Refs, "IndexMap": Refs, "is_node": tree.is_graph_node, "prefix": prefix}
+    names |= {"iter_modules": module.iter_modules, "iter_module_children": module.iter_module_children}
+    names |= {"PureState": functional.PureState, "GraphState": state.GraphState}
+    _offer(graph, **names)
+    _offer(module, view=view, view_info=view_info, with_attributes=with_attributes, capture=capture, M=M)
+    _offer(linear, default_embed_init=initializers.default_embed_init)
+    setattr(objects.Object, "_pytree__state", _StateOfObject())  # noqa: B010  # not an attribute that type knows
+
+
+_offer_all()
+filterlib, statelib, rnglib, spmd = filters, state, rngs, sharding
+graphlib = graph
+sys.modules["nnx_core.graphlib"] = graph
+variablelib = _alias("variablelib", variables, kinds, VariableState=VariableState, var_defaults=modes.var_defaults)
+pytreelib = _alias(
+    "pytreelib",
+    objects,
+    Pytree=objects.Object,
+    check_pytree=functional.check_pytree,
+    PytreeState=PytreeState,
+    ObjectState=PytreeState,
+)
+object = sys.modules["nnx_core.object"] = pytreelib  # flax.nnx's name
+tracers = _alias("tracers", TraceState=TraceState, current_jax_trace=_trace.current_trace)
+helpers = _alias(
+    "helpers",
+    **{name: getattr(module, name) for name in ("Dict", "List", "Module", "Sequential")},
+    Rngs=rngs.Rngs,
+    State=state.State,
+    GraphDef=structure.GraphDef,
+)
+extract = _alias("extract", tree, find_duplicates=walk.find_duplicates, prefix=prefix)

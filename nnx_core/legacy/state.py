@@ -1,0 +1,152 @@
+"""State: path tuple -> Variable, as a module's `split` hands it out.
+
+Law: a State is a value: nothing writes to it, and it shares no Variable with the module it was taken from.
+A JAX pytree whose leaves are the arrays. Filters and sorting are nnx_core's; knows no modules.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from nnx_core import filters as filterlib
+from nnx_core._errors import Path
+from nnx_core._repr import show_fields
+from nnx_core.graph.api import state as state_of
+from nnx_core.graph.objects import Object
+from nnx_core.legacy._errors import NotAStateError
+from nnx_core.legacy.collections import to_filter
+from nnx_core.state import FlatState, to_flat_state
+from nnx_core.state import State as CoreState
+
+
+class State(Mapping[Path, Any]):
+    """Path tuple -> Variable, sorted by path.
+
+    Args:
+      items: a mapping of paths, or (path, Variable) pairs; or a nested `nnx_core.State`. A path that is no tuple
+        stands for the tuple of it alone, here and in lookups.
+
+    Example:
+      >>> from nnx_core import legacy as nnx
+      >>> import jax
+      >>> model = nnx.Map(a=nnx.param(1.0), layers=nnx.Seq([nnx.var("batch_stats", 2.0)]))
+      >>> state, moduledef = model.split()
+      >>> list(state), state["layers", 0].value
+      ([('a',), ('layers', 0)], 2.0)
+      >>> jax.tree.map(lambda x: 10 * x, state).filter("params")
+      State({('a',): Param(10.0)})
+    """
+
+    __slots__ = ("_items",)
+    _items: dict[Path, Any]
+
+    def __init__(self, items: Mapping[Any, Any] | Iterable[tuple[Any, Any]] = ()):
+        if isinstance(items, CoreState):
+            items = to_flat_state(items)
+        pairs = items.items() if isinstance(items, Mapping) else items
+        self._items = dict(FlatState((_as_path(path), x) for path, x in pairs))
+
+    def __getitem__(self, path: Any) -> Any:
+        return self._items[_as_path(path)]
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, State) and self._flat() == other._flat()
+
+    __hash__ = None  # type: ignore[assignment]  # == compares arrays
+
+    def __or__(self, other: "State") -> "State":
+        return State.merge(self, other)
+
+    def __repr__(self) -> str:
+        return f"State({show_fields('', [(f'{path!r}: ', x) for path, x in self.items()], '{}')})"
+
+    def _flat(self) -> FlatState:
+        return FlatState(self._items.items(), sort=False)
+
+    def filter(self, first: filterlib.Filter, /, *filters: filterlib.Filter) -> Any:
+        """The part that matches each filter; a tuple for several.
+
+        Args:
+          first, *filters: a collection's name, or any filter of nnx_core (a type, a predicate, `...`); a list of
+            these matches what any of them does. Every value goes to the first that matches.
+
+        Raises:
+          FilterError: for something that is no filter.
+
+        Example:
+          >>> from nnx_core import legacy as nnx
+          >>> state, _ = nnx.Map(a=nnx.param(1.0), b=nnx.var("cache", 2.0)).split()
+          >>> params, rest = state.filter("params", ...)
+          >>> list(params), list(rest)
+          ([('a',)], [('b',)])
+        """
+        return _all(self._flat().filter(*map(to_filter, (first, *filters))))
+
+    def partition(self, first: filterlib.Filter, /, *filters: filterlib.Filter) -> Any:
+        """Like `filter`, but every value must match a filter.
+
+        Raises:
+          FilterError: naming a path that matches none.
+        """
+        return _all(self._flat().split(*map(to_filter, (first, *filters))))
+
+    @staticmethod
+    def merge(state: "State", /, *states: "State") -> "State":
+        """One State with the values of all; later ones win.
+
+        Example:
+          >>> from nnx_core import legacy as nnx
+          >>> state, _ = nnx.Map(a=nnx.param(1.0), b=nnx.var("cache", 2.0)).split()
+          >>> nnx.State.merge(*state.filter("params", ...)) == state
+          True
+        """
+        return State(pair for part in (state, *states) for pair in part.items())
+
+
+def _as_path(path: Any) -> Path:
+    return path if isinstance(path, tuple) else (path,)
+
+
+def _all(found: Any) -> Any:
+    return tuple(map(State, found)) if isinstance(found, tuple) else State(found)
+
+
+def snapshot(state: CoreState) -> State:
+    """A State with Variables of its own, and containers in them: the module's may be written later."""
+    return State(jax.tree.map(lambda x: x, state))
+
+
+def as_core(state: Any, function: str) -> Mapping[Any, Any]:
+    """What nnx_core's `merge` and `update` take, from a State, a module, or a nested mapping.
+
+    Raises:
+      NotAStateError: for anything else, in the name of `function`.
+    """
+    if isinstance(state, State):
+        return state._flat().to_nested_state()
+    if isinstance(state, Object):
+        return state_of(state)
+    if isinstance(state, Mapping):
+        return state
+    raise NotAStateError(function, state)
+
+
+def _unflatten(paths: tuple[Path, ...], values: Iterable[Any]) -> State:
+    state = State()
+    state._items = dict(zip(paths, values, strict=True))
+    return state
+
+
+jax.tree_util.register_pytree_with_keys(
+    State,
+    lambda s: ([(jax.tree_util.DictKey(path), x) for path, x in s.items()], tuple(s)),
+    _unflatten,
+    lambda s: (list(s.values()), tuple(s)),
+)

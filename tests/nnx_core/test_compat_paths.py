@@ -1,0 +1,80 @@
+"""The private paths of flax.nnx that real clients reach for (PUBLIC_NAMES.md)."""
+
+import copy
+import importlib
+
+import jax
+import pytest
+
+import nnx_core as nnx
+from nnx_core import _compat_paths as paths
+
+flax_nnx = pytest.importorskip("flax.nnx", reason="the oracle of this file")
+
+WANTED = """
+graph.iter_graph graph.GraphDef graph.NodeDef graph.split graph.merge graph.flatten graph.unflatten graph.RefMap
+graph.UpdateContext graph.to_tree graph.State graph.Variable graphlib.iter_graph graphlib.set_graph_mode
+statelib.State statelib.filter_state statelib.merge_state statelib.FlatState
+filterlib.Not filterlib.Filter filterlib.PathParts filterlib.to_predicate filterlib.filters_to_predicates
+variablelib.Variable variablelib.variable_type_from_name variablelib.variable_name_from_type variablelib.VariableState
+variablelib.Param variablelib.with_metadata variablelib.var_defaults
+rnglib.Rngs rnglib.RngStream rnglib.with_rngs module.Module module.view module.capture module.with_attributes
+tracers.TraceState tracers.current_jax_trace spmd.get_var_pspec spmd.get_partition_spec
+pytreelib.PytreeState pytreelib.Pytree pytreelib.check_pytree object.ObjectState object.Object object.data
+helpers.List helpers.Dict helpers.Sequential helpers.Rngs extract.to_tree extract.from_tree
+""".split()
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_path_is_there(name):
+    room, attribute = name.split(".")
+    assert hasattr(getattr(paths, room), attribute)
+    assert hasattr(importlib.import_module(f"nnx_core.{room}"), attribute)
+
+
+def test_they_are_the_rooms_own_objects():
+    from nnx_core.graphlib import iter_graph
+    from nnx_core.statelib import State
+    from nnx_core.variablelib import Param
+
+    assert (iter_graph, State, Param) == (nnx.iter_graph, nnx.State, nnx.Param)
+    assert paths.VariableState is nnx.Variable
+    assert paths.M.__name__ == "M"
+
+
+def test_default_embed_init():
+    from nnx_core.nn.linear import default_embed_init
+
+    assert default_embed_init is nnx.initializers.default_embed_init
+
+
+def test_trace_state_as_flax_nnx():
+    for tracers in (paths.tracers, flax_nnx.tracers):
+        here = tracers.TraceState()
+        assert here.is_valid()
+        assert here == tracers.TraceState()
+        inside = []
+        jax.jit(lambda x, here=here, inside=inside: (inside.append(here.is_valid()), x)[1])(1.0)
+        assert inside == [False]
+        assert copy.deepcopy(here) == here
+        assert here.jax_trace == tracers.current_jax_trace()
+
+
+def test_a_trace_state_may_be_given_to_a_variable():
+    v = nnx.Param(1.0)
+    object.__setattr__(v, "_trace_state", paths.TraceState())  # as Keras does
+    v.set_value(2.0)
+    assert v.get_value() == 2.0
+
+
+def test_pytree_state_of_an_object():
+    layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    attributes = set(vars(layer))
+    assert (layer._pytree__state.initializing, layer._pytree__state._initializing) == (False, False)
+    assert layer._pytree__state.is_setup
+    assert layer._pytree__state.trace_state.is_valid()
+    object.__setattr__(layer, "_pytree__state", paths.PytreeState(True))  # as Keras does
+    assert set(vars(layer)) == attributes
+    assert paths.PytreeState() == paths.PytreeState() != paths.PytreeState(True)
+    assert hash(paths.PytreeState()) == hash(paths.PytreeState())
+    assert isinstance(nnx.Linear._pytree__state, paths._StateOfObject)

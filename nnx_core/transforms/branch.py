@@ -15,7 +15,7 @@ from nnx_core._errors import StructureError
 from nnx_core.graph.pack import After, Leaves
 from nnx_core.graph.structure import GraphDef
 from nnx_core.transforms.compile import PLAIN
-from nnx_core.transforms.lift import Lifted, Modes, name_of, unbound
+from nnx_core.transforms.lift import Lifted, Modes, name_of, remembered, unbound
 from nnx_core.variables import Variable
 
 
@@ -62,9 +62,6 @@ class _AnotherWrites(Exception):
 
 def _written(after: After) -> frozenset[int]:
     return frozenset(index for index, _, group in after.variables if group is not None)
-
-
-_switch = functools.lru_cache(maxsize=256)(_Switch)
 
 
 def _differ(first: Callable[..., Any], a: After, second: Callable[..., Any], b: After) -> StructureError:
@@ -136,6 +133,7 @@ def switch(
     owner = owners[0]
     if any(o and o[0] is not owner[0] if owner else o for o in owners):  # methods of several objects: as they are
         functions, owner = tuple(branches), ()
-    made = _switch(functions, Modes.of(graph, graph_updates))
+    modes = Modes.of(graph, graph_updates)
+    made = remembered(functions, ("switch", modes), lambda: _Switch(functions, modes))
     run = functools.partial(made, index)
     return made.branches[0].call(run, (*owner, *operands), {})

@@ -159,6 +159,28 @@ def finish(plan: Plan, after: After, written: list[Leaves]) -> Any:
     return apply(after, written, refs)
 
 
+_REMEMBERED = "_nnx_remembered"
+MAX_REMEMBERED = 16
+
+
+def remembered(functions: tuple[Callable[..., Any], ...], key: Hashable, make: Callable[[], Any]) -> Any:
+    """`make()`, once for these functions and `key`: so that a second `cond` of the same branches traces nothing.
+
+    Kept with the first of the functions, and gone with it: a function may close over arrays, or over tracers of a
+    trace that has ended. A function that has no attributes is made anew each time.
+    """
+    attributes = getattr(functions[0], "__dict__", None)
+    if not isinstance(attributes, dict):
+        return make()
+    known = attributes.setdefault(_REMEMBERED, {})
+    at = (key, *map(id, functions))  # what is made holds the functions, so none of the ids is used again
+    if at not in known:
+        if len(known) >= MAX_REMEMBERED:
+            known.clear()
+        known[at] = make()
+    return known[at]
+
+
 def name_of(f: Callable[..., Any]) -> str:
     """The name of a function, for errors."""
     return getattr(f, "__qualname__", None) or repr(f)

@@ -19,7 +19,16 @@ from nnx_core.graph.structure import GraphDef, Leaf, Node, VariableDef, nodes
 from nnx_core.transforms.batch import AxisMetadata, axis_options
 from nnx_core.transforms.carry import carried, require_same_carry, same_form
 from nnx_core.transforms.groups import Carry, distinct
-from nnx_core.transforms.lift import Lifted, Modes, by_position, dressed, name_of, optional_decorator, unbound
+from nnx_core.transforms.lift import (
+    Lifted,
+    Modes,
+    by_position,
+    dressed,
+    name_of,
+    optional_decorator,
+    remembered,
+    unbound,
+)
 
 
 class _SharedWritten(Exception):
@@ -205,9 +214,6 @@ class _While:
         return afters[-1], carry
 
 
-_while = functools.lru_cache(maxsize=256)(_While)
-
-
 def while_loop(
     cond_fun: Callable[[Any], Any],
     body_fun: Callable[[Any], Any],
@@ -235,11 +241,12 @@ def while_loop(
       >>> int(nnx.while_loop(lambda count: count[...] < 5, body, count)[...])
       5
     """
-    loop = _while(cond_fun, body_fun, Modes.of(graph, graph_updates))
+    modes = Modes.of(graph, graph_updates)
+    functions = body_fun, cond_fun
+    loop = remembered(functions, ("while", modes), lambda: _While(cond_fun, body_fun, modes))
     return loop.body.call(loop.compiled, (init_val,), {})
 
 
-@functools.lru_cache(maxsize=256)
 def _fori_body(body_fun: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
     def body(state: Any) -> Any:
         i, upper, carry = state
@@ -252,7 +259,6 @@ def _fori_cond(state: Any) -> Any:
     return state[0] < state[1]
 
 
-@functools.lru_cache(maxsize=256)
 def _fori_scan(body_fun: Callable[[Any, Any], Any], lower: int, upper: int, unroll: Any, modes: Modes) -> Any:
     def step(carry: Any, i: Any) -> Any:
         return body_fun(i, carry)
@@ -294,9 +300,11 @@ def fori_loop(
     if isinstance(lower, int) and isinstance(upper, int):
         if upper <= lower:
             return init_val
-        run = _fori_scan(body_fun, lower, upper, unroll, Modes.of(graph, graph_updates))
+        options = lower, upper, unroll, Modes.of(graph, graph_updates)
+        run = remembered((body_fun,), ("scan", *options), lambda: _fori_scan(body_fun, *options))
         return run(init_val, jnp.arange(lower, upper))
     if unroll is not None:
         raise ValueError("fori_loop can be unrolled only if lower and upper are Python numbers.")
     start = jnp.asarray(lower), jnp.asarray(upper), init_val
-    return while_loop(_fori_cond, _fori_body(body_fun), start, graph=graph, graph_updates=graph_updates)[2]
+    body = remembered((body_fun,), "fori", lambda: _fori_body(body_fun))
+    return while_loop(_fori_cond, body, start, graph=graph, graph_updates=graph_updates)[2]

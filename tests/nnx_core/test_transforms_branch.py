@@ -1,5 +1,9 @@
 """cond, switch, while_loop and fori_loop: every effect on the arguments, no second trace."""
 
+import functools
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -190,3 +194,35 @@ def test_gradients_through_fori_loop_and_cond():
     grads = nnx.grad(loss)(m, X)
     want = jax.grad(lambda k: ((X @ k @ k) ** 2).sum())(m.kernel[...])
     assert_trees_close(grads["kernel"][...], want)
+
+
+@pytest.mark.parametrize("run", ["cond", "while_loop", "fori_loop", "traced fori_loop"])
+def test_what_a_function_closes_over_dies_with_it(run):
+    class Big:
+        pass
+
+    big = Big()
+    alive = weakref.ref(big)
+
+    def call(big):
+        def step(*args):
+            assert big is not None
+            return args[-1]
+
+        m = Affine()
+        if run == "cond":
+            nnx.cond(True, step, lambda m: m, m)
+        elif run == "while_loop":
+            nnx.while_loop(lambda m: m.calls[...] < 0, step, m)
+        else:
+            nnx.fori_loop(0, 2 if run == "fori_loop" else jnp.array(2), step, m)
+
+    call(big)
+    del big
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_function_without_attributes_still_works():
+    assert_trees_equal(nnx.cond(True, jnp.negative, jnp.abs, X), -X)
+    assert_trees_equal(nnx.switch(1, [functools.partial(jnp.add, 1), functools.partial(jnp.add, 2)], X), X + 2)

@@ -462,17 +462,26 @@ def _flatten_with_keys(v: Variable[Any]) -> tuple[tuple[tuple[Any, Any]], Any]:
 
 def _unflatten(aux: Any, children: Any) -> Variable[Any]:
     kind, metadata = aux
-    return new_variable(kind, children[0], dict(metadata))
+    return new_variable(kind, children[0], thaw_metadata(metadata))
 
 
 _VALUE_KEY = jax.tree_util.GetAttrKey("value")
 
 
 def freeze_metadata(metadata: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Metadata as a hashable, order-free tuple."""
+    """Metadata as a hashable, order-free tuple; lists in it come back as lists."""
     if not metadata:
         return ()
-    return tuple((k, tuple(v) if type(v) is list else v) for k, v in sorted(metadata.items()))
+    return tuple((k, _FrozenList(v) if type(v) is list else v) for k, v in sorted(metadata.items()))
+
+
+def thaw_metadata(frozen: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """The inverse of `freeze_metadata`."""
+    return {k: list(v) if type(v) is _FrozenList else v for k, v in frozen}
+
+
+class _FrozenList(tuple[Any, ...]):
+    """A list among metadata, while it is part of a structure."""
 
 
 def _register(kind: type) -> None:

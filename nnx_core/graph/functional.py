@@ -20,7 +20,7 @@ from nnx_core.graph.structure import GraphDef, Node, Ref, VariableDef, nodes
 from nnx_core.graph.walk import find_duplicates, recursive_map
 from nnx_core.modes import sharing_allowed
 from nnx_core.state import FlatState, State
-from nnx_core.variables import Variable, freeze_metadata, set_metadata_dict, set_raw
+from nnx_core.variables import Variable, freeze_metadata, set_metadata_dict, set_raw, thaw_metadata
 
 A = TypeVar("A")
 Index = int
@@ -137,7 +137,7 @@ class _Reusing(Unpacker):
                 set_raw(old, value)
         metadata = d.metadata if leaf is None else freeze_metadata(leaf._var_metadata)
         if freeze_metadata(old._var_metadata) != metadata:
-            set_metadata_dict(old, dict(metadata))
+            set_metadata_dict(old, thaw_metadata(metadata))
         return old
 
     def _object(self, d: Node, place: Place | None) -> Object:

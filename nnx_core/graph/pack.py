@@ -52,7 +52,7 @@ from nnx_core.graph.structure import (
     template_of,
 )
 from nnx_core.state import State, sorted_keys
-from nnx_core.variables import Variable, freeze_metadata, new_variable, set_metadata_dict, set_raw
+from nnx_core.variables import Variable, freeze_metadata, new_variable, set_metadata_dict, set_raw, thaw_metadata
 
 Group = Hashable
 Spec = Any
@@ -373,7 +373,7 @@ class Unpacker:
 
     def _variable(self, d: VariableDef, place: Place | None) -> Variable[Any]:
         value = next(self.values[d.group])
-        v: Variable[Any] = new_variable(d.kind, value, dict(d.metadata) if d.metadata else {}, self.trace)
+        v: Variable[Any] = new_variable(d.kind, value, thaw_metadata(d.metadata) if d.metadata else {}, self.trace)
         if place is None:
             self.refs.append(v)
             return v
@@ -565,7 +565,7 @@ def apply(after: After, leaves: list[Leaves], refs: Refs) -> Any:
             if index not in after.idle:
                 set_raw(v, value)
         if metadata is not None:
-            set_metadata_dict(v, dict(metadata))
+            set_metadata_dict(v, thaw_metadata(metadata))
     for index, keys, group in after.arrays:
         refs.objects[index]._nnx_storage()[keys[0]] = next(unpacker.values[group])
     for change in after.objects:

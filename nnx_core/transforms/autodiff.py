@@ -18,7 +18,7 @@ from nnx_core.state import State
 from nnx_core.transforms.compile import PLAIN
 from nnx_core.transforms.groups import Diff, DiffState, FilterGroups, Out, Rest
 from nnx_core.transforms.lift import Lifted, Modes, dressed, name_of, optional_decorator, positional, unbound
-from nnx_core.variables import Variable, new_variable
+from nnx_core.variables import Variable, new_variable, thaw_metadata
 
 _GROUPS: tuple[Hashable, ...] = (Diff, Rest, Out)
 
@@ -101,7 +101,7 @@ def _by_argument(graphdef: GraphDef, cotangents: Leaves) -> Iterator[Any]:
 
 def _gradient(d: Element, values: Iterator[Any], loose: Iterator[Any]) -> Any:
     if type(d) is VariableDef:
-        return new_variable(d.kind, next(values), dict(d.metadata)) if d.group == 0 else None
+        return new_variable(d.kind, next(values), thaw_metadata(d.metadata)) if d.group == 0 else None
     if type(d) is Leaf:
         return next(values if d.owned else loose) if d.group == 0 else None
     if type(d) is not Node:
@@ -117,7 +117,7 @@ def _gradient(d: Element, values: Iterator[Any], loose: Iterator[Any]) -> Any:
 def _leaf_gradients(d: Node, values: Iterator[Any]) -> Iterator[tuple[Path, Any]]:
     for path, leaf in nodes(d):
         if type(leaf) is VariableDef and leaf.group == 0:
-            yield path, new_variable(leaf.kind, next(values), dict(leaf.metadata))
+            yield path, new_variable(leaf.kind, next(values), thaw_metadata(leaf.metadata))
         elif type(leaf) is Leaf and leaf.group == 0:
             yield path, next(values)
 

@@ -29,7 +29,7 @@ from nnx_core.state import State
 from nnx_core.transforms.autodiff import holds_object
 from nnx_core.transforms.groups import Diff, DiffState, FilterGroups, Named, Out, Rest
 from nnx_core.transforms.lift import Lifted, Modes, dressed, name_of, optional_decorator, positional, unbound
-from nnx_core.variables import Variable, new_variable
+from nnx_core.variables import Variable, new_variable, thaw_metadata
 
 Residual = Named("residual")
 _ABSENT: Any = object()
@@ -488,7 +488,7 @@ def _states(form: Node, updates: Any, refs: Refs, primals: tuple[Leaves, Leaves]
 
 def _state(d: Element, values: Iterator[Any]) -> Any:
     if type(d) is VariableDef:
-        return new_variable(d.kind, next(values), dict(d.metadata))
+        return new_variable(d.kind, next(values), thaw_metadata(d.metadata))
     if type(d) is not Node:
         return None
     if d.id is not None or issubclass(d.kind, State):
@@ -502,7 +502,7 @@ def _is_owned(d: Element) -> bool:
 
 
 def _leaf(d: Element, values: Iterator[Any]) -> Any:
-    return new_variable(d.kind, next(values), dict(d.metadata)) if type(d) is VariableDef else next(values)
+    return new_variable(d.kind, next(values), thaw_metadata(d.metadata)) if type(d) is VariableDef else next(values)
 
 
 def _only_written(updates: tuple[Any, ...], refs: Refs, fixed: tuple[int, ...]) -> tuple[Any, ...]:

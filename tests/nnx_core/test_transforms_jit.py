@@ -583,3 +583,17 @@ def test_graph_updates_false_still_writes_variables():
     m = Affine()
     nnx.jit(lambda m, x: m(x), graph_updates=False)(m, X)
     assert int(m.calls[...]) == 1
+
+
+def test_lists_in_metadata_stay_lists():
+    v = nnx.Param(jnp.ones(2), names=["a", "b"])
+
+    @nnx.jit
+    def f(v):
+        assert v.names == ["a", "b"]
+        v.set_metadata(names=[*v.names, "c"], other=("d",))
+
+    f(v)
+    assert v.get_metadata() == {"names": ["a", "b", "c"], "other": ("d",)}
+    assert jax.tree.map(lambda x: x, v).names == ["a", "b", "c"]
+    assert nnx.merge(*nnx.split(nnx.List([v])))[0].names == ["a", "b", "c"]

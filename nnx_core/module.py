@@ -105,18 +105,7 @@ class Module(Object):
         Raises:
           AttributeNotFoundError: naming the attributes that no such module has.
         """
-        predicates = filterlib.to_predicates(filters or (...,))
-        missing = set(attributes)
-        for path, module in iter_modules(self):
-            if filterlib.first_match(predicates, path, module) is None:
-                continue
-            for name, value in attributes.items():
-                if hasattr(module, name):
-                    missing.discard(name)
-                    if getattr(module, name) is not value:
-                        setattr(module, name, value)
-        if missing and raise_if_not_found:
-            raise AttributeNotFoundError(missing)
+        assign_attributes(self, filters or (...,), attributes, raise_if_not_found)
 
     @classmethod
     def partial_init(cls, state: Any, /, *states: Any) -> Callable[..., Self]:
@@ -176,6 +165,24 @@ def iter_module_children(node: Any, /, *, graph: bool | None = None) -> Iterator
       ['layers']
     """
     return ((key, child) for key, child in children(node) if isinstance(child, Module))
+
+
+def assign_attributes(
+    node: Any, filters: tuple[filterlib.Filter, ...], attributes: dict[str, Any], raise_if_not_found: bool
+) -> None:
+    """Set attributes on every module in `node` that has them and that a filter matches."""
+    predicates = filterlib.to_predicates(filters)
+    missing = set(attributes)
+    for path, module in iter_modules(node):
+        if filterlib.first_match(predicates, path, module) is None:
+            continue
+        for name, value in attributes.items():
+            if hasattr(module, name):
+                missing.discard(name)
+                if getattr(module, name) is not value:
+                    setattr(module, name, value)
+    if missing and raise_if_not_found:
+        raise AttributeNotFoundError(missing)
 
 
 def _taken(module: Module, name: str, kind: type[Variable[Any]], found: Any) -> str:

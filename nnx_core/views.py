@@ -9,10 +9,10 @@ import re
 from typing import Any, TypeVar
 
 from nnx_core import filters as filterlib
-from nnx_core._errors import AttributeNotFoundError, NnxError
+from nnx_core._errors import NnxError
 from nnx_core.graph.api import clone, graphdef
 from nnx_core.modes import sharing_allowed
-from nnx_core.module import Module, iter_modules
+from nnx_core.module import Module, assign_attributes, iter_modules
 
 A = TypeVar("A")
 
@@ -64,16 +64,7 @@ def with_attributes(
       True
     """
     new = _copy(node, graph)
-    found = set()
-    predicate = filterlib.to_predicate(only)
-    for path, module in iter_modules(new):
-        if predicate(path, module):
-            for name, value in attributes.items():
-                if hasattr(module, name):
-                    found.add(name)
-                    setattr(module, name, value)
-    if raise_if_not_found and (missing := set(attributes) - found):
-        raise AttributeNotFoundError(missing)
+    assign_attributes(new, (only,), attributes, raise_if_not_found)
     return new
 
 

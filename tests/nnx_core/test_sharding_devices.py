@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import nnx_core as nnx
 from nnx_core import sharding
+from tests.tolerance import assert_trees_close, assert_trees_equal
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
@@ -71,8 +72,7 @@ def test_sharded_init_of_a_training_state(mesh):
     shardings = sharding.get_named_sharding(jax.eval_shape(training_state), mesh)
     state = jax.jit(training_state, out_shardings=shardings)()
     assert_sharded(mesh, state)
-    for (path, v), w in zip(nnx.to_flat_state(state), nnx.to_flat_state(training_state()).leaves, strict=True):
-        np.testing.assert_allclose(v.get_value(), w.get_value(), rtol=1e-6, err_msg=str(path))
+    assert_trees_equal(nnx.to_pure_dict(state), nnx.to_pure_dict(training_state()))
 
 
 def test_sharded_init_of_a_module(mesh):
@@ -134,7 +134,7 @@ def test_factored_moments_can_be_initialised_sharded(mesh):
 
 def double(model):
     model.up.kernel[...] *= 2
-    return model.up.kernel.sum()
+    return model.up.kernel.max()  # the same to the bit however it is split, as a sum is not
 
 
 def forms(state, mesh):
@@ -164,8 +164,8 @@ def test_jit_writes_back_where_the_shardings_say(mesh, form):
     model, expected = block(), block()
     spec = forms(nnx.state(model), mesh)[form]()
     kernel = model.up.kernel
-    total = nnx.jit(double, in_shardings=(spec,))(model)
-    np.testing.assert_allclose(total, double(expected), rtol=1e-5)
+    largest = nnx.jit(double, in_shardings=(spec,))(model)
+    assert_trees_equal(largest, double(expected))
     assert model.up.kernel is kernel
     np.testing.assert_array_equal(kernel[...], expected.up.kernel[...])
     assert placed(mesh, P("data", "model"), kernel.get_value())
@@ -206,8 +206,8 @@ def test_training_keeps_the_shardings_and_the_numbers(mesh):
     state = nnx.state((model, optimizer))
     nnx.update((model, optimizer), jax.device_put(state, sharding.get_named_sharding(state, mesh)))
     state = train(model, optimizer, jax.device_put(x, NamedSharding(mesh, P("data"))))
-    for (path, v), (_, w) in zip(nnx.to_flat_state(state), nnx.to_flat_state(expected), strict=True):
-        np.testing.assert_allclose(v.get_value(), w.get_value(), rtol=2e-4, atol=1e-5, err_msg=str(path))
+    assert_trees_close(nnx.to_pure_dict(state), nnx.to_pure_dict(expected))
+    for path, v in nnx.to_flat_state(state):
         if path[-1] == "kernel":
             part = next(part for part in path if part in SPECS)
             assert placed(mesh, SPECS[part], v.get_value()), path

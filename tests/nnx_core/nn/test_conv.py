@@ -9,8 +9,9 @@ import pytest
 from flax import linen
 
 import nnx_core as nnx
-from tests.layers import LAYERS, assert_equal_to_twin
+from tests.layers import LAYERS
 from tests.tolerance import assert_trees_equal
+from tests.twins import assert_equal_to_twin
 
 CONV = next(layer for layer in LAYERS if layer.name == "Conv")
 MASK = jnp.tril(jnp.ones((4, 6))) * jnp.ones((3, 3, 1, 1))

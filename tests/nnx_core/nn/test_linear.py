@@ -9,8 +9,9 @@ import pytest
 from flax import linen
 
 import nnx_core as nnx
-from tests.layers import LAYERS, assert_equal_to_twin
+from tests.layers import LAYERS
 from tests.tolerance import assert_trees_equal
+from tests.twins import assert_equal_to_twin
 
 LINEAR = next(layer for layer in LAYERS if layer.name == "Linear")
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.layers import LAYERS, Layer, assert_equal_to_twin
+from tests.layers import LAYERS
+from tests.twins import Layer, assert_equal_to_twin
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 HALF = (F32, BF16, F16)

@@ -71,10 +71,11 @@ class StructureUpdateError(NnxError, ValueError):
 class TraceError(NnxError, ValueError):
     """An object or Variable was written inside a transform that does not own it."""
 
-    def __init__(self, what: str):
+    def __init__(self, what: str, path: str | None = None, created: str = ""):
+        where = what if path is None else f"{what} at {path}"
         super().__init__(
-            f"Cannot write {what} here: it was created outside this JAX transform, so the write would be lost"
-            " or leak a tracer.\nPass the module that owns it as an argument of the transformed function"
+            f"Cannot write {where} here: it was created outside this JAX transform{created}, so the write would be"
+            " lost or leak a tracer.\nPass the module that owns it as an argument of the transformed function"
             " (nnx.jit, nnx.grad, ... write it back), or create it inside."
         )
 

@@ -1,10 +1,14 @@
-"""Which JAX trace is running.
+"""Which JAX trace is running, and what is known of the place of a thing that belongs to another one.
 
 Law: a Variable or object may be written only under the trace that created it; anything else would lose
 the write or leak a tracer. This file only answers "which one"; the objects do the check.
 """
 
+import sys
 from collections.abc import Callable
+from types import CodeType
+
+Site = tuple[CodeType, int]
 
 _ask: Callable[..., object] | None = None
 
@@ -17,3 +21,24 @@ def current_trace() -> object:
 
         _ask = jax.extend.core.get_opaque_trace_state
     return _ask(convention="nnx")
+
+
+def locate(thing: object) -> str | None:
+    """The path of a Variable or object as the running functions see it; the room `graph` puts its own here."""
+    return None
+
+
+def caller() -> Site:
+    """Where the code outside this package is that is being served."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("nnx_core."):
+        frame = frame.f_back
+    return frame.f_code, frame.f_lineno
+
+
+def show_site(site: Site | None) -> str:
+    """` (created at model.py:12 in Block.__init__)`, or nothing."""
+    if site is None:
+        return ""
+    code, line = site
+    return f" (created at {code.co_filename}:{line} in {code.co_qualname})"

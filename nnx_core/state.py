@@ -313,7 +313,7 @@ def to_pure_dict(state: Any, extract_fn: Callable[[Any], Any] | None = None) -> 
       >>> nnx.to_pure_dict(nnx.State({"a": {0: nnx.Param(1.0)}}))
       {'a': {0: 1.0}}
     """
-    extract = extract_fn or (lambda x: x._raw_value if isinstance(x, Variable) else x)
+    extract = extract_fn or (lambda x: x.get_raw_value() if isinstance(x, Variable) else x)
     return nest((path, extract(value)) for path, value in iter_leaves(state))
 
 

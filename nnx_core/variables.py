@@ -13,10 +13,12 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
+from nnx_core import _trace
+from nnx_core._borrowed import Borrowing
 from nnx_core._changes import touch
 from nnx_core._errors import InPlaceError, TraceError
 from nnx_core._repr import show_fields
-from nnx_core._trace import current_trace
+from nnx_core._trace import Site, caller, current_trace, show_site
 from nnx_core.modes import var_defaults
 
 A = TypeVar("A")
@@ -28,7 +30,7 @@ MISSING: Any = type("MISSING", (), {"__repr__": lambda self: "MISSING"})()
 AXIS_NAMES = "out_sharding"
 _OLD_KEYS = {"sharding": AXIS_NAMES, "sharding_names": AXIS_NAMES}
 _HOOKS = ("on_create_value", "on_get_value", "on_set_value", "on_add_axis", "on_remove_axis")
-_SLOTS = ("_raw_value", "_var_metadata", "_trace_state", "_nnx_version")
+_SLOTS = ("_raw_value", "_var_metadata", "_trace_state", "_nnx_version", "_site")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Variable(Generic[A]):
     _var_metadata: dict[str, Any]
     _trace_state: object
     _nnx_version: int
+    _site: Site  # where `__init__` was called; what unpickling, merge and transforms make has none
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class Variable(Generic[A]):
         ref = var_defaults().ref if ref is None else ref
         created = self._place(self.create_value(value), eager_sharding)
         _set_raw(self, jax.new_ref(created) if ref else created)
+        _set_site(self, caller())
 
     # ---- value ----
 
@@ -93,8 +97,14 @@ class Variable(Generic[A]):
         return value
 
     def _check_can_write(self) -> None:
-        if self._trace_state != current_trace():
-            raise TraceError(f"{type(self).__name__}{_shape_text(self._raw_value)}")
+        trace = self._trace_state
+        if trace != current_trace():
+            raise TraceError(self._describe(), _trace.locate(self), show_site(getattr(self, "_site", None)))
+        if type(trace) is Borrowing:
+            trace.wrote(self, self._describe())
+
+    def _describe(self) -> str:
+        return f"{type(self).__name__}{_shape_text(self._raw_value)}"
 
     def create_value(self, value: A) -> A:
         """`value` after the `on_create_value` hooks."""
@@ -103,6 +113,8 @@ class Variable(Generic[A]):
     def get_value(self, *, index: Any = MISSING) -> A:
         """The value after the `on_get_value` hooks; `index` reads a part of it."""
         raw = self._raw_value
+        if type(self._trace_state) is Borrowing:
+            self._trace_state.used(self)
         if is_ref(raw):
             raw = raw[...] if index is MISSING else raw[index]
             index = MISSING
@@ -126,6 +138,8 @@ class Variable(Generic[A]):
 
     def get_raw_value(self) -> A:
         """The stored value, without hooks (a `jax.Ref` for ref Variables)."""
+        if type(self._trace_state) is Borrowing:
+            self._trace_state.used(self)
         return self._raw_value
 
     def set_raw_value(self, value: A, *, _unsafe_bypass_check: bool = False) -> None:
@@ -309,8 +323,10 @@ _set_raw = Variable._raw_value.__set__  # type: ignore[attr-defined]  # the slot
 _set_metadata = Variable._var_metadata.__set__  # type: ignore[attr-defined]
 _set_trace = Variable._trace_state.__set__  # type: ignore[attr-defined]
 _set_version = Variable._nnx_version.__set__  # type: ignore[attr-defined]
+_set_site = Variable._site.__set__  # type: ignore[attr-defined]
 get_raw = operator.attrgetter("_raw_value")
 set_raw: Callable[[Variable[Any], Any], None] = _set_raw
+set_trace: Callable[[Variable[Any], object], None] = _set_trace
 
 
 def _fill(variable: Variable[Any], value: Any, metadata: dict[str, Any], trace: object = None) -> None:
@@ -452,6 +468,8 @@ Variable.__hash__ = None  # type: ignore[assignment]  # setting __eq__ above doe
 
 
 def _flatten(v: Variable[Any]) -> tuple[tuple[Any], tuple[type, tuple[tuple[str, Any], ...]]]:
+    if type(v._trace_state) is Borrowing:
+        v._trace_state.used(v)
     return (v._raw_value,), (type(v), freeze_metadata(v._var_metadata))
 
 

@@ -10,9 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Mutable
 from typing import Any, TypeVar
 
 from nnx_core._changes import touch
-from nnx_core._errors import TraceError
 from nnx_core._repr import show_fields
-from nnx_core._trace import current_trace
 from nnx_core.graph.objects import Marked, Object
 
 A = TypeVar("A")
@@ -21,11 +19,6 @@ _ITEMS = "_nnx_stored"
 
 def _unmarked(x: Any) -> Any:
     return x.value if type(x) is Marked else x
-
-
-def _check_trace(obj: Object) -> None:
-    if obj._nnx_trace != current_trace():
-        raise TraceError(f"an item of {type(obj).__name__}")
 
 
 class ListStorage(Object, MutableSequence[A], pytree=False):
@@ -43,18 +36,18 @@ class ListStorage(Object, MutableSequence[A], pytree=False):
         return items[index]
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        _check_trace(self)
+        self._nnx_check_can_write(None)
         self.__dict__[_ITEMS][index] = value
         touch(self)
 
     def __delitem__(self, index: Any) -> None:
-        _check_trace(self)
+        self._nnx_check_can_write(None)
         del self.__dict__[_ITEMS][index]
         touch(self)
 
     def insert(self, index: int, value: A) -> None:
         """Insert `value` before `index`."""
-        _check_trace(self)
+        self._nnx_check_can_write(None)
         self.__dict__[_ITEMS].insert(index, value)
         touch(self)
 
@@ -107,12 +100,12 @@ class DictStorage(Object, MutableMapping[Any, A], pytree=False):
         return self.__dict__[_ITEMS][key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        _check_trace(self)
+        self._nnx_check_can_write(None)
         self.__dict__[_ITEMS][key] = value
         touch(self)
 
     def __delitem__(self, key: Any) -> None:
-        _check_trace(self)
+        self._nnx_check_can_write(None)
         del self.__dict__[_ITEMS][key]
         touch(self)
 

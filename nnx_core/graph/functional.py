@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import jax
 
 from nnx_core import filters as filterlib
-from nnx_core._errors import NotAGraphError, Path, StateMismatchError, TraceError
-from nnx_core._trace import current_trace
+from nnx_core._errors import NotAGraphError, Path, StateMismatchError
 from nnx_core.graph._errors import DuplicateVariableError, IndexSpaceError, LeafCountError, StaticDataError
 from nnx_core.graph.api import _ABSENT, _by_path, graphdef, merge, split, update
 from nnx_core.graph.objects import Object, is_data
@@ -153,8 +152,7 @@ class _Reusing(Unpacker):
         changed = {key: now[key] for key in d.order or d.keys if key not in before or before[key] is not now[key]}
         gone = tuple(key for key in before if key not in now)
         if changed or gone:
-            if old._nnx_trace != current_trace():
-                raise TraceError(f"attribute {next(iter((*changed, *gone)))!r} of {type(old).__name__}")
+            old._nnx_check_can_write(str(next(iter((*changed, *gone)))))
             old._nnx_assign(changed, gone)
         if tuple(sorted(old._nnx_marks.items())) != d.extra:
             object.__setattr__(old, "_nnx_marks", dict(d.extra))

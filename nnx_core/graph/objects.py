@@ -15,12 +15,14 @@ from typing import Annotated, Any, TypeVar
 import jax
 import numpy as np
 
+from nnx_core import _trace
+from nnx_core._borrowed import Borrowing, current_borrowing
 from nnx_core._changes import touch
 from nnx_core._errors import TraceError
 from nnx_core._repr import show_fields, size_of
 from nnx_core._trace import current_trace
 from nnx_core.state import sorted_keys
-from nnx_core.variables import MISSING, Variable
+from nnx_core.variables import MISSING, Variable, set_trace
 
 T = TypeVar("T")
 
@@ -101,9 +103,16 @@ class Object:
                 cls, _flatten_with_keys, functools.partial(_unflatten, cls), _flatten
             )
 
+    def _nnx_check_can_write(self, name: str | None) -> None:
+        """Raise TraceError if this is not the trace to write under; `name` of an attribute, None for an item."""
+        trace = self._nnx_trace
+        if trace != current_trace():
+            raise TraceError(_part(self, name), _trace.locate(self))
+        if type(trace) is Borrowing:
+            trace.wrote(self, _part(self, name))
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if self._nnx_trace != current_trace():
-            raise TraceError(f"attribute {name!r} of {type(self).__name__}")
+        self._nnx_check_can_write(name)
         if type(value) is Marked:
             self._nnx_set_mark(name, value.mark)
             value = value.value
@@ -114,8 +123,7 @@ class Object:
         touch(self)
 
     def __delattr__(self, name: str) -> None:
-        if self._nnx_trace != current_trace():
-            raise TraceError(f"attribute {name!r} of {type(self).__name__}")
+        self._nnx_check_can_write(name)
         object.__delattr__(self, name)
         touch(self)
 
@@ -169,6 +177,10 @@ class Object:
         size = size_of(v._raw_value for v in vars(self).values() if isinstance(v, Variable))
         fields = [(f"{k}=", v) for k, v in self._nnx_items().items()]
         return show_fields(f"{type(self).__name__}", [*([("# ", _Text(size))] if size else []), *fields])
+
+
+def _part(obj: Object, name: str | None) -> str:
+    return f"{'an item' if name is None else f'attribute {name!r}'} of {type(obj).__name__}"
 
 
 class _Text(str):
@@ -280,11 +292,15 @@ def _split_attributes(obj: Object) -> tuple[list[Any], list[Any], tuple[Any, ...
 
 
 def _flatten(obj: Object) -> tuple[list[Any], Any]:
+    if type(obj._nnx_trace) is Borrowing:
+        obj._nnx_trace.used(obj)
     _, children, aux = _split_attributes(obj)
     return children, aux
 
 
 def _flatten_with_keys(obj: Object) -> tuple[list[tuple[Any, Any]], Any]:
+    if type(obj._nnx_trace) is Borrowing:
+        obj._nnx_trace.used(obj)
     keys, children, aux = _split_attributes(obj)
     return [(_key_entry(obj, k), c) for k, c in zip(keys, children, strict=True)], aux
 
@@ -298,6 +314,18 @@ def _key_entry(obj: Object, key: Any) -> Any:
 def _unflatten(kind: type[Any], aux: Any, children: Any) -> Any:
     keys, fixed, marks, order = aux
     items = {**dict(zip(keys, children, strict=True)), **{k: v for k, _, v in fixed}}
-    obj = create(kind)
+    obj = create(kind, _borrow(children))
     obj._nnx_fill({k: items[k] for k in order}, marks)
     return obj
+
+
+def _borrow(children: Any) -> Borrowing | None:
+    """Under a JAX transform: what notices writes to the object that JAX rebuilds with these children."""
+    borrowing = None
+    for child in children:
+        if isinstance(child, Variable) and isinstance(child._raw_value, jax.core.Tracer):
+            borrowing = borrowing or current_borrowing()
+            set_trace(child, borrowing)
+        elif isinstance(child, Object) and type(child._nnx_trace) is Borrowing:
+            borrowing = child._nnx_trace
+    return borrowing

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from nnx_core._borrowed import Borrowing
 from nnx_core._changes import track
 from nnx_core._errors import AliasError, NotAGraphError, Path, SharedReferenceError, SpecError, TraceError, show_path
-from nnx_core._trace import current_trace
+from nnx_core._trace import current_trace, show_site
 from nnx_core.graph.classify import (
     ARRAY,
     DICT,
@@ -547,12 +548,17 @@ def check_writes(after: After, refs: Refs) -> None:
     trace = current_trace()
     for index, _, _ in after.variables:
         v = refs.objects[index]
-        if index not in after.idle and v._trace_state != trace:
-            raise TraceError(f"{type(v).__name__} at {show_path(refs.places[index].path)}")
+        if index in after.idle:
+            continue
+        if v._trace_state != trace:
+            path, site = show_path(refs.places[index].path), getattr(v, "_site", None)
+            raise TraceError(type(v).__name__, path, show_site(site))
+        if type(v._trace_state) is Borrowing:
+            v._trace_state.wrote(v, type(v).__name__)
     for index in [*(change.id for change in after.objects), *(index for index, _, _ in after.arrays)]:
         obj = refs.objects[index]
         if obj._nnx_trace != trace:
-            raise TraceError(f"{type(obj).__name__} at {show_path(refs.places[index].path)}")
+            raise TraceError(type(obj).__name__, show_path(refs.places[index].path))
 
 
 def apply(after: After, leaves: list[Leaves], refs: Refs) -> Any:

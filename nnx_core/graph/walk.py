@@ -4,11 +4,13 @@ Law: every object, Variable and leaf is visited once, under the path where it is
 before parents, keys in sorted order. Nothing here changes what it walks.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
+from nnx_core import _trace
 from nnx_core import filters as filterlib
-from nnx_core._errors import Path
+from nnx_core._errors import Path, show_path
 from nnx_core.graph.classify import DICT, OBJECT, PYTREE, SEQUENCE, STATE, kind_of, one_level
 from nnx_core.graph.objects import Object, is_data
 from nnx_core.state import sorted_keys
@@ -133,3 +135,32 @@ def find_duplicates(node: Any, /, *, only: filterlib.Filter = ...) -> list[list[
 
     visit(node, ())
     return [paths for paths in found.values() if len(paths) > 1]
+
+
+def locate(thing: Any) -> str | None:
+    """The path of a Variable or object from the outermost object in sight: `Encoder.layers[0].kernel`.
+
+    Nothing knows who holds it, and a reference upwards would make a cycle of every model. The functions that
+    are running do know: the outermost one with an object from which `thing` can be reached tells the path.
+    Only for messages: it walks every object in sight.
+    """
+    found = None
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("jax", "nnx_core"):
+            found = _path_in(frame.f_locals, thing) or _path_in(frame.f_globals, thing) or found
+        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
+    return found and show_path(found)
+
+
+def _path_in(namespace: Mapping[str, Any], thing: Any) -> Path | None:
+    """The path of `thing` from the first object of `namespace` that leads to it."""
+    for root in list(namespace.values()):
+        if isinstance(root, Object):
+            for path, node in iter_graph(root):
+                if node is thing:
+                    return (type(root).__name__, *path)
+    return None
+
+
+_trace.locate = locate

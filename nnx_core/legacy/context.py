@@ -46,7 +46,9 @@ class Context(Object):
         """
         if not self.has_rng(name):
             raise MissingStreamError(name, self.rngs)
-        return self.rngs[name]()
+        key = self.rngs[name]()
+        self._let_counts_go()
+        return key
 
     def has_rng(self, name: str) -> bool:
         """Whether `make_rng(name)` has a key to give."""
@@ -64,7 +66,13 @@ class Context(Object):
         """
         new = copy.copy(self)
         new.rngs = self.rngs.fork()
+        self._let_counts_go()
         return new
+
+    def _let_counts_go(self) -> None:
+        """Under plain jax.jit the counts of a Context end with the call, on purpose: reading them says so."""
+        for stream in self.rngs.values():
+            stream.count.get_value()
 
     @property
     def flags(self) -> dict[str, Any]:

@@ -4,29 +4,15 @@ Law: a message names the layer by its path, says what was expected, what was fou
 happens once something has failed: a check that passes costs one comparison. Knows no particular layer.
 """
 
-import sys
-
-from nnx_core._errors import NnxError, show_path
-from nnx_core.graph.walk import iter_graph
+from nnx_core._errors import NnxError
+from nnx_core.graph.walk import locate
 from nnx_core.module import Module
 from nnx_core.rngs import Rngs
 
 
 def place(layer: Module) -> str:
-    """Where `layer` is, as one would type it: `Encoder.blocks[0].up`, or its own type where nothing holds it.
-
-    A layer does not know who holds it, and a reference upwards would make a cycle of every model. The frames
-    that called it do know: the outermost first argument from which the layer can be reached is the model.
-    """
-    root, path = layer, ()
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(owner, Module) and owner is not root:
-            root, path = next(((owner, p) for p, node in iter_graph(owner) if node is layer), (root, path))
-        frame = frame.f_back
-    return show_path((type(root).__name__, *path))
+    """Where `layer` is, as one would type it: `Encoder.blocks[0].up`, or its own type where nothing holds it."""
+    return locate(layer) or type(layer).__name__
 
 
 class InputShapeError(NnxError, ValueError):

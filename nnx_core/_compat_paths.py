@@ -6,24 +6,29 @@ nnx_core does without. Every name is the object that its own room defines. Impor
 """
 
 import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
+from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any, TypeVar
 
 import jax
 
-from nnx_core import _trace, modes
+from nnx_core import _trace, modes, optim
 from nnx_core.capture import capture
 from nnx_core.graph import api, context, functional, objects, structure, tree, walk
 from nnx_core.graph.pack import Refs
-from nnx_core.nn import initializers, linear
+from nnx_core.optim import ema, metrics, optimizer, train_state
+from nnx_core.transforms import autodiff, batch, branch, compile, differentials, loops, mesh, stages
 from nnx_core.transforms.prefix import prefix
 from nnx_core.views import view, view_info, with_attributes
 
 # The public face has functions called `state` and `variables`: `from nnx_core import state` would give those.
-filters, graph, kinds, module, rngs, sharding, state, variables = (
+filters, graph, kinds, module, rngs, sharding, state, variables, views = (
     import_module(f"nnx_core.{room}")
-    for room in ("filters", "graph", "kinds", "module", "rngs", "sharding", "state", "variables")
+    for room in ("filters", "graph", "kinds", "module", "rngs", "sharding", "state", "variables", "views")
 )
 
 M = TypeVar("M", bound=module.Module)
@@ -132,10 +137,9 @@ def _offer_all() -> None:
     names |= {"State": state.State, "Variable": variables.Variable, "NodeDef": structure.Node, "NodeRef": structure.Ref}
     names |= {"RefMap": Refs, "IndexMap": Refs, "is_node": tree.is_graph_node, "prefix": prefix}
     names |= {"iter_modules": module.iter_modules, "iter_module_children": module.iter_module_children}
-    names |= {"PureState": functional.PureState, "GraphState": state.GraphState}
+    names |= {"PureState": functional.PureState, "GraphState": structure.GraphState}
     _offer(graph, **names)
     _offer(module, view=view, view_info=view_info, with_attributes=with_attributes, capture=capture, M=M)
-    _offer(linear, default_embed_init=initializers.default_embed_init)
     setattr(objects.Object, "_pytree__state", _StateOfObject())  # noqa: B010  # not an attribute that type knows
 
 
@@ -154,11 +158,50 @@ pytreelib = _alias(
 )
 object = sys.modules["nnx_core.object"] = pytreelib  # flax.nnx's name
 tracers = _alias("tracers", TraceState=TraceState, current_jax_trace=_trace.current_trace)
+
+
+def deprecated(new_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`new_fn` under an older name: each call warns, then calls it."""
+
+    @wraps(new_fn)
+    def old(*args: Any, **kwargs: Any) -> Any:
+        warnings.warn(f"This name is deprecated: call {new_fn.__qualname__}.", DeprecationWarning, stacklevel=2)
+        return new_fn(*args, **kwargs)
+
+    return old
+
+
 helpers = _alias(
     "helpers",
     **{name: getattr(module, name) for name in ("Dict", "List", "Module", "Sequential")},
     Rngs=rngs.Rngs,
     State=state.State,
     GraphDef=structure.GraphDef,
+    TrainState=train_state.TrainState,
 )
 extract = _alias("extract", tree, find_duplicates=walk.find_duplicates, prefix=prefix)
+deprecations = _alias("deprecations", deprecated=deprecated)
+proxy_caller = _alias("proxy_caller", call=functional.call)
+training = sys.modules["nnx_core.training"] = optim
+sys.modules |= {"nnx_core.metrics": metrics, "nnx_core.optimizer": optimizer}
+sys.modules |= {f"nnx_core.training.{room.__name__.rpartition('.')[2]}": room for room in (ema, metrics, optimizer)}
+# flax.nnx keeps its graph mode there as a second set of functions. Here there is one mode: the same functions.
+_COMPAT = """
+cached_partial checkify clone cond custom_vjp eval_shape flatten fori_loop fork_rngs get_abstract_model grad
+graphdef iter_children iter_graph iter_modules jit jvp pmap recursive_map remat reseed scan shard_map split split_rngs
+state switch value_and_grad view view_info vjp vmap while_loop""".split()
+_ROOMS = (api, walk, functional, module, rngs, sharding, views)
+_ROOMS += (autodiff, batch, branch, compile, differentials, loops, mesh, stages)
+compat = _alias("compat", **{name: next(getattr(r, name) for r in _ROOMS if hasattr(r, name)) for name in _COMPAT})
+
+
+def installed(name: str) -> ModuleType:
+    """A package that installs itself as `nnx_core.<name>` (entry point group `nnx_core`); imported when first used.
+
+    `bridge` does, since flax.nnx has its bridge there; nothing in nnx_core knows of it.
+    """
+    found = () if name.startswith("_") else tuple(entry_points(group="nnx_core", name=name))
+    if not found:
+        raise AttributeError(f"module 'nnx_core' has no attribute {name!r}")
+    package: ModuleType = found[0].load()
+    return package

@@ -14,7 +14,7 @@ from nnx_core._errors import Path, StateMismatchError
 from nnx_core.graph.objects import Object
 from nnx_core.graph.replay import replay
 from nnx_core.kinds import Perturbation
-from nnx_core.module import Dict, List, Module, _variable_type, iter_modules
+from nnx_core.module import Dict, List, Module, iter_modules, variable_class
 from nnx_core.state import State, iter_leaves
 from nnx_core.variables import Variable
 
@@ -45,7 +45,7 @@ class _Recording:
 
 
 def _wanted(module: Any, kind: Any, name: str) -> bool:
-    return _variable_type(kind) in module._nnx_kinds or _ASIDE + name in vars(module)
+    return variable_class(kind) in module._nnx_kinds or _ASIDE + name in vars(module)
 
 
 def _sowing(name: str, method: Callable[..., Any], kind: type[Variable[Any]]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ Variables of the given type and never changes the numbers of a call.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Self, TypeVar
 
@@ -62,7 +63,7 @@ class Module(Object):
         Raises:
           ValueError: if the attribute exists and is no Variable of that type.
         """
-        kind = _variable_type(variable_type)
+        kind = variable_class(variable_type)
         variable = getattr(self, name, None)
         if variable is None:
             setattr(self, name, kind(reduce_fn(init_fn(), value)))
@@ -77,7 +78,7 @@ class Module(Object):
 
         The gradient with respect to that Variable is the gradient with respect to `value`.
         """
-        kind = _variable_type(variable_type)
+        kind = variable_class(variable_type)
         if not hasattr(self, name):
             setattr(self, name, kind(value * 0))  # type: ignore[operator]  # arrays
         variable = getattr(self, name)
@@ -192,7 +193,8 @@ def _taken(module: Module, name: str, kind: type[Variable[Any]], found: Any) -> 
     )
 
 
-def _variable_type(kind: type[Variable[Any]] | str) -> type[Variable[Any]]:
+def variable_class(kind: type[Variable[Any]] | str) -> type[Variable[Any]]:
+    """The Variable type `kind`, or the one registered under that name; an unknown name is registered."""
     return variable_type_from_name(kind, allow_register=True) if isinstance(kind, str) else kind
 
 
@@ -222,6 +224,8 @@ class Dict(DictStorage[A], Module):
 class Sequential(Module):
     """Calls its layers one after another: a tuple is passed on as arguments, a dict as keywords.
 
+    `rngs=` of the call goes to every layer that has a parameter of that name.
+
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
       >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.relu)
@@ -232,15 +236,24 @@ class Sequential(Module):
     def __init__(self, *fns: Callable[..., Any]):
         self.layers = List(fns)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output: Any = None
+    def __call__(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
         for i, f in enumerate(self.layers):
             if not callable(f):
                 raise TypeError(f"Sequential.layers[{i}] must be callable, found {type(f).__name__}.")
-            if i:
-                args, kwargs = _as_arguments(output)
-            output = f(*args, **kwargs)
-        return output
+            own = {"rngs": rngs} if rngs is not None and _takes(f, "rngs") else {}
+            output = f(*args, **own, **kwargs)
+            args, kwargs = _as_arguments(output)
+        if self.layers:
+            return output
+        return kwargs or (args if len(args) > 1 else next(iter(args), None))
+
+
+def _takes(f: Callable[..., Any], name: str) -> bool:
+    """Whether `f` has a parameter called `name`."""
+    try:
+        return name in inspect.signature(f).parameters
+    except ValueError:  # some builtins do not tell
+        return False
 
 
 def _as_arguments(output: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from nnx_core._errors import MetadataError, Path, show_path
 from nnx_core.graph.api import split
+from nnx_core.graph.classify import plain_key
 from nnx_core.graph.structure import GraphDef
 from nnx_core.graph.walk import recursive_map
 from nnx_core.kinds import OptVariable
@@ -251,7 +252,7 @@ def _described(tree: A, of_variable: Callable[[Variable[Any], Path], Any], of_ar
 
     def leaf(keys: Any, x: Any) -> Any:
         if isinstance(x, Variable):
-            return new_variable(type(x), of_variable(x, tuple(map(_plain_key, keys))), dict(x._var_metadata))
+            return new_variable(type(x), of_variable(x, tuple(map(plain_key, keys))), dict(x._var_metadata))
         return of_array if hasattr(x, "shape") else None
 
     return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=_is_variable)
@@ -259,10 +260,6 @@ def _described(tree: A, of_variable: Callable[[Variable[Any], Path], Any], of_ar
 
 def _is_variable(x: Any) -> bool:
     return isinstance(x, Variable)
-
-
-def _plain_key(entry: Any) -> Any:
-    return next((getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name)), str(entry))
 
 
 def _named(mesh: AnyMesh, spec: PartitionSpec, value: Any, place: str) -> NamedSharding:

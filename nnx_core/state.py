@@ -176,9 +176,6 @@ class EmptyState(State):
     __slots__ = ()
 
 
-GraphState = State
-
-
 class FlatState(Sequence[tuple[Path, Any]]):
     """(path, value) pairs sorted by path, with the operations of State.
 

@@ -15,14 +15,14 @@ from nnx_core._errors import FilterError, Path, StateMismatchError
 from nnx_core.graph.objects import Object, set_plan
 from nnx_core.graph.pack import Packer, Place, Refs, Unpacker, require_graph
 from nnx_core.graph.plan import Plan
-from nnx_core.graph.structure import GraphDef, Layout
+from nnx_core.graph.structure import GraphDef, GraphState, Layout
 from nnx_core.graph.walk import children, rebuilt, recursive_map
 from nnx_core.modes import sharing_allowed
 from nnx_core.state import State, split_pairs, state_or_leaf
 from nnx_core.variables import Variable
 
 A = TypeVar("A")
-_ABSENT: Any = object()
+ABSENT: Any = object()
 
 
 def plan_of(node: Any, *, allow_sharing: bool = True) -> Plan:
@@ -90,8 +90,28 @@ def split(node: Any, *filters: filterlib.Filter, graph: bool | None = None) -> t
     return graphdef, *split_pairs(pairs, filters)
 
 
-def merge(graphdef: GraphDef, /, *states: Mapping[Any, Any], copy: bool = True, recreate_variables: bool = True) -> Any:
-    """The inverse of `split`: new objects, and new Variables with the values in the States.
+def unpack(node: Any, *filters: filterlib.Filter, graph: bool | None = None) -> Any:
+    """`split`, with the structure kept in each State: one GraphState, or one a filter where there are several.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> params, stats = nnx.unpack(nnx.BatchNorm(2, rngs=nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
+      >>> sorted(params), type(nnx.merge(params, stats)).__name__
+      (['bias', 'scale'], 'BatchNorm')
+    """
+    graphdef, *states = split(node, *filters, graph=graph)
+    packed = tuple(GraphState(graphdef, state) for state in states)
+    return packed[0] if len(packed) == 1 else packed
+
+
+def merge(
+    graphdef_or_graphstate: GraphDef | GraphState,
+    /,
+    *states: Mapping[Any, Any],
+    copy: bool = True,
+    recreate_variables: bool = True,
+) -> Any:
+    """The inverse of `split` and `unpack`: new objects, and new Variables with the values in the States.
 
     The Variables in the States are copied, never adopted: writing to the result does not write to them
     (`copy` and `recreate_variables` are accepted for flax.nnx's callers; this is always so).
@@ -106,10 +126,14 @@ def merge(graphdef: GraphDef, /, *states: Mapping[Any, Any], copy: bool = True, 
       >>> copy is model, bool((copy.kernel == model.kernel).all())
       (False, True)
     """
+    graphdef = graphdef_or_graphstate
+    if isinstance(graphdef, GraphState):
+        states, graphdef = (graphdef, *states), graphdef._graphdef
     if not isinstance(graphdef, GraphDef):
         raise TypeError(f"nnx.merge needs a GraphDef first, as nnx.split returns it; found {type(graphdef).__name__}.")
+    states = tuple(state._state if isinstance(state, GraphState) else state for state in states)
     layout = graphdef.layout
-    leaves = _by_path([path for path, _, _ in layout], states, require_all=True)
+    leaves = by_path([path for path, _, _ in layout], states, require_all=True)
     values: list[Any] = []
     loose: list[Any] = []
     metadata: dict[int, Any] = {}
@@ -127,8 +151,8 @@ def merge(graphdef: GraphDef, /, *states: Mapping[Any, Any], copy: bool = True, 
     return made
 
 
-def _by_path(paths: list[Path], states: tuple[Mapping[Any, Any], ...], *, require_all: bool) -> list[Any]:
-    """The leaf of `states` for each of `paths` (or _ABSENT); keys may be digit strings for ints."""
+def by_path(paths: list[Path], states: tuple[Mapping[Any, Any], ...], *, require_all: bool) -> list[Any]:
+    """The leaf of `states` for each of `paths` (or ABSENT); keys may be digit strings for ints."""
     exact = _exactly_at(paths, states[0]) if len(states) == 1 else None
     if exact is not None:
         return exact
@@ -150,7 +174,7 @@ def _by_path(paths: list[Path], states: tuple[Mapping[Any, Any], ...], *, requir
     missing = [path for path in paths if path not in found] if require_all else []
     if missing or unexpected:
         raise StateMismatchError(missing, unexpected)
-    return [found.get(path, _ABSENT) for path in paths]
+    return [found.get(path, ABSENT) for path in paths]
 
 
 def _exactly_at(paths: list[Path], state: Any) -> list[Any] | None:
@@ -170,7 +194,10 @@ def _exactly_at(paths: list[Path], state: Any) -> list[Any] | None:
 
 
 def _count(mapping: dict[Any, Any]) -> int:
-    return sum(_count(x) if type(x) is dict else 1 for x in mapping.values())
+    total = 0
+    for x in mapping.values():
+        total += _count(x) if type(x) is dict else 1
+    return total
 
 
 def _leaves_at(state: Any, known: Mapping[Path, Any]) -> Iterator[tuple[Path, Any]]:
@@ -211,10 +238,10 @@ def update(node: Any, state: Any, /, *states: Any, strict: bool = False) -> None
     require_graph(node, "update")
     plan = plan_of(node)
     layout: Layout = plan.graphdef.layout
-    leaves = _by_path([path for path, _, _ in layout], (state, *states), require_all=strict)
+    leaves = by_path([path for path, _, _ in layout], (state, *states), require_all=strict)
     if strict:
         _require_same_types(plan, layout, leaves)
-    writes = [(path, index, leaf) for (path, index, _), leaf in zip(layout, leaves, strict=True) if leaf is not _ABSENT]
+    writes = [(path, index, leaf) for (path, index, _), leaf in zip(layout, leaves, strict=True) if leaf is not ABSENT]
     for _, index, _ in writes:
         if index is not None:
             plan.known(index)._check_can_write()

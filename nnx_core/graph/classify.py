@@ -48,10 +48,11 @@ def _classify(x: Any) -> int:
 def one_level(x: Any) -> tuple[list[Hashable], list[Any], Any]:
     """Keys, children and treedef of one level of any registered pytree."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)
-    return [_plain_key(path[0]) if path else 0 for path, _ in pairs], [child for _, child in pairs], treedef
+    return [plain_key(path[0]) if path else 0 for path, _ in pairs], [child for _, child in pairs], treedef
 
 
-def _plain_key(entry: Any) -> Hashable:
+def plain_key(entry: Any) -> Hashable:
+    """The key, name or index that an entry of a JAX key path stands for."""
     for name in ("key", "name", "idx"):
         if hasattr(entry, name):
             return getattr(entry, name)

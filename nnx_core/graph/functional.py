@@ -12,7 +12,7 @@ import jax
 from nnx_core import filters as filterlib
 from nnx_core._errors import NotAGraphError, Path, StateMismatchError
 from nnx_core.graph._errors import DuplicateVariableError, IndexSpaceError, LeafCountError, StaticDataError
-from nnx_core.graph.api import _ABSENT, _by_path, graphdef, merge, split, update
+from nnx_core.graph.api import ABSENT, by_path, graphdef, merge, split, update
 from nnx_core.graph.objects import Object, is_data
 from nnx_core.graph.pack import OwnedBy, Packer, Place, Refs, Unpacker
 from nnx_core.graph.structure import GraphDef, Node, Ref, VariableDef, nodes
@@ -232,7 +232,7 @@ def _leaves_of(structure: GraphDef, state: Any) -> list[Any]:
         if len(state) != len(paths):
             raise LeafCountError(len(paths), len(state))
         return list(state)
-    return _by_path(paths, (state,), require_all=True)
+    return by_path(paths, (state,), require_all=True)
 
 
 # ---- calls and maps ----
@@ -382,9 +382,9 @@ def blank(node: Any, *states: Any) -> None:
       StateMismatchError: listing all paths of `states` that `node` has not.
     """
     layout = graphdef(node).layout
-    found = _by_path([path for path, _, _ in layout], states, require_all=False)
+    found = by_path([path for path, _, _ in layout], states, require_all=False)
     empty = jax.numpy.zeros(())
-    update(node, State((path, empty) for (path, _, _), leaf in zip(layout, found, strict=True) if leaf is not _ABSENT))
+    update(node, State((path, empty) for (path, _, _), leaf in zip(layout, found, strict=True) if leaf is not ABSENT))
 
 
 def check_pytree(pytree: Any) -> None:

@@ -376,7 +376,7 @@ class Unpacker:
         value = next(self.values[d.group])
         v: Variable[Any] = new_variable(d.kind, value, thaw_metadata(d.metadata) if d.metadata else {}, self.trace)
         if place is None:
-            self.refs.append(v)
+            self.refs.objects.append(v)  # nobody will ask for its place, or for its index
             return v
         if self.groups is not None:
             place = Place(place.path, self.groups[d.group], place.base)
@@ -388,10 +388,16 @@ class Unpacker:
         return v
 
     def _node(self, d: Node, place: Place | None, owner: Owner) -> Any:
-        children = [
-            self.build(child, below, owner and owner.below(key))
-            for key, child, below in zip(d.keys, d.children, _places_below(d, place), strict=True)
-        ]
+        if place is None and owner is None:
+            variable = self._variable
+            children = [
+                variable(child, None) if type(child) is VariableDef else self.build(child, None) for child in d.children
+            ]
+        else:
+            children = [
+                self.build(child, below, owner and owner.below(key))
+                for key, child, below in zip(d.keys, d.children, _places_below(d, place), strict=True)
+            ]
         if d.kind is dict:
             new = dict(zip(d.keys, children, strict=True))
             return new if d.order is None else {k: new[k] for k in d.order}
@@ -408,10 +414,11 @@ class Unpacker:
         template, others = template_of(d, self.templates)
         items = template.copy()
         for key, child in others:
+            below = place and place.below(key)
             if type(child) is VariableDef:
-                items[key] = self._variable(child, place and place.below(key))
-            else:
-                items[key] = self.build(child, place and place.below(key), OwnedBy(index, (key,)))
+                items[key] = self._variable(child, below)
+            else:  # owners matter to what watches
+                items[key] = self.build(child, below, None if self.watch is None else OwnedBy(index, (key,)))
         obj._nnx_fill(items, d.extra)
         if self.watch is not None:
             self.watch.objects.append((index, obj, track(obj), items.copy()))

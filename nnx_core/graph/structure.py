@@ -7,12 +7,13 @@ nothing but the values of their leaves. Sharing and cycles are `Ref`s to an inde
 """
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, MutableMapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
 from nnx_core._errors import Path, StaticAttributeError
+from nnx_core.state import State
 
 
 class Static(NamedTuple):
@@ -167,6 +168,50 @@ class GraphDef:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return GraphDef, (self.root,)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class GraphState(MutableMapping[Any, Any]):
+    """A State together with the structure it is a part of: what `nnx.unpack` returns and `nnx.merge` takes.
+
+    A mapping like the State itself, and a pytree of it; the structure travels as static data.
+    """
+
+    __slots__ = ("_graphdef", "_state")
+
+    def __init__(self, _graphdef: GraphDef, _state: State):
+        self._graphdef, self._state = _graphdef, _state
+
+    def __class_getitem__(cls, _: Any) -> type["GraphState"]:
+        """`nnx.GraphState[Model]`, as annotations say what it is the state of."""
+        return cls
+
+    def __getitem__(self, key: Hashable) -> Any:
+        return self._state[key]
+
+    def __setitem__(self, key: Hashable, value: Any) -> None:
+        self._state[key] = value
+
+    def __delitem__(self, key: Hashable) -> None:
+        del self._state[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def __repr__(self) -> str:
+        return f"GraphState({self._graphdef}, {self._state})"
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, State]], GraphDef]:
+        """For JAX: the State is the one child."""
+        return ((jax.tree_util.GetAttrKey("state"), self._state),), self._graphdef
+
+    @classmethod
+    def tree_unflatten(cls, graphdef: GraphDef, children: Any) -> "GraphState":
+        """For JAX: the inverse."""
+        return cls(graphdef, *children)
 
 
 def require_hashable(graphdef: GraphDef, names: tuple[str, ...]) -> None:

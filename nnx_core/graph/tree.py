@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from nnx_core._errors import Path
-from nnx_core.graph.classify import _plain_key
+from nnx_core.graph.classify import plain_key
 from nnx_core.graph.context import MergeContext, SplitContext, merge_context, split_context
 from nnx_core.graph.objects import Object
 from nnx_core.graph.structure import GraphDef
@@ -161,7 +161,7 @@ def _mapped(f: Callable[[Path, Any, Any], Any], tree: Any, prefix: Any, is_leaf:
         spread = jax.tree.broadcast(prefix, places, is_leaf=lambda x: x is None)
         treatments = treedef.flatten_up_to(spread)
     leaves = [
-        f(tuple(_plain_key(entry) for entry in path), treatment, x)
+        f(tuple(plain_key(entry) for entry in path), treatment, x)
         for (path, x), treatment in zip(pairs, treatments, strict=True)
     ]
     return treedef.unflatten(leaves)

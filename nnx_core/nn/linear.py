@@ -19,6 +19,7 @@ from nnx_core.nn import dtypes
 from nnx_core.nn._errors import InputShapeError, require_rngs
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
+from nnx_core.nn.initializers import default_embed_init as default_embed_init  # flax.nnx has it here too
 from nnx_core.rngs import Rngs
 
 

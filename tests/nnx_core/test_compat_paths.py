@@ -21,6 +21,8 @@ variablelib.Param variablelib.with_metadata variablelib.var_defaults
 rnglib.Rngs rnglib.RngStream rnglib.with_rngs module.Module module.view module.capture module.with_attributes
 tracers.TraceState tracers.current_jax_trace spmd.get_var_pspec spmd.get_partition_spec
 pytreelib.PytreeState pytreelib.Pytree pytreelib.check_pytree object.ObjectState object.Object object.data
+training.metrics training.ema metrics.Average optimizer.Optimizer helpers.TrainState
+compat.jit compat.split deprecations.deprecated proxy_caller.call
 helpers.List helpers.Dict helpers.Sequential helpers.Rngs extract.to_tree extract.from_tree
 """.split()
 
@@ -78,3 +80,22 @@ def test_pytree_state_of_an_object():
     assert paths.PytreeState() == paths.PytreeState() != paths.PytreeState(True)
     assert hash(paths.PytreeState()) == hash(paths.PytreeState())
     assert isinstance(nnx.Linear._pytree__state, paths._StateOfObject)
+
+
+def test_a_deprecated_name_warns_and_calls():
+    old = nnx.deprecations.deprecated(nnx.state)
+    with pytest.warns(DeprecationWarning, match="call state"):
+        assert list(old(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))) == ["bias", "kernel"]
+    assert old.__name__ == "state"
+
+
+def test_compat_is_the_one_mode():
+    assert (nnx.compat.jit, nnx.compat.split, nnx.compat.view) == (nnx.jit, nnx.split, nnx.view)
+
+
+def test_bridge_is_the_package_beside():
+    import bridge
+
+    assert nnx.bridge is nnx.wrappers is bridge
+    with pytest.raises(AttributeError, match="no attribute 'brigde'"):
+        nnx.brigde  # noqa: B018

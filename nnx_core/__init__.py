@@ -3,22 +3,31 @@
 The public list, nothing else: names, signatures and documented behaviour are those of flax.nnx.
 """
 
-from nnx_core import graph, traversals
+from nnx_core import graph, inspect, traversals
+from nnx_core._borrowed import LostWriteWarning
 from nnx_core._compat_paths import (
     M,
     VariableState,
+    compat,
+    deprecations,
     extract,
     filterlib,
     graphlib,
     helpers,
     object,
+    proxy_caller,
     pytreelib,
+    reprlib,
     rnglib,
     spmd,
     statelib,
+    summary,
     tracers,
+    training,
     variablelib,
+    visualization,
 )
+from nnx_core._compat_paths import installed as __getattr__  # noqa: F401  # asked for names that are not below
 from nnx_core._errors import NnxError
 from nnx_core.capture import capture
 from nnx_core.filters import (
@@ -34,7 +43,7 @@ from nnx_core.filters import (
     PathRegex,
     WithTag,
 )
-from nnx_core.graph.api import clone, graphdef, merge, pop, set_metadata, split, state, update, variables
+from nnx_core.graph.api import clone, graphdef, merge, pop, set_metadata, split, state, unpack, update, variables
 from nnx_core.graph.context import (
     MergeContext,
     SplitContext,
@@ -58,9 +67,11 @@ from nnx_core.graph.functional import (
 )
 from nnx_core.graph.objects import Data, Object, Static, data, dataclass, has_data, is_data, register_data_type, static
 from nnx_core.graph.objects import Object as Pytree
-from nnx_core.graph.structure import GraphDef
+from nnx_core.graph.structure import GraphDef, GraphState
 from nnx_core.graph.tree import NodeStates, from_tree, to_tree
 from nnx_core.graph.walk import find_duplicates, iter_children, iter_graph, recursive_map
+from nnx_core.inspect.summary import tabulate
+from nnx_core.inspect.visualization import display
 from nnx_core.kinds import (
     BatchStat,
     Cache,
@@ -108,13 +119,38 @@ from nnx_core.nn.activations import (
     swish,
     tanh,
 )
+from nnx_core.nn.attention import MultiHeadAttention
+from nnx_core.nn.attention_dot_product import (
+    combine_masks,
+    dot_product_attention,
+    make_attention_mask,
+    make_causal_mask,
+)
+from nnx_core.nn.batch_apply import BatchApply
 from nnx_core.nn.conv import Conv
+from nnx_core.nn.conv_local import ConvLocal
+from nnx_core.nn.conv_transpose import ConvTranspose
 from nnx_core.nn.dropout import Dropout
 from nnx_core.nn.embed import Embed
+from nnx_core.nn.group_norm import GroupNorm, InstanceNorm
 from nnx_core.nn.initializers import Initializer
 from nnx_core.nn.linear import Linear
+from nnx_core.nn.linear_general import Einsum, LinearGeneral
+from nnx_core.nn.lora import LoRA, LoRALinear, LoRAParam
 from nnx_core.nn.norm import BatchNorm, LayerNorm
+from nnx_core.nn.pooling import avg_pool, max_pool, min_pool, pool
+from nnx_core.nn.recurrent import RNN, Bidirectional
+from nnx_core.nn.recurrent_base import RNNCellBase
+from nnx_core.nn.recurrent_cells import GRUCell, LSTMCell, MGUCell, OptimizedLSTMCell, SimpleCell
+from nnx_core.nn.recurrent_conv import ConvLSTMCell
+from nnx_core.nn.rms_norm import RMSNorm
+from nnx_core.nn.spectral_norm import SpectralNorm
+from nnx_core.nn.weight_norm import WeightNorm
+from nnx_core.optim import metrics, optimizer
+from nnx_core.optim.ema import EMA
+from nnx_core.optim.metrics import Metric, MultiMetric
 from nnx_core.optim.optimizer import ModelAndOptimizer, Optimizer
+from nnx_core.optim.train_state import TrainState
 from nnx_core.rngs import Rngs, RngStream, fork_rngs, reseed, restore_rngs, split_rngs, with_rngs
 from nnx_core.sharding import (
     abstract_with_sharding,
@@ -130,7 +166,6 @@ from nnx_core.sharding import (
 from nnx_core.state import (
     EmptyState,
     FlatState,
-    GraphState,
     State,
     filter_state,
     from_flat_state,
@@ -159,21 +194,31 @@ from nnx_core.views import view, view_info, with_attributes
 __all__ = [
     # rooms
     "graph",
+    "inspect",
     "traversals",
+    # _borrowed
+    "LostWriteWarning",
     # _compat_paths
     "M",
     "VariableState",
+    "compat",
+    "deprecations",
     "extract",
     "filterlib",
     "graphlib",
     "helpers",
     "object",
+    "proxy_caller",
     "pytreelib",
+    "reprlib",
     "rnglib",
     "spmd",
     "statelib",
+    "summary",
     "tracers",
+    "training",
     "variablelib",
+    "visualization",
     # _errors
     "NnxError",
     # capture
@@ -198,6 +243,7 @@ __all__ = [
     "set_metadata",
     "split",
     "state",
+    "unpack",
     "update",
     "variables",
     # graph.context
@@ -232,6 +278,7 @@ __all__ = [
     "static",
     # graph.structure
     "GraphDef",
+    "GraphState",
     # graph.tree
     "NodeStates",
     "from_tree",
@@ -241,6 +288,10 @@ __all__ = [
     "iter_children",
     "iter_graph",
     "recursive_map",
+    # inspect.summary
+    "tabulate",
+    # inspect.visualization
+    "display",
     # kinds
     "BatchStat",
     "Cache",
@@ -297,22 +348,79 @@ __all__ = [
     "standardize",
     "swish",
     "tanh",
+    # nn.attention
+    "MultiHeadAttention",
+    # nn.attention_dot_product
+    "combine_masks",
+    "dot_product_attention",
+    "make_attention_mask",
+    "make_causal_mask",
+    # nn.batch_apply
+    "BatchApply",
     # nn.conv
     "Conv",
+    # nn.conv_local
+    "ConvLocal",
+    # nn.conv_transpose
+    "ConvTranspose",
     # nn.dropout
     "Dropout",
     # nn.embed
     "Embed",
+    # nn.group_norm
+    "GroupNorm",
+    "InstanceNorm",
     # nn.initializers
     "Initializer",
     # nn.linear
     "Linear",
+    # nn.linear_general
+    "Einsum",
+    "LinearGeneral",
+    # nn.lora
+    "LoRA",
+    "LoRALinear",
+    "LoRAParam",
     # nn.norm
     "BatchNorm",
     "LayerNorm",
+    # nn.pooling
+    "avg_pool",
+    "max_pool",
+    "min_pool",
+    "pool",
+    # nn.recurrent
+    "Bidirectional",
+    "RNN",
+    # nn.recurrent_base
+    "RNNCellBase",
+    # nn.recurrent_cells
+    "GRUCell",
+    "LSTMCell",
+    "MGUCell",
+    "OptimizedLSTMCell",
+    "SimpleCell",
+    # nn.recurrent_conv
+    "ConvLSTMCell",
+    # nn.rms_norm
+    "RMSNorm",
+    # nn.spectral_norm
+    "SpectralNorm",
+    # nn.weight_norm
+    "WeightNorm",
+    # optim
+    "metrics",
+    "optimizer",
+    # optim.ema
+    "EMA",
+    # optim.metrics
+    "Metric",
+    "MultiMetric",
     # optim.optimizer
     "ModelAndOptimizer",
     "Optimizer",
+    # optim.train_state
+    "TrainState",
     # rngs
     "RngStream",
     "Rngs",
@@ -334,7 +442,6 @@ __all__ = [
     # state
     "EmptyState",
     "FlatState",
-    "GraphState",
     "State",
     "filter_state",
     "from_flat_state",

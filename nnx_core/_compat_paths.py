@@ -16,10 +16,15 @@ from typing import Any, TypeVar
 
 import jax
 
-from nnx_core import _trace, modes, optim
+from nnx_core import _repr, _trace, modes, optim
 from nnx_core.capture import capture
 from nnx_core.graph import api, context, functional, objects, structure, tree, walk
 from nnx_core.graph.pack import Refs
+from nnx_core.inspect import summary as tables
+from nnx_core.inspect import visualization as drawing
+from nnx_core.inspect.census import ObjectInfo
+from nnx_core.inspect.describe import ArrayRepr
+from nnx_core.inspect.recording import CallInfo
 from nnx_core.optim import ema, metrics, optimizer, train_state
 from nnx_core.transforms import autodiff, batch, branch, compile, differentials, loops, mesh, stages
 from nnx_core.transforms.prefix import prefix
@@ -180,6 +185,11 @@ helpers = _alias(
     TrainState=train_state.TrainState,
 )
 extract = _alias("extract", tree, find_duplicates=walk.find_duplicates, prefix=prefix)
+reprlib = sys.modules["nnx_core.reprlib"] = _repr
+visualization = sys.modules["nnx_core.visualization"] = drawing
+summary = _alias(
+    "summary", tables, ArrayRepr=ArrayRepr, CallInfo=CallInfo, ObjectInfo=ObjectInfo, SizeBytes=_repr.SizeBytes
+)
 deprecations = _alias("deprecations", deprecated=deprecated)
 proxy_caller = _alias("proxy_caller", call=functional.call)
 training = sys.modules["nnx_core.training"] = optim

@@ -19,7 +19,7 @@ from nnx_core.graph.api import graphdef
 from nnx_core.graph.objects import Object
 from nnx_core.graph.walk import iter_graph, recursive_map
 from nnx_core.kinds import RngCount, RngKey
-from nnx_core.modes import sharing_allowed
+from nnx_core.modes import sharing_allowed, updates_allowed
 from nnx_core.variables import Variable
 
 RngValue = Any  # an int seed, a key (typed or raw), or a Variable with one
@@ -117,6 +117,10 @@ class RngStream(_Samplers):
         """`fork(split=k)`."""
         return self.fork(split=k)
 
+    def broadcast(self, k: int | tuple[int, ...]) -> "RngStream":
+        """A new stream with this one's next key in every place of this shape."""
+        return type(self)(jnp.broadcast_to(self(), _shape(k)), tag=self.tag)
+
 
 class Rngs(_Samplers, Mapping[str, RngStream]):
     """Named random streams; names that were not given fall back to the stream `default`.
@@ -180,20 +184,52 @@ class Rngs(_Samplers, Mapping[str, RngStream]):
         return self.__dict__.items()
 
     def fork(self, /, *, split: Any = None) -> "Rngs":
-        """New streams, each seeded by the next key of the one with its name.
-
-        Args:
-          split: None; or a shape that every stream is split into; or {filter: shape or None}.
-        """
-        rules = _split_rules(split)
-        new: Rngs = type(self)()
-        for name, stream in self.items():
-            setattr(new, name, stream.fork(split=_split_of(rules, (name,), stream)))
-        return new
+        """New streams, each seeded by the next key of the one with its name; `fork(split=k)` is `split(k)`."""
+        if split is not None:
+            return self.split(split)
+        return self._each(lambda name, stream: stream.fork())
 
     def split(self, k: Any) -> "Rngs":
-        """`fork(split=k)`."""
-        return self.fork(split=k)
+        """New streams, with the next key of the one with their name split into a shape.
+
+        Args:
+          k: a shape for every stream; or {filter: shape}: streams that match none, or None, keep their key and count.
+        """
+        rules = _split_rules(k)
+        return self._each(lambda name, stream: _split_stream(stream, _split_of(rules, (name,), stream)))
+
+    def broadcast(self, k: Any) -> "Rngs":
+        """The same with one key in every place of the shape.
+
+        Example:
+          >>> import nnx_core as nnx
+          >>> rngs = nnx.Rngs(0).broadcast(5)
+          >>> rngs.default.key.shape, bool(rngs.default.key[0] == rngs.default.key[4])
+          ((5,), True)
+        """
+        rules = _split_rules(k)
+        return self._each(lambda name, stream: _broadcast_stream(stream, _split_of(rules, (name,), stream)))
+
+    def _each(self, make: Callable[[str, RngStream], RngStream]) -> "Rngs":
+        new: Rngs = type(self)()
+        for name, stream in self.items():
+            setattr(new, name, make(name, stream))
+        return new
+
+
+def _kept(stream: RngStream) -> RngStream:
+    """A stream of its own that goes on where `stream` is."""
+    new = type(stream)(stream.key.get_raw_value(), tag=stream.tag)
+    new.count.set_raw_value(stream.count.get_raw_value())
+    return new
+
+
+def _split_stream(stream: RngStream, shape: "Shape") -> RngStream:
+    return _kept(stream) if shape is None else stream.fork(split=shape)
+
+
+def _broadcast_stream(stream: RngStream, shape: "Shape") -> RngStream:
+    return _kept(stream) if shape is None else stream.broadcast(shape)
 
 
 Shape = int | tuple[int, ...] | None
@@ -253,7 +289,8 @@ def split_rngs(
       squeeze: drop the new axis, which must have size 1.
 
     Returns:
-      Backups for `restore_rngs`, also a context manager.
+      Backups for `restore_rngs`, also a context manager. With graph=False or graph_updates=False nothing is
+      changed in place: a copy of `node` with the split streams, which shares all other Variables.
 
     Example:
       >>> import nnx_core as nnx
@@ -264,18 +301,33 @@ def split_rngs(
       >>> rngs.params.key.shape
       ()
     """
+    in_place = sharing_allowed(graph) and updates_allowed(graph_updates)
     if node is None or _is_function(node):
-        options = {"splits": splits, "only": only, "squeeze": squeeze}
-        return _around_call(node, lambda args: split_rngs(args, **options))
+        options = {"splits": splits, "only": only, "squeeze": squeeze, "graph": graph, "graph_updates": graph_updates}
+        around = _around_call if in_place else _on_copies
+        return around(node, lambda args: split_rngs(args, **options))
     if squeeze and splits != 1:
         raise ValueError(f"squeeze=True needs splits=1, found {splits}.")
     predicate = filterlib.to_predicate(only)
-    backups = []
-    for path, stream in streams_of(node):
-        if predicate(path, stream):
-            key = jax.random.split(stream(), splits)
-            backups.append(_replace(stream, key[0] if squeeze else key))
-    return SplitBackups(backups)
+
+    def new_key(stream: RngStream) -> jax.Array:
+        keys = jax.random.split(stream(), splits)
+        return keys[0] if squeeze else keys
+
+    if not in_place:
+        return _copied(node, graph, predicate, new_key)
+    return SplitBackups([_replace(x, new_key(x)) for path, x in streams_of(node) if predicate(path, x)])
+
+
+def _copied(node: Any, graph: bool | None, chosen: filterlib.Predicate, new_key: Callable[[RngStream], Any]) -> Any:
+    """A copy of `node` with new keys in the streams that were chosen; it shares all other Variables."""
+    if not sharing_allowed(graph):
+        graphdef(node, graph=False)  # raises if something is shared
+
+    def replaced(path: Path, x: Any) -> Any:
+        return type(x)(new_key(x), tag=x.tag) if isinstance(x, RngStream) and chosen(path, x) else x
+
+    return recursive_map(replaced, node)
 
 
 def fork_rngs(
@@ -291,8 +343,12 @@ def fork_rngs(
     Returns:
       Backups for `restore_rngs`, also a context manager.
     """
+    in_place = sharing_allowed(graph) and updates_allowed(graph_updates)
     if node is None or _is_function(node):
-        return _around_call(node, lambda args: fork_rngs(args, split=split))
+        around = _around_call if in_place else _on_copies
+        return around(node, lambda args: fork_rngs(args, split=split, graph=graph, graph_updates=graph_updates))
+    if not in_place:
+        return with_rngs(node, split=split, fork=..., graph=graph)
     rules = _split_rules(split)
     backups = []
     for path, stream in streams_of(node):
@@ -392,7 +448,7 @@ def with_rngs(
     """
     options = {"split": split, "fork": fork, "broadcast": broadcast, "only": only, "graph": graph}
     if node is None or _is_function(node):
-        return _on_copies(node, options)
+        return _on_copies(node, lambda args: with_rngs(args, **options))
     if not sharing_allowed(graph):
         graphdef(node, graph=False)  # raises if something is shared
     splits, broadcasts = ([] if rule is None else _split_rules(rule) for rule in (split, broadcast))
@@ -404,7 +460,7 @@ def with_rngs(
         if any(predicate(path, x) for predicate, _ in splits):
             return x.fork(split=_split_of(splits, path, x))
         if any(predicate(path, x) for predicate, _ in broadcasts):
-            return type(x)(jnp.broadcast_to(x(), _shape(_split_of(broadcasts, path, x))), tag=x.tag)
+            return x.broadcast(_shape(_split_of(broadcasts, path, x)))
         return x.fork() if forked(path, x) else x
 
     return recursive_map(replaced, node)
@@ -414,11 +470,11 @@ def _shape(shape: Shape) -> tuple[int, ...]:
     return (shape,) if isinstance(shape, int) else shape or ()
 
 
-def _on_copies(f: Any, options: dict[str, Any]) -> Any:
+def _on_copies(f: Any, copied: Callable[[Any], Any]) -> Any:
     def decorate(f: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(f)
         def call(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = with_rngs((args, kwargs), **options)
+            args, kwargs = copied((args, kwargs))
             return f(*args, **kwargs)
 
         return call

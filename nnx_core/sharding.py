@@ -453,6 +453,11 @@ class use_eager_sharding:
 
     __slots__ = ("_before",)
 
+    @staticmethod
+    def current_value() -> bool:
+        """What holds now; the same as `using_eager_sharding()`."""
+        return _eager.get()
+
     def __init__(self, value: bool, /):
         self._before = _eager.get()
         _eager.set(bool(value))

@@ -13,7 +13,7 @@ from nnx_core import filters as filterlib
 from nnx_core._changes import touch
 from nnx_core._errors import FilterError, StateMismatchError, show_path
 from nnx_core._repr import show_fields, show_value
-from nnx_core.variables import Variable
+from nnx_core.variables import Variable, is_ref
 
 Path = tuple[Hashable, ...]
 
@@ -294,9 +294,9 @@ def to_flat_state(state: Mapping[Any, Any]) -> FlatState:
     return FlatState(iter_leaves(state), sort=False)
 
 
-def to_nested_state(flat: Mapping[Path, Any] | Iterable[tuple[Path, Any]], *, cls: type[State] = State) -> State:
+def to_nested_state(flat_state: Mapping[Path, Any] | Iterable[tuple[Path, Any]], *, cls: type[State] = State) -> State:
     """A State from (path, value) pairs or a mapping of paths."""
-    return cls(flat.items() if isinstance(flat, Mapping) else flat)
+    return cls(flat_state.items() if isinstance(flat_state, Mapping) else flat_state)
 
 
 from_flat_state = to_nested_state
@@ -310,8 +310,14 @@ def to_pure_dict(state: Any, extract_fn: Callable[[Any], Any] | None = None) -> 
       >>> nnx.to_pure_dict(nnx.State({"a": {0: nnx.Param(1.0)}}))
       {'a': {0: 1.0}}
     """
-    extract = extract_fn or (lambda x: x.get_raw_value() if isinstance(x, Variable) else x)
+    extract = extract_fn or _plain_value
     return nest((path, extract(value)) for path, value in iter_leaves(state))
+
+
+def _plain_value(x: Any) -> Any:
+    """What a Variable holds, without hooks; of a `jax.Ref` the array in it."""
+    raw = x.get_raw_value() if isinstance(x, Variable) else x
+    return raw[...] if is_ref(raw) else raw
 
 
 def restore_int_paths(pure_dict: Mapping[Any, Any]) -> dict[Any, Any]:

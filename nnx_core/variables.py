@@ -38,7 +38,17 @@ class VariableMetadata(Generic[A]):
     """A value together with the metadata its Variable shall have; what `with_metadata` initializers return."""
 
     raw_value: A
+    on_set_value: Any = ()
+    on_get_value: Any = ()
+    on_create_value: Any = ()
+    on_add_axis: Any = ()
+    on_remove_axis: Any = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def all_metadata(self) -> dict[str, Any]:
+        """The metadata, hooks included, as a Variable keeps it."""
+        return {**{name: hook for name in _HOOKS if (hook := getattr(self, name)) != ()}, **self.metadata}
 
 
 class Variable(Generic[A]):
@@ -79,7 +89,7 @@ class Variable(Generic[A]):
     ):
         del hijax  # flax.nnx's switch; here there is one kind of Variable
         if isinstance(value, VariableMetadata):
-            metadata = {**value.metadata, **metadata}
+            metadata = {**value.all_metadata, **metadata}
             value = value.raw_value
         elif isinstance(value, Variable):
             metadata = {**value._var_metadata, **metadata}
@@ -150,6 +160,14 @@ class Variable(Generic[A]):
 
     raw_value = property(get_raw_value, set_raw_value)
 
+    def overwrite(self, value: A) -> None:
+        """Store `value` without hooks: in the `jax.Ref` of this Variable, if it has one and `value` is none."""
+        self._check_can_write()
+        if is_ref(self._raw_value) and not is_ref(value):
+            self._raw_value[...] = value  # type: ignore[index]  # a Ref
+        else:
+            _set_raw(self, value)
+
     def copy_from(self, other: "Variable[A]") -> None:
         """Take value and metadata of `other`, which must be of the same type."""
         if type(other) is not type(self):
@@ -158,8 +176,7 @@ class Variable(Generic[A]):
 
     def update_from_state(self, variable_state: "Variable[A]") -> None:
         """Take value and metadata of `variable_state`."""
-        self._check_can_write()
-        _set_raw(self, variable_state._raw_value)
+        self.overwrite(variable_state._raw_value)
         if self._var_metadata != variable_state._var_metadata:
             object.__setattr__(self, "_var_metadata", dict(variable_state._var_metadata))
             touch(self)
@@ -176,10 +193,15 @@ class Variable(Generic[A]):
         """The class of this Variable."""
         return type(self)
 
+    var_type = type
+
     @property
     def has_ref(self) -> bool:
         """Whether the value lives in a `jax.Ref`."""
         return is_ref(self._raw_value)
+
+    ref = has_ref
+    hijax = property(lambda self: False, doc="Whether this is flax.nnx's other kind of Variable: there is none here.")
 
     def get_metadata(self, name: str | None = None, default: Any = MISSING, **_: Any) -> Any:
         """All metadata as a new dict, or the one called `name`."""
@@ -251,7 +273,7 @@ class Variable(Generic[A]):
         metadata = {**self._var_metadata, **{_OLD_KEYS.get(k, k): v for k, v in updates.items()}}
         return new_variable(type(self), value, metadata)
 
-    copy = replace
+    copy = to_state = replace  # States hold Variables themselves
 
     @classmethod
     def from_metadata(cls, value: A, attributes: Mapping[str, Any]) -> "Variable[A]":
@@ -313,8 +335,9 @@ class Variable(Generic[A]):
         return item in self.get_value()  # type: ignore[operator]  # as the value allows
 
     def __repr__(self) -> str:
-        fields = [("", self._raw_value), *((f"{k}=", v) for k, v in self._var_metadata.items())]
-        return show_fields(type(self).__name__, fields)
+        raw = getattr(self, "_raw_value", MISSING)  # MISSING before `__init__` has run: in a debugger, in an error
+        metadata = getattr(self, "_var_metadata", {})
+        return show_fields(type(self).__name__, [("", raw), *((f"{k}=", v) for k, v in metadata.items())])
 
     __hash__ = None  # type: ignore[assignment]  # == is elementwise, as for arrays
 
@@ -541,7 +564,7 @@ def with_metadata(
     def initialize(*args: Any, **kwargs: Any) -> VariableMetadata[Any]:
         value = initializer(*args, **kwargs)
         if isinstance(value, VariableMetadata):
-            return VariableMetadata(value.raw_value, {**value.metadata, **metadata})
-        return VariableMetadata(value, metadata)
+            return VariableMetadata(value.raw_value, metadata={**value.all_metadata, **metadata})
+        return VariableMetadata(value, metadata=metadata)
 
     return initialize

@@ -27,7 +27,20 @@ settings.register_profile("fixed", derandomize=True, deadline=None, database=Non
 settings.load_profile("fixed")
 
 
-def pytest_runtest_setup(item):
-    """Skip what needs an accelerator where there is none."""
-    if item.get_closest_marker("accelerator") and jax.default_backend() == "cpu":
-        pytest.skip("needs a GPU or TPU; jax found only CPUs")
+def pytest_addoption(parser):
+    """`--write-layer-matrix`: write the measured matrix of layers into the migration guide."""
+    parser.addoption("--write-layer-matrix", action="store_true", help="write migration_guide/layer_matrix.md")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Print the matrix of layers, if this run measured it."""
+    from tests import layer_matrix
+    from tests.layers import LAYERS
+
+    found = layer_matrix.collect(terminalreporter.stats.get("passed", []))
+    if found:
+        terminalreporter.section("layers against their Linen twins")
+        for row in layer_matrix.table(found, [layer.name for layer in LAYERS if layer.name in found]):
+            terminalreporter.write_line(row)
+    if config.getoption("--write-layer-matrix"):
+        layer_matrix.write(found, [layer.name for layer in LAYERS])

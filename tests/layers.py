@@ -1,15 +1,16 @@
 """The table of layers: one row each, with its twin in Linen and the map between their parameters.
 
 Law: whatever is tested for every layer (Linen equivalence, transforms, layouts) is tested from these rows, so
-a new layer is one new row. `tests/twins.py` compares; options that only one layer has are rows that its own
-test file makes with `dataclasses.replace`.
+a new layer is one new row, here or in the file of its family in `tests/layer_rows`. `tests/twins.py` compares;
+options that only one layer has are rows that its own test file makes with `dataclasses.replace`.
 """
 
 from flax import linen
 
+from tests.layer_rows import attention, conv, linear_general, norms, recurrent
 from tests.twins import KEY, Layer
 
-LAYERS = (
+BASIC = (
     Layer(
         "Linear",
         make=lambda lib, rngs, **d: lib.Linear(4, 5, rngs=rngs, **d),
@@ -78,3 +79,5 @@ LAYERS = (
         params={"negative_slope": "params/negative_slope"},
     ),
 )
+
+LAYERS = (*BASIC, *linear_general.ROWS, *conv.ROWS, *norms.ROWS, *attention.ROWS, *recurrent.ROWS)

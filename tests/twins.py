@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen
 from flax.core import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -41,6 +42,7 @@ class Layer:
     method: str | Callable[..., Any] = "__call__"
     integers_below: int | None = None  # the input is integers, not numbers
     in_flax_nnx: bool = True  # whether flax.nnx has the layer under this name: signatures and initial values
+    same_initial_values: bool = True  # False where a seed gives other values than in flax.nnx: say why in the row
     same_bits: bool = True  # False only where the arithmetic differs from Linen's on purpose: say why in the row
 
     def example(self, dtype: Any = jnp.float32) -> jax.Array:
@@ -60,7 +62,7 @@ class Layer:
             ),
             self.example(),
         )
-        flat = flatten_dict(shapes, sep="/")
+        flat = _flat(shapes)
         keys = jax.random.split(jax.random.key(2), len(flat)) if flat else []
         return {
             path: jax.random.uniform(key, leaf.shape, minval=0.1, maxval=1.0).astype(leaf.dtype)
@@ -76,12 +78,25 @@ class Layer:
             _variable(module, path).set_value(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1))
 
     def read(self, module: Any) -> Values:
-        values = {}
-        for path, names in self.params.items():
-            value, names = _variable(module, path)[...], _names(names)
+        """The module's values by Linen's paths."""
+        return self.to_linen({path: _variable(module, path)[...] for path in self.params})
+
+    def to_linen(self, values: Mapping[str, jax.Array]) -> Values:
+        """Values by the module's paths, some or all, as values by Linen's paths."""
+        found = {}
+        for path, value in values.items():
+            names = _names(self.params[path])
             parts = [value] if len(names) == 1 else jnp.split(value, len(names), axis=-1)
-            values |= dict(zip(names, parts, strict=True))
-        return values
+            found |= dict(zip(names, parts, strict=True))
+        return found
+
+    def module(self, values: Values, **dtypes: Any) -> Any:
+        """A new module with these values, which may be written under the running trace."""
+        with jax.ensure_compile_time_eval():  # the initial values are not part of the program that is compared
+            graphdef, state = nnx.split(self.make(nnx, nnx.Rngs(0), **dtypes))
+        module = nnx.merge(graphdef, state)
+        self.write(module, values)
+        return module
 
     def call(self, module: Any, x: jax.Array, **modes: Any) -> Any:
         """The layer's output, from either library's module."""
@@ -91,14 +106,14 @@ class Layer:
 
     def functional(self, *, train: bool, **dtypes: Any) -> Callable[[Values, jax.Array], tuple[Any, Values]]:
         """The layer as a pure function (values, x) -> (y, updated values)."""
-        graphdef, state = nnx.split(self.make(nnx, nnx.Rngs(0), **dtypes))
 
         def f(values: Values, x: jax.Array) -> tuple[Any, Values]:
-            # Variables of this trace, so that they can be written.
-            module = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
-            self.write(module, values)
+            module = self.module(values, **dtypes)
+            before = {path: _variable(module, path).get_value() for path in self.params}
             y = self.call(module, x, **self.modes[train])
-            return y, self.read(module)
+            after = {path: _variable(module, path).get_value() for path in self.params}
+            # Only what was written: splitting fused parameters again is no part of the layer's program.
+            return y, values | self.to_linen({path: v for path, v in after.items() if v is not before[path]})
 
         return f
 
@@ -107,13 +122,22 @@ class Layer:
         twin = self.twin(**dtypes)
 
         def f(values: Values, x: jax.Array) -> tuple[Any, Values]:
-            variables = unflatten_dict(values, sep="/")
+            variables = unflatten_dict({_keys(path): value for path, value in values.items()})
             y, updates = twin.apply(
                 variables, x, mutable=DenyList("params"), method=self.method, **self.twin_modes[train]
             )
-            return y, values | flatten_dict(updates, sep="/")
+            return y, values | _flat(updates)
 
         return f
+
+
+def _flat(tree: Any) -> Values:
+    """Linen's variables by path. WeightNorm's keys hold slashes of their own, which a path shows as `|`."""
+    return {"/".join(key.replace("/", "|") for key in keys): leaf for keys, leaf in flatten_dict(tree).items()}
+
+
+def _keys(path: str) -> tuple[str, ...]:
+    return tuple(key.replace("|", "/") for key in path.split("/"))
 
 
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -130,16 +154,34 @@ def _variable(module: Any, path: str) -> Any:
     return module
 
 
-def assert_equal_to_twin(layer: Layer, *, train: bool, inputs: Any = jnp.float32, **dtypes: Any) -> None:
+def assert_equal_to_twin(
+    layer: Layer, *, train: bool, inputs: Any = jnp.float32, **dtypes: Any
+) -> dict[str, float | bool]:
     """Forward, updated statistics and both gradients are Linen's, under jit, for the same values.
 
-    Bit for bit on CPU, where both sides compile to the same program; else within the table of tolerances.
+    Bit for bit on CPU, where both sides compile to the same program; else within the table of tolerances, at the
+    precision of the computation: the float32 gradient of a float16 product has float16's.
+    Returns the largest differences, for the report.
     """
     values, x = layer.variables(**dtypes), layer.example(inputs)
     ours = jax.jit(with_gradients(layer.functional(train=train, **dtypes)))(values, x)
     theirs = jax.jit(with_gradients(layer.functional_twin(train=train, **dtypes)))(values, x)
     exact = layer.same_bits and jax.default_backend() == "cpu"
-    (assert_trees_equal if exact else assert_trees_close)(ours, theirs)
+    if exact:
+        assert_trees_equal(ours, theirs)
+    else:
+        assert_trees_close(*(_rounded(tree, dtypes.get("dtype")) for tree in (ours, theirs)))
+    return {**forward_and_gradient(ours, theirs), "bits": exact or same_bits(ours, theirs)}
+
+
+def _rounded(tree: Any, dtype: Any) -> Any:
+    """Leaves of a wider floating dtype in `dtype`, which is what they were computed in."""
+
+    def rounded(x: jax.Array) -> jax.Array:
+        wider = jnp.issubdtype(x.dtype, jnp.floating) and jnp.promote_types(x.dtype, dtype) == x.dtype
+        return x.astype(dtype) if wider else x
+
+    return tree if dtype is None else jax.tree.map(rounded, tree)
 
 
 def with_gradients(f: Callable[[Values, jax.Array], tuple[Any, Values]]) -> Callable[..., Any]:
@@ -148,7 +190,7 @@ def with_gradients(f: Callable[[Values, jax.Array], tuple[Any, Values]]) -> Call
     def g(values: Values, x: jax.Array) -> dict[str, Any]:
         def loss(values: Values, x: jax.Array) -> tuple[jax.Array, Any]:
             y, updated = f(values, x)
-            return sum(map(_weighted_sum, jax.tree.leaves(y))), (y, updated)
+            return sum(map(weighted_sum, jax.tree.leaves(y))), (y, updated)
 
         argnums = (0, 1) if jnp.issubdtype(x.dtype, jnp.inexact) else (0,)
         grads, (y, updated) = jax.grad(loss, argnums, has_aux=True)(values, x)
@@ -157,7 +199,35 @@ def with_gradients(f: Callable[[Values, jax.Array], tuple[Any, Values]]) -> Call
     return g
 
 
-def _weighted_sum(y: jax.Array) -> jax.Array:
+def weighted_sum(y: jax.Array) -> jax.Array:
     """A weight for each output: the gradient of a plain sum is zero behind a normalization."""
     weights = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
     return jnp.sum(y.astype(jnp.float32) * weights)
+
+
+def max_difference(ours: Any, theirs: Any) -> float:
+    """The largest |a - b| over all leaves; NaN in the same place is no difference. For reports: it asserts nothing."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return max((_difference(np.asarray(a), np.asarray(b)) for a, b in pairs), default=0.0)
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+    wide = np.abs(a.astype(np.float64) - b.astype(np.float64))
+    return float(np.max(np.where(np.isnan(a.astype(np.float64)) & np.isnan(b.astype(np.float64)), 0, wide), initial=0))
+
+
+def forward_and_gradient(ours: Any, theirs: Any) -> dict[str, float]:
+    """Both for what `with_gradients` returns."""
+    return {
+        "forward": max_difference((ours["output"], ours["updated"]), (theirs["output"], theirs["updated"])),
+        "gradient": max_difference(ours["gradients"], theirs["gradients"]),
+    }
+
+
+def same_bits(ours: Any, theirs: Any) -> bool:
+    """Whether `assert_trees_equal` passes."""
+    try:
+        assert_trees_equal(ours, theirs)
+    except AssertionError:
+        return False
+    return True

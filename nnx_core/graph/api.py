@@ -19,7 +19,7 @@ from nnx_core.graph.structure import GraphDef, GraphState, Layout
 from nnx_core.graph.walk import children, rebuilt, recursive_map
 from nnx_core.modes import sharing_allowed
 from nnx_core.state import State, split_pairs, state_or_leaf
-from nnx_core.variables import Variable
+from nnx_core.variables import Variable, is_ref
 
 A = TypeVar("A")
 ABSENT: Any = object()
@@ -252,7 +252,7 @@ def update(node: Any, state: Any, /, *states: Any, strict: bool = False) -> None
             if leaf is not plan.known(index):
                 plan.known(index).update_from_state(leaf)
         else:
-            plan.known(index).set_raw_value(leaf)
+            plan.known(index).overwrite(leaf)
 
 
 def _require_same_types(plan: Plan, layout: Layout, leaves: list[Any]) -> None:
@@ -395,5 +395,9 @@ def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool 
     loose: list[Any] = []
     for (_, _, owned), (_, leaf) in zip(layout, pairs, strict=True):
         value = leaf._raw_value if isinstance(leaf, Variable) else leaf
-        (values if owned else loose).append(value.copy() if arrays and hasattr(value, "copy") else value)
+        if is_ref(value):
+            value = jax.new_ref(value[...])
+        elif arrays and hasattr(value, "copy"):
+            value = value.copy()
+        (values if owned else loose).append(value)
     return Unpacker(((values, loose),), Refs(), templates=structure.templates).build(structure.root, None)

@@ -81,7 +81,8 @@ class ListStorage(Object, MutableSequence[A], pytree=False):
 
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
-        return show_fields(type(self).__name__, [("", x) for x in self], "[]")
+        items = self.__dict__.get(_ITEMS, ())  # none before `__init__` has run
+        return show_fields(type(self).__name__, [("", x) for x in items], "[]")
 
 
 class DictStorage(Object, MutableMapping[Any, A], pytree=False):
@@ -150,4 +151,5 @@ class DictStorage(Object, MutableMapping[Any, A], pytree=False):
 
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
-        return show_fields(type(self).__name__, [(f"{k!r}: ", v) for k, v in self.items()], "{}")
+        items = self.__dict__.get(_ITEMS, {})  # as above
+        return show_fields(type(self).__name__, [(f"{k!r}: ", v) for k, v in items.items()], "{}")

@@ -19,7 +19,7 @@ from nnx_core import _trace
 from nnx_core._borrowed import Borrowing, current_borrowing
 from nnx_core._changes import touch
 from nnx_core._errors import TraceError
-from nnx_core._repr import show_fields, size_of
+from nnx_core._repr import show_fields
 from nnx_core._trace import current_trace
 from nnx_core.state import sorted_keys
 from nnx_core.variables import MISSING, Variable, set_trace
@@ -174,20 +174,11 @@ class Object:
 
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
-        size = size_of(v._raw_value for v in vars(self).values() if isinstance(v, Variable))
-        fields = [(f"{k}=", v) for k, v in self._nnx_items().items()]
-        return show_fields(f"{type(self).__name__}", [*([("# ", _Text(size))] if size else []), *fields])
+        return show_fields(type(self).__name__, [(f"{k}=", v) for k, v in self._nnx_items().items()])
 
 
 def _part(obj: Object, name: str | None) -> str:
     return f"{'an item' if name is None else f'attribute {name!r}'} of {type(obj).__name__}"
-
-
-class _Text(str):
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 _set_marks, _set_trace, _set_version = (_slot(n) for n in ("_nnx_marks", "_nnx_trace", "_nnx_version"))

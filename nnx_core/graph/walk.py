@@ -6,6 +6,7 @@ before parents, keys in sorted order. Nothing here changes what it walks.
 
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 from nnx_core import _trace
@@ -144,19 +145,19 @@ def locate(thing: Any) -> str | None:
     are running do know: the outermost one with an object from which `thing` can be reached tells the path.
     Only for messages: it walks every object in sight.
     """
-    found = None
-    frame = sys._getframe(1)
+    found: Path | None = None
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__", "").partition(".")[0] not in ("jax", "nnx_core"):
             found = _path_in(frame.f_locals, thing) or _path_in(frame.f_globals, thing) or found
-        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
-    return found and show_path(found)
+        frame = frame.f_back
+    return None if found is None else show_path(found)
 
 
 def _path_in(namespace: Mapping[str, Any], thing: Any) -> Path | None:
-    """The path of `thing` from the first object of `namespace` that leads to it."""
+    """The path of `thing` from the first object of `namespace` that holds it."""
     for root in list(namespace.values()):
-        if isinstance(root, Object):
+        if isinstance(root, Object) and root is not thing:
             for path, node in iter_graph(root):
                 if node is thing:
                     return (type(root).__name__, *path)

@@ -4,10 +4,12 @@ Law: a message names the layer by its path, says what was expected, what was fou
 happens once something has failed: a check that passes costs one comparison. Knows no particular layer.
 """
 
+import jax
+
 from nnx_core._errors import NnxError
 from nnx_core.graph.walk import locate
 from nnx_core.module import Module
-from nnx_core.rngs import Rngs
+from nnx_core.rngs import Rngs, RngStream
 
 
 def place(layer: Module) -> str:
@@ -52,7 +54,7 @@ class MissingFlagError(NnxError, ValueError):
             f"No `{flag}` argument was provided to {type(layer).__name__} at {place(layer)}:\n"
             f"  expected True or False, in the constructor or in the call\n  found    None in both\n"
             f"Construct it with {flag}=True/False, call it with {flag}=True/False,"
-            " or call .train() or .eval() on the model."
+            f" or call .set_attributes({flag}=True/False) on the model (.train() and .eval() set the usual flags)."
         )
 
 
@@ -73,6 +75,24 @@ def require_rngs(layer: Module, rngs: object) -> None:
             rngs,
             f"Write {name}(..., rngs=nnx.Rngs(0)), or hand on the rngs of the module that holds it.",
         )
+
+
+def next_key(layer: Module, rngs: Rngs | RngStream | jax.Array | None, stream: str) -> jax.Array:
+    """The key to drop with: from the call's source, or the layer's own; MissingRngsError if there is neither."""
+    source = layer.rngs if rngs is None else rngs
+    if isinstance(source, Rngs):
+        source = source[stream]
+    if isinstance(source, RngStream):
+        return source()
+    if isinstance(source, jax.Array):
+        return source
+    raise MissingRngsError(
+        f"{type(layer).__name__} at {place(layer)} is not deterministic",
+        "an nnx.Rngs, RngStream or key, in the constructor or in the call",
+        source,
+        "Construct it with an Rngs to keep (MultiHeadAttention: keep_rngs=True), call it with rngs=..., or call"
+        " .eval() on the model.",
+    )
 
 
 def choose_flag(layer: Module, flag: str, call: bool | None, own: bool | None) -> bool:

@@ -4,7 +4,6 @@ Law: the arithmetic, its order and its dtypes are flax.linen's, so equal weights
 last; any number of batch axes comes first. Knows nothing of how parameters are stored or traced.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -17,16 +16,28 @@ from nnx_core.graph.objects import data
 from nnx_core.kinds import Param
 from nnx_core.module import Module
 from nnx_core.nn import dtypes
-from nnx_core.nn._errors import InputShapeError, OptionError, require_rngs
+from nnx_core.nn._errors import require_rngs
+from nnx_core.nn._windows import (
+    CONV_PADDINGS,
+    PaddingLike,
+    PerAxis,
+    channels_last,
+    check_input,
+    check_input_dilation,
+    check_mask,
+    check_padding,
+    check_per_axis,
+    each_axis,
+    fail,
+    hashable,
+    merge_batch,
+    pad_inputs,
+    sizes,
+    split_batch,
+)
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
 from nnx_core.rngs import Rngs
-
-PaddingLike = str | int | Sequence[int | tuple[int, int]]
-PerAxis = int | Sequence[int] | None
-
-_LAX_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
-_OWN_PADDINGS = ("CIRCULAR", "REFLECT", "CAUSAL")
 
 
 class Conv(Module):
@@ -44,7 +55,7 @@ class Conv(Module):
       padding: "SAME", "SAME_LOWER" or "VALID"; "CIRCULAR" (periodic) or "REFLECT" (mirrored without the
         edge), both to the size of the input; "CAUSAL" (one axis, padded on the left); an integer for all
         sides; or for each axis an integer for both sides or a pair (before, after).
-      input_dilation: spread the input by this factor; needs explicit padding.
+      input_dilation: spread the input by this factor; needs padding in integers.
       kernel_dilation: spread the kernel by this factor ("atrous", Chen et al. 2017, arXiv:1606.00915).
       feature_group_count: split the features into groups that do not see each other.
       use_bias: whether to add a bias.
@@ -104,11 +115,11 @@ class Conv(Module):
         require_rngs(self, rngs)
         self.in_features = in_features
         self.out_features = out_features
-        self.kernel_size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-        self.strides = _hashable(strides)
-        self.padding = _hashable(padding)
-        self.input_dilation = _hashable(input_dilation)
-        self.kernel_dilation = _hashable(kernel_dilation)
+        self.kernel_size = sizes(kernel_size)
+        self.strides = hashable(strides)
+        self.padding = hashable(padding)
+        self.input_dilation = hashable(input_dilation)
+        self.kernel_dilation = hashable(kernel_dilation)
         self.feature_group_count = feature_group_count
         self.use_bias = use_bias
         self.mask = data(mask)
@@ -119,7 +130,11 @@ class Conv(Module):
         self.promote_dtype = promote_dtype
         self.preferred_element_type = preferred_element_type
         self.kernel_shape = (*self.kernel_size, in_features // feature_group_count, out_features)
-        _check_options(self)
+        check_per_axis(self, "strides", "input_dilation", "kernel_dilation")
+        check_padding(self, CONV_PADDINGS)
+        check_input_dilation(self)
+        _check_groups(self)
+        check_mask(self)
         self.kernel = Param(kernel_init(rngs.params(), self.kernel_shape, param_dtype), **kernel_metadata)
         # `data`: without a bias the place stays one where a Param may be put later.
         self.bias: Param | None = data(
@@ -143,13 +158,13 @@ class Conv(Module):
         inputs = jnp.asarray(inputs)
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
-        _check_input(self, inputs.shape, kernel.shape)
+        # Not `in_features`: inside shard_map the kernel is a shard of its own size, and users replace it.
+        check_input(self, inputs.shape, kernel.shape[-2] * self.feature_group_count)
         rank = len(self.kernel_size)
-        batch = inputs.shape[: inputs.ndim - rank - 1]
-        if len(batch) != 1:
-            inputs = jnp.reshape(inputs, (math.prod(batch), *inputs.shape[len(batch) :]))
+        inputs, batch = merge_batch(inputs, rank)
         # The order padding, mask, promotion is Linen's, and the gradients of bfloat16 inputs depend on it.
-        inputs, padding = _pad(inputs, self.padding, self.kernel_size, _each_axis(self.kernel_dilation, rank))
+        dilation = each_axis(self.kernel_dilation, rank)
+        inputs, padding = pad_inputs(inputs, self.padding, self.kernel_size, dilation)
         if self.mask is not None:
             kernel = kernel * self.mask
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
@@ -159,11 +174,11 @@ class Conv(Module):
         y = self.conv_general_dilated(
             inputs,
             kernel,
-            _each_axis(self.strides, rank),
+            each_axis(self.strides, rank),
             padding,
-            lhs_dilation=_each_axis(self.input_dilation, rank),
-            rhs_dilation=_each_axis(self.kernel_dilation, rank),
-            dimension_numbers=_channels_last(rank),
+            lhs_dilation=each_axis(self.input_dilation, rank),
+            rhs_dilation=dilation,
+            dimension_numbers=channels_last(rank),
             feature_group_count=self.feature_group_count,
             precision=self.precision,
             out_sharding=out_sharding,
@@ -171,90 +186,11 @@ class Conv(Module):
         )
         if bias is not None:
             y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
-        return y if len(batch) == 1 else jnp.reshape(y, (*batch, *y.shape[1:]))
+        return split_batch(y, batch)
 
 
-def _hashable(option: Any) -> Any:
-    """Lists as tuples, at every depth: options are part of the key of a compiled function."""
-    return tuple(map(_hashable, option)) if isinstance(option, Sequence) and not isinstance(option, str) else option
-
-
-def _each_axis(option: PerAxis, rank: int) -> tuple[int, ...]:
-    if option is None:
-        return (1,) * rank
-    return (option,) * rank if isinstance(option, int) else tuple(option)
-
-
-def _channels_last(rank: int) -> lax.ConvDimensionNumbers:
-    spatial = tuple(range(1, rank + 1))
-    image = (0, rank + 1, *spatial)
-    return lax.ConvDimensionNumbers(image, (rank + 1, rank, *range(rank)), image)
-
-
-def _pad(
-    inputs: jax.Array, padding: PaddingLike, kernel_size: tuple[int, ...], dilation: tuple[int, ...]
-) -> tuple[jax.Array, str | Sequence[tuple[int, int]]]:
-    """`inputs` with the padding that lax does not know applied, and what is left for lax to do."""
-    if isinstance(padding, int):
-        return inputs, [(padding, padding)] * len(kernel_size)
-    if not isinstance(padding, str):
-        return inputs, [(p, p) if isinstance(p, int) else tuple(p) for p in padding]
-    if (name := padding.upper()) in _LAX_PADDINGS:
-        return inputs, name
-    reach = [(size - 1) * spread for size, spread in zip(kernel_size, dilation, strict=True)]
-    if name == "CAUSAL":
-        return jnp.pad(inputs, [(0, 0), (reach[0], 0), (0, 0)]), "VALID"
-    widths = [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)]
-    return jnp.pad(inputs, widths, mode="wrap" if name == "CIRCULAR" else "reflect"), "VALID"
-
-
-def _check_input(layer: Conv, shape: tuple[int, ...], kernel: tuple[int, ...]) -> None:
-    rank = len(layer.kernel_size)
-    # Not `in_features`: inside shard_map the kernel is a shard of its own size, and users replace it.
-    features = kernel[-2] * layer.feature_group_count
-    if len(shape) < rank + 1 or shape[-1] != features:
-        spatial = ", ".join(f"spatial_{i}" for i in range(rank))
-        raise InputShapeError(
-            layer,
-            f"(*batch, {spatial}, {features})",
-            shape,
-            f"kernel_size {layer.kernel_size} has {rank} spatial axes; channels are last (NHWC, not NCHW).",
-        )
-
-
-def _check_options(layer: Conv) -> None:
-    rank = len(layer.kernel_size)
-    for option in ("strides", "input_dilation", "kernel_dilation"):
-        value = getattr(layer, option)
-        if isinstance(value, tuple) and len(value) != rank:
-            _fail(layer, option, f"one integer, or {rank}: one for each spatial axis", value)
-    if not _is_padding(layer.padding, rank):
-        names = ", ".join((*_LAX_PADDINGS, *_OWN_PADDINGS))
-        _fail(
-            layer,
-            "padding",
-            f"one of {names}; an integer; or {rank} integers or (before, after) pairs",
-            layer.padding,
-        )
-    if isinstance(layer.padding, str) and layer.padding.upper() == "CAUSAL" and rank != 1:
-        _fail(layer, "padding", "CAUSAL only with one spatial axis", f"kernel_size {layer.kernel_size}")
+def _check_groups(layer: Conv) -> None:
     for option in ("in_features", "out_features"):
         if getattr(layer, option) % layer.feature_group_count:
             found = f"{option} {getattr(layer, option)}, feature_group_count {layer.feature_group_count}"
-            _fail(layer, "feature_group_count", f"a divisor of {option}", found)
-    if layer.mask is not None and jnp.shape(layer.mask) != layer.kernel_shape:
-        _fail(layer, "mask", f"the shape of the kernel, {layer.kernel_shape}", jnp.shape(layer.mask))
-
-
-def _is_padding(padding: Any, rank: int) -> bool:
-    if isinstance(padding, str):
-        return padding.upper() in _LAX_PADDINGS + _OWN_PADDINGS
-    if isinstance(padding, tuple):
-        return len(padding) == rank and all(
-            isinstance(p, int) or (isinstance(p, tuple) and len(p) == 2) for p in padding
-        )
-    return isinstance(padding, int)
-
-
-def _fail(layer: Conv, option: str, expected: str, found: object) -> None:
-    raise OptionError(layer, option, expected, found, f"This Conv has kernel_size {layer.kernel_size}.")
+            fail(layer, "feature_group_count", f"a divisor of {option}", found)

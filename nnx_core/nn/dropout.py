@@ -11,7 +11,7 @@ from jax import lax
 
 from nnx_core.graph.objects import data
 from nnx_core.module import Module
-from nnx_core.nn._errors import InputDtypeError, MissingRngsError, OptionError, choose_flag, place
+from nnx_core.nn._errors import InputDtypeError, MissingRngsError, OptionError, choose_flag, next_key
 from nnx_core.rngs import Rngs, RngStream
 
 
@@ -70,21 +70,6 @@ class Dropout(Module):
             )
         return None
 
-    def _next_key(self, rngs: Rngs | RngStream | jax.Array | None) -> jax.Array:
-        source = self.rngs if rngs is None else rngs
-        if isinstance(source, Rngs):
-            source = source[self.rng_collection]
-        if isinstance(source, RngStream):
-            return source()
-        if isinstance(source, jax.Array):
-            return source
-        raise MissingRngsError(
-            f"Dropout at {place(self)} is not deterministic",
-            "an nnx.Rngs, RngStream or key, in the constructor or in the call",
-            source,
-            "Construct it with rngs=nnx.Rngs(0), call it with rngs=..., or call .eval() on the model.",
-        )
-
     def __call__(
         self,
         inputs: jax.Array,
@@ -118,7 +103,7 @@ class Dropout(Module):
         for axis in self.broadcast_dims:
             shape[axis] = 1
         keep = 1 - self.rate
-        mask = jax.random.bernoulli(self._next_key(rngs), p=keep, shape=tuple(shape))
+        mask = jax.random.bernoulli(next_key(self, rngs, self.rng_collection), p=keep, shape=tuple(shape))
         mask = jnp.broadcast_to(mask, inputs.shape)
         return lax.select(mask, inputs / keep, jnp.zeros_like(inputs))
 

@@ -1,28 +1,25 @@
-"""Normalization: statistics, then scale and shift.
+"""Normalization over the batch, or over features: statistics, then scale and shift.
 
-Law: the arithmetic, its order and its dtypes are flax.linen's, so equal weights give equal bits. Statistics
-are accumulated in at least float32 and inputs are never rounded first; only the result is cast to `dtype`.
-flax.nnx casts first: at mean 30, std 1, bfloat16 that is an error of 0.14 in values of at most 4.
+Law: the numbers are flax.linen's (`statistics`): inputs are never rounded before their statistics are taken.
+flax.nnx rounds first: at mean 30, std 1, bfloat16 that is an error of 0.14 in values of at most 4.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from nnx_core.graph.objects import data
 from nnx_core.kinds import BatchStat, Param
 from nnx_core.module import Module
-from nnx_core.nn import dtypes
-from nnx_core.nn._errors import InputShapeError, choose_flag, require_rngs
-from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn, at_least_float32, canonicalize_dtype
+from nnx_core.nn import dtypes, statistics
+from nnx_core.nn._errors import choose_flag, require_rngs
+from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, ones, zeros
+from nnx_core.nn.statistics import Axes
 from nnx_core.rngs import Rngs
-
-Axes = int | Sequence[int]
 
 
 class BatchNorm(Module):
@@ -107,7 +104,7 @@ class BatchNorm(Module):
         )
         self.num_features = num_features
         self.use_running_average = use_running_average
-        self.axis = _hashable_axes(axis)
+        self.axis = statistics.hashable_axes(axis)
         self.momentum = momentum
         self.epsilon = epsilon
         self.dtype = dtype
@@ -115,7 +112,7 @@ class BatchNorm(Module):
         self.use_bias = use_bias
         self.use_scale = use_scale
         self.axis_name = axis_name
-        self.axis_index_groups = _hashable_groups(axis_index_groups)
+        self.axis_index_groups = statistics.hashable_groups(axis_index_groups)
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
 
@@ -139,18 +136,18 @@ class BatchNorm(Module):
         evaluate = choose_flag(self, "use_running_average", use_running_average, self.use_running_average)
         x = jnp.asarray(x)
         running_mean, running_var = self.mean[...], self.var[...]
-        feature_axes = _feature_axes(self, x.shape, self.axis, running_mean.shape[0])
+        feature_axes = statistics.checked_axes(self, x.shape, self.axis, running_mean.shape[0])
         axes = tuple(i for i in range(x.ndim) if i not in feature_axes)
-        scale, bias = _values(self)
-        x, mean, var, scale, bias = _promote(self, x, running_mean, running_var, scale, bias)
+        scale, bias = statistics.values(self)
+        x, mean, var, scale, bias = statistics.promote(self, x, running_mean, running_var, scale, bias)
         if not evaluate:
-            mean, var = _moments(self, x, axes, mask)
+            mean, var = statistics.moments(self, x, axes, mask)
             stored = running_mean.shape
             keep, move = self.momentum, 1 - self.momentum
             self.mean.set_value(keep * running_mean + move * mean.reshape(stored))
             self.var.set_value(keep * running_var + move * var.reshape(stored))
-        shape = _broadcastable(x.shape, feature_axes)
-        return _normalize(self, x, mean.reshape(shape), var.reshape(shape), scale, bias, shape)
+        shape = statistics.broadcastable(x.shape, feature_axes)
+        return statistics.normalize(self, x, mean.reshape(shape), var.reshape(shape), scale, bias, shape)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """What `nnx.view` sets.
@@ -235,10 +232,10 @@ class LayerNorm(Module):
         self.param_dtype = param_dtype
         self.use_bias = use_bias
         self.use_scale = use_scale
-        self.reduction_axes = _hashable_axes(reduction_axes)
-        self.feature_axes = _hashable_axes(feature_axes)
+        self.reduction_axes = statistics.hashable_axes(reduction_axes)
+        self.feature_axes = statistics.hashable_axes(feature_axes)
         self.axis_name = axis_name
-        self.axis_index_groups = _hashable_groups(axis_index_groups)
+        self.axis_index_groups = statistics.hashable_groups(axis_index_groups)
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
 
@@ -256,113 +253,8 @@ class LayerNorm(Module):
           InputShapeError: an axis does not exist, or the feature axes do not fit scale and bias.
         """
         x = jnp.asarray(x)
-        scale, bias = _values(self)
+        scale, bias = statistics.values(self)
         # Without parameters there is nothing the features must fit, and flax.nnx takes any number.
-        size = next((p.shape[0] for p in (scale, bias) if p is not None), None)
-        feature_axes = _feature_axes(self, x.shape, self.feature_axes, size)
-        axes = _feature_axes(self, x.shape, self.reduction_axes, None)
-        x, scale, bias = _promote(self, x, scale, bias)
-        mean, var = _moments(self, x, axes, mask)
-        mean, var = jnp.expand_dims(mean, axes), jnp.expand_dims(var, axes)
-        return _normalize(self, x, mean, var, scale, bias, _broadcastable(x.shape, feature_axes))
-
-
-def _hashable_axes(axes: Axes) -> int | tuple[int, ...]:
-    return axes if isinstance(axes, int) else tuple(axes)
-
-
-def _hashable_groups(groups: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:
-    return None if groups is None else tuple(tuple(group) for group in groups)
-
-
-def _values(layer: Any) -> tuple[jax.Array | None, jax.Array | None]:
-    """Scale and bias as arrays."""
-    scale, bias = layer.scale, layer.bias
-    return None if scale is None else scale[...], None if bias is None else bias[...]
-
-
-def _promote(layer: Any, *arrays: jax.Array | None) -> Sequence[Any]:
-    """What the user's own `promote_dtype` makes of the arrays.
-
-    The default is not called: it would round the inputs to `dtype` before their statistics are taken.
-    """
-    if layer.promote_dtype is dtypes.promote_dtype:
-        return arrays
-    return layer.promote_dtype(arrays, dtype=layer.dtype)
-
-
-def _feature_axes(layer: Any, shape: tuple[int, ...], axes: Axes, size: int | None) -> tuple[int, ...]:
-    """`axes` counted from the front; together they must hold `size` features, unless that is None."""
-    rank = len(shape)
-    axes = (axes,) if isinstance(axes, int) else axes
-    found = 1
-    for axis in axes:
-        if not -rank <= axis < rank:
-            raise InputShapeError(layer, f"with an axis {axis}", shape, "Give it that axis, or the layer another one.")
-        found *= shape[axis]
-    if size is not None and found != size:
-        raise InputShapeError(
-            layer,
-            f"(..., {size})" if tuple(axes) == (-1,) else f"with {size} features on axes {tuple(axes)}",
-            shape,
-            "num_features must be the size of the feature axis; features are on the last axis unless told.",
-        )
-    return tuple(axis % rank for axis in axes)
-
-
-def _broadcastable(shape: tuple[int, ...], feature_axes: tuple[int, ...]) -> list[int]:
-    return [size if axis in feature_axes else 1 for axis, size in enumerate(shape)]
-
-
-def _squared(x: jax.Array) -> jax.Array:
-    """|x|², real: of a complex number without the square root that abs would take."""
-    if jnp.iscomplexobj(x):
-        return lax.square(x.real) + lax.square(x.imag)
-    return lax.square(x)
-
-
-def _moments(layer: Any, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Mean and biased variance of `x` over `axes`, in at least float32, without those axes.
-
-    Over a mapped axis each index has the same weight, masked or not. The one-pass variance can come out below
-    zero; it is cut there.
-    """
-    x = x.astype(at_least_float32(x))
-    mask = None if mask is None else jnp.asarray(mask, bool)
-    name, groups = layer.axis_name, layer.axis_index_groups
-    if not layer.use_fast_variance:
-        mean = x.mean(axes, where=mask)
-        mean = mean if name is None else lax.pmean(mean, name, axis_index_groups=groups)
-        var = _squared(x - jnp.expand_dims(mean, axes)).mean(axes, where=mask)
-        return mean, var if name is None else lax.pmean(var, name, axis_index_groups=groups)
-    squared = _squared(x)
-    mean, mean_of_squares = x.mean(axes, where=mask), squared.mean(axes, where=mask)
-    if name is not None:  # one collective for both
-        both = lax.pmean(jnp.stack([mean, mean_of_squares]), name, axis_index_groups=groups)
-        mean, mean_of_squares = both[0], both[1]
-    return mean, jnp.maximum(0.0, mean_of_squares - _squared(mean))
-
-
-def _normalize(
-    layer: Any,
-    x: jax.Array,
-    mean: jax.Array,
-    var: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    shape: list[int],
-) -> jax.Array:
-    """(x - mean) / sqrt(var + epsilon) * scale + bias, cast to the result's dtype at the end.
-
-    `x` comes in its own dtype and is promoted here once more: sharing the float32 copy that the statistics
-    use would save one cast, but then the two gradients of a bfloat16 `x` add up in float32; Linen's do not.
-    """
-    dtype = canonicalize_dtype(x, scale, bias, dtype=layer.dtype)
-    y = x - mean
-    factor = lax.rsqrt(var + layer.epsilon)
-    if scale is not None:
-        factor = factor * scale.reshape(shape)
-    y = y * factor
-    if bias is not None:
-        y = y + bias.reshape(shape)
-    return jnp.asarray(y, dtype)
+        features = statistics.checked_axes(self, x.shape, self.feature_axes, statistics.features_of(scale, bias))
+        axes = statistics.checked_axes(self, x.shape, self.reduction_axes, None)
+        return statistics.normalize_over(self, x, scale, bias, axes, features, mask)

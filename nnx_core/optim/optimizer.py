@@ -1,157 +1,237 @@
 """Optimizer: an optax transformation with its state, applied to the Variables of a module.
 
 Law: an update does to the chosen Variables what optax does to the same tree of arrays, bit for bit; nothing is
-written unless the whole update could be computed. The state is made of Variables under the paths that optax's
-own state has, so it is saved, sharded and transformed like every other state.
+written unless the whole update could be computed and written. The state is made of Variables under the paths
+that optax's own state has, so it is saved, sharded and transformed like every other state.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from nnx_core import filters as filterlib
-from nnx_core._errors import OptimizerError, StateMismatchError
+from nnx_core._errors import OptimizerError, Path
 from nnx_core.graph.api import state as state_of
 from nnx_core.graph.api import update as update_graph
-from nnx_core.graph.objects import Object
+from nnx_core.graph.objects import Object, data
 from nnx_core.kinds import OptArray, OptState, OptVariable, Param
+from nnx_core.optim._errors import GradientMismatchError
+from nnx_core.optim._trees import by_path, is_variable, misfits, raw, require_writable, rewrapped, selected, write
 from nnx_core.state import State, to_flat_state
 from nnx_core.variables import Variable, new_variable
 
 if TYPE_CHECKING:
     import optax
 
+M = TypeVar("M")
+
 _SOURCE = "source_type"  # metadata of an OptVariable: the type of the Variable it belongs to
+_WRT_TEXT = (
+    "Missing required argument `wrt`: Optimizer(model, tx, wrt=filter of the Variables to optimize, usually nnx.Param)."
+    " update() takes (model, grads); for the older Optimizer(model, tx) and update(grads) use nnx.ModelAndOptimizer."
+)
+_GRADS_TEXT = (
+    "Missing required argument `grads`: the arguments are update(model, grads)."
+    " For the older update(grads) use nnx.ModelAndOptimizer."
+)
 
 
-def _is_variable(x: Any) -> bool:
-    return isinstance(x, Variable)
+def _explain(fits: Callable[[tuple[Any, ...], dict[str, Any]], bool], text: str) -> Callable[[Any], Any]:
+    """Replace Python's "missing argument" for calls that an older flax.nnx took; the signature stays."""
+
+    def wrap(method: Any) -> Any:
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not fits(args, kwargs):
+                raise OptimizerError(text)
+            return method(self, *args, **kwargs)
+
+        return call
+
+    return wrap
 
 
 def _to_state(tree: Any) -> Any:
     """optax's state with OptVariables for Variables and OptArrays for arrays."""
 
     def convert(x: Any) -> Any:
+        if isinstance(x, OptState):
+            return x
         if isinstance(x, Variable):
             return new_variable(OptVariable, x._raw_value, {**x._var_metadata, _SOURCE: type(x)})
         return new_variable(OptArray, x, {})
 
-    return jax.tree.map(convert, tree, is_leaf=_is_variable)
+    return jax.tree.map(convert, tree, is_leaf=is_variable)
 
 
-def _from_state(tree: Any) -> Any:
-    """The inverse of `_to_state`: what optax made and expects."""
+def _from_state(tree: Any, params: State) -> Any:
+    """The inverse of `_to_state`: what optax made and expects.
 
-    def convert(x: Any) -> Any:
-        if isinstance(x, OptVariable):
-            metadata = dict(x._var_metadata)
-            return new_variable(metadata.pop(_SOURCE), x._raw_value, metadata)
-        return x._raw_value if isinstance(x, OptArray) else x
+    optax compares metadata, so each Variable has that of its parameter now, not that of the day it was made.
+    """
+    metadata = {path: x._var_metadata for path, x in to_flat_state(params) if isinstance(x, Variable)}
 
-    return jax.tree.map(convert, tree, is_leaf=_is_variable)
+    def convert(path: tuple[Any, ...], x: Any) -> Any:
+        if not isinstance(x, OptVariable):
+            return raw(x)
+        keys = tuple(getattr(entry, "key", None) for entry in path)  # ends in the path of the parameter
+        own = {k: v for k, v in x._var_metadata.items() if k != _SOURCE}
+        found = next((metadata[keys[i:]] for i in range(len(keys)) if keys[i:] in metadata), own)
+        return new_variable(x._var_metadata[_SOURCE], raw(x), dict(found))
+
+    return jax.tree_util.tree_map_with_path(convert, tree, is_leaf=is_variable)
 
 
-class Optimizer(Object):
+def _leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=is_variable)
+
+
+class Optimizer(Object, Generic[M]):
     """Holds the state of an optax transformation for some Variables of a model.
 
     Args:
-      model: the module, or any pytree with Variables.
-      tx: an optax transformation.
+      model: a module, or any pytree of modules and Variables.
+      tx: an optax transformation. Two optimizers over the same object are one structure to nnx.jit.
       wrt: filter for the Variables to optimize.
+      graph: False forbids shared references in `model`.
 
     Attributes:
       step: OptState, uint32 scalar: number of updates so far.
-      opt_state: the state of `tx`, made of OptVariables and OptArrays.
+      opt_state: the state of `tx`, made of OptVariables, which carry the metadata of their parameters (axis
+        names), and OptArrays.
+
+    Raises:
+      OptimizerError: without `wrt`, or if `model` is a lone Variable.
 
     Example:
       >>> import nnx_core as nnx, optax, jax.numpy as jnp
       >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
       >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
       >>> before = model.bias[...]
-      >>> optimizer.update(model, nnx.grad(lambda m: m(jnp.ones((1, 2))).sum())(model))
+      >>> updates = optimizer.update(model, nnx.grad(lambda m: m(jnp.ones((1, 2))).sum())(model))
       >>> float((before - model.bias)[0]), int(optimizer.step[...])
       (0.10000000149011612, 1)
     """
 
-    def __init__(self, model: Any, tx: optax.GradientTransformation, *, wrt: filterlib.Filter = None):
-        if wrt is None:
-            raise OptimizerError(
-                "Expected wrt=, the filter of the Variables to optimize (usually nnx.Param). update() takes (model,"
-                " grads); for the older update(grads) use nnx.ModelAndOptimizer."
-            )
+    @_explain(lambda args, kwargs: "wrt" in kwargs and len(args) < 3, _WRT_TEXT)
+    def __init__(
+        self,
+        model: M,
+        tx: optax.GradientTransformation,
+        *,
+        wrt: filterlib.Filter,
+        graph: bool | None = None,
+    ):
+        self.graph = graph
         self.step = OptState(jnp.array(0, jnp.uint32))
         self.tx = tx
+        self.opt_state = data(_to_state(tx.init(_copied(selected(model, wrt, graph)))))
         self.wrt = wrt
-        self.opt_state = _to_state(tx.init(_copied(state_of(model, wrt))))
 
-    def update(self, model: Any, grads: Any = None, /, **kwargs: Any) -> None:
+    def __getattr__(self, name: str) -> Any:
+        hint = " It does not hold its model; nnx.ModelAndOptimizer does." if name == "model" else ""
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.{hint}")
+
+    @_explain(lambda args, kwargs: len(args) > 1, _GRADS_TEXT)
+    def update(self, model: M, grads: Any, /, **kwargs: Any) -> Any:
         """One step: write the new values into the Variables of `model` and the new state into this object.
 
         Args:
           model: what the optimizer was made for.
-          grads: State of gradients, as `nnx.grad` returns it, under the paths of the Variables.
-          **kwargs: passed on to `tx.update` (such as `value=` for line searches).
+          grads: the gradients as `nnx.grad` or `jax.grad` returns them, each of its parameter's shape, in any
+            dtype. There may be more than `wrt` asks for.
+          **kwargs: passed on to `tx.update` (`value=` for reduce_on_plateau and polyak_sgd; `value=`, `grad=` and
+            `value_fn=` for line searches). `value_fn` is called with a State like `nnx.state(model, wrt)`.
+
+        Returns:
+          What was added to the parameters, a State of arrays.
 
         Raises:
-          OptimizerError: if `grads` is not a State.
-          StateMismatchError: if its paths are not those of the Variables to optimize.
+          GradientMismatchError: listing all paths without a gradient, gradients of nothing in `model`, and
+            gradients of another shape. Nothing is written then, nor if `tx` raises anything.
+          TraceError: if the Variables of `model`, or those of the optimizer, belong to another trace.
+          OptimizerError: if `grads` are no gradients, or `tx` returns another structure of its state.
         """
         import optax  # here, so that importing nnx_core costs no more than JAX
 
-        params = state_of(model, self.wrt)
-        if not isinstance(grads, State):
-            raise OptimizerError(
-                f"Expected gradients as nnx.grad(...)(model) returns them, a State; found {type(grads).__name__}."
-                " The arguments are update(model, grads)."
-            )
-        grads = _under(params, grads, self.wrt)
-        params = _copied(params)
-        updates, opt_state = self.tx.update(grads, _from_state(self.opt_state), params, **kwargs)
+        live = selected(model, self.wrt, self.graph)
+        params = _copied(live)
+        grads = _fitted(params, grads, lambda: by_path(state_of(model)))
+        kwargs = {name: _like(params, x) for name, x in kwargs.items()}
+        updates, opt_state = self.tx.update(grads, _from_state(self.opt_state, params), params, **kwargs)
         new_params = optax.apply_updates(params, updates)
-        new_state = _leaves(_to_state(opt_state))
-        old_state = _leaves(self.opt_state)
-        if len(new_state) != len(old_state):
-            raise OptimizerError(f"The state of {self.tx} had {len(old_state)} leaves and now has {len(new_state)}.")
-        update_graph(model, new_params)
-        for old, new in zip(old_state, new_state, strict=True):
-            old.set_raw_value(new._raw_value)
+        self._write(model, live, new_params, opt_state)
+        return jax.tree.map(raw, updates, is_leaf=is_variable)
+
+    def _write(self, model: M, live: State, new_params: State, opt_state: Any) -> None:
+        old, new = _leaves(self.opt_state), _leaves(opt_state)
+        if len(new) != len(old):
+            raise OptimizerError(
+                f"Expected the state of {self.tx} to keep its structure of {len(old)} arrays, found {len(new)} after"
+                " tx.update. Nothing was updated; make the transformation return a state like the one of tx.init."
+            )
+        values = dict(to_flat_state(new_params))
+        variables = {path: x for path, x in to_flat_state(live) if isinstance(x, Variable)}
+        require_writable([*variables.values(), self.step, *filter(is_variable, old)])
+        if not all(map(is_variable, old)):  # a hyperparameter was replaced by an array
+            self.opt_state = data(_to_state(self.opt_state))
+            old = _leaves(self.opt_state)
+        for path, v in variables.items():
+            write(v, raw(values.pop(path)))
+        if values:
+            update_graph(model, State(values.items()))
+        for v, x in zip(old, new, strict=True):
+            write(v, raw(x))
         self.step[...] += jnp.uint32(1)
 
 
-def _leaves(tree: Any) -> list[Variable[Any]]:
-    return jax.tree.leaves(tree, is_leaf=_is_variable)
-
-
 def _copied(state: State) -> State:
-    """New Variables, so that nothing optax does reaches the model, and plain metadata: optax compares it."""
-    return state.map(lambda _, x: new_variable(type(x), x._raw_value, dict(x._var_metadata)) if _is_variable(x) else x)
+    """New Variables, so that nothing optax does reaches the model."""
+    return rewrapped(state, dict(to_flat_state(state)))
 
 
-def _under(params: State, grads: State, wrt: filterlib.Filter) -> State:
-    """`grads` under the paths, types and metadata of `params`."""
-    wanted, found = dict(to_flat_state(params)), dict(to_flat_state(grads))
-    missing, unexpected = [p for p in wanted if p not in found], [p for p in found if p not in wanted]
-    if missing or unexpected:
-        raise StateMismatchError(missing, unexpected)
+def _fitted(params: State, grads: Any, elsewhere: Callable[[], Any] = tuple) -> State:
+    """`grads` as Variables like those of `params`."""
+    if isinstance(grads, Variable) or jax.tree_util.all_leaves([grads]):
+        raise OptimizerError(
+            f"Expected gradients as nnx.grad(...)(model) returns them, a State; found {type(grads).__name__}."
+            " The arguments are update(model, grads)."
+        )
+    wanted, found = dict(to_flat_state(params)), by_path(grads)
+    problems = misfits(wanted, found, elsewhere)
+    if any(problems):
+        raise GradientMismatchError(*problems)
+    return rewrapped(params, found)
 
-    def gradient(path: Any, x: Any) -> Any:
-        g = found[path]
-        raw = g._raw_value if _is_variable(g) else g
-        return new_variable(type(x), raw, dict(x._var_metadata)) if _is_variable(x) else raw
 
-    return params.map(gradient)
+def _like(params: State, x: Any) -> Any:
+    """An extra argument; a State with a leaf for each parameter becomes one of the same Variables."""
+    if not isinstance(x, State):
+        return x
+    leaves: dict[Path, Any] = dict(to_flat_state(x))
+    return rewrapped(params, leaves) if leaves.keys() == dict(to_flat_state(params)).keys() else x
 
 
-class ModelAndOptimizer(Optimizer):
-    """An Optimizer that holds its model: `update(grads)`. The older form of Optimizer."""
+class ModelAndOptimizer(Optimizer[M]):
+    """An Optimizer that holds its model: `update(grads)`. The older form of Optimizer.
 
-    def __init__(self, model: Any, tx: optax.GradientTransformation, *, wrt: filterlib.Filter = Param):
+    Example:
+      >>> import nnx_core as nnx, optax, jax.numpy as jnp
+      >>> both = nnx.ModelAndOptimizer(nnx.Linear(2, 1, rngs=nnx.Rngs(0)), optax.sgd(0.1))
+      >>> updates = both.update(nnx.grad(lambda m: m(jnp.ones((1, 2))).sum())(both.model))
+      >>> both.model.bias[...]
+      Array([-0.1], dtype=float32)
+    """
+
+    def __init__(self, model: M, tx: optax.GradientTransformation, *, wrt: filterlib.Filter = Param):
         super().__init__(model, tx, wrt=wrt)
         self.model = model
 
-    def update(self, grads: Any, **kwargs: Any) -> None:  # type: ignore[override]  # that is the point of it
+    def update(self, grads: Any, /, **kwargs: Any) -> Any:
         """One step for the model this object holds; see `Optimizer.update`."""
-        super().update(self.model, grads, **kwargs)
+        return super().update(self.model, grads, **kwargs)

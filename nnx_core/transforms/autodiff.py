@@ -15,6 +15,7 @@ from nnx_core.graph.pack import AS_STATIC, Leaves
 from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, VariableDef, nodes
 from nnx_core.kinds import Param
 from nnx_core.state import State
+from nnx_core.transforms.carry import described
 from nnx_core.transforms.compile import PLAIN
 from nnx_core.transforms.groups import Diff, DiffState, FilterGroups, Out, Rest
 from nnx_core.transforms.lift import Lifted, Modes, dressed, name_of, optional_decorator, positional, unbound
@@ -34,7 +35,10 @@ def _wanted(argnums: tuple[int | DiffState, ...], args: tuple[Any, ...], f: Call
     for argnum in argnums:
         number = argnum.argnum if isinstance(argnum, DiffState) else argnum
         if not -len(args) <= number < len(args):
-            raise SpecError(f"argnums {number} is out of range: {name_of(f)} was called with {len(args)} arguments.")
+            raise SpecError(
+                f"argnums {number} is out of range: {name_of(f)} was called with {len(args)} arguments by position."
+                f" Expected {-len(args)} to {len(args) - 1}."
+            )
         if isinstance(argnum, DiffState):
             specs[number] = FilterGroups(((argnum.filter, Diff), (..., Rest)))
         elif holds_object(args[number]):
@@ -65,7 +69,10 @@ class _Gradient:
         if not self.has_aux:
             return out.get_value() if isinstance(out, Variable) else out
         if not isinstance(out, tuple) or len(out) != 2:
-            raise SpecError(f"{name_of(self.f)} has_aux=True: expected (loss, aux), found {type(out).__name__}.")
+            raise SpecError(
+                f"{name_of(self.f)} has_aux=True: expected (loss, aux), found {type(out).__name__}."
+                " Return a pair, or leave has_aux out."
+            )
         return out
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -77,7 +84,10 @@ class _Gradient:
             def loss_of(diff: Leaves) -> tuple[Any, tuple[Any, ...]]:
                 after, diff, rest_after, (values, loose) = lifted.pure(graphdef, diff, rest, ([], []))
                 if values or len(loose) != 1:
-                    raise SpecError(f"{name_of(self.f)} must return a scalar loss, found {after.result.root!r}.")
+                    raise SpecError(
+                        f"{name_of(self.f)} must return a scalar loss, found {described(after.result.root)}.\n"
+                        "Return one number, or (loss, aux) with has_aux=True."
+                    )
                 return loose[0], (after, diff, rest_after)
 
             (loss, after), cotangents = jax.value_and_grad(loss_of, has_aux=True, **self.options)(diff)

@@ -7,6 +7,7 @@ the mapped axis inside and get it back outside; an axis without a name is None.
 
 import functools
 from collections.abc import Callable, Hashable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -48,6 +49,7 @@ class AxisMetadata:
         return _changed(v, "add_axis", axis if axis >= 0 else axis + _rank(v) + 1, self.name)
 
 
+@optional_decorator
 def transform_metadata(
     f: Callable[..., Any], *, in_axes: Any = 0, out_axes: Any = 0, partition: str, graph: bool | None = None
 ) -> Callable[..., Any]:
@@ -122,7 +124,7 @@ def vmap(
     axis_name: Hashable = None,
     axis_size: int | None = None,
     spmd_axis_name: Any = None,
-    transform_metadata: Mapping[str, Any] | None = None,
+    transform_metadata: Mapping[str, Any] = MappingProxyType({}),
     graph: bool | None = None,
     graph_updates: bool | None = None,
 ) -> Callable[..., Any]:

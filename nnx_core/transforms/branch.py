@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from nnx_core._errors import StructureError
 from nnx_core.graph.pack import After, Leaves
 from nnx_core.graph.structure import GraphDef
+from nnx_core.transforms.carry import described
 from nnx_core.transforms.compile import PLAIN
 from nnx_core.transforms.lift import Lifted, Modes, name_of, remembered, unbound
 from nnx_core.variables import Variable
@@ -66,7 +67,8 @@ def _written(after: After) -> frozenset[int]:
 
 def _differ(first: Callable[..., Any], a: After, second: Callable[..., Any], b: After) -> StructureError:
     if a.result != b.result:
-        what = f"  {name_of(first)} returned:  {a.result.root!r}\n  {name_of(second)} returned:  {b.result.root!r}"
+        here, there = described(a.result.root), described(b.result.root)
+        what = f"  {name_of(first)} returned:  {here}\n  {name_of(second)} returned:  {there}"
     else:
         what = f"  {name_of(first)} changed:  {_changes(a)}\n  {name_of(second)} changed:  {_changes(b)}"
     return StructureError(

@@ -26,16 +26,19 @@ def same_form(before: Element, after: Element, path: Path, f: Callable[..., Any]
         return
     raise StructureError(
         f"{name_of(f)} must return its carry with the structure it was given; {show_path(path)} differs:\n"
-        f"  given:    {_show(before)}\n  returned: {_show(after)}\n"
+        f"  given:    {described(before)}\n  returned: {described(after)}\n"
         "Update modules in place and return the same objects."
     )
 
 
-def _show(d: Element) -> str:
+def described(d: Element) -> str:
+    """A structure in words, for errors."""
     if type(d) is Static:
         return repr(d.value)
     if type(d) is Node:
-        return f"{d.kind.__name__}({', '.join(map(str, d.keys))})"
+        plain = d.id is None and d.kind in (tuple, list)
+        parts = map(described, d.children) if plain else map(str, d.keys)
+        return f"{d.kind.__name__}({', '.join(parts)})"
     if type(d) is VariableDef:
         return d.kind.__name__
     return "an array or number" if type(d) is Leaf else "an object of the caller"

@@ -27,12 +27,14 @@ from nnx_core.graph.pack import AS_STATIC, After, Leaves, Packer, Place, Refs, U
 from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, VariableDef, nodes
 from nnx_core.state import State
 from nnx_core.transforms.autodiff import holds_object
+from nnx_core.transforms.carry import described
 from nnx_core.transforms.groups import Diff, DiffState, FilterGroups, Named, Out, Rest
 from nnx_core.transforms.lift import Lifted, Modes, dressed, name_of, optional_decorator, positional, unbound
 from nnx_core.variables import Variable, new_variable, thaw_metadata
 
 Residual = Named("residual")
 _ABSENT: Any = object()
+_FORM = "Give it the form of the value it belongs to; None stands for zero."
 
 
 class NoRuleError(NnxError, AttributeError):
@@ -89,7 +91,7 @@ def _member(d: Node, key: Hashable, tree: Any, path: Path) -> Any:
         return dict(zip(keys, children, strict=True)).get(key, _ABSENT)
     found = f"{len(tree)} items" if isinstance(tree, list | tuple) else f"a {type(tree).__name__}"
     raise SpecError(
-        f"{show_path(path)}: expected the form of a {d.kind.__name__} with {len(d.keys)} items, found {found}."
+        f"{show_path(path)}: expected the form of a {d.kind.__name__} with {len(d.keys)} items, found {found}. {_FORM}"
     )
 
 
@@ -112,7 +114,9 @@ def _fit(path: Path, primal: Any, given: Any) -> Any:
     try:
         parts = [None] * len(leaves) if given is None else treedef.flatten_up_to(given)
     except ValueError:
-        raise SpecError(f"{show_path(path)}: expected the form {treedef}, found {jax.tree.structure(given)}.") from None
+        raise SpecError(
+            f"{show_path(path)}: expected the form {treedef}, found {jax.tree.structure(given)}. {_FORM}"
+        ) from None
     return treedef.unflatten([_fit_leaf(path, p, part) for p, part in zip(leaves, parts, strict=True)])
 
 
@@ -123,9 +127,10 @@ def _fit_leaf(path: Path, primal: Any, given: Any) -> Any:
     if given is None:
         return jnp.zeros(shape, dtype)
     if kind_of(given) not in (ARRAY, NUMBER):
-        raise SpecError(f"{show_path(path)}: expected an array of shape {shape}, found a {type(given).__name__}.")
+        found = type(given).__name__
+        raise SpecError(f"{show_path(path)}: expected an array of shape {shape}, found a {found}. {_FORM}")
     if jnp.shape(given) != shape:
-        raise SpecError(f"{show_path(path)}: expected shape {shape}, found {jnp.shape(given)}.")
+        raise SpecError(f"{show_path(path)}: expected shape {shape}, found {jnp.shape(given)}. {_FORM}")
     if getattr(given, "dtype", None) == jax.dtypes.float0:
         return jnp.zeros(shape, dtype)
     return given if kind_of(given) == ARRAY else jnp.asarray(given, dtype)
@@ -148,7 +153,10 @@ class _Differential:
         if not self.has_aux:
             return out, None, detached(out)
         if not isinstance(out, tuple) or len(out) != 2:
-            raise SpecError(f"{name_of(self.f)} has_aux=True: expected (value, aux), found {type(out).__name__}.")
+            raise SpecError(
+                f"{name_of(self.f)} has_aux=True: expected (value, aux), found {type(out).__name__}."
+                " Return a pair, or leave has_aux out."
+            )
         return *out, detached(out[0])
 
     def lifted(self, count: int) -> Lifted:
@@ -288,7 +296,10 @@ def jvp(
     differential = _Differential(f, has_aux, Modes.of(graph, graph_updates))
     if primals is not None:
         if tangents is None:
-            raise TypeError(f"jvp of {name_of(f)}: expected tangents beside the primals, found none.")
+            raise TypeError(
+                f"jvp of {name_of(f)}: expected tangents beside the primals, found none. Give one for each primal;"
+                " None is zero."
+            )
         return differential.jvp(tuple(primals), tangents)
 
     def call(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
@@ -367,7 +378,7 @@ class _CustomVjp:
             if not 0 <= number < len(args):
                 raise SpecError(
                     f"nondiff_argnums {argnum} is out of range: {name_of(self.f)} was called with {len(args)}"
-                    " arguments."
+                    f" arguments. Expected 0 to {len(args) - 1}."
                 )
             if isinstance(argnum, DiffState):
                 specs[number] = FilterGroups(((argnum.filter, Diff), (..., Rest)))
@@ -390,7 +401,8 @@ class _CustomVjp:
             assert self.fwd is not None  # see call
             pair = self.fwd(*args)
             if not isinstance(pair, tuple) or len(pair) != 2:
-                raise SpecError(f"{name_of(self.fwd)} must return (out, residual), found {type(pair).__name__}.")
+                found = type(pair).__name__
+                raise SpecError(f"{name_of(self.fwd)} must return (out, residual), found {found}. Return a pair.")
             return pair[0], detached(([args[i] for i in fixed], pair[1]), kept_specs)
 
         lifted = Lifted(ahead, _CUSTOM, specs, (Out, Residual), modes=self.modes)
@@ -457,9 +469,9 @@ def _is_static(x: Any) -> bool:
 
 
 def _differ(f: Callable[..., Any], a: After, fwd: Any, b: After) -> StructureError:
-    what = "result" if a.result != b.result else "effects on the arguments"
+    what = "result differs" if a.result != b.result else "effects on the arguments differ"
     return StructureError(
-        f"{name_of(fwd)} must do what {name_of(f)} does, and return (out, residual); the {what} differ:\n"
+        f"{name_of(fwd)} must do what {name_of(f)} does, and return (out, residual); the {what}:\n"
         f"  {name_of(f)}: {_show(a)}\n  {name_of(fwd)}: {_show(b)}\n"
         f"Let it call {name_of(f)} itself."
     )
@@ -467,7 +479,7 @@ def _differ(f: Callable[..., Any], a: After, fwd: Any, b: After) -> StructureErr
 
 def _show(after: After) -> str:
     keys = [k for change in after.objects for k in (*dict(change.set), *change.removed)]
-    return f"returns {after.result.root!r}, writes {len(after.variables)} Variables, sets or removes {keys}"
+    return f"returns {described(after.result.root)}, writes {len(after.variables)} Variables, sets or removes {keys}"
 
 
 def _states(form: Node, updates: Any, refs: Refs, primals: tuple[Leaves, Leaves]) -> list[Any]:

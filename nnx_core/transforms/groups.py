@@ -4,7 +4,7 @@ Law: a `ByFilter` spec sends each leaf to the group of the first filter that mat
 equal iff they say the same. Knows filters; knows nothing of JAX's transforms.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 from nnx_core import filters as filterlib
@@ -12,6 +12,8 @@ from nnx_core._errors import FilterError, Path, SpecError, show_path
 from nnx_core.graph.pack import ByFilter
 from nnx_core.state import State, iter_leaves
 from nnx_core.variables import Variable
+
+_HOW = "Give an axis, a sharding or None, StateAxes or StateSharding of these, or a tuple, list or dict of them."
 
 
 class Carry:
@@ -42,21 +44,18 @@ class FilterGroups(ByFilter):
         if isinstance(rules, State):
             rules = [(filterlib.PathIn(path), _content(group)) for path, group in iter_leaves(rules)]
         pairs = tuple(rules.items()) if isinstance(rules, Mapping) else tuple(rules)
+        self._given = tuple(f for f, _ in pairs)
         self.rules = tuple((filterlib.to_predicate(f), group) for f, group in pairs)
 
     @property
     def filters(self) -> tuple[Any, ...]:
-        """The filters, as predicates."""
-        return tuple(f for f, _ in self.rules)
+        """The filters, as they were given."""
+        return self._given
 
     @property
     def groups(self) -> tuple[Hashable, ...]:
         """The group of each filter."""
         return tuple(group for _, group in self.rules)
-
-    def items(self) -> Iterable[tuple[Any, Hashable]]:
-        """(filter, group) pairs."""
-        return self.rules
 
     def group(self, path: Path, value: Any) -> Hashable:
         for predicate, group in self.rules:
@@ -81,8 +80,28 @@ def _content(group: Any) -> Any:
     return group._raw_value if isinstance(group, Variable) else group
 
 
-class StateAxes(FilterGroups):
-    """Axes of a module's Variables for vmap, pmap and scan: `StateAxes({nnx.Param: 0, ...: None})`."""
+class StateAxes(FilterGroups, Mapping[Any, Hashable]):
+    """Axes of a module's Variables for vmap, pmap and scan: `StateAxes({nnx.Param: 0, ...: None})`.
+
+    A mapping too, from the filters as they were given to their axes.
+    """
+
+    def __init__(self, filter_axes: Mapping[Any, Hashable] | Iterable[tuple[Any, Hashable]], /):
+        super().__init__(filter_axes)
+
+    def __getitem__(self, filter: filterlib.Filter) -> Hashable:
+        for given, axis in zip(self._given, self.groups, strict=True):
+            if given == filter:
+                return axis
+        raise KeyError(f"{self!r} has no axis for the filter {filter}; it has {list(self._given)}.")
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    __eq__, __hash__ = FilterGroups.__eq__, FilterGroups.__hash__  # and not those of a mapping
 
     @property
     def axes(self) -> tuple[Hashable, ...]:
@@ -92,6 +111,9 @@ class StateAxes(FilterGroups):
 
 class StateSharding(FilterGroups):
     """Shardings of a module's Variables for jit: `StateSharding({nnx.Param: sharding, ...: None})`."""
+
+    def __init__(self, filter_sharding: Mapping[Any, Hashable] | Iterable[tuple[Any, Hashable]], /):
+        super().__init__(filter_sharding)
 
     @property
     def shardings(self) -> tuple[Hashable, ...]:
@@ -140,7 +162,7 @@ def distinct(*specs: Any) -> tuple[Hashable, ...]:
             try:
                 found.setdefault(spec)
             except TypeError:
-                raise SpecError(f"{spec!r} cannot say how to treat a leaf: it is not hashable.") from None
+                raise SpecError(f"{spec!r} cannot say how to treat a leaf: it is not hashable. {_HOW}") from None
 
     for spec in specs:
         visit(spec)

@@ -229,17 +229,28 @@ def positional(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     bound = inspect.signature(f).bind(*args, **kwargs)
     bound.apply_defaults()
     if bound.kwargs:
-        raise TypeError(f"{name_of(f)}: {sorted(bound.kwargs)} are keyword-only, and specs are given by position.")
+        raise TypeError(
+            f"{name_of(f)}: {sorted(bound.kwargs)} are keyword-only, and specs are given by position."
+            " Let it take them by position, or bind them with functools.partial."
+        )
     return bound.args
 
 
 def optional_decorator(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a transform be used as `transform(f, ...)`, `@transform` and `@transform(...)`."""
+    """Lets a transform be used as `transform(f, ...)`, `@transform` and `@transform(...)`; also `transform(fun=f)`."""
+    first, *rest = inspect.signature(make).parameters.values()
+    required = [p.name for p in rest if p.default is p.empty]
 
     @functools.wraps(make)
-    def transform(f: Any = None, /, **options: Any) -> Any:
+    def transform(*given: Any, **options: Any) -> Any:
+        f = given[0] if given else options.pop(first.name, None)
+        if len(given) > 1 or (f is not None and first.name in options):
+            raise TypeError(f"{make.__name__} takes one function by position; its options have names. Write them out.")
+        if missing := [name for name in required if name not in options]:
+            raise TypeError(f"{make.__name__} needs {', '.join(f'{name}=' for name in missing)}.")
         if f is None or f is ...:
             return lambda f: make(f, **options)
         return make(f, **options)
 
+    transform.__signature__ = inspect.Signature([first.replace(default=None), *rest])  # type: ignore[attr-defined]
     return transform

@@ -8,6 +8,7 @@ carried, and of what is sliced only what was written is stacked again.
 
 import functools
 from collections.abc import Callable, Hashable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -129,7 +130,7 @@ def scan(
     _split_transpose: bool = False,
     in_axes: Any = (Carry, 0),
     out_axes: Any = (Carry, 0),
-    transform_metadata: Mapping[str, Any] | None = None,
+    transform_metadata: Mapping[str, Any] = MappingProxyType({}),
     graph: bool | None = None,
     graph_updates: bool | None = None,
 ) -> Callable[..., Any]:
@@ -201,7 +202,9 @@ class _While:
         def test(carry: Leaves) -> Any:
             after, (_, (result, *_)) = self.cond.pure(graphdef, carry)
             if after.variables or after.objects:
-                raise StructureError(f"while_loop: {name_of(self.cond.f)}, the condition, must not write anything.")
+                raise StructureError(
+                    f"while_loop: {name_of(self.cond.f)}, the condition, must not write anything. Write in the body."
+                )
             return result
 
         def step(carry: Leaves) -> Leaves:

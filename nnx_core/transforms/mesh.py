@@ -6,6 +6,7 @@ is put together again under the spec the leaf came with. A Variable has one spec
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -35,7 +36,10 @@ def _by_argument(name: str, f: Callable[..., Any], specs: Any, count: int) -> tu
     if type(specs) not in (tuple, list):  # a PartitionSpec is a tuple in some versions of JAX
         return (specs,) * count
     if len(specs) != count:
-        raise SpecError(f"{name} has {len(specs)} items, and {name_of(f)} was called with {count} arguments.")
+        raise SpecError(
+            f"{name} has {len(specs)} items, and {name_of(f)} was called with {count} arguments."
+            " Give one for each, or one for all that is no tuple."
+        )
     return tuple(specs)
 
 
@@ -121,7 +125,10 @@ def _positions(f: Callable[..., Any], option: str, given: int | Iterable[int], c
     numbers = (given,) if isinstance(given, int) else tuple(given)
     found = {n + offset if n >= 0 else n + count for n in numbers}
     if bad := [n for n in numbers if not -(count - offset) <= n < count - offset]:
-        raise SpecError(f"{option} {bad} is out of range: {name_of(f)} was called with {count - offset} arguments.")
+        raise SpecError(
+            f"{option} {bad} is out of range: {name_of(f)} was called with {count - offset} arguments."
+            f" Expected 0 to {count - offset - 1}."
+        )
     return found
 
 
@@ -137,7 +144,7 @@ def pmap(
     backend: str | None = None,
     axis_size: int | None = None,
     donate_argnums: int | Iterable[int] = (),
-    transform_metadata: Mapping[str, Any] | None = None,
+    transform_metadata: Mapping[str, Any] = MappingProxyType({}),
     graph: bool | None = None,
     graph_updates: bool | None = None,
 ) -> Callable[..., Any]:

@@ -40,11 +40,10 @@ def test_a_lost_write_is_named(name):
     net = Net(nnx.Rngs(0))
     with pytest.warns(nnx.LostWriteWarning, match=r"BatchStat.* at Net\.blocks\[0\]\.mean(.|\n)*writes back"):
         LOSES[name](net)
-        gc.collect()
 
 
 def test_a_lost_attribute_is_named():
-    with pytest.warns(nnx.LostWriteWarning, match=r"attribute 'cache' of Net at Net"):
+    with pytest.warns(nnx.LostWriteWarning, match=r"wrote to\n  attribute 'cache' of Net\n"):
         jax.jit(lambda m: setattr(m, "cache", nnx.Cache(jnp.zeros(2))))(Net(nnx.Rngs(0)))
 
 

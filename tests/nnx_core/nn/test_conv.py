@@ -9,6 +9,7 @@ import pytest
 from flax import linen
 
 import nnx_core as nnx
+from nnx_core.nn._errors import OptionError
 from tests.layers import LAYERS
 from tests.tolerance import assert_trees_equal
 from tests.twins import assert_equal_to_twin
@@ -52,6 +53,9 @@ OPTIONS = {
     "mask": conv((3, 3), mask=MASK),
     "no-batch": conv((3, 3), shape=(5, 7, 4)),
     "no-batch-circular": conv((3, 3), shape=(5, 7, 4), padding="CIRCULAR"),
+    "no-batch-causal": conv(3, shape=(7, 4), padding="CAUSAL"),
+    "two-batch-axes-reflect": conv((3, 3), shape=(2, 3, 5, 7, 4), padding="REFLECT"),
+    "mask-groups": conv((3, 3), mask=MASK[..., :2, :], feature_group_count=2),
     "three-batch-axes": conv((3, 3), shape=(2, 1, 3, 5, 7, 4)),
     "empty-batch": conv((3, 3), shape=(0, 2, 5, 7, 4)),
     "precision": conv((3, 3), precision=jax.lax.Precision.HIGHEST),
@@ -101,3 +105,10 @@ def test_batch_axes_are_independent():
     x = jax.random.normal(jax.random.key(0), (2, 3, 5, 3))
     one_by_one = jnp.stack([jnp.stack([layer(row) for row in rows]) for rows in x])
     assert_trees_equal(layer(x), one_by_one)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "circular"])
+def test_input_dilation_needs_padding_in_integers(padding):
+    message = rf"(?s)^Conv\(\.\.\., input_dilation=.*1, or a padding in integers.*found +\(1, 2\), padding {padding}"
+    with pytest.raises(OptionError, match=message):
+        nnx.Conv(3, 4, (3, 3), input_dilation=(1, 2), padding=padding, rngs=nnx.Rngs(0))

@@ -31,8 +31,10 @@ DTYPES += [(F32, BF16, F32), (F32, F16, F32), (BF16, F32, BF16), (BF16, BF16, BF
 
 @pytest.mark.parametrize(("inputs", "dtype", "param_dtype"), DTYPES, ids=dtype_name)
 @pytest.mark.parametrize(("layer", "train"), CASES)
-def test_forward_updates_and_gradients(layer, train, inputs, dtype, param_dtype):
-    assert_equal_to_twin(layer, train=train, inputs=inputs, dtype=dtype, param_dtype=param_dtype)
+@pytest.mark.accelerator
+def test_forward_updates_and_gradients(layer, train, inputs, dtype, param_dtype, record_property):
+    figures = assert_equal_to_twin(layer, train=train, inputs=inputs, dtype=dtype, param_dtype=param_dtype)
+    record_property("layer_matrix", (layer.name, "jit", figures))
 
 
 @pytest.mark.parametrize("inputs", HALF, ids=dtype_name)

@@ -1,0 +1,214 @@
+"""Locally connected layers: convolutions whose kernel is another one at every position of the output.
+
+Law: the arithmetic, its order and its dtypes are flax.linen's, so equal weights give equal bits. Channels are
+last; any number of batch axes comes first. Knows nothing of how parameters are stored or traced.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nnx_core.graph.objects import data
+from nnx_core.kinds import Param
+from nnx_core.module import Module
+from nnx_core.nn import dtypes
+from nnx_core.nn._errors import InputShapeError, require_rngs
+from nnx_core.nn._windows import (
+    CONV_PADDINGS,
+    PaddingLike,
+    PerAxis,
+    channels_last,
+    check_input,
+    check_input_dilation,
+    check_mask,
+    check_padding,
+    check_per_axis,
+    each_axis,
+    fail,
+    hashable,
+    merge_batch,
+    pad_inputs,
+    sizes,
+    split_batch,
+)
+from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
+from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
+from nnx_core.rngs import Rngs
+
+
+class ConvLocal(Module):
+    """Convolution with its own kernel for each output position, by `jax.lax.conv_general_dilated_local`.
+
+    It is `Conv` without shared weights: flax.nnx has no such layer, flax.linen's learns the input's size from the
+    first input. Here it is an argument, `in_spatial_shape`, since there is one kernel for each output position
+    and so their number depends on it. With `P = out_spatial_shape`:
+
+    `kernel` is a Param of shape `(*P, in_features * prod(kernel_size), out_features)` whose middle axis counts
+    input features first, then the window's pixels; `bias` is one of shape `(*P, out_features)` or None.
+
+    Args:
+      in_features: size of the last axis of the input.
+      out_features: size of the last axis of the output.
+      kernel_size: one integer for each spatial axis; a single integer means one axis.
+      strides: between windows; one for all axes, or one for each.
+      in_spatial_shape: the sizes of the input's spatial axes; a single integer means one axis.
+      padding: as in `Conv`: "SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL"; an integer for all
+        sides; or for each axis an integer for both sides or a pair (before, after).
+      input_dilation: spread the input by this factor; needs padding in integers.
+      kernel_dilation: spread the window by this factor.
+      use_bias: whether to add a bias.
+      mask: array of the shape of the kernel, multiplied onto it.
+      dtype: the dtype of the computation (None: promoted from input and parameters).
+      param_dtype: the dtype of the parameters.
+      precision: of the products, see `jax.lax.Precision`.
+      kernel_init: initializer of the kernel. As in Linen it is called with the shape above, and the default one
+        takes the output positions for a part of the fan-in. For outputs of unit variance pass
+        `nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=range(rank))`.
+      bias_init: initializer of the bias.
+      promote_dtype: called with `(inputs, kernel, bias)` and `dtype`; returns them in one dtype.
+      rngs: source of the initial values; the stream `params`, one key a parameter.
+      kernel_metadata: metadata of the kernel.
+      bias_metadata: metadata of the bias.
+
+    Raises:
+      OptionError: options that do not fit the kernel size or the size of the input.
+      MissingRngsError: `rngs` is not an Rngs.
+
+    >>> import jax.numpy as jnp
+    >>> import nnx_core as nnx
+    >>> layer = nnx.ConvLocal(3, 4, kernel_size=(3, 3), strides=2, in_spatial_shape=(8, 6), rngs=nnx.Rngs(0))
+    >>> layer.out_spatial_shape, layer.kernel.shape, layer.bias.shape
+    ((4, 3), (4, 3, 27, 4), (4, 3, 4))
+    >>> layer(jnp.ones((5, 8, 6, 3))).shape
+    (5, 4, 3, 4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: PerAxis = 1,
+        *,
+        in_spatial_shape: int | Sequence[int],
+        padding: PaddingLike = "SAME",
+        input_dilation: PerAxis = 1,
+        kernel_dilation: PerAxis = 1,
+        use_bias: bool = True,
+        mask: jax.Array | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: lax.PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        require_rngs(self, rngs)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kernel_size = sizes(kernel_size)
+        self.strides = hashable(strides)
+        self.in_spatial_shape = sizes(in_spatial_shape)
+        self.padding = hashable(padding)
+        self.input_dilation = hashable(input_dilation)
+        self.kernel_dilation = hashable(kernel_dilation)
+        self.use_bias = use_bias
+        self.mask = data(mask)
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.promote_dtype = promote_dtype
+        check_per_axis(self, "strides", "input_dilation", "kernel_dilation")
+        check_padding(self, CONV_PADDINGS)
+        check_input_dilation(self)
+        self.out_spatial_shape = _out_spatial_shape(self)
+        self.kernel_shape = (*self.out_spatial_shape, in_features * prod(self.kernel_size), out_features)
+        check_mask(self)
+        self.kernel = Param(kernel_init(rngs.params(), self.kernel_shape, param_dtype), **kernel_metadata)
+        bias_shape = (*self.out_spatial_shape, out_features)
+        # `data`: without a bias the place stays one where a Param may be put later.
+        self.bias: Param | None = data(
+            Param(bias_init(rngs.params(), bias_shape, param_dtype), **bias_metadata) if use_bias else None
+        )
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Apply the layer.
+
+        Args:
+          inputs: `[*batch, *in_spatial_shape, in_features]` with any number of batch axes: none, one, or several,
+            which are flattened for the computation.
+
+        Returns:
+          `[*batch, *out_spatial_shape, out_features]`, in `dtype`, or the dtype promoted from inputs and parameters.
+
+        Raises:
+          InputShapeError: too few axes, other spatial sizes, or the last axis does not fit the kernel.
+        """
+        inputs = jnp.asarray(inputs)
+        kernel = self.kernel[...]
+        bias = None if self.bias is None else self.bias[...]
+        # Not `in_features`: inside shard_map the kernel is a shard of its own size, and users replace it.
+        features = kernel.shape[-2] // prod(self.kernel_size)
+        rank = len(self.kernel_size)
+        check_input(self, inputs.shape, features)
+        if inputs.shape[-rank - 1 : -1] != self.in_spatial_shape:
+            expected = f"(*batch, {', '.join(map(str, self.in_spatial_shape))}, {features})"
+            fix = "There is one kernel for each position: construct the layer with the in_spatial_shape of its input."
+            raise InputShapeError(self, expected, inputs.shape, fix)
+        inputs, batch = merge_batch(inputs, rank)
+        # The order padding, mask, promotion is Linen's, and the gradients of bfloat16 inputs depend on it.
+        dilation = each_axis(self.kernel_dilation, rank)
+        inputs, padding = pad_inputs(inputs, self.padding, self.kernel_size, dilation)
+        if self.mask is not None:
+            kernel = kernel * self.mask
+        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        y = lax.conv_general_dilated_local(
+            inputs,
+            kernel,
+            each_axis(self.strides, rank),
+            padding,
+            self.kernel_size,
+            lhs_dilation=each_axis(self.input_dilation, rank),
+            rhs_dilation=dilation,
+            dimension_numbers=channels_last(rank),
+            precision=self.precision,
+        )
+        if bias is not None:
+            y = y + jnp.reshape(bias, (1, *bias.shape))
+        return split_batch(y, batch)
+
+
+def _out_spatial_shape(layer: ConvLocal) -> tuple[int, ...]:
+    """How many windows there are along each axis: what a convolution with shared weights would return."""
+    rank = len(layer.kernel_size)
+    if len(layer.in_spatial_shape) != rank:
+        fail(layer, "in_spatial_shape", f"{rank} integers, one for each spatial axis", layer.in_spatial_shape)
+
+    def convolve(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        dilation = each_axis(layer.kernel_dilation, rank)
+        inputs, padding = pad_inputs(inputs, layer.padding, layer.kernel_size, dilation)
+        return lax.conv_general_dilated(
+            inputs,
+            kernel,
+            each_axis(layer.strides, rank),
+            padding,
+            each_axis(layer.input_dilation, rank),
+            dilation,
+            channels_last(rank),
+        )
+
+    image = jax.ShapeDtypeStruct((1, *layer.in_spatial_shape, 1), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((*layer.kernel_size, 1, 1), jnp.float32)
+    shape = jax.eval_shape(convolve, image, kernel).shape[1:-1]
+    if 0 in shape:
+        found = f"{layer.in_spatial_shape}, which gives an output of {shape}"
+        fail(layer, "in_spatial_shape", "an input that is at least as large as the window", found)
+    return shape

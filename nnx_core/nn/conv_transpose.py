@@ -1,0 +1,210 @@
+"""Transposed convolutions: the output is larger than the input by the factor `strides`.
+
+Law: the arithmetic, its order and its dtypes are flax.linen's, so equal weights give equal bits. Channels are
+last; any number of batch axes comes first. Knows nothing of how parameters are stored or traced.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nnx_core.graph.objects import data
+from nnx_core.kinds import Param
+from nnx_core.module import Module
+from nnx_core.nn import dtypes
+from nnx_core.nn._errors import require_rngs
+from nnx_core.nn._windows import (
+    LAX_PADDINGS,
+    LaxPadding,
+    PaddingLike,
+    PerAxis,
+    check_input,
+    check_mask,
+    check_padding,
+    check_per_axis,
+    each_axis,
+    explicit_padding,
+    fail,
+    hashable,
+    merge_batch,
+    sizes,
+    split_batch,
+)
+from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
+from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
+from nnx_core.rngs import Rngs
+
+
+class ConvTranspose(Module):
+    """Transposed ("fractionally strided") convolution by `jax.lax.conv_transpose`.
+
+    `kernel` is a Param of shape `(*kernel_size, in_features, out_features)`, with `transpose_kernel`
+    `(*kernel_size, out_features, in_features)`; `bias` is one of shape `(out_features,)` or None.
+    Zeros are put between the pixels of the input, `strides - 1` of them, then a convolution runs over it
+    (Dumoulin & Visin 2016, https://arxiv.org/abs/1603.07285, chapter 4).
+
+    Args:
+      in_features: size of the last axis of the input.
+      out_features: size of the last axis of the output.
+      kernel_size: one integer for each spatial axis; a single integer means one axis.
+      strides: the factor by which an axis grows; one for all axes, or one for each; None is 1.
+      padding: "SAME", output `n * strides` for an input of n pixels ("SAME_LOWER", only without strides: the odd
+        pixel before, not after); "VALID", every output that an input reaches, which is
+        `n * strides + max(d * (k - 1) + 1 - strides, 0)` for a kernel of size k and dilation d; "CIRCULAR"
+        (periodic), output `n * strides`; "CAUSAL" (one axis), output `n * strides` whose i-th pixel depends on
+        the inputs up to `i // strides`. Or an integer for all sides; or for each axis an integer for both sides or
+        a pair (before, after): zeros around the spread input. That is not PyTorch's `padding` p, which is
+        `d * (k - 1) - p` here.
+      kernel_dilation: spread the kernel by this factor ("atrous", Chen et al. 2017, arXiv:1606.00915).
+      use_bias: whether to add a bias.
+      mask: array of the shape of the kernel, multiplied onto it (van den Oord et al. 2016, arXiv:1601.06759).
+      dtype: the dtype of the computation (None: promoted from input and parameters).
+      param_dtype: the dtype of the parameters.
+      precision: of the products, see `jax.lax.Precision`.
+      kernel_init: initializer of the kernel.
+      bias_init: initializer of the bias.
+      transpose_kernel: flip the kernel's spatial axes and swap its features, as Keras does: the layer is then the
+        gradient of the `Conv` with that kernel with respect to its input.
+      promote_dtype: called with `(inputs, kernel, bias)` and `dtype`; returns them in one dtype.
+      preferred_element_type: dtype in which the convolution accumulates and that it returns.
+      rngs: source of the initial values; the stream `params`, one key a parameter.
+      kernel_metadata: metadata of the kernel.
+      bias_metadata: metadata of the bias.
+
+    Raises:
+      OptionError: options that do not fit the kernel size.
+      MissingRngsError: `rngs` is not an Rngs.
+
+    >>> import jax.numpy as jnp
+    >>> import nnx_core as nnx
+    >>> layer = nnx.ConvTranspose(3, 4, kernel_size=(3, 3), strides=2, rngs=nnx.Rngs(0))
+    >>> layer.kernel.shape
+    (3, 3, 3, 4)
+    >>> layer(jnp.ones((5, 8, 8, 3))).shape
+    (5, 16, 16, 4)
+    >>> layer(jnp.ones((8, 8, 3))).shape
+    (16, 16, 4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: PerAxis = None,
+        *,
+        padding: PaddingLike = "SAME",
+        kernel_dilation: PerAxis = None,
+        use_bias: bool = True,
+        mask: jax.Array | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: lax.PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        transpose_kernel: bool = False,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None,
+        rngs: Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        require_rngs(self, rngs)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kernel_size = sizes(kernel_size)
+        self.strides = hashable(strides)
+        self.padding = hashable(padding)
+        self.kernel_dilation = hashable(kernel_dilation)
+        self.use_bias = use_bias
+        self.mask = data(mask)
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.transpose_kernel = transpose_kernel
+        self.promote_dtype = promote_dtype
+        self.preferred_element_type = preferred_element_type
+        features = (out_features, in_features) if transpose_kernel else (in_features, out_features)
+        self.kernel_shape = (*self.kernel_size, *features)
+        check_per_axis(self, "strides", "kernel_dilation")
+        check_padding(self, (*LAX_PADDINGS, "CIRCULAR", "CAUSAL"))
+        if str(padding).upper() == "SAME_LOWER" and set(each_axis(self.strides, 1)) != {1}:
+            fail(self, "padding", "SAME_LOWER only without strides", f"strides {self.strides}")
+        check_mask(self)
+        self.kernel = Param(kernel_init(rngs.params(), self.kernel_shape, param_dtype), **kernel_metadata)
+        # `data`: without a bias the place stays one where a Param may be put later.
+        self.bias: Param | None = data(
+            Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata) if use_bias else None
+        )
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Apply the layer.
+
+        Args:
+          inputs: `[*batch, *spatial, in_features]` with as many spatial axes as `kernel_size` has entries,
+            and any number of batch axes: none, one, or several, which are flattened for the convolution.
+
+        Returns:
+          `[*batch, *spatial', out_features]`, in `dtype`, or the dtype promoted from inputs and parameters.
+
+        Raises:
+          InputShapeError: too few axes, or the last axis does not fit the kernel.
+        """
+        inputs = jnp.asarray(inputs)
+        kernel = self.kernel[...]
+        bias = None if self.bias is None else self.bias[...]
+        # Not `in_features`: inside shard_map the kernel is a shard of its own size, and users replace it.
+        check_input(self, inputs.shape, kernel.shape[-1 if self.transpose_kernel else -2])
+        rank = len(self.kernel_size)
+        inputs, batch = merge_batch(inputs, rank)
+        if self.mask is not None:
+            kernel = kernel * self.mask
+        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        strides = each_axis(self.strides, rank)
+        y = lax.conv_transpose(
+            inputs,
+            kernel,
+            strides,
+            self._lax_padding(),
+            rhs_dilation=each_axis(self.kernel_dilation, rank),
+            transpose_kernel=self.transpose_kernel,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+        if isinstance(self.padding, str) and self.padding.upper() == "CIRCULAR":
+            for axis, stride in enumerate(strides, start=1):
+                y = _wrap(y, axis, inputs.shape[axis] * stride, keep_left=not self.transpose_kernel)
+        if bias is not None:
+            y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        return split_batch(y, batch)
+
+    def _lax_padding(self) -> LaxPadding:
+        padding = explicit_padding(self.padding, len(self.kernel_size))
+        if padding == "CIRCULAR":
+            return "VALID"
+        if padding == "CAUSAL":
+            [size], [stride] = self.kernel_size, each_axis(self.strides, 1)
+            return [((size - 1) * each_axis(self.kernel_dilation, 1)[0], stride - 1)]
+        return padding
+
+
+def _wrap(y: jax.Array, axis: int, period: int, *, keep_left: bool) -> jax.Array:
+    """Add up what lies a multiple of `period` apart, so that the middle of `y` stays where it is.
+
+    What a kernel puts beyond one edge comes in again at the other. If the surplus is odd, the pixel without a
+    counterpart is beyond the right edge (`keep_left`) or beyond the left one.
+    """
+    surplus = y.shape[axis] - period
+    if surplus == 0:
+        return y
+    larger = (surplus + 1) // 2
+    before = surplus - larger if keep_left else larger
+    turns = -(-larger // period)
+    widths = [(0, 0)] * y.ndim
+    widths[axis] = (turns * period - before, turns * period - (surplus - before))
+    shape = (*y.shape[:axis], 2 * turns + 1, period, *y.shape[axis + 1 :])
+    return jnp.sum(jnp.reshape(jnp.pad(y, widths), shape), axis=axis)

@@ -1,0 +1,418 @@
+"""Layers that are one product of an input with a kernel, over any axes.
+
+Law: the arithmetic, its order and its dtypes are flax.linen's, so equal weights give equal bits.
+Knows nothing of how parameters are stored or traced.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nnx_core.graph.objects import data
+from nnx_core.kinds import Param
+from nnx_core.module import Module
+from nnx_core.nn import dtypes
+from nnx_core.nn._errors import InputShapeError, OptionError, require_rngs
+from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
+from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
+from nnx_core.rngs import Rngs
+from nnx_core.variables import VariableMetadata
+
+Sizes = int | Sequence[int]
+Shape = Sequence[int]
+Labels = tuple[str | int, ...]  # of the axes of one operand; those behind `...` are -1, -2, ... from the right
+
+
+class LinearGeneral(Module):
+    """y = x · kernel + bias over any axes of the input, with any number of output axes.
+
+    `kernel` is a Param of shape `(*batch, *in_features, *out_features)`, `bias` one of shape
+    `(*batch, *out_features)` or None, where `batch` are the sizes in `batch_axis`. The kernel is initialized
+    as a matrix, so that its variance is that of `nnx.Linear`.
+
+    Args:
+      in_features: sizes of the axes that are contracted, in the order in which the input has them.
+      out_features: sizes of the axes that take their place, at the end.
+      axis: the axes to contract, as many as `in_features`. They are taken in the order in which the input
+        has them, whatever order they are given in.
+      batch_axis: leading axes, 0 or 0, 1 and so on, and their sizes: each index has a kernel of its own.
+      use_bias: whether to add a bias.
+      dtype: the dtype of the computation (None: promoted from input and parameters).
+      param_dtype: the dtype of the parameters.
+      kernel_init: initializer of the kernel, called with the shape of a matrix.
+      bias_init: initializer of the bias, called with the shape of a vector.
+      precision: of the product, see `jax.lax.Precision`.
+      promote_dtype: called with `(inputs, kernel, bias)` and `dtype`; returns them in one dtype.
+      dot_general: in place of `jax.lax.dot_general`, with its arguments.
+      dot_general_cls: called without arguments for each call of the layer; what it returns goes before
+        `dot_general`.
+      preferred_element_type: dtype in which the product accumulates and that it returns.
+      rngs: source of the initial values; the stream `params`, one key a parameter.
+      kernel_metadata: metadata of the kernel.
+      bias_metadata: metadata of the bias.
+
+    Raises:
+      OptionError: `axis` and `in_features` differ in length, or `batch_axis` are not the leading axes.
+      MissingRngsError: `rngs` is not an Rngs.
+
+    >>> import jax.numpy as jnp
+    >>> import nnx_core as nnx
+    >>> layer = nnx.LinearGeneral((2, 3), (4, 5), axis=(1, -1), rngs=nnx.Rngs(0))
+    >>> layer.kernel.shape, layer.bias.shape
+    ((2, 3, 4, 5), (4, 5))
+    >>> layer(jnp.ones((16, 2, 3))).shape
+    (16, 4, 5)
+    >>> experts = nnx.LinearGeneral(3, 4, batch_axis={0: 7}, rngs=nnx.Rngs(0))
+    >>> experts.kernel.shape, experts(jnp.ones((7, 16, 3))).shape
+    ((7, 3, 4), (7, 16, 4))
+    """
+
+    def __init__(
+        self,
+        in_features: Sizes,
+        out_features: Sizes,
+        *,
+        axis: Sizes = -1,
+        batch_axis: Mapping[int, int] = MappingProxyType({}),
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        precision: lax.PrecisionLike = None,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        dot_general: Callable[..., jax.Array] | None = None,
+        dot_general_cls: Any = None,
+        preferred_element_type: Dtype | None = None,
+        rngs: Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        require_rngs(self, rngs)
+        self.in_features = _as_tuple(in_features)
+        self.out_features = _as_tuple(out_features)
+        self.axis = _as_tuple(axis)
+        self.batch_axis = _AxisSizes(batch_axis)
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.promote_dtype = promote_dtype
+        self.dot_general = dot_general
+        self.dot_general_cls = dot_general_cls
+        self.preferred_element_type = preferred_element_type
+        _check_axes(self)
+        batch = tuple(self.batch_axis.values())
+        shape = (*batch, *self.in_features, *self.out_features)
+        matrix = (math.prod(batch + self.in_features), math.prod(self.out_features))
+        kernel = _reshaped(kernel_init(rngs.params(), matrix, param_dtype), shape)
+        self.kernel = Param(kernel, **kernel_metadata)
+        self.bias: Param | None = data(None)  # `data`: the place stays one where a Param may be put later
+        if use_bias:
+            shape = (*batch, *self.out_features)
+            bias = _reshaped(bias_init(rngs.params(), (math.prod(shape),), param_dtype), shape)
+            self.bias = Param(bias, **bias_metadata)
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Apply the layer.
+
+        Args:
+          inputs: any number of axes, `in_features` on `axis` and the sizes of `batch_axis` on those.
+          out_sharding: of the product, in JAX's explicit sharding mode.
+
+        Returns:
+          `[*batch, *free, *out_features]`, where `free` are the axes of the input that are neither, in
+          `dtype`, or the dtype promoted from inputs and parameters.
+
+        Raises:
+          InputShapeError: the contracted or batch axes do not exist or do not fit the kernel.
+        """
+        kernel = self.kernel[...]
+        bias = None if self.bias is None else self.bias[...]
+        axes = _contracted(self, jnp.shape(inputs), kernel.shape)
+        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        batch = tuple(range(len(self.batch_axis)))
+        dot_general = self.dot_general or lax.dot_general
+        if self.dot_general_cls is not None:
+            dot_general = self.dot_general_cls()
+        y = dot_general(
+            inputs,
+            kernel,
+            ((axes, tuple(range(len(batch), len(batch) + len(axes)))), (batch, batch)),
+            precision=self.precision,
+            out_sharding=out_sharding,
+            **_element_type(self),
+        )
+        if bias is not None:
+            own = bias.shape[: len(batch)], bias.shape[len(batch) :]
+            y = y + jnp.reshape(bias, (*own[0], *(1,) * (y.ndim - bias.ndim), *own[1]))
+        return y
+
+
+class Einsum(Module):
+    """y = einsum(x, kernel) + bias.
+
+    `kernel` is a Param of shape `kernel_shape`, `bias` one of shape `bias_shape` or None.
+
+    Args:
+      einsum_str: an equation of two operands, the input and the kernel, with an explicit result:
+        `"nta,hab->nthb"`; spaces are ignored. None leaves it to the call.
+      kernel_shape: shape of the kernel.
+      bias_shape: shape of the bias, which is added along the axes that the result has from the kernel: their
+        sizes, in the order of the result. None: no bias.
+      dtype: the dtype of the computation (None: promoted from input and parameters).
+      param_dtype: the dtype of the parameters.
+      precision: of the product, see `jax.lax.Precision`.
+      kernel_init: initializer of the kernel.
+      bias_init: initializer of the bias.
+      promote_dtype: called with `(inputs, kernel, bias)` and `dtype`; returns them in one dtype.
+      einsum_op: in place of `jax.numpy.einsum`, with its arguments.
+      preferred_element_type: dtype in which the product accumulates and that it returns.
+      rngs: source of the initial values; the stream `params`, one key a parameter.
+      kernel_metadata: metadata of the kernel.
+      bias_metadata: metadata of the bias.
+
+    Raises:
+      OptionError: `einsum_str` is no such equation, or the shapes do not fit it.
+      MissingRngsError: `rngs` is not an Rngs.
+
+    >>> import jax.numpy as jnp
+    >>> import nnx_core as nnx
+    >>> layer = nnx.Einsum("nta,hab->nthb", (8, 2, 4), (8, 4), rngs=nnx.Rngs(0))
+    >>> layer.kernel.shape, layer.bias.shape
+    ((8, 2, 4), (8, 4))
+    >>> layer(jnp.ones((16, 11, 2))).shape
+    (16, 11, 8, 4)
+    """
+
+    def __init__(
+        self,
+        einsum_str: str | None,
+        kernel_shape: Shape,
+        bias_shape: Shape | None = None,
+        *,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: lax.PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        einsum_op: Callable[..., jax.Array] = jnp.einsum,
+        preferred_element_type: Dtype | None = None,
+        rngs: Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        require_rngs(self, rngs)
+        self.einsum_str = None if einsum_str is None else einsum_str.replace(" ", "")
+        self.kernel_shape = tuple(kernel_shape)
+        self.bias_shape = None if bias_shape is None else tuple(bias_shape)
+        if self.einsum_str is not None:
+            _check_equation(self, self.einsum_str, self.kernel_shape, self.bias_shape)
+        self.kernel = Param(kernel_init(rngs.params(), self.kernel_shape, param_dtype), **kernel_metadata)
+        # `data`: without a bias the place stays one where a Param may be put later.
+        self.bias: Param | None = data(
+            None
+            if self.bias_shape is None
+            else Param(bias_init(rngs.params(), self.bias_shape, param_dtype), **bias_metadata)
+        )
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.promote_dtype = promote_dtype
+        self.einsum_op = einsum_op
+        self.preferred_element_type = preferred_element_type
+
+    def __call__(self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None) -> jax.Array:
+        """Apply the layer.
+
+        Args:
+          inputs: the first operand of the equation.
+          einsum_str: goes before the layer's own.
+          out_sharding: of the product, in JAX's explicit sharding mode.
+
+        Returns:
+          What the equation says, in `dtype`, or the dtype promoted from inputs and parameters.
+
+        Raises:
+          OptionError: there is no equation, or it does not fit kernel and bias.
+          InputShapeError: the input does not fit the equation.
+        """
+        equation = self.einsum_str if einsum_str is None else einsum_str.replace(" ", "")
+        kernel = self.kernel[...]
+        bias = None if self.bias is None else self.bias[...]
+        _check_equation(self, equation, kernel.shape, None if bias is None else bias.shape)
+        _check_operand(self, equation, jnp.shape(inputs), kernel.shape)
+        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        y = self.einsum_op(
+            equation, inputs, kernel, precision=self.precision, out_sharding=out_sharding, **_element_type(self)
+        )
+        if bias is not None:
+            y = y + jnp.reshape(bias, _broadcastable(equation, kernel.shape, y.ndim))
+        return y
+
+
+# ---- shared ------------------------------------------------------------------------------------------------
+
+
+class _AxisSizes(Mapping[int, int]):
+    """Axis -> size in the order of the axes; hashable, since options are part of the key of a compiled function."""
+
+    def __init__(self, sizes: Mapping[int, int]):
+        self._items = tuple(sorted(sizes.items()))
+
+    def __getitem__(self, axis: int) -> int:
+        return dict(self._items)[axis]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(dict(self._items))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(self._items)
+
+    def __repr__(self) -> str:
+        return repr(dict(self._items))
+
+
+def _as_tuple(sizes: Sizes) -> tuple[int, ...]:
+    return tuple(sizes) if isinstance(sizes, Sequence) else (sizes,)
+
+
+def _element_type(layer: Any) -> dict[str, Any]:
+    element_type = layer.preferred_element_type
+    return {} if element_type is None else {"preferred_element_type": element_type}
+
+
+# ---- LinearGeneral -----------------------------------------------------------------------------------------
+
+
+def _reshaped(value: Any, shape: Shape) -> Any:
+    """What an initializer returned in another shape, with the metadata that it may carry."""
+    if isinstance(value, VariableMetadata):
+        return VariableMetadata(jnp.reshape(value.raw_value, shape), value.metadata)
+    return jnp.reshape(value, shape)
+
+
+def _check_axes(layer: LinearGeneral) -> None:
+    if len(layer.axis) != len(layer.in_features):
+        raise OptionError(
+            layer,
+            "axis",
+            f"as many axes as in_features {layer.in_features}",
+            layer.axis,
+            "Give in_features one size for each axis that is contracted.",
+        )
+    if tuple(layer.batch_axis) != tuple(range(len(layer.batch_axis))):
+        raise OptionError(
+            layer,
+            "batch_axis",
+            "the leading axes 0, 1, ... and their sizes",
+            layer.batch_axis,
+            "Move the batch axes of the input to the front.",
+        )
+
+
+def _contracted(layer: LinearGeneral, shape: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """The contracted axes, counted from the front and in order, once they and the batch axes fit the kernel."""
+    rank, batch, n = len(shape), len(layer.batch_axis), len(layer.axis)
+    axes = sorted(axis % rank for axis in layer.axis if -rank <= axis < rank)
+    # Not `in_features`: inside shard_map the kernel is a shard of its own size, and users replace it.
+    expected = kernel[batch : batch + n]
+    overlap = len({*axes, *range(batch)}) < batch + n
+    if overlap or tuple(shape[axis] for axis in axes) != expected or shape[:batch] != kernel[:batch]:
+        raise InputShapeError(
+            layer,
+            f"(..., {expected[0]})"
+            if layer.axis == (-1,) and not batch
+            else f"with sizes {expected} on axes {layer.axis}, taken in the order of the input"
+            + (f", and batch sizes {kernel[:batch]} in front" if batch else ""),
+            shape,
+            "Give the layer the in_features and batch_axis of its input, or another axis.",
+        )
+    return tuple(axes)
+
+
+# ---- Einsum ------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(equation: str | None) -> tuple[str, str, str] | None:
+    """The subscripts of input, kernel and result; None if that is not what `equation` is."""
+    operands, arrow, result = (equation or "").partition("->")
+    inputs, comma, kernel = operands.partition(",")
+    letters = [part.replace("...", "", 1) for part in (inputs, kernel, result)]
+    if not (arrow and comma) or not all(part == "" or part.isalpha() for part in letters):
+        return None
+    if len(set(letters[2])) < len(letters[2]) or not set(result) <= set(inputs + kernel):
+        return None
+    return inputs, kernel, result
+
+
+def _labels(subscripts: str, rank: int) -> Labels | None:
+    """One label for each of `rank` axes; None if the letters do not fit that rank."""
+    before, dots, after = subscripts.partition("...")
+    behind = rank - len(before) - len(after)
+    if behind < 0 or (behind and not dots):
+        return None
+    return (*before, *range(-behind, 0), *after)
+
+
+def _kernel_sizes(equation: str, kernel: Shape) -> dict[str | int, int]:
+    """Label -> size, for the axes of the kernel."""
+    return dict(zip(_labels(_parse(equation)[1], len(kernel)), kernel, strict=True))
+
+
+def _broadcastable(equation: str, kernel: Shape, rank: int) -> tuple[int, ...]:
+    """The shape of a bias beside a result of this rank: sizes along the axes of the kernel, else 1."""
+    sizes = _kernel_sizes(equation, kernel)
+    return tuple(sizes.get(label, 1) for label in _labels(_parse(equation)[2], rank))
+
+
+def _check_equation(layer: Einsum, equation: str | None, kernel: Shape, bias: Shape | None) -> None:
+    parts = _parse(equation)
+    if parts is None:
+        raise OptionError(
+            layer,
+            "einsum_str",
+            "two operands and a result of their letters, such as 'nta,hab->nthb'",
+            equation,
+            "Give an equation to the layer or to the call; its first operand is the input, its second the kernel.",
+        )
+    own = f"The equation is {equation!r}."
+    if _labels(parts[1], len(kernel)) is None:
+        raise OptionError(layer, "kernel_shape", f"one size for each letter of {parts[1]!r}", tuple(kernel), own)
+    if bias is None:
+        return
+    sizes = _kernel_sizes(equation, kernel)
+    behind = [label for label in sizes if isinstance(label, int)] if "..." in parts[2] else []
+    before, _, after = parts[2].partition("...")
+    expected = tuple(sizes[label] for label in (*before, *behind, *after) if label in sizes)
+    # A bias of these sizes in another shape is reshaped, as flax.nnx does.
+    if math.prod(bias) != math.prod(expected):
+        fix = f"{own} A bias has the axes that the result has from the kernel."
+        raise OptionError(layer, "bias_shape", f"the shape {expected}", tuple(bias), fix)
+
+
+def _check_operand(layer: Einsum, equation: str, shape: tuple[int, ...], kernel: Shape) -> None:
+    inputs = _parse(equation)[0]
+    labels = _labels(inputs, len(shape))
+    # Axes behind `...` broadcast; einsum itself compares them.
+    sizes = {label: size for label, size in _kernel_sizes(equation, kernel).items() if isinstance(label, str)}
+    if labels is None or any(sizes.get(label, size) != size for label, size in zip(labels, shape, strict=True)):
+        before, dots, after = inputs.partition("...")
+        expected = [str(sizes.get(label, label)) for label in (*before, *([dots] if dots else []), *after)]
+        raise InputShapeError(
+            layer,
+            f"({', '.join(expected)})",
+            shape,
+            f"The equation is {equation!r}; its first operand is the input.",
+        )

@@ -47,9 +47,10 @@ class Layer:
 
     def example(self, dtype: Any = jnp.float32) -> jax.Array:
         """The input. Its mean is not zero, so that dtypes show in the statistics."""
+        draw = np.random.default_rng(1)  # not jax.random, which compiles a program for each shape
         if self.integers_below:
-            return jax.random.randint(jax.random.key(1), self.shape, -1, self.integers_below)
-        return (jax.random.normal(jax.random.key(1), self.shape) + 3).astype(dtype)
+            return jnp.asarray(draw.integers(-1, self.integers_below, self.shape, np.int32))
+        return jnp.asarray((draw.normal(size=self.shape) + 3).astype(dtype))
 
     def variables(self, **dtypes: Any) -> Values:
         """Linen's variables with random contents: zeros and ones would hide a swapped or forgotten one."""
@@ -62,11 +63,10 @@ class Layer:
             ),
             self.example(),
         )
-        flat = _flat(shapes)
-        keys = jax.random.split(jax.random.key(2), len(flat)) if flat else []
+        draw = np.random.default_rng(2)
         return {
-            path: jax.random.uniform(key, leaf.shape, minval=0.1, maxval=1.0).astype(leaf.dtype)
-            for key, (path, leaf) in zip(keys, sorted(flat.items()), strict=True)
+            path: jnp.asarray(draw.uniform(0.1, 1.0, leaf.shape).astype(leaf.dtype))
+            for path, leaf in sorted(_flat(shapes).items())
         }
 
     def write(self, module: Any, values: Values) -> None:
@@ -92,8 +92,17 @@ class Layer:
 
     def module(self, values: Values, **dtypes: Any) -> Any:
         """A new module with these values, which may be written under the running trace."""
-        with jax.ensure_compile_time_eval():  # the initial values are not part of the program that is compared
-            graphdef, state = nnx.split(self.make(nnx, nnx.Rngs(0), **dtypes))
+
+        def make() -> Any:
+            return self.make(nnx, nnx.Rngs(0), **dtypes)
+
+        # Abstract: initial values would only cost time, and are not part of the program that is compared.
+        graphdef, state = nnx.split(nnx.eval_shape(make))
+        if all(isinstance(leaf, nnx.Variable) for _, leaf in nnx.to_flat_state(state)):
+            state = jax.tree.map(_blank, state)
+        else:  # arrays of its own, such as a mask, must be what they are
+            with jax.ensure_compile_time_eval():
+                graphdef, state = nnx.split(make())
         module = nnx.merge(graphdef, state)
         self.write(module, values)
         return module
@@ -129,6 +138,13 @@ class Layer:
             return y, values | _flat(updates)
 
         return f
+
+
+def _blank(leaf: jax.ShapeDtypeStruct) -> Any:
+    """Zeros, or one key."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(KEY, leaf.shape)
+    return np.zeros(leaf.shape, leaf.dtype)
 
 
 def _flat(tree: Any) -> Values:

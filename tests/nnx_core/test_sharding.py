@@ -71,6 +71,11 @@ def test_a_variable_has_rules_of_its_own(rules):
 
 @pytest.mark.parametrize("key", ["sharding", "sharding_names", "out_sharding"])
 def test_old_metadata_keys_are_read(key):
+    """Row 34: one key, whatever it was called when it was written."""
+    v = nnx.Param.__new__(nnx.Param)
+    v.__setstate__({"_raw_value": X, "_var_metadata": {key: ("x",)}})  # an old pickle
+    assert v.get_metadata() == {"out_sharding": ("x",)}
+    assert sharding.get_var_pspec(v) == P("x")
     assert sharding.get_var_pspec(nnx.Param(X, **{key: ("x",)})) == P("x")
     assert sharding.get_var_pspec(nnx.Param.from_metadata(X, {key: ("x",)})) == P("x")
 
@@ -233,6 +238,27 @@ def test_rules_can_be_set_for_good():
         assert sharding.get_logical_axis_rules() == (("a", "x"),)
     finally:
         sharding.set_logical_axis_rules(None)
+    assert sharding.get_logical_axis_rules() == ()
+
+
+def test_rules_can_be_kept_where_another_library_keeps_its_own(monkeypatch):
+    """As bridge does with Linen's: what holds is handed over, and a block of either holds in both."""
+    kept = []
+    monkeypatch.setattr(sharding, "_store", sharding._store)
+    with sharding.logical_axis_rules([("a", "x")]):
+        sharding.keep_rules_in(lambda: kept[-1] if kept else (), kept.append)
+        assert kept == [(("a", "x"),)]
+        kept.append([("a", "y")])  # the other library's own block
+        assert sharding.get_var_pspec(nnx.Param(X, out_sharding=("a",))) == P("y")
+        with sharding.logical_axis_rules([("a", "z")]):
+            assert kept[-1] == (("a", "z"),)
+        assert kept[-1] == (("a", "y"),)
+        kept.append(["ay"])
+        with pytest.raises(ValueError, match="Logical axis rule 'ay' is not a pair"):
+            sharding.get_logical_axis_rules()
+        kept.clear()
+    monkeypatch.undo()
+    sharding.set_logical_axis_rules(None)
     assert sharding.get_logical_axis_rules() == ()
 
 
@@ -408,6 +434,7 @@ def test_eager_sharding_is_off_until_asked_for():
 
 
 def test_names_never_need_a_mesh():
+    """Rows 7 and 68: nothing has to be turned off."""
     with sharding.use_eager_sharding(True):
         v = nnx.Param(X, out_sharding=("no", "mesh"), eager_sharding=True)
         assert sharding.place_eagerly(v, X) is X

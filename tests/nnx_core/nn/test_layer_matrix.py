@@ -25,8 +25,8 @@ CASES = [
     for train in ((False, True) if layer.modes[True] != layer.modes[False] else (False,))
 ]
 DTYPES = [
-    pytest.param({"inputs": jnp.float32}, id="float32"),
-    pytest.param({"inputs": jnp.bfloat16, "param_dtype": jnp.bfloat16}, id="bfloat16"),
+    pytest.param({"inputs": dtype, "dtype": None, "param_dtype": dtype}, id=jnp.dtype(dtype).name)
+    for dtype in (jnp.float32, jnp.bfloat16)
 ]
 # Where streams of random numbers are part of the module: they are the same in every copy.
 STACKED = nnx.StateAxes({nnx.RngState: None, ...: 0})

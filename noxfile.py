@@ -3,6 +3,7 @@
 nox            every check on the Python at hand
 nox -s tests   the suite on Python 3.11, 3.12 and 3.13, as far as they are installed
 nox -s oldest  the suite on the lowest versions that pyproject.toml allows; `newest` on the highest
+nox -s models  real Linen networks, from packages that ship some, through the bridge
 nox -s docs    the API reference into build/docs
 """
 
@@ -63,6 +64,13 @@ def oldest(session):
 
 
 @nox.session
+def models(session):
+    """Linen networks that nobody here wrote, bit for bit. Not in the gate: they are heavy to install and compile."""
+    session.install("-e", ".[test,models]")
+    session.run("python", "-m", "pytest", "tests/third_party", *session.posargs)
+
+
+@nox.session
 def docs(session):
     """The API reference, from the docstrings."""
     session.install("-e", ".[docs]")
@@ -73,6 +81,6 @@ def lowest() -> list[str]:
     """`name==version` for every `name>=version` that users install: not test, lint or docs."""
     project = nox.project.load_toml("pyproject.toml")["project"]
     extras = project["optional-dependencies"]
-    ranges = [*project["dependencies"], *extras["orbax"], *extras["demo"]]
+    ranges = [*project["dependencies"], *extras["orbax"], *extras["demo"], *extras["treescope"]]
     matches = [re.match(r"([\w-]+)>=([\d.]+)", entry) for entry in ranges]
     return [f"{found[1]}=={found[2]}" for found in matches if found]

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from benchmarks import bridge as bridge_benchmark
 from benchmarks import core as core_benchmark
 from benchmarks import dispatch as dispatch_benchmark
 from benchmarks.timing import Timing, Timings, machine
@@ -98,6 +99,37 @@ def core(
         rows = [{"figure": f.name, "found": f.value, "goal": f.goal, "met": f.met} for f in figures]
         json_file.parent.mkdir(parents=True, exist_ok=True)
         content = {"benchmark": "core", "layers": layers, "repeats": repeats, "machine": about, "figures": rows}
+        json_file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@app.command()
+def bridge(
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each times every variant once.")] = 30,
+    layers: Annotated[int, typer.Option(min=1, help="Depth of the network.")] = bridge_benchmark.LAYERS,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers.")] = None,
+) -> None:
+    """What a wrapper costs next to what it wraps, for bridge and for flax.nnx.bridge: calls, training, tracing."""
+    console, about = Console(), machine()
+    with dispatch_benchmark.full_precision():
+        figures = bridge_benchmark.figures(repeats, layers)
+    table = Table(
+        title=f"bridge, {layers} layers; host time", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for heading in ("figure", "found", "goal", "", "wall", "flax"):
+        table.add_column(heading, justify="left" if heading in ("figure", "") else "right", no_wrap=True)
+    for figure in figures:
+        verdict = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}[figure.met]
+        goal = "" if figure.goal is None else f"<= {figure.goal:g}"
+        wall = "" if figure.wall is None else f"{figure.wall:.3f}"
+        table.add_row(figure.name, f"{figure.value:.3f}", goal, verdict, wall, f"{figure.flax:.3f}")
+    console.print(table)
+    if (warning := _busy(about)) is not None:
+        console.print(warning, style="yellow", highlight=False)
+    if json_file is not None:
+        rows = [{"figure": f.name, "found": f.value, "goal": f.goal, "met": f.met} for f in figures]
+        rows = [row | {"flax": f.flax, "wall": f.wall} for row, f in zip(rows, figures, strict=True)]
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        content = {"benchmark": "bridge", "layers": layers, "repeats": repeats, "machine": about, "figures": rows}
         json_file.write_text(json.dumps(content, indent=1) + "\n")
 
 

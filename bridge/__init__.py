@@ -3,20 +3,41 @@
 The public list, nothing else: the names of flax.nnx.bridge, and what migration needs beyond them.
 """
 
+from bridge import interop, module
+from bridge._compat_paths import (
+    initializers,
+    to_linen_var,
+    to_nnx_var,
+    variables,
+    with_partitioning,
+    wrappers,
+)
 from bridge.context import current_linen_module, is_linen_initializing
+from bridge.functional import Functional, functional
+from bridge.interop import linen_in_bridge_mdl, nnx_in_bridge_mdl
 from bridge.load import LoadReport, load_variables, variables_of
 from bridge.mapping import linen_vars_to_nnx_attrs, nnx_attrs_to_linen_vars
 from bridge.metadata import NNXMeta, to_linen_value, to_nnx_variable
+from bridge.module import AttrPriority, Module, Scope, compact, current_context, current_module
+from bridge.sidecar import join_metadata, split_metadata
 from bridge.to_linen import ToLinen, to_linen, to_linen_class
 from bridge.to_nnx import ToNNX, lazy_init
 
 __all__ = [
     # wrappers
     "ToLinen", "ToNNX", "lazy_init", "to_linen", "to_linen_class",
+    # modules written as in Linen
+    "AttrPriority", "Module", "Scope", "compact", "current_context", "current_module", "linen_in_bridge_mdl",
+    "nnx_in_bridge_mdl",
+    # an NNX class as two functions
+    "Functional", "functional",
     # where a call happens
     "current_linen_module", "is_linen_initializing",
     # variables of one in the other
     "LoadReport", "linen_vars_to_nnx_attrs", "load_variables", "nnx_attrs_to_linen_vars", "variables_of",
     # metadata
-    "NNXMeta", "to_linen_value", "to_nnx_variable",
+    "NNXMeta", "join_metadata", "split_metadata", "to_linen_value", "to_linen_var", "to_nnx_var", "to_nnx_variable",
+    "with_partitioning",
+    # flax.nnx.bridge's paths
+    "initializers", "interop", "module", "variables", "wrappers",
 ]  # fmt: skip

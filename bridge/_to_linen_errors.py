@@ -91,3 +91,15 @@ class ConstructorChangedError(BridgeError, RuntimeError):
             "Let the structure depend on the arguments only; pass abstract_init=False if the constructor has to"
             " see real numbers."
         )
+
+
+class KeptGraphDefError(BridgeError, TypeError):
+    """What the variables hold as the structure of an NNX module is none."""
+
+    def __init__(self, module: str, found: object):
+        super().__init__(
+            f"ToLinen({module}) has keep_graphdef=True and cannot use variables['nnx']['graphdef'].\n"
+            f"  expected: an nnx_core.GraphDef, as init returns it\n  found: {type(found).__name__}\n"
+            "Take the collection 'nnx' from init; a checkpoint that holds arrays only does not keep it. Without it,"
+            " the structure is the one that the constructor makes."
+        )

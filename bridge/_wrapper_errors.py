@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flax.errors import PartitioningUnspecifiedError
+from flax.errors import LazyInitError, PartitioningUnspecifiedError
 
 from bridge._errors import BridgeError, show_path
 
@@ -32,6 +32,31 @@ class AxisIndexError(BridgeError, IndexError):
         super().__init__(
             f"axis {index} of {box}:\n  expected: {-rank} or more\n  found: {index}\n"
             "Pass an axis of the value that has the stacked axis."
+        )
+
+
+class UnsayableMetadataError(BridgeError, TypeError):
+    """Metadata that JSON cannot say was to be written beside a checkpoint; `key` is None for a whole box."""
+
+    def __init__(self, path: Sequence[str], key: str | None, found: object):
+        what, expected = f"{key!r}", "names, numbers, None, or lists and tuples of them"
+        hint = f"Leave it to the code that makes the model: split_metadata(variables, leave_out=[{key!r}])."
+        if key is None:
+            what, expected = "the box", "a Partitioned, LogicallyPartitioned or NNXMeta"
+            hint = "Open it first: its own unbox() gives the value."
+        super().__init__(
+            f"{what} of {show_path(path)} cannot be written beside a checkpoint.\n"
+            f"  expected: {expected}\n  found: {found!r}\n{hint}"
+        )
+
+
+class SidecarError(BridgeError, LookupError):
+    """Metadata beside a checkpoint does not fit its values."""
+
+    def __init__(self, path: Sequence[str], expected: str, found: str):
+        super().__init__(
+            f"the metadata of {show_path(path)} does not fit the values:\n  expected: {expected}\n"
+            f"  found: {found}\nPass the values and the sidecar of one checkpoint."
         )
 
 
@@ -83,6 +108,19 @@ class NoRngsError(BridgeError, ValueError):
         )
 
 
+class UnknownValueError(BridgeError, LazyInitError, ValueError):
+    """`lazy_init` was given shapes where it needs values."""
+
+    def __init__(self, module: str, what: str, reason: object):
+        Exception.__init__(
+            self,
+            f"lazy_init of ToNNX({module}) needs the values of its {what}.\n"
+            f"  expected: arrays\n  found: shapes only ({reason})\n"
+            "Pass arrays instead of ShapeDtypeStructs, or initialise this module by itself before the model around"
+            " it: model.part.lazy_init(x, rngs=...).",
+        )
+
+
 class NoOwnerError(BridgeError, TypeError):
     """`lazy_init` was given a function that belongs to no module."""
 
@@ -114,6 +152,18 @@ class StateAttributeError(BridgeError, TypeError):
             f"{name!r} is part of the wrapped module's variables.\n"
             f"  expected: a Variable in its place\n  found: a {type(found).__name__}\n"
             f"To write its value: model.{name}[...] = value."
+        )
+
+
+class LinenAttributeError(BridgeError, AttributeError):
+    """An attribute was set that the Linen module computes."""
+
+    def __init__(self, module: str, name: str):
+        super().__init__(
+            f"{name!r} of ToNNX({module}) cannot be set.\n"
+            f"  expected: a field of {module}, or a name it does not use\n"
+            f"  found: what {module} computes itself (in setup, as a property or in the class)\n"
+            "Set the fields it is computed from, or wrap another Linen module."
         )
 
 

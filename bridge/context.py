@@ -7,7 +7,7 @@ Knows streams and the running module; knows nothing of variables and collections
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from flax import linen as nn
 from flax.linen import module as linen_module
 
 import nnx_core as nnx
+from bridge.to_linen_inside import Sight, on_top, seen_by
 from nnx_core._errors import TraceError
 from nnx_core._trace import current_trace
 
@@ -74,6 +75,18 @@ def hosted(host: Host | None) -> Iterator[None]:
         _host.reset(token)
 
 
+@contextmanager
+def called(host: Host, sight: Sight) -> Iterator[None]:
+    """Run a method of an NNX module in `host`, which shows Linen what it calls."""
+    assert host.module is not None
+    token = _host.set(host)
+    try:
+        with on_top(host.module), seen_by(sight):
+            yield
+    finally:
+        _host.reset(token)
+
+
 def current_linen_module() -> nn.Module | None:
     """The innermost Linen module whose method is running, seen from NNX code inside it too; None outside.
 
@@ -114,7 +127,8 @@ class MissingRng:
 
 
 @functools.cache
-def _no_key() -> jax.Array:
+def no_key() -> jax.Array:
+    """A key that stands where a key must be, and must not be used."""
     with jax.ensure_compile_time_eval():  # a constant in every trace
         return jax.random.key(0)
 
@@ -144,7 +158,7 @@ class LinenStream(nnx.RngStream):
         if host.has_rng(self.tag):
             key = nnx.rnglib.as_key(host.make_rng(self.tag))
         else:
-            key = _no_key()  # stands where a key must be; the hook lets nobody read it
+            key = no_key()  # stands where a key must be; the hook lets nobody read it
             hooks["on_get_value"] = MissingRng(host.module and host.module.name, self.tag)
         key = jax.random.split(key, self.shape) if self.shape else key
         count = nnx.RngCount(jnp.zeros(self.shape, jnp.uint32), tag=self.tag)
@@ -170,28 +184,60 @@ class LinenRngs(nnx.Rngs):
     """Rngs for the constructor of an NNX module inside Linen: it has every stream that it is asked for."""
 
     @classmethod
-    def of(cls, host: Host) -> "LinenRngs":
-        """The streams of `host`, and the two that constructors ask for most."""
+    def of(cls, host: Host, *, only_common: bool = False) -> "LinenRngs":
+        """The streams of `host`, unless only the common ones, and the two that constructors ask for most."""
         rngs = cls()
-        for name in ("default", "params", *host.streams):
+        for name in ("default", "params", *(() if only_common else host.streams)):
             setattr(rngs, name, LinenStream.named(name))
         return rngs
 
     def __getattr__(self, name: str) -> nnx.RngStream:
-        if name.startswith("_") or _live() is None:
+        if name.startswith("_") or (host := _live()) is None:
             return super().__getattr__(name)
+        if type(self.__dict__.get("default")) is nnx.RngStream and not host.has_rng(name):
+            return super().__getattr__(name)  # it has keys of its own
         self._nnx_assign({name: LinenStream.named(name)}, ())
         return self.__dict__[name]  # type: ignore[no-any-return]  # __dict__ is dict[str, Any]
 
 
-def give_back_streams(module: nnx.Object) -> None:
+def give_back_streams(module: nnx.Object, host: Host | None = None) -> None:
     """Make every random stream in `module`, which must be the caller's own, one of Linen's, without a key."""
     for _, x in list(nnx.iter_graph(module)):
         if isinstance(x, nnx.RngStream):
-            key = x.__dict__.get("key")
-            shape = x.__dict__.get("shape", ()) if key is None else tuple(key.shape)
-            object.__setattr__(x, "__class__", LinenStream)
-            x._nnx_assign({"shape": shape}, ("key", "count"))
+            _give_back(x)
+
+
+def _give_back(stream: nnx.RngStream) -> None:
+    key = stream.__dict__.get("key")
+    shape = stream.__dict__.get("shape", ()) if key is None else getattr(key.get_raw_value(), "shape", ())
+    object.__setattr__(stream, "__class__", LinenStream)
+    stream._nnx_assign({"shape": shape}, ("key", "count"))
+
+
+def keep_streams(module: nnx.Object, host: Host) -> None:
+    """Give every random stream in `module` a key and a count of its own, the key from `host` if it has none."""
+    for _, x in list(nnx.iter_graph(module)):
+        if isinstance(x, LinenStream):
+            if not host.has_rng(x.tag):
+                host.make_rng(x.tag)  # raises as Linen does
+            if "key" not in x.__dict__:
+                x._take_key(host)
+            object.__setattr__(x, "__class__", nnx.RngStream)
+            x._nnx_assign({}, ("shape",))
+
+
+@contextmanager
+def reseeded(streams: Iterable[nnx.RngStream]) -> Iterator[None]:
+    """Streams with keys of their own as Linen's streams; afterwards they have their own keys and counts again."""
+    kept = [(x, {name: x.__dict__[name] for name in ("key", "count")}) for x in streams]
+    for x, _ in kept:
+        _give_back(x)
+    try:
+        yield
+    finally:
+        for x, own in kept:
+            object.__setattr__(x, "__class__", nnx.RngStream)
+            x._nnx_assign(own, ("shape",))
 
 
 @functools.cache

@@ -7,7 +7,6 @@ Knows Variables by location; knows nothing of modules but that a scope may be ca
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from bridge._errors import show_path
 from bridge._wrapper_errors import SubmoduleAccessError
 from bridge.mapping import Location, locations
 from bridge.metadata import BOX, to_linen_value, to_nnx_variable
+from bridge.to_nnx_views import look, method_at
 from nnx_core._errors import TraceError
 from nnx_core.graph.containers import DictStorage
 
@@ -42,16 +42,22 @@ class LinenScope(DictStorage[Any]):
         Raises:
           SubmoduleAccessError: if it exists only while its parent's compact method runs.
         """
+        wrapper, path = self._nnx_place()
+        return wrapper(*args, method=method_at(path, method), **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        if name.startswith(("__", "_nnx_")) or _home_of(self) is None:
+            return super().__getattr__(name)
+        return look(*self._nnx_place(), name)
+
+    def _nnx_place(self) -> tuple[Any, tuple[str, ...]]:
+        """The wrapper and the path that this scope was reached by."""
         home = _home_of(self)
         if home is None:
             raise SubmoduleAccessError("a LinenScope that was not reached through its ToNNX", ("submodule",))
-        wrapper, path = home
-
-        def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-            found = functools.reduce(functools.partial(_submodule, path), path, module)
-            return (found if method is None else getattr(found, method))(*args, **kwargs)
-
-        return wrapper(*args, method=call, **kwargs)
+        return home
 
 
 _set_home = LinenScope.__dict__["_nnx_home"].__set__
@@ -69,18 +75,6 @@ def at_home(value: Any, wrapper: Any, path: tuple[str, ...]) -> Any:
     if type(value) is LinenScope:
         _set_home(value, (wrapper, path))
     return value
-
-
-def _submodule(path: tuple[str, ...], module: Any, name: str) -> Any:
-    if hasattr(module, name):
-        return getattr(module, name)
-    stem, _, key = name.rpartition("_")  # `layers_0` is `self.layers[0]`, `heads_a` is `self.heads["a"]`
-    items = getattr(module, stem, None)
-    if isinstance(items, list | tuple) and key.isdecimal():
-        return items[int(key)]
-    if isinstance(items, Mapping) and key in items:
-        return items[key]
-    raise SubmoduleAccessError(type(module).__name__, path)
 
 
 # ---- all of them, found once ----

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 import nnx_core as nnx
 from bridge._errors import RenameClashError, VariablesMismatchError
@@ -59,10 +60,12 @@ def load_variables(
 
     A collection goes to the Variables of its type (or a subtype). Random state and intermediates are loaded where
     given, and never missed. Boxes are opened; their metadata goes to Variables that have none under the same name.
-    Integer keys and their digits are the same key.
+    So are those that a checkpoint left of Linen's: `{"kernel": {"value": array}}`.
+    Integer keys and their digits are the same key. A value goes where the one that it replaces is sharded to.
 
     Args:
-      model: a ToNNX after `lazy_init`, or any NNX module; it may be abstract (`nnx.eval_shape`).
+      model: a ToNNX after `lazy_init`, or any NNX module; it may be abstract (`nnx.eval_shape`), and with shardings
+        (`nnx.get_abstract_model`, `nnx.as_abstract`) values on the host go straight to their devices.
       variables: {collection: tree}, of any Mapping; not changed.
       strict: raise unless everything fits; else load what fits.
       rename: see `Rename`.
@@ -206,6 +209,8 @@ class _Plan:
     def match(self, source: Location, at: Location, value: Any) -> None:
         """Find the Variable for the `value` that is at `source` in Linen and belongs at `at` in the model."""
         target = self._find(at)
+        if target is None and len(at) > 2 and at[-1] == "value":  # a Linen box, saved and restored as a dict
+            target = self._find(at[:-1])
         if target is None or target[0] in self._met:
             self.unexpected.append(source)
             return
@@ -241,7 +246,7 @@ class _Plan:
             if variable._trace_state != current_trace():
                 raise TraceError(f"{type(variable).__name__} at {'/'.join(at)}")
         for variable, new in self.writes.values():
-            variable.set_raw_value(jax.tree.map(_on_device, new.get_raw_value()))
+            variable.overwrite(_placed(new.get_raw_value(), variable.get_raw_value()))
             news = {k: x for k, x in new.get_metadata().items() if not variable.has_metadata(k)}
             if news:
                 variable.set_metadata(**news)
@@ -265,5 +270,16 @@ def _form(value: Any) -> _Form:
     return _Form(str(shapes), str(treedef.unflatten([str(jnp.result_type(x)) for x in leaves])))
 
 
-def _on_device(x: Any) -> Any:
-    return x if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else jnp.asarray(x)
+def _placed(value: Any, target: Any) -> Any:
+    """`value` as jax arrays, each where its place in `target` says: array, Ref or ShapeDtypeStruct."""
+    leaves, treedef = jax.tree.flatten(value)
+    return treedef.unflatten(map(_place, leaves, jax.tree.leaves(target)))
+
+
+def _place(x: Any, target: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer):
+        return x
+    sharding = getattr(target, "sharding", None)
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return jax.device_put(x, sharding)  # from the host straight to each device: never whole on one of them
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)

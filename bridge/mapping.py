@@ -59,7 +59,7 @@ def linen_vars_to_nnx_attrs(variables: Mapping[str, Any]) -> dict[str, Any]:
     return nest({at: to_nnx_variable(at[0], value) for at, value in leaves(variables)})
 
 
-def nnx_attrs_to_linen_vars(attrs: Mapping[Any, Any]) -> dict[str, Any]:
+def nnx_attrs_to_linen_vars(nnx_attrs: Mapping[Any, Any]) -> dict[str, Any]:
     """Nested dicts `{collection: {name: ... value}}` from Variables by path, as above or in an `nnx.State`.
 
     Integer keys, as NNX has them for lists, become strings. What is no Variable is left out.
@@ -68,7 +68,7 @@ def nnx_attrs_to_linen_vars(attrs: Mapping[Any, Any]) -> dict[str, Any]:
     >>> nnx_attrs_to_linen_vars({"norm": {"mean": nnx.BatchStat(jnp.zeros(1))}})
     {'batch_stats': {'norm': {'mean': Array([0.], dtype=float32)}}}
     """
-    return tree_of((at, to_linen_value(variable)) for at, variable in locations(attrs))
+    return tree_of((at, to_linen_value(variable)) for at, variable in locations(nnx_attrs))
 
 
 # ---- the two shapes as flat (location, value) pairs ----

@@ -5,6 +5,13 @@ NNX Variable holds the value and has metadata. `NNXMeta` is the box for metadata
 
 Law: `to_linen_value(to_nnx_variable(c, x)) == x` with the same type of box, and the input is never changed;
 `x.add_axis(i, p).remove_axis(i, p) == x`. Metadata is inert: neither reading it nor boxing needs a mesh.
+
+Logical rules that name one axis twice are read differently: in flax.linen the first rule counts whose mesh axes are
+free, and an axis without a rule is not split; in flax.nnx the last one counts, and a name without a rule is a mesh
+axis. Each side keeps its own reading: a Linen box that of Linen, NNXMeta and Variables that of NNX. A Variable that
+came out of a LogicallyPartitioned with rules has `sharding_rules` by which NNX reads what Linen reads. Rules set by
+`nn.logical_axis_rules` and by `nnx.logical_axis_rules` are the same rules, as in flax.
+
 Knows values, boxes and Variables; knows nothing of trees or modules.
 """
 
@@ -15,19 +22,24 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from flax import serialization
 from flax.core import meta
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import nnx_core as nnx
 from bridge._wrapper_errors import AxisIndexError, AxisNameError
 from bridge.kinds import variable_type
+from nnx_core.sharding import get_named_sharding, get_var_pspec, keep_rules_in
+from nnx_core.variables import current_keys, freeze_metadata, thaw_metadata
+
+keep_rules_in(nn.get_logical_axis_rules, nn.set_logical_axis_rules)
 
 NAMES, MESH, RULES = "out_sharding", "mesh", "sharding_rules"
 #: Metadata of a Variable that came out of a Linen box: that box, without its value.
 BOX = "linen_box"
 _PADDING = "linen_axis_padding"
-_OLD_KEYS = {"sharding": NAMES, "sharding_names": NAMES}
+_FIELDS = {NAMES: "names", MESH: "mesh", RULES: "rules"}  # NNX's names of what a Linen box holds
 
 
 def to_linen_value(variable: nnx.Variable[Any]) -> Any:
@@ -73,53 +85,78 @@ def to_nnx_variable(collection: str, value: Any) -> nnx.Variable[Any]:
         # A box of several arrays, or of a type JAX does not know, stays what it is: the Variable's value.
         if len(children) == 1 and children[0] is not value:
             box = LinenBox(treedef.unflatten([None]))
-            return kind.from_metadata(children[0], {**box.shown(), BOX: box})
+            return kind.from_metadata(children[0], {**box.shown, BOX: box})
     return kind.from_metadata(value, {})
 
 
 class LinenBox:
     """A Linen box without its value; hashable, whatever the box holds, since metadata has to be."""
 
-    __slots__ = ("template",)
+    __slots__ = ("shown", "template", "treedef")
+    #: What NNX reads in this box, under NNX's names.
+    shown: Mapping[str, Any]
 
     def __init__(self, template: meta.AxisMetadata[Any]):
         self.template = template
-
-    def shown(self) -> dict[str, Any]:
-        """What NNX reads in this box, under NNX's names."""
-        if not isinstance(self.template, meta.Partitioned):
-            return {}
-        found = {
-            NAMES: self.template.names,
-            MESH: self.template.mesh,
-            RULES: getattr(self.template, "rules", None),
-        }
-        return {key: _hashable(x) for key, x in found.items() if x is not None}
+        self.shown = _shown(template)
+        self.treedef = _structure(template)
 
     def around(self, value: Any, metadata: Mapping[str, Any]) -> meta.AxisMetadata[Any]:
         """The box around `value`, with what `metadata` says now where that has changed."""
-        box, fields = self.template, {NAMES: "names", MESH: "mesh", RULES: "rules"}
-        shown = self.shown()
-        changes = {fields[key]: metadata.get(key) for key in fields if metadata.get(key) != shown.get(key)}
-        if changes:
-            box = box.replace(**changes)  # type: ignore[attr-defined]  # only a Partitioned shows anything
-        _, treedef = jax.tree.flatten(box, is_leaf=lambda x: x is not box)
-        return treedef.unflatten([value])
+        now, shown = metadata.get, self.shown.get
+        changes = {field: now(key) for key, field in _FIELDS.items() if now(key) != shown(key)}
+        if not changes:
+            return self.treedef.unflatten([value])  # type: ignore[no-any-return]
+        box = self.template.replace(**changes)  # type: ignore[attr-defined]  # only a Partitioned shows anything
+        return _structure(box).unflatten([value])  # type: ignore[no-any-return]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LinenBox):
             return NotImplemented
-        return jax.tree.structure(self.template) == jax.tree.structure(other.template)
+        return bool(self.treedef == other.treedef)
 
     def __hash__(self) -> int:
         return hash(type(self.template))  # the fields of a box need not be hashable: Linen takes lists
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LinenBox, (self.template,)
 
     def __repr__(self) -> str:
         return f"LinenBox({type(self.template).__name__})"
 
 
+def _structure(box: meta.AxisMetadata[Any]) -> Any:
+    return jax.tree.structure(box, is_leaf=lambda x: x is not box)
+
+
+def _shown(box: meta.AxisMetadata[Any]) -> dict[str, Any]:
+    if not isinstance(box, meta.Partitioned):
+        return {}
+    found = {NAMES: box.names, MESH: box.mesh, RULES: _rules_for_nnx(box)}
+    return {key: _hashable(x) for key, x in found.items() if x is not None}
+
+
+def _rules_for_nnx(box: meta.Partitioned[Any]) -> Any:
+    """The rules of the box, or where NNX would read other axes in them than Linen, those that say Linen's."""
+    rules = getattr(box, "rules", None)
+    if not rules or not isinstance(rules, list | tuple):
+        return rules
+    names = tuple(box.names)
+    try:
+        axes = nn.logical_to_mesh_axes(names, rules)
+    except ValueError:  # one name for two axes: Linen has no reading of that
+        return rules
+    spec = dict(zip(names, axes or (), strict=True))
+    wanted = {name: _hashable(axis) for name, axis in spec.items() if isinstance(name, str)}
+    read = {logical: _hashable(axis) for logical, axis in rules}
+    if all(read.get(name, name) == axis for name, axis in wanted.items()):
+        return rules
+    first = dict(reversed(rules))
+    return tuple({**first, **wanted}.items())
+
+
 def _hashable(x: Any) -> Any:
-    return tuple(map(_hashable, x)) if isinstance(x, list | tuple) else x
+    return tuple(map(_hashable, x)) if type(x) in (list, tuple) else x
 
 
 class NNXMeta(meta.AxisMetadata[Any]):
@@ -150,7 +187,7 @@ class NNXMeta(meta.AxisMetadata[Any]):
     def __init__(self, var_type: type[nnx.Variable[Any]], value: Any, metadata: Mapping[str, Any]):
         object.__setattr__(self, "var_type", var_type)
         object.__setattr__(self, "value", value)
-        object.__setattr__(self, "metadata", {_OLD_KEYS.get(k, k): v for k, v in metadata.items()})
+        object.__setattr__(self, "metadata", current_keys(metadata))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"NNXMeta is immutable; make a new one: box.replace({name}=...).")
@@ -173,11 +210,30 @@ class NNXMeta(meta.AxisMetadata[Any]):
         return self.var_type.from_metadata(self.value, dict(self.metadata))
 
     def get_partition_spec(self) -> PartitionSpec:
-        """The PartitionSpec that the metadata says: axis names, translated by its own `sharding_rules`."""
-        rules: dict[Any, Any] = {}
-        for logical, physical in self.metadata.get(RULES) or ():
-            rules.setdefault(logical, physical)
-        return PartitionSpec(*(_translated(name, rules) for name in _names(self.metadata.get(NAMES)) or ()))
+        """The PartitionSpec that the metadata says: axis names, translated by the logical rules.
+
+        Rules are its own `sharding_rules` and the ambient ones, of `nn.logical_axis_rules` or
+        `nnx.logical_axis_rules`; the last rule for a name counts, and a name without a rule is a mesh axis.
+
+        Raises:
+          MetadataError: (nnx_core) if its own rules contradict the ambient ones.
+        """
+        return get_var_pspec(self.to_nnx_variable()) or PartitionSpec()
+
+    def get_sharding(self, mesh: Mesh | AbstractMesh) -> NamedSharding:
+        """The spec on `mesh`, as `nn.get_sharding` asks for it.
+
+        Raises:
+          MetadataError: (nnx_core) if the names do not fit the mesh or the rank of the value, or rules contradict.
+
+        >>> import nnx_core as nnx, jax, jax.numpy as jnp
+        >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> box = NNXMeta(nnx.Param, jnp.ones((2, 3)), {"out_sharding": (None, "model")})
+        >>> box.get_sharding(mesh).spec
+        P(None, 'model')
+        """
+        found = get_named_sharding(self.to_nnx_variable(), mesh).get_raw_value()
+        return NamedSharding(mesh, PartitionSpec()) if found is None else found
 
     # ---- axes ----
 
@@ -306,15 +362,9 @@ def _like(sharding: Any, names: tuple[Any, ...]) -> Any:
     return list(names) if isinstance(sharding, list) else names
 
 
-def _translated(name: Any, rules: Mapping[Any, Any]) -> Any:
-    if isinstance(name, list | tuple):
-        return tuple(_translated(x, rules) for x in name)
-    return rules.get(name, name)
-
-
 def _flatten(box: NNXMeta) -> tuple[tuple[Any], Any]:
-    frozen = tuple((k, _hashable(v)) for k, v in sorted(box.metadata.items()))
-    return (box.value,), (box.var_type, frozen)
+    hashable = {k: [*map(_hashable, x)] if type(x) is list else _hashable(x) for k, x in box.metadata.items()}
+    return (box.value,), (box.var_type, freeze_metadata(hashable))
 
 
 def _flatten_with_keys(box: NNXMeta) -> tuple[tuple[tuple[Any, Any]], Any]:
@@ -323,7 +373,7 @@ def _flatten_with_keys(box: NNXMeta) -> tuple[tuple[tuple[Any, Any]], Any]:
 
 
 def _unflatten(aux: Any, children: Any) -> NNXMeta:
-    return NNXMeta(aux[0], children[0], dict(aux[1]))
+    return NNXMeta(aux[0], children[0], thaw_metadata(aux[1]))
 
 
 jax.tree_util.register_pytree_with_keys(NNXMeta, _flatten_with_keys, _unflatten, _flatten)

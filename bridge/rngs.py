@@ -72,7 +72,7 @@ def _by_name(source: RngSource) -> Mapping[str, Any]:
         return {}
     if not isinstance(source, Mapping):
         return {"params": source}
-    streams = dict(source.items())
+    streams = {name: source[name] for name in source}
     if "params" not in streams and "default" in streams:
         streams["params"] = streams.pop("default")  # where Linen looks for names it has no rng for
     return streams

@@ -11,284 +11,50 @@ Knows structures, locations in collections, and one call; how streams reach Line
 
 import copyreg
 import dataclasses
+import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.errors
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import FrozenDict, meta
+from flax.core import FrozenDict
 
 import nnx_core as nnx
-from bridge._errors import show_path
-from bridge._to_linen_errors import ConstructorChangedError, Location, UnexpectedVariablesError
-from bridge.context import Host, give_back_streams, hosted, linen_method
-from bridge.metadata import to_linen_value, to_nnx_variable
+from bridge.context import hosted, linen_method
+from bridge.metadata import NAMES, to_linen_value
 from bridge.structure import (
     Arguments,
+    AugmentFn,
     Factory,
     Keywords,
+    Modes,
     Recipe,
-    Slot,
-    Structure,
     distinct,
-    location_of,
+    has_parameter,
     require_factory,
     structure_of,
     unwrapped,
 )
-from nnx_core.graph.walk import children
+from bridge.to_linen_call import Call, Settings
+from bridge.to_linen_inside import Unowning, plain, public_methods
 
-#: How many structures are remembered for one class and its arguments: one for each form of a call.
-MOST_LATER = 64
 MetadataFn = Callable[[nnx.Variable[Any]], Any] | None
 
 
-# ---- one call ----
-
-
-def _leaves(tree: Any, known: Mapping[Location, Any], at: Location) -> Iterator[tuple[Location, Any]]:
-    """(location, value) below `at`; a mapping at a known location is the value of one Variable."""
-    if isinstance(tree, Mapping) and at not in known:
-        for key, child in tree.items():
-            yield from _leaves(child, known, (*at, str(key)))
-    else:
-        yield at, tree
-
-
-class Call:
-    """One call of a method of the NNX module in the scope of a bound Linen module."""
-
-    def __init__(self, linen: "ToLinen", method: str | Callable[..., Any], args: Any, kwargs: Any):
-        assert linen.scope is not None
-        self.linen, self.scope, self.host = linen, linen.scope, Host.of(linen)
-        self.method, self.args, self.kwargs = method, args, kwargs
-        self.recipe = linen._recipe
-        self.structure = structure_of(self.recipe, self.host.streams)
-
-    def run(self) -> Any:
-        """The result of the method; what it wrote is in the scope."""
-        self.found = self._find()
-        self._create_missing()
-        module = self._module()
-        before = _contents(module)
-        with hosted(self.host):
-            out = _invoke(module, self.method, self.args, self.kwargs)
-        for path, (x, value) in _contents(module).items():
-            known = before.get(path)
-            if known is None or known[1] is not value:
-                self._write(path, x, existed=known is not None and known[0] is x)
-        return out
-
-    # ---- what Linen has ----
-
-    def _find(self) -> dict[Location, Any]:
-        found: dict[Location, Any] = {}
-        for collection, tree in self.scope.variables().items():
-            if isinstance(tree, Mapping):
-                found.update(_leaves(tree, self.structure.slots, (collection,)))
-        return found
-
-    def _place(self, location: Location) -> tuple[str, str]:
-        """(name, path of its scope) as Linen's errors show them."""
-        return location[-1], "/" + "/".join((*self.scope.debug_path, *location[1:-1]))
-
-    def _create_missing(self) -> None:
-        missing = [slot for location, slot in self.structure.slots.items() if location not in self.found]
-        denied = [at for slot in missing if not self.scope.is_mutable_collection((at := slot.location)[0])]
-        if denied:
-            error = self._not_found(denied[0])
-            error.add_note("Missing are:" + "".join(f"\n  {show_path(at)}" for at in denied))
-            raise error
-        if not missing:
-            return
-        made = dict(nnx.to_flat_state(nnx.state(self.recipe.make(self.host))))
-        for slot in missing:
-            leaf = made.get(slot.path)
-            if leaf is None:
-                raise ConstructorChangedError(self.recipe.name, slot.path)
-            self._store(slot.location, self._boxed(leaf) if isinstance(leaf, nnx.Variable) else leaf)
-
-    def _not_found(self, location: Location) -> Exception:
-        collection, (name, path) = location[0], self._place(location)
-        if self.scope.is_collection_empty(collection):
-            return flax.errors.ScopeCollectionNotFound(collection, name, path)
-        if collection == "params":
-            return flax.errors.ScopeParamNotFoundError(name, path)
-        return flax.errors.ScopeVariableNotFoundError(name, collection, path)
-
-    # ---- the module ----
-
-    def _module(self) -> nnx.Module:
-        # In a shared scope (nn.share_scope) there are variables of other Linen modules, under names they reserved.
-        mine = {at: x for at, x in self.found.items() if not self.scope.name_reserved(at[1], at[0])}
-        unknown = {at: x for at, x in mine.items() if at not in self.structure.slots}
-        module = self._merged(self.structure)
-        unknown = _attach(module, unknown) if unknown else unknown
-        # Linen itself puts some there (capture_intermediates), and a module runs the same without them.
-        unknown = {at: x for at, x in unknown.items() if at[0] != "intermediates"}
-        if not unknown:
-            return module
-        later = self._structure_later()
-        unexpected = [at for at in unknown if at not in later.slots and not _may_wait(module, at)]
-        if unexpected:
-            raise UnexpectedVariablesError(f"ToLinen({self.recipe.name})", unexpected, self.structure.slots)
-        module = self._merged(later)
-        _attach(module, {at: x for at, x in unknown.items() if at not in later.slots})
-        return module
-
-    def _merged(self, structure: Structure) -> nnx.Module:
-        leaves = [(slot.path, self._leaf(slot)) for slot in structure.slots.values()]
-        return nnx.merge(structure.graphdef, nnx.State(leaves))
-
-    @property
-    def _may_create_params(self) -> bool:
-        return self.scope.is_mutable_collection("params")
-
-    def _leaf(self, slot: Slot) -> Any:
-        if slot.location not in self.found:
-            raise self._not_found(slot.location)
-        value = self.found[slot.location]
-        boxed = isinstance(value, meta.AxisMetadata) and slot.kind is not None
-        variable = to_nnx_variable(slot.location[0], value) if boxed else None
-        raw = value if variable is None else variable.get_raw_value()
-        if slot.location[0] == "params" and np.shape(raw) != slot.shape:
-            raise flax.errors.ScopeParamShapeError(*self._place(slot.location), np.shape(raw), slot.shape)
-        if variable is None or slot.kind is None:
-            return raw
-        return slot.kind.from_metadata(raw, {**slot.metadata, **variable.get_metadata()})
-
-    def _structure_later(self) -> Structure:
-        """The structure with the state that this method creates in a call, as far as Linen has it."""
-        known, signature = self.structure.later, jax.tree.map(_abstract, (self.args, self.kwargs))
-        if not isinstance(self.method, str):
-            return self._trace_later()  # a function may be another one each time
-        try:
-            key = self.method, distinct(signature), frozenset(self.found), self._may_create_params
-            hash(key)
-        except TypeError:
-            return self._trace_later()
-        if key not in known:
-            if len(known) >= MOST_LATER:
-                known.clear()
-            known[key] = self._trace_later()
-        return known[key]
-
-    def _trace_later(self) -> Structure:
-        def make() -> nnx.Module:
-            host = Host.abstract(self.host.streams)
-            module = self.recipe.make(host)
-            _attach(module, {at: x for at, x in self.found.items() if at not in self.structure.slots})
-            with hosted(host):
-                _invoke(module, self.method, self.args, self.kwargs)
-            give_back_streams(module)
-            return module
-
-        module = nnx.eval_shape(make)
-        # What the call is to create must not be there yet, but params that nobody may create are missing.
-        gone = lambda at: at not in self.found and (at[0] != "params" or self._may_create_params)  # noqa: E731
-        nnx.pop(module, lambda path, x: gone(location_of(path, x)))
-        return Structure(module)
-
-    # ---- what the call did ----
-
-    def _write(self, path: tuple[Any, ...], x: Any, *, existed: bool) -> None:
-        location, kind = location_of(path, x), type(x)
-        if not isinstance(x, nnx.Variable):
-            if location in self.found:  # an array that was no state before the call is not made state by it
-                self._put(location, x, sown=False)
-            return
-        raw = x.get_raw_value()
-        sown = issubclass(kind, nnx.Intermediate) or type(raw) is tuple
-        if self.host.initializing and existed and location[0] != "params" and not sown:
-            return  # as in Linen's own layers, init returns state as it was before the first step
-        box = self.found.get(location)
-        if isinstance(box, meta.AxisMetadata):
-            raw = box.replace_boxed(raw)
-        self._put(location, self._boxed(x) if location not in self.found else raw, sown=sown)
-
-    def _boxed(self, variable: nnx.Variable[Any]) -> Any:
-        return self.linen.metadata_fn(variable) if self.linen.metadata_fn else variable.get_raw_value()
-
-    def _put(self, location: Location, value: Any, *, sown: bool) -> None:
-        if self.scope.is_mutable_collection(location[0]):
-            self._store(location, value)
-        elif not sown:  # Linen's `sow` does nothing where it may not write; all else is an error
-            if location not in self.found:
-                raise self._not_found(location)
-            raise flax.errors.ModifyScopeVariableError(location[0], *self._place(location))
-
-    def _store(self, location: Location, value: Any) -> None:
-        self.found[location] = value
-        collection, name, *rest = location
-        for key in reversed(rest):
-            value = {key: value}
-        self.scope.put_variable(collection, name, value)
-
-
-def _contents(module: nnx.Module) -> dict[tuple[Any, ...], tuple[Any, Any]]:
-    """path -> (Variable or array, its value) of all state in `module`; its streams are Linen's and have none."""
-    walked = list(nnx.iter_graph(module))
-    streams = [x for _, x in walked if isinstance(x, nnx.RngStream)]
-    passed = {id(x.__dict__.get(name)) for x in streams for name in ("key", "count")}
-    found = {}
-    for path, x in walked:
-        if isinstance(x, nnx.Variable):
-            if id(x) not in passed:
-                found[path] = x, x.get_raw_value()
-        elif isinstance(x, jax.Array | np.ndarray):
-            found[path] = x, x
-    return found
-
-
-def _invoke(module: nnx.Module, method: Any, args: Any, kwargs: Any) -> Any:
-    if isinstance(method, str):
-        return getattr(module, method)(*args, **kwargs)
-    return method(module, *args, **kwargs)
-
-
-def _abstract(x: Any) -> Any:
-    return (x.shape, x.dtype) if isinstance(x, jax.Array | np.ndarray) else x
-
-
-def _at(module: Any, keys: tuple[str, ...]) -> Any:
-    """What is in `module` under keys that Linen made strings."""
-    for key in keys:
-        module = next((child for k, child in children(module) if str(k) == key), None)
-    return module
-
-
-def _waits(x: Any) -> bool:
-    """Whether `x` gets its state in its first call, as ToNNX does."""
-    return hasattr(type(x), "lazy_init")
-
-
-def _may_wait(module: nnx.Module, location: Location) -> bool:
-    """Whether a variable that this call has no place for may belong to another method of a wrapped module."""
-    return any(_waits(_at(module, location[1:end])) for end in range(2, len(location)))
-
-
-def _attach(module: nnx.Module, unknown: Mapping[Location, Any]) -> dict[Location, Any]:
-    """Give `module` the state that an earlier call created; returns what it has no place for.
-
-    Parameters are not state: an attribute that may hold one (`bias`, None) is part of what the module computes.
-    """
-    rest = {}
-    for location, value in unknown.items():
-        collection, *parents, name = location
-        owner = _at(module, tuple(parents))
-        fits = isinstance(owner, nnx.Module) and not _waits(owner) and not hasattr(type(owner), name)
-        if fits and collection != "params" and owner._nnx_items().get(name) is None:
-            owner._nnx_assign({name: to_nnx_variable(collection, value)}, ())
-        else:
-            rest[location] = value
-    return rest
-
-
 # ---- the Linen module ----
+
+
+def _boxed_as(kind: type[Any], variable: nnx.Variable[Any]) -> Any:
+    """The value of a Variable, in a box of this type if there is something to say."""
+    value, metadata = variable.get_raw_value(), variable.get_metadata()
+    if not issubclass(kind, nn.Partitioned):
+        return kind(type(variable), value, metadata) if metadata else value
+    names = metadata.get(NAMES)
+    return value if names is None else kind(value, tuple(names))
 
 
 class ToLinen(nn.Module):
@@ -309,6 +75,15 @@ class ToLinen(nn.Module):
       metadata_fn: Variable -> Linen value; the default boxes values that have metadata. None boxes nothing.
       abstract_init: find out the structure by tracing the constructor. False runs it once, for constructors
         that need real numbers.
+      metadata_type: an older way to say `metadata_fn`: the class of the boxes, called as NNXMeta is
+        (type of the Variable, value, metadata), or as nn.Partitioned is (value, axis names).
+      nnx_module_augment_fn: called with (NNX module, name of this module) before any state is loaded, to change the
+        module or to return another one: adapters, quantization.
+      keep_graphdef: keep the structure of the module, static attributes included, in the variables, as a pytree
+        without leaves: `variables["nnx"]["graphdef"]`. Apply uses it, and updates it where "nnx" is mutable.
+      keep_rngs: keep keys and counts of the random streams too, in the collections "RngKey" and "RngCount". They
+        serve streams that apply gets no rng for; the others get their keys from Linen, by their tags.
+      nnx_modes: what `train`, `eval` and `set_attributes` said.
 
     Raises:
       NotAFactoryError: `nnx_class` is an instance, or cannot be called.
@@ -333,13 +108,18 @@ class ToLinen(nn.Module):
     skip_rng: bool = False
     metadata_fn: MetadataFn = to_linen_value
     abstract_init: bool = True
+    metadata_type: type[Any] | None = None
+    nnx_module_augment_fn: AugmentFn | None = None
+    keep_graphdef: bool = False
+    keep_rngs: bool = False
+    nnx_modes: Modes = ()
 
     def __post_init__(self) -> None:
         require_factory(self.nnx_class)
-        for name, kind, plain in (("args", Arguments, tuple), ("kwargs", Keywords, dict)):
+        for name, kind, container in (("args", Arguments, tuple), ("kwargs", Keywords, dict)):
             given = getattr(self, name)
             if not isinstance(given, kind):
-                object.__setattr__(self, name, kind(plain(given), self.nnx_class))
+                object.__setattr__(self, name, kind(container(given), self.nnx_class))
         super().__post_init__()
 
     def __call__(self, *args: Any, nnx_method: Callable[..., Any] | str | None = None, **kwargs: Any) -> Any:
@@ -356,8 +136,30 @@ class ToLinen(nn.Module):
     def _run(self, method: Any, args: Any, kwargs: Any) -> Any:
         if self.scope is None:
             raise flax.errors.CallCompactUnboundModuleError()
+        box = self.metadata_fn or nnx.Variable.get_raw_value
+        if self.metadata_type is not None:
+            box = functools.partial(_boxed_as, self.metadata_type)
         with hosted(None):  # so that a module around this one hands out no keys for our own walks
-            return Call(self, method, args, kwargs).run()
+            return Call(self, Settings(self._recipe, box, self.keep_graphdef), method, args, kwargs).run()
+
+    @nn.nowrap
+    def _alone(self, module: nnx.Module) -> "ToLinen":
+        """A Linen module like this one for a submodule, with the class name of that; its initial values are zeros."""
+        module = nnx.clone(module)
+        plain(module)
+        graphdef, state = nnx.split(module)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        return _class_like(type(module))(functools.partial(_blank, graphdef, shapes), parent=None)
+
+    @nn.nowrap
+    def _register_submodules(self, name: str, value: Any) -> None:
+        # Linen looks for modules in every field, twice a call: the most expensive part of it. There are none in ours.
+        if name not in _FIELDS:
+            super()._register_submodules(name, value)
+
+    @nn.nowrap
+    def _name_taken(self, *args: Any, **kwargs: Any) -> bool:
+        return not isinstance(self._state, Unowning) and super()._name_taken(*args, **kwargs)
 
     @property
     @nn.nowrap
@@ -365,7 +167,43 @@ class ToLinen(nn.Module):
         args, kwargs = self.args, self.kwargs
         assert isinstance(args, Arguments)
         assert isinstance(kwargs, Keywords)
-        return Recipe(self.nnx_class, args, kwargs, self.skip_rng, self.abstract_init)
+        augment = self.nnx_module_augment_fn
+        name = None if augment is None else self.name
+        options = (self.skip_rng, self.abstract_init, self.keep_rngs, self.nnx_modes, augment, name)
+        return Recipe(self.nnx_class, args, kwargs, *options)
+
+    @nn.nowrap
+    def train(self, **attributes: Any) -> "ToLinen":
+        """This module with the NNX module in training mode, as `nnx.Module.train` sets it; this one stays as it is.
+
+        >>> import nnx_core as nnx
+        >>> model = to_linen(nnx.Dropout, 0.5).eval()
+        >>> model.nnx_modes, model.train() == to_linen(nnx.Dropout, 0.5).train()
+        ((('eval', ()),), True)
+        """
+        return self._in_mode("train", attributes)
+
+    @nn.nowrap
+    def eval(self, **attributes: Any) -> "ToLinen":
+        """This module with the NNX module in evaluation mode; see `train`."""
+        return self._in_mode("eval", attributes)
+
+    @nn.nowrap
+    def set_attributes(self, *, raise_if_not_found: bool = True, **attributes: Any) -> "ToLinen":
+        """This module with these attributes set on every NNX submodule that has them; see `train`.
+
+        Raises:
+          AttributeNotFoundError: at the next call, if there is none that has one of them.
+        """
+        return self._in_mode("set_attributes", {"raise_if_not_found": raise_if_not_found, **attributes})
+
+    @nn.nowrap
+    def _in_mode(self, method: str, attributes: dict[str, Any]) -> "ToLinen":
+        # A mode undoes the mode before it, if that set no more than this one does.
+        before = [m for m in self.nnx_modes if m[0] not in ("train", "eval") or dict(m[1]).keys() - attributes.keys()]
+        if method == "set_attributes":
+            before = list(self.nnx_modes)
+        return self.clone(nnx_modes=(*before, (method, tuple(attributes.items()))))
 
     @property
     def module_class(self) -> type[nnx.Module]:
@@ -387,9 +225,26 @@ class ToLinen(nn.Module):
         if not name.startswith("_") and "nnx_class" in self.__dict__:
             method = getattr(self.module_class, name, None)
             is_method = callable(method) and not isinstance(method, type)
-            if is_method and method is not getattr(nnx.Module, name, None):
+            if is_method and method is not getattr(nnx.Module, name, None):  # nnx.Module's own are of no use here
                 return types.MethodType(linen_method(name), self)
         return super().__getattr__(name)
+
+
+def _blank(graphdef: nnx.GraphDef, shapes: nnx.State) -> nnx.Module:
+    module: nnx.Module = nnx.merge(graphdef, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    return module
+
+
+@functools.lru_cache(maxsize=1024)
+def _class_like(cls: type) -> type[ToLinen]:
+    """ToLinen under the name of an NNX class, with its methods."""
+    body = {name: linen_method(name) for name in public_methods(cls) if not hasattr(ToLinen, name)}
+    return type(cls.__name__, (ToLinen,), {"__module__": cls.__module__, **body})
+
+
+_FIELDS = frozenset(f.name for f in dataclasses.fields(ToLinen))
+#: Those that `to_linen` has no parameters for.
+_OPTIONS = frozenset({"metadata_type", "nnx_module_augment_fn", "keep_graphdef", "keep_rngs", "nnx_modes"})
 
 
 def to_linen(
@@ -403,11 +258,15 @@ def to_linen(
 ) -> ToLinen:
     """`ToLinen` with the arguments of the NNX class written as in a call of it.
 
+    Keywords that the NNX class has no parameter for and that are further options of `ToLinen` (`keep_rngs`,
+    `nnx_module_augment_fn`, ...) are these.
+
     Example:
       >>> import nnx_core as nnx
       >>> to_linen(nnx.Linear, 3, out_features=4).kwargs
       {'out_features': 4}
     """
+    options = {key: kwargs.pop(key) for key in _OPTIONS & kwargs.keys() if not has_parameter(nnx_class, key)}
     return ToLinen(
         nnx_class,
         args=args,
@@ -416,6 +275,7 @@ def to_linen(
         skip_rng=skip_rng,
         abstract_init=abstract_init,
         name=name,
+        **options,
     )
 
 
@@ -516,6 +376,8 @@ def _new_class(fields: dict[str, Any]) -> type[ToLinen]:
         "__annotations__": {"nnx_class": Factory, "skip_rng": bool, "metadata_fn": MetadataFn},
         "__reduce_ex__": nn.nowrap(_reduce),
         "_made_from": fields,
+        # Found by name, for transforms that are told which methods to lift.
+        **{method: linen_method(method) for method in public_methods(target) if not hasattr(ToLinen, method)},
         **{field: fields[field] for field in ("nnx_class", "skip_rng", "metadata_fn")},
     }
     return LinenClass(name, (ToLinen,), body)

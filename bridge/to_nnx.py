@@ -14,24 +14,26 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.errors
 import jax
 from flax import linen as nn
+from flax.core.scope import DenyList, intersect_filters
 
 import nnx_core as nnx
+from bridge import to_nnx_init
 from bridge._wrapper_errors import (
     AlreadyInitializedError,
+    LinenAttributeError,
     NoModeWarning,
     NoOwnerError,
     NoRngsError,
     NotALinenModuleError,
     NotInitializedError,
     StateAttributeError,
+    UnknownValueError,
 )
 from bridge.context import current_linen_module, is_linen_initializing
 from bridge.linen_state import (
@@ -49,12 +51,10 @@ from bridge.linen_state import (
 from bridge.mapping import Location, leaves, nest
 from bridge.metadata import to_nnx_variable
 from bridge.rngs import Keys, RngSource
+from bridge.to_nnx_views import BOUND, Submodule, has_setup, holds_modules, look, method_at, reported
 from bridge.wrapped import WHEN_TRAINING, Wrapped
 from nnx_core._changes import touch
-from nnx_core._errors import TraceError
-from nnx_core._trace import current_trace
 from nnx_core.graph.api import plan_of
-from nnx_core.graph.objects import is_array
 
 
 class ToNNX(nnx.Module):
@@ -109,7 +109,7 @@ class ToNNX(nnx.Module):
 
     def lazy_init(self, *args: Any, **kwargs: Any) -> ToNNX:
         """Make the variables that this call needs and that are not there; see `bridge.lazy_init`."""
-        lazy_init(self, *args, **kwargs)
+        _init_one(self, args, kwargs)
         return self
 
     def __call__(
@@ -133,9 +133,8 @@ class ToNNX(nnx.Module):
         Raises:
           NotInitializedError: if variables are needed and none have been made.
         """
-        recorder = _recorder.get()
-        if recorder is not None and id(self) in recorder.places:
-            recorder.record(self, args, kwargs, rngs, method)
+        if (recorder := to_nnx_init.recorder()) is not None and (place := recorder.place_of(self)) is not None:
+            self._record(recorder, place, args, kwargs, rngs, method)
         elif not self._nnx_variables and is_linen_initializing():
             self._make_variables(args, kwargs, rngs, method)
         return self._apply(args, kwargs, rngs, method, mutable)
@@ -147,14 +146,15 @@ class ToNNX(nnx.Module):
         if mutable is None:
             mutable = _writable(view.collections) or False
         try:
-            result = wrapped.module.apply(
-                filled(view.template),
-                *args,
-                rngs=keys.by_name or None,
-                method=keys.watching(run),
-                mutable=mutable,
-                **kwargs,
-            )
+            with reported(self):
+                result = wrapped.module.apply(
+                    filled(view.template),
+                    *args,
+                    rngs=keys.by_name or None,
+                    method=keys.watching(run),
+                    mutable=mutable,
+                    **kwargs,
+                )
         except _NOT_FOUND as error:
             if view.variables:
                 raise
@@ -174,13 +174,22 @@ class ToNNX(nnx.Module):
             raise NoRngsError(type(wrapped.module).__name__)
         run, kwargs = self._method(method, args, kwargs)
         abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, kwargs)))
-        init = wrapped.module.lazy_init if abstract else wrapped.module.init
-        made = init(keys.by_name, *args, method=keys.watching(run), **kwargs)
+        init = functools.partial(wrapped.module.init, keys.by_name, method=keys.watching(run))
+        if abstract:
+            made = to_nnx_init.from_shapes(type(wrapped.module).__name__, init, args, kwargs)
+        else:
+            made = init(*args, **kwargs)
         new = {at: value for at, value in leaves(made) if at not in view.variables and not is_empty(value)}
         if new:
             keys.settle()
             self._add(view, {at: to_nnx_variable(at[0], value) for at, value in new.items()})
         return len(new)
+
+    def _record(self, recorder: Any, place: int, args: Any, kwargs: Any, rngs: RngSource, method: Any) -> None:
+        """Make the variables of this abstract call, and have the recorder note what it was."""
+        keys = None if rngs is None else Keys(rngs, exact=self._nnx_wrapped.exact).by_name
+        if self._make_variables(args, kwargs, rngs, method):
+            recorder.add(place, args, kwargs, method, keys)
 
     def _method(self, method: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
         """What to call with the bound module, and keywords with the flags that the caller left open."""
@@ -213,7 +222,7 @@ class ToNNX(nnx.Module):
             self._add(view, new)
 
     def _add(self, view: View, new: dict[Location, nnx.Variable[Any]]) -> None:
-        _check_trace(self)
+        self._nnx_check_can_write(next(iter(new))[1])
         sync(self._nnx_variables, nest({**view.variables, **new}, Level))
         self._arrange()
         touch(self)
@@ -267,23 +276,45 @@ class ToNNX(nnx.Module):
         if name in self._nnx_variables:
             return at_home(self._nnx_variables[name], self, (name,))
         if self._nnx_wrapped.has(name):
-            return self._nnx_wrapped.get(name)
-        return self._of_class(name)
+            value = self._nnx_wrapped.get(name)
+            return look(self, (), name) if holds_modules(value) else value
+        return self._of_linen(name)
 
-    def _of_class(self, name: str) -> Any:
-        """A method, property or constant that the class of the Linen module adds to `nn.Module`."""
+    def _of_linen(self, name: str) -> Any:
+        """What the Linen module has by this name besides fields: of its class, or made in `setup`."""
         kind = type(self.module)
-        found = inspect.getattr_static(kind, name, None)
-        if found is None or found is inspect.getattr_static(nn.Module, name, None):
+        found, reason = _of_class(kind, name), None
+        if found is None and has_setup(self.module) and name not in WHEN_TRAINING:  # which are set, not computed
+            try:
+                return look(self, (), name)
+            except AttributeError as error:
+                reason = error
+        if found is None:
             raise AttributeError(
                 f"ToNNX({kind.__name__}) has no attribute or variable {name!r}, and neither has {kind.__name__}; its"
                 f" variables are {list(self._nnx_variables)}."
-            )
-        if isinstance(found, property):
-            return self(method=lambda module: getattr(module, name))
+            ) from reason
         if inspect.isfunction(found):
             return functools.partial(self, method=name)
+        if hasattr(found, "__get__") and not isinstance(found, staticmethod | classmethod):  # a property, of any kind
+            return self(method=lambda module: getattr(module, name))
         return getattr(self.module, name)
+
+    def _nnx_at(self, path: tuple[str, ...]) -> Any:
+        """The submodule at `path`: itself, its variables, or a view where it has none."""
+        scope: Any = self
+        for depth, name in enumerate(path):
+            level = self._nnx_variables if depth == 0 else scope
+            if type(level.get(name)) is not LinenScope:
+                return Submodule(self, path)
+            scope = at_home(level[name], self, path[: depth + 1])
+        return scope
+
+    def _nnx_variable_at(self, at: Location) -> nnx.Variable[Any]:
+        return self._view().variables[at]
+
+    def _nnx_linen_variables(self) -> dict[str, Any]:
+        return filled(self._view().template)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__:
@@ -291,25 +322,37 @@ class ToNNX(nnx.Module):
         elif name in self._nnx_variables:
             self._set_variable(name, value)
         elif self._nnx_wrapped.has(name):
-            _check_trace(self)
+            self._nnx_check_can_write(name)
             _set_wrapped(self, self._nnx_wrapped.set(name, value))
             touch(self)
         else:
+            if name not in _OWN and self._is_computed(name):
+                raise LinenAttributeError(type(self.module).__name__, name)
             super().__setattr__(name, value)
             self._arrange()
             touch(self)
+
+    def _is_computed(self, name: str) -> bool:
+        """Whether the Linen module makes this attribute itself, so that setting one here would not reach it."""
+        if (found := _of_class(type(self.module), name)) is not None:  # who hides a method calls another one
+            return not inspect.isfunction(found) and not isinstance(found, staticmethod | classmethod)
+        try:
+            self._of_linen(name)
+        except AttributeError:
+            return False
+        return True
 
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__ or name not in self._nnx_variables:
             super().__delattr__(name)
         else:
-            _check_trace(self)
+            self._nnx_check_can_write(name)
             del self._nnx_variables[name]
         self._arrange()
         touch(self)
 
     def _set_variable(self, name: str, value: Any) -> None:
-        _check_trace(self)
+        self._nnx_check_can_write(name)
         if not isinstance(value, nnx.Variable | LinenScope):
             raise StateAttributeError(name, value)
         self._nnx_variables[name] = value
@@ -341,6 +384,7 @@ class ToNNX(nnx.Module):
             )
 
 
+_OWN = ("rngs",)
 _set_variables = ToNNX.__dict__["_nnx_variables"].__set__
 _set_wrapped = ToNNX.__dict__["_nnx_wrapped"].__set__
 _NOT_FOUND = (
@@ -378,17 +422,18 @@ def _free(name: str, used: set[str]) -> str:
     return name
 
 
-def _check_trace(module: nnx.Object) -> None:
-    if module._nnx_trace != current_trace():
-        raise TraceError(f"the variables of {type(module).__name__}")
+def _of_class(kind: type[nn.Module], name: str) -> Any:
+    """What the class of a Linen module adds to `nn.Module` by this name; None if nothing."""
+    found = inspect.getattr_static(kind, name, None)
+    return None if name in BOUND or found is inspect.getattr_static(nn.Module, name, None) else found
 
 
-def _writable(collections: list[str]) -> list[str]:
-    held = [name for name in collections if name not in ("params", "intermediates")]
+def _writable(held: list[str]) -> Any:
+    """The collections that a call may write: those it holds; inside a Linen module, as for any submodule of it."""
     around = current_linen_module()
     if around is None or around.scope is None:
-        return held
-    return [name for name in held if around.is_mutable_collection(name)]
+        return [name for name in held if name not in ("params", "intermediates")]
+    return intersect_filters(around.scope.mutable, DenyList("params"))
 
 
 @functools.cache
@@ -411,57 +456,19 @@ def _open_flags(
 # ---- initialisation ----------------------------------------------------------------------------------------
 
 
-class _Call(NamedTuple):
-    """A call that needs variables: of which module, and with what, arrays as ShapeDtypeStructs."""
-
-    place: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    method: Any
-
-
-class _Recorder:
-    """Notes calls of wrappers without variables while a model runs abstractly."""
-
-    def __init__(self, wrappers: list[ToNNX]):
-        self.places = {id(x): i for i, x in enumerate(wrappers)}
-        self.calls: list[_Call] = []
-
-    def record(self, wrapper: ToNNX, args: Any, kwargs: Any, rngs: RngSource, method: Any) -> None:
-        if wrapper._make_variables(args, kwargs, rngs, method):
-            args, kwargs = jax.tree.map(_abstract, (args, kwargs))
-            self.calls.append(_Call(self.places[id(wrapper)], args, kwargs, method))
-
-
-_recorder: ContextVar[_Recorder | None] = ContextVar("bridge_recorder", default=None)
-
-
-@contextmanager
-def _recording(wrappers: list[ToNNX]) -> Iterator[_Recorder]:
-    recorder = _Recorder(wrappers)
-    token = _recorder.set(recorder)
-    try:
-        yield recorder
-    finally:
-        _recorder.reset(token)
-
-
-def _abstract(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.core.Tracer) else x
-
-
 def _wrappers_in(node: Any) -> list[ToNNX]:
     return [x for _, x in nnx.iter_graph(node) if isinstance(x, ToNNX)]
 
 
-def lazy_init(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
     """Make the variables of every wrapped Linen module that a call needs; what is there stays as it is.
 
     A model that has wrapped modules inside runs abstractly, on a copy: no forward pass is computed and no other
-    state changes. Each wrapped module is then initialised for the shapes it was called with.
+    state changes. Each wrapped module is then initialised for the shapes it was called with, or for the values
+    where it needs them, from the random keys of that call or its own.
 
     Args:
-      fn: a ToNNX, any other NNX module, or a method of one.
+      fn: a ToNNX, a submodule of one, any other NNX module, or a method of one.
       *args, **kwargs: what to call it with, `jax.ShapeDtypeStruct`s for arrays if you like. A ToNNX also takes
         `rngs`, `method` and `mutable`, as in a call.
 
@@ -471,6 +478,7 @@ def lazy_init(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
     Raises:
       AlreadyInitializedError: if `fn` is a ToNNX that has all it needs.
       NoRngsError: if a module has no random keys.
+      UnknownValueError: if variables depend on the values of inputs, and only their shapes are known.
       NoOwnerError: if `fn` belongs to no module.
 
     >>> from flax import linen as nn
@@ -479,14 +487,17 @@ def lazy_init(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
     >>> lazy_init(model, jax.ShapeDtypeStruct((1, 2), jnp.float32)).layers[0].kernel.shape
     (2, 3)
     """
-    call, owner = fn, fn if isinstance(fn, nnx.Object) else getattr(fn, "__self__", None)
-    if isinstance(fn, functools.partial) and isinstance(fn.func, ToNNX):  # `model.encode` of a wrapped module
-        owner, kwargs = fn.func, {**fn.keywords, **kwargs}
-    if isinstance(owner, ToNNX):
+    target = fn
+    if isinstance(fn, functools.partial) and isinstance(fn.func, ToNNX | LinenScope | Submodule):
+        target, kwargs = fn.func, {**fn.keywords, **kwargs}  # `model.encode` of a wrapped module
+    owner = getattr(target, "__self__", target)
+    if isinstance(target, LinenScope | Submodule):
+        wrapper, path = target._nnx_place()
+        _init_one(wrapper, args, {**kwargs, "method": method_at(path, kwargs.get("method"))})
+    elif isinstance(owner, ToNNX) and (owner is target or target.__func__ is ToNNX.__call__):
         _init_one(owner, args, kwargs)
     elif isinstance(owner, nnx.Object):
-        method = type(fn).__call__ if call is owner else fn.__func__
-        _init_inside(owner, method, args, kwargs)
+        _init_inside(owner, type(owner).__call__ if owner is target else target.__func__, args, kwargs)
     else:
         raise NoOwnerError(fn)
     return fn
@@ -505,20 +516,10 @@ def _init_one(wrapper: ToNNX, args: Any, kwargs: dict[str, Any], rngs: RngSource
 
 
 def _init_inside(owner: nnx.Object, method: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
-    flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, nnx.Object | nnx.Variable))
-    arrays = {i: x for i, x in enumerate(flat) if is_array(x)}
-    objects = {i: x for i, x in enumerate(flat) if isinstance(x, nnx.Object)}
-    graphdef, state = nnx.split({"owner": owner, "objects": objects})
-    calls: list[_Call] = []
-
-    def run(state: Any, arrays: dict[int, Any]) -> None:
-        copy = nnx.merge(graphdef, state)
-        args, kwargs = treedef.unflatten({**dict(enumerate(flat)), **copy["objects"], **arrays}.values())
-        with _recording(_wrappers_in(copy["owner"])) as recorder:
-            method(copy["owner"], *args, **kwargs)
-        calls.extend(recorder.calls)
-
-    jax.eval_shape(run, state, arrays)
     wrappers = _wrappers_in(owner)
-    for call in calls:
-        wrappers[call.place]._make_variables(call.args, call.kwargs, None, call.method)
+    for call in to_nnx_init.calls_in(owner, _wrappers_in, method, args, kwargs):
+        make, keys = wrappers[call.place]._make_variables, call.keys()
+        try:
+            make(*call.shapes(), keys, call.method)
+        except UnknownValueError:  # shapes are not enough for this one
+            make(*call.values(), keys, call.method)

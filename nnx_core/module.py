@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Self, TypeVar
 
+import jax.numpy as jnp
+
 from nnx_core import filters as filterlib
 from nnx_core._errors import AttributeNotFoundError, Path
 from nnx_core.graph.api import update
@@ -80,7 +82,7 @@ class Module(Object):
         """
         kind = variable_class(variable_type)
         if not hasattr(self, name):
-            setattr(self, name, kind(value * 0))  # type: ignore[operator]  # arrays
+            setattr(self, name, kind(jnp.zeros_like(value)))  # not value * 0: NaN * 0 is NaN, -1.0 * 0 is -0.0
         variable = getattr(self, name)
         if not isinstance(variable, kind):
             raise ValueError(_taken(self, name, kind, variable))

@@ -30,11 +30,11 @@ AnyMesh: TypeAlias = Mesh | AbstractMesh
 LogicalRules: TypeAlias = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
 MESH, RULES = "mesh", "sharding_rules"  # metadata keys: a mesh and logical rules of one Variable's own
-_NAME_KEYS = (AXIS_NAMES, "sharding_names", "sharding")  # newest first; `from_metadata` keeps keys as they are
 _ABSENT: Any = object()
 
 # Both are per context, as jax's own: a thread that was not told anything starts with the defaults.
 _rules: ContextVar[LogicalRules] = ContextVar("logical_axis_rules", default=())
+_store: tuple[Callable[[], Any], Callable[[Any], Any]] = (_rules.get, _rules.set)  # where the rules are kept
 _eager: ContextVar[bool] = ContextVar("eager_sharding", default=False)
 
 
@@ -66,8 +66,8 @@ def with_partitioning(
 
 
 def _names_of(metadata: Mapping[str, Any]) -> Any:
-    """The axis names as they are stored, under whichever key of the past; None if there are none."""
-    return next((metadata[key] for key in _NAME_KEYS if metadata.get(key) is not None), None)
+    """The axis names as they are stored; None if there are none."""
+    return metadata.get(AXIS_NAMES)
 
 
 # ---- logical rules ----
@@ -75,7 +75,7 @@ def _names_of(metadata: Mapping[str, Any]) -> Any:
 
 def get_logical_axis_rules() -> LogicalRules:
     """The logical rules that hold here."""
-    return _rules.get()
+    return _checked(_store[0]())
 
 
 def set_logical_axis_rules(rules: LogicalRules | None) -> None:
@@ -84,7 +84,18 @@ def set_logical_axis_rules(rules: LogicalRules | None) -> None:
     Raises:
       MetadataError: if a rule is not a pair of a name and a mesh axis, several, or None.
     """
-    _rules.set(_checked(rules))
+    _store[1](_checked(rules))
+
+
+def keep_rules_in(get: Callable[[], Any], set_: Callable[[Any], Any]) -> None:
+    """Keep logical rules where another library keeps its own: what is set in one of the two then holds in both.
+
+    Rules that hold here are handed over. Outside the new place's contexts, what was set here before is gone.
+    """
+    global _store
+    if rules := get_logical_axis_rules():
+        set_(rules)
+    _store = get, set_
 
 
 @contextlib.contextmanager
@@ -110,11 +121,12 @@ def logical_axis_rules(rules: LogicalRules | None) -> Iterator[None]:
       >>> sharding.get_var_pspec(w)
       P('embed', 'mlp')
     """
-    token = _rules.set(_checked(rules))
+    before = get_logical_axis_rules()
+    set_logical_axis_rules(rules)
     try:
         yield
     finally:
-        _rules.reset(token)
+        set_logical_axis_rules(before)
 
 
 def _checked(rules: Any) -> LogicalRules:
@@ -130,7 +142,7 @@ def _checked(rules: Any) -> LogicalRules:
 
 def _rules_for(metadata: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     """The ambient rules and those of a Variable's own, which may not contradict them."""
-    ambient, own = dict(_rules.get()), dict(_checked(metadata.get(RULES)))
+    ambient, own = dict(get_logical_axis_rules()), dict(_checked(metadata.get(RULES)))
     for name, axis in own.items():
         if name in ambient and ambient[name] != axis:
             raise MetadataError(

@@ -26,11 +26,24 @@ V = TypeVar("V", bound="Variable[Any]")
 
 MISSING: Any = type("MISSING", (), {"__repr__": lambda self: "MISSING"})()
 
-#: Older names of the one key that holds axis names; read and written as that key.
+#: Older names of the one key that holds axis names, newest first; read and written as that key.
 AXIS_NAMES = "out_sharding"
-_OLD_KEYS = {"sharding": AXIS_NAMES, "sharding_names": AXIS_NAMES}
+_OLD_KEYS = {"sharding_names": AXIS_NAMES, "sharding": AXIS_NAMES}
 _HOOKS = ("on_create_value", "on_get_value", "on_set_value", "on_add_axis", "on_remove_axis")
 _SLOTS = ("_raw_value", "_var_metadata", "_trace_state", "_nnx_version", "_site")
+
+
+def current_keys(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `metadata` with axis names under the key of today; of several, what the newest key says counts.
+
+    >>> current_keys({"sharding": ("a",), "unit": "m"})
+    {'out_sharding': ('a',), 'unit': 'm'}
+    """
+    names = [metadata[key] for key in (AXIS_NAMES, *_OLD_KEYS) if metadata.get(key) is not None]
+    new = {_OLD_KEYS.get(key, key): x for key, x in metadata.items()}
+    if names:
+        new[AXIS_NAMES] = names[0]
+    return new
 
 
 @dataclass(frozen=True)
@@ -278,13 +291,13 @@ class Variable(Generic[A]):
     @classmethod
     def from_metadata(cls, value: A, attributes: Mapping[str, Any]) -> "Variable[A]":
         """A Variable of this class from a raw value and metadata; no hooks run."""
-        return new_variable(cls, value, dict(attributes))
+        return new_variable(cls, value, current_keys(attributes))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_raw_value": self._raw_value, "_var_metadata": dict(self._var_metadata)}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        _fill(self, state["_raw_value"], dict(state["_var_metadata"]))
+        _fill(self, state["_raw_value"], current_keys(state["_var_metadata"]))
 
     def __copy__(self: V) -> V:
         return new_variable(type(self), self._raw_value, dict(self._var_metadata))

@@ -24,6 +24,7 @@ from nnx_core.inspect.census import ObjectInfo
 from nnx_core.inspect.describe import describe, describe_arguments
 from nnx_core.module import Dict, List, Module
 
+Part = tuple[Path, type]  # of an object that is no object itself: where it is below that one, and what
 _MARK = "recorded:"  # no identifier: no attribute of a user's has such a name
 _OWN = (Object, Module, List, Dict)  # their methods are nnx_core's own business: sow, train, set_attributes, ...
 _ROOT = Place((), None, 0)
@@ -106,24 +107,30 @@ class Recorder:
         self.token = next(_tokens)
         self.rows: list[CallInfo] = []
         self.calls: list[tuple[str, Packed] | None] = []  # what flops are counted of, if `keep`
-        self._seen: set[tuple[int, str, tuple[str, ...]]] = set()
+        self._seen: set[tuple[Path, str, tuple[str, ...]]] = set()
 
-    def record(self, index: int, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run `method`, and add a row unless there is one like it."""
+    def record(
+        self, index: int, name: str, method: Callable[..., Any], args: Any, kwargs: Any, part: Part | None = None
+    ) -> Any:
+        """Run `method` of an object, or of a part of it, and add a row unless there is one like it."""
+        info = self.infos[index] if part is None else self._info_of(index, *part)
         inputs = tuple(describe_arguments(args[1:], kwargs))
-        if (index, name, inputs) in self._seen:
+        if (info.path, name, inputs) in self._seen:
             return method(*args, **kwargs)
-        self._seen.add((index, name, inputs))
+        self._seen.add((info.path, name, inputs))
         order = len(self.rows)
         self.rows.append(None)  # type: ignore[arg-type]  # its place among the rows; filled below
-        self.calls.append((name, Packed.of(args, kwargs)) if self.keep else None)
+        self.calls.append((name, Packed.of(args, kwargs)) if self.keep and part is None else None)
         output = method(*args, **kwargs)
-        info = self.infos[index]
         path = info.path if name == "__call__" else (*info.path, name)
         self.rows[order] = CallInfo(
             order, info.id, info.kind, path, "\n".join(inputs), describe(output), flops=None, vjp_flops=None
         )
         return output
+
+    def _info_of(self, index: int, path: Path, kind: type) -> ObjectInfo:
+        path = (*self.infos[index].path, *path)
+        return ObjectInfo(path, kind, next((info.id for info in self.infos if info.path == path), 0))
 
     def run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Call the method `name` of the first of `args` with the others; nothing is computed."""
@@ -189,6 +196,17 @@ def methods(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
 def _storage() -> tuple[type, ...]:
     """What List and Dict are made of: their methods are those of a list and a dict."""
     return tuple({base for kind in (List, Dict) for base in kind.__mro__} - {object})
+
+
+def part_recorder(x: Object) -> Callable[..., Any] | None:
+    """For an object that runs code of its own kind, such as another library's: what records calls of its parts.
+
+    It takes (name, method, args, kwargs, (path below x, type)), where the first of `args` is the part, and returns
+    `method(*args, **kwargs)`. None unless calls of `x` are being recorded.
+    """
+    token, _, index = x._nnx_marks.get(_MARK, "").partition(" ")
+    recorder = _running.get(int(token)) if token else None
+    return None if recorder is None else functools.partial(recorder.record, int(index))
 
 
 def _reporting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:

@@ -103,11 +103,10 @@ def _calls(
     return [
         replace(
             row,
-            flops=forward_flops(*call) if flops else None,
-            vjp_flops=vjp_flops(*call) if gradients else None,
+            flops=forward_flops(*call) if flops and call is not None else None,
+            vjp_flops=vjp_flops(*call) if gradients and call is not None else None,
         )
         for row, call in zip(recorder.rows, recorder.calls, strict=True)
-        if call is not None
     ]
 
 
@@ -138,14 +137,14 @@ def _table(
         table.add_column(kind, **{"footer": _size(root.sizes[kind]), **column_kwargs})
     by_id = {info.id: info for info in infos}
     for row in rows:
-        info = by_id[row.object_id]
+        info = by_id.get(row.object_id)
         table.add_row(
             _plain("/".join(map(str, row.path))),
             _plain(row.type.__name__),
             _plain(row.inputs_repr),
             _plain("\n".join(outline(row.outputs))),
             *(_plain(_number(getattr(row, name))) for name in flops),
-            *(_cell(info, kind) for kind in kinds),
+            *(_plain("") if info is None else _cell(info, kind) for kind in kinds),
         )
     return table
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import serialization
 from flax.core import freeze
 
 import nnx_core as nnx
@@ -276,6 +277,52 @@ def test_into_an_abstract_model_row39(variables):
     model = nnx.eval_shape(native)
     load_variables(model, variables, rename=RENAME)
     assert_trees_equal(variables_of(model, rename=RENAME), variables)
+
+
+def sharded_native():
+    names = {"out_sharding": (None, "x")}
+    return nnx.Linear(3, 8, rngs=nnx.Rngs(1), kernel_metadata=names, bias_metadata={"out_sharding": ("x",)})
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+@pytest.mark.parametrize("where", ["abstract", "on devices"])
+def test_values_go_where_their_places_are_sharded_to_row39(where):
+    """From numpy straight to the devices of the target, which keeps its sharding and identity."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    model = nnx.merge(*nnx.get_abstract_model(sharded_native, mesh))
+    if where == "on devices":
+        model = jax.jit(sharded_native, out_shardings=nnx.get_named_sharding(model, mesh))()
+    targets = {name: getattr(model, name).get_raw_value().sharding for name in ("kernel", "bias")}
+    tree = {"params": {"kernel": np.arange(24.0, dtype=np.float32).reshape(3, 8), "bias": np.ones(8, np.float32)}}
+    load_variables(model, tree)
+    for name, sharding in targets.items():
+        value = getattr(model, name).get_raw_value()
+        assert (value.sharding, value.committed) == (sharding, True)
+        assert len({str(shard.index) for shard in value.addressable_shards}) == 2
+    assert_trees_equal(variables_of(model)["params"]["kernel"].value, tree["params"]["kernel"])
+
+
+def test_a_ref_is_written_to_row3():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    model.kernel = nnx.Param(jnp.zeros((3, 2)), ref=True)
+    ref = model.kernel.get_raw_value()
+    load_variables(model, {"params": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}})
+    assert model.kernel.get_raw_value() is ref
+    assert_trees_equal(ref[...], jnp.ones((3, 2)))
+
+
+def test_boxes_that_were_saved_as_dicts_are_opened_row38():
+    """What flax.serialization makes of Linen's own boxes, restored without a target."""
+    layer = nn.Dense(2, kernel_init=nn.with_partitioning(nn.initializers.ones, ("in", "out")))
+    variables = layer.init(jax.random.key(0), X)
+    restored = serialization.msgpack_restore(serialization.to_bytes(variables))
+    assert list(restored["params"]["kernel"]) == ["value"]
+    model = ToNNX(layer, rngs=nnx.Rngs(1)).lazy_init(X)
+    load_variables(model, jax.tree.map(lambda x: x + 1, restored))
+    assert_trees_equal(variables_of(model), jax.tree.map(lambda x: x + 1, variables))
+    beside = {"params": {**restored["params"], "bias": {"value": jnp.zeros(2), "other": jnp.zeros(2)}}}
+    with pytest.raises(VariablesMismatchError, match=r"unexpected.*\n  params/bias/other"):
+        load_variables(model, beside)
 
 
 def test_inside_a_transform_that_does_not_own_the_model(variables):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx as flax_nnx
 from flax import serialization
 from flax.core import meta
 from hypothesis import given
@@ -18,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import nnx_core as nnx
 from bridge._errors import BridgeError
-from bridge.metadata import BOX, NNXMeta, to_linen_value, to_nnx_variable
+from bridge.metadata import BOX, NNXMeta, _hashable, to_linen_value, to_nnx_variable
+from nnx_core.sharding import get_logical_axis_rules
 from tests.tolerance import assert_trees_equal
 
 P = PartitionSpec
@@ -75,6 +77,21 @@ def test_axis_names_are_out_sharding_row34():
         assert to_nnx_variable("params", box).out_sharding == ("embed", "mlp")
     for old in ("sharding", "sharding_names"):
         assert NNXMeta(nnx.Param, VALUE, {old: ("a", "b")}).metadata == {"out_sharding": ("a", "b")}
+
+
+def test_old_keys_are_read_on_load_row34():
+    """From metadata, and out of a pickle or a State that was written when the key had another name."""
+    for old in ("sharding", "sharding_names"):
+        made = nnx.Param.from_metadata(VALUE, {old: ("a", "b"), "unit": "m"})
+        assert made.get_metadata() == {"out_sharding": ("a", "b"), "unit": "m"}
+        unpickled = nnx.Param.__new__(nnx.Param)
+        unpickled.__setstate__({"_raw_value": VALUE, "_var_metadata": {old: ("a", "b")}})
+        assert unpickled.get_metadata() == {"out_sharding": ("a", "b")}
+        assert to_linen_value(unpickled) == NNXMeta(nnx.Param, VALUE, {"out_sharding": ("a", "b")})
+    several = {"sharding": ("old",), "out_sharding": ("new",), "sharding_names": None}
+    assert nnx.Param.from_metadata(VALUE, several).get_metadata() == {"out_sharding": ("new",)}
+    assert NNXMeta(nnx.Param, VALUE, several).metadata == {"out_sharding": ("new",)}
+    assert NNXMeta(nnx.Param, VALUE, {"sharding": ("old",), "out_sharding": None}).metadata["out_sharding"] == ("old",)
 
 
 def test_no_mesh_is_needed_row7():
@@ -162,6 +179,15 @@ def test_law7_add_axis_then_remove_axis_is_the_identity_rows_2_26_33(names, rank
     assert type(added.metadata["out_sharding"]) is type(box.metadata["out_sharding"])
 
 
+@given(NAMES, st.integers(0, 3), st.sampled_from([tuple, list, lambda names: P(*names)]))
+def test_law7_remove_axis_then_add_axis_is_the_identity_rows_2_26(names, index, container):
+    """The other way round, as Linen's transforms do in apply; by the index from the end too."""
+    stacked = box_of(container((*names[:index], "layers", *names[index:])), (2,) * 4)
+    at = min(index, len(names))
+    for i in (at, at - 4):
+        assert stacked.remove_axis(i, LAYERS).add_axis(i if i >= 0 else at, LAYERS) == stacked
+
+
 @given(NAMES, st.lists(st.tuples(st.integers(0, 4), st.sampled_from("xyz")), max_size=4))
 def test_law7_nested(names, axes):
     box = start = box_of(names)
@@ -237,6 +263,111 @@ def test_spec_from_metadata_alone_row6():
     assert nn.get_partition_spec({"w": box_of(("in",))}) == {"w": P("in")}
 
 
+AXIS_RULES = {
+    "one each": (("e", "x"), ("m", "y")),
+    "repeated": (("e", "x"), ("e", "y")),
+    "a list": [["e", ["x", "y"]]],
+    "one mesh axis for two": (("e", "x"), ("m", "x"), ("m", "y")),
+    "all taken": (("e", "x"), ("m", "x")),
+    "None first": (("e", None), ("e", "x")),
+    "none": (),
+}
+AXIS_NAMES = [
+    ("e", "m"),
+    ("m", "e"),
+    ("e",),
+    ("x", "e"),
+    (None, "e"),
+    ("u", "m"),
+    (),
+    ["e", "m"],
+    P("e", "m"),
+    ("e", "e"),
+]
+
+
+@pytest.mark.parametrize("rules", AXIS_RULES.values(), ids=AXIS_RULES)
+@pytest.mark.parametrize("names", AXIS_NAMES, ids=str)
+def test_logical_rules_are_read_as_flax_does(names, rules):
+    """NNXMeta as flax.nnx.bridge's: the last rule for a name counts, a name without one is a mesh axis."""
+    own = tuple((name, _hashable(axis)) for name, axis in rules)
+    with flax_nnx.use_eager_sharding(False):
+        theirs = flax_nnx.bridge.NNXMeta(flax_nnx.Param, VALUE, {"out_sharding": names})
+        with nn.logical_axis_rules(rules):
+            assert box_of(names).get_partition_spec() == theirs.get_partition_spec()
+        theirs = flax_nnx.bridge.NNXMeta(flax_nnx.Param, VALUE, {"out_sharding": names, "sharding_rules": own})
+        assert box_of(names, sharding_rules=own).get_partition_spec() == theirs.get_partition_spec()
+
+
+@pytest.mark.parametrize("rules", AXIS_RULES.values(), ids=AXIS_RULES)
+@pytest.mark.parametrize("names", [names for names in AXIS_NAMES if names != ("e", "e")], ids=str)
+def test_rules_of_a_linen_box_are_read_as_linen_does(names, rules):
+    """The first rule counts whose mesh axes are free; without one an axis is not split. NNX reads the same."""
+    box = nn.LogicallyPartitioned(VALUE, names, rules=rules)
+    variable = to_nnx_variable("params", box)
+    if rules:
+        assert nnx.get_partition_spec(variable).get_value() == nn.logical_to_mesh_axes(tuple(names), rules)
+    assert_trees_equal(to_linen_value(variable), box)
+    variable.add_axis(0, "layers")
+    stacked = to_linen_value(variable)
+    assert (stacked.names, stacked.rules) == (("layers", *names), rules)
+
+
+def test_a_name_for_two_axes_has_no_reading_in_linen():
+    box = nn.LogicallyPartitioned(VALUE, ("e", "e"), rules=AXIS_RULES["repeated"])
+    with pytest.raises(ValueError, match="occur more than once"):
+        nn.logical_to_mesh_axes(box.names, box.rules)
+    variable = to_nnx_variable("params", box)  # which reads nothing: metadata is inert
+    assert variable.sharding_rules == box.rules
+    assert_trees_equal(to_linen_value(variable), box)
+
+
+def test_rules_are_the_same_wherever_they_were_set_row68():
+    """As in flax: a block of Linen's holds in NNX, and the other way round; the inner one counts."""
+    box = box_of(("e", "m"))
+    with nn.logical_axis_rules((("e", "x"),)):
+        assert box.get_partition_spec() == P("x", "m")
+        assert nnx.get_partition_spec(nnx.Param(VALUE, out_sharding=("e",))).get_value() == P("x")
+        with nnx.logical_axis_rules((("e", "y"),)):
+            assert nn.logical_to_mesh_axes(("e",)) == P("y")
+            with nn.logical_axis_rules((("e", "z"),)):
+                assert box.get_partition_spec() == P("z", "m")
+            assert box.get_partition_spec() == P("y", "m")
+        assert box.get_partition_spec() == P("x", "m")
+    assert nn.get_logical_axis_rules() == get_logical_axis_rules() == ()
+
+
+def test_rules_that_contradict_are_an_error():
+    box = box_of(("embed",), sharding_rules=RULES)
+    with nn.logical_axis_rules((("embed", "y"),)), pytest.raises(ValueError, match=r"sharding_rules send 'embed'"):
+        box.get_partition_spec()
+
+
+def test_get_sharding_is_the_spec_on_a_mesh_row6():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    assert box_of((None, "x")).get_sharding(mesh) == NamedSharding(mesh, P(None, "x"))
+    assert box_of(None).get_sharding(mesh) == NamedSharding(mesh, P())
+    whole = NNXMeta(nnx.Param, {"a": VALUE, "b": 1}, {"unit": "m"})
+    assert whole.get_sharding(mesh) == NamedSharding(mesh, P())
+    assert nn.get_sharding({"w": box_of(("x",))}, mesh) == {"w": NamedSharding(mesh, P("x"))}
+    abstract = jax.sharding.AbstractMesh((2,), ("x",))
+    assert box_of(("x",)).get_sharding(abstract).spec == P("x")
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (("embed",), r"(?s)names \('embed',\) stands for .*no axis 'embed' on a mesh.*nnx\.logical_axis_rules"),
+        (("x", "x"), r"one axis for two of them"),
+        (("x", None, None, None), r"more names than axes: its shape is \(4, 2, 3\)"),
+    ],
+    ids=["unknown", "twice", "too many"],
+)
+def test_names_that_do_not_fit_the_mesh_say_so_row6(names, text):
+    with pytest.raises(ValueError, match=text):
+        box_of(names).get_sharding(Mesh(np.array(jax.devices()[:2]), ("x",)))
+
+
 def test_sharded_init_recipe_row6():
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
 
@@ -255,6 +386,29 @@ def test_pytree_with_keys():
     assert jax.jit(lambda b: b.replace_boxed(b.unbox() + 1))(box).metadata == box.metadata
     assert_trees_equal(meta.unbox({"w": box}), {"w": box.value})
     assert jax.eval_shape(lambda b: b, box).value.shape == (4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "names", [("a", None), ["a", None], P("a"), ("a", ("b", "c")), [["a", "b"]], None, "a"], ids=repr
+)
+def test_flattening_keeps_the_metadata_as_it_is(names):
+    box = box_of(names, sharding_rules=[("a", "x")])
+    back = jax.jit(lambda b: b)(box)
+    assert type(back.metadata["out_sharding"]) is type(box.metadata["out_sharding"])
+    assert back.get_partition_spec() == box.get_partition_spec()
+    assert list(back.metadata) == sorted(box.metadata)
+    hash(jax.tree.structure(box))
+
+
+def test_names_that_were_padded_stay_so_in_a_box_rows_26_33():
+    """A Variable's names, filled up to reach the stacked axis, lose that again on the way back: also through jit."""
+    variable = nnx.Param(jnp.zeros((4, 2, 3)), out_sharding=("in",))
+    variable.add_axis(2, "layers")
+    box = jax.jit(lambda b: b)(to_linen_value(variable))
+    back = to_nnx_variable("params", box)
+    assert back.out_sharding == ("in", None, "layers")
+    back.remove_axis(2, "layers")
+    assert back.out_sharding == ("in",)
 
 
 def test_equality_and_immutability():

@@ -152,6 +152,12 @@ def test_gradients_of_intermediates_as_flax_nnx():
     assert set(grads["layers"]) == {0, 1}
 
 
+def test_a_perturbation_begins_at_zero_whatever_the_value():
+    net, x = nnx.Module(), jnp.array([-1.0, jnp.inf, jnp.nan])
+    assert_trees_equal(net.perturb("x", x), x)
+    assert_trees_equal(net.x[...], jnp.zeros(3))
+
+
 def test_perturb_without_a_place_does_nothing():
     assert_trees_equal(capture(Perturbed(), nnx.Intermediate)(X)[0], 3 * X)
 

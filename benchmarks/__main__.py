@@ -112,9 +112,8 @@ def bridge(
     console, about = Console(), machine()
     with dispatch_benchmark.full_precision():
         figures = bridge_benchmark.figures(repeats, layers)
-    table = Table(
-        title=f"bridge, {layers} layers; host time", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
+    title = f"bridge, {layers} layers; host time, and wall beside it; tracing: trace and lower"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in ("figure", "found", "goal", "", "wall", "flax"):
         table.add_column(heading, justify="left" if heading in ("figure", "") else "right", no_wrap=True)
     for figure in figures:

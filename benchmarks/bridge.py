@@ -267,7 +267,7 @@ def calls(rounds: int, layers: int = LAYERS) -> list[Figure]:
         jitted = in_nnx(make, task, jit=True)
         eager = in_nnx(make, task, jit=False)
         figures += [
-            _ratio(f"{text}, jit / Linen", jitted, TO_LINEN, goals[0], rounds=rounds, calls=20),
+            _ratio(f"{text}, jit / Linen", jitted, TO_LINEN, goals[0], rounds=3 * rounds, calls=10),
             _ratio(f"{text}, eager / Linen", eager, TO_LINEN, goals[1], rounds=rounds, calls=1),
         ]
     for text, maker, goal in (("ToLinen", whole_in_linen, 1.3), ("ToLinen per layer", layers_in_linen, None)):

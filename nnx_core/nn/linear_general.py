@@ -4,6 +4,7 @@ Law: the arithmetic, its order and its dtypes are flax.linen's, so equal weights
 Knows nothing of how parameters are stored or traced.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -298,7 +299,7 @@ def _element_type(layer: Any) -> dict[str, Any]:
 def _reshaped(value: Any, shape: Shape) -> Any:
     """What an initializer returned in another shape, with the metadata that it may carry."""
     if isinstance(value, VariableMetadata):
-        return VariableMetadata(jnp.reshape(value.raw_value, shape), value.metadata)
+        return dataclasses.replace(value, raw_value=jnp.reshape(value.raw_value, shape))
     return jnp.reshape(value, shape)
 
 

@@ -4,6 +4,7 @@ Law: every initializer is called once for each gate, with the shape of one gate,
 that is orthogonal as a whole has no orthogonal gate in it. A carry of zeros draws no key. Knows no particular cell.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ def per_gate(*inits: Initializer) -> Initializer:
         values: list[Any] = [init(k, shape, dtype) for init, k in zip(inits, keys, strict=True)]
         if isinstance(values[0], VariableMetadata):
             fused = jnp.concatenate([value.raw_value for value in values], axis=-1)
-            return VariableMetadata(fused, values[0].metadata)
+            return dataclasses.replace(values[0], raw_value=fused)
         return jnp.concatenate(values, axis=-1)
 
     return init

@@ -7,6 +7,9 @@ import pytest
 from flax.nnx import bridge as theirs
 
 import bridge as ours
+from tests.oracle import of_the_promised_flax
+
+pytestmark = of_the_promised_flax
 
 #: Signatures that say more than theirs, and begin with theirs.
 MORE = {

@@ -171,6 +171,8 @@ def copies(lib):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_gives_what_it_gives_with_flax(name):
+    if name == "copies" and jax.__version_info__ >= (0, 12):
+        pytest.skip("JAX 0.12 refuses to write to a Ref once its array was copied, in both libraries")
     same(PROGRAMS[name])
 
 
@@ -251,7 +253,7 @@ def test_hooks_run_around_a_ref():
 
 @pytest.mark.parametrize("transform", [nnx.grad, jax.grad])
 def test_a_ref_itself_is_not_differentiated(transform):
-    with pytest.raises(ValueError, match=r"Ref\{float32\[3\]\}"):
+    with pytest.raises((ValueError, TypeError), match=r"Ref"):  # JAX's own error, which 0.12 words otherwise
         transform(lambda v: (v[...] ** 2).sum())(nnx.Param(X, ref=True))
 
 

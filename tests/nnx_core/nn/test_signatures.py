@@ -10,6 +10,7 @@ import pytest
 import nnx_core as nnx
 from nnx_core.nn import activations, initializers
 from tests.layers import LAYERS
+from tests.oracle import of_the_promised_flax
 from tests.tolerance import assert_trees_equal
 
 IN_FLAX = [row for row in LAYERS if row.in_flax_nnx]
@@ -27,6 +28,7 @@ def signature(function):
     ]
 
 
+@of_the_promised_flax
 @ROWS
 @pytest.mark.parametrize("method", ["__init__", None], ids=["init", "call"])
 def test_signature(row, method):

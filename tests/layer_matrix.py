@@ -1,6 +1,7 @@
 """The equivalence matrix as a table: in the test report, and as a page of the migration guide.
 
-Law: every figure comes from a test that passed, those of a row from one run. Knows test reports; knows nothing of layers.
+Law: every figure comes from a test that passed, those of a row from one run. Knows test reports; knows nothing of
+layers.
 """
 
 from collections.abc import Iterable

@@ -246,6 +246,16 @@ def test_scan_over_layers_is_linens():
     assert same(before, model)
 
 
+def scans(jaxpr):
+    """Every scan in a jaxpr, at any depth: JAX 0.12 wraps each in a jit."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            yield eqn
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            yield from scans(inner) if hasattr(inner, "eqns") else ()
+
+
 def test_scan_over_layers_returns_only_what_was_written_row_47():
     graphdef, state = nnx.split(stacked())
 
@@ -254,8 +264,7 @@ def test_scan_over_layers_returns_only_what_was_written_row_47():
         scan = nnx.scan(lambda x, m: m(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         return scan(x, model), nnx.state(model)
 
-    eqns = jax.make_jaxpr(run)(state, X).jaxpr.eqns
-    [scan] = [eqn for eqn in eqns if eqn.primitive.name == "scan"]
+    [scan] = scans(jax.make_jaxpr(run)(state, X).jaxpr)
     assert (3, 6, 6) in {v.aval.shape for v in scan.invars}  # the kernels go in
     assert sorted(v.aval.shape for v in scan.outvars) == [(3,), (3, 6), (3, 6), X.shape]  # counts, mean, var; x
 

@@ -24,6 +24,7 @@ from tests.bridge.linen_models import (
     same,
     variables_in,
 )
+from tests.support.jaxprs import scans
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 
@@ -244,16 +245,6 @@ def test_scan_over_layers_is_linens():
     equal(nnx.jit(lambda m, x: scan(x, m))(model, X), expected)
     equal(variables_of(model), variables)
     assert same(before, model)
-
-
-def scans(jaxpr):
-    """Every scan in a jaxpr, at any depth: JAX 0.12 wraps each in a jit."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "scan":
-            yield eqn
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            yield from scans(inner) if hasattr(inner, "eqns") else ()
 
 
 def test_scan_over_layers_returns_only_what_was_written_row_47():

@@ -12,6 +12,8 @@ from flax import linen
 
 from tests.twins import Layer
 
+ANY = linen.initializers.normal()  # the default makes no half precision from jax 0.12 on; values are copied anyway
+
 
 def state(x: jax.Array, features: int = 4) -> jax.Array:
     """A carry that depends on the input, in its dtype: it shows how dtypes are promoted, and has a gradient."""
@@ -59,7 +61,7 @@ ROWS = (
     Layer(
         "LSTMCell",
         make=lambda lib, rngs, **d: lib.LSTMCell(3, 4, rngs=rngs, **d),
-        twin=lambda **d: linen.LSTMCell(4, **d),
+        twin=lambda **d: linen.LSTMCell(4, recurrent_kernel_init=ANY, **d),
         shape=(2, 3),
         params=lstm(""),
         method=step_with_memory,
@@ -67,7 +69,7 @@ ROWS = (
     Layer(
         "OptimizedLSTMCell",
         make=lambda lib, rngs, **d: lib.OptimizedLSTMCell(3, 4, rngs=rngs, **d),
-        twin=lambda **d: linen.OptimizedLSTMCell(4, **d),
+        twin=lambda **d: linen.OptimizedLSTMCell(4, recurrent_kernel_init=ANY, **d),
         shape=(2, 3),
         params={
             "dense_i/kernel": gates("ii if ig io", "kernel"),
@@ -80,7 +82,7 @@ ROWS = (
     Layer(
         "GRUCell",
         make=lambda lib, rngs, **d: lib.GRUCell(3, 4, rngs=rngs, **d),
-        twin=lambda **d: linen.GRUCell(4, **d),
+        twin=lambda **d: linen.GRUCell(4, recurrent_kernel_init=ANY, **d),
         shape=(2, 3),
         params={
             "dense_i/kernel": gates("ir iz in", "kernel"),
@@ -96,7 +98,7 @@ ROWS = (
     Layer(
         "MGUCell",
         make=lambda lib, rngs, **d: lib.MGUCell(3, 4, rngs=rngs, **d),
-        twin=lambda **d: linen.MGUCell(4, **d),
+        twin=lambda **d: linen.MGUCell(4, recurrent_kernel_init=ANY, **d),
         shape=(2, 3),
         params={
             **{f"{name}_/{leaf}": f"params/{name}/{leaf}" for name in ("if", "in") for leaf in ("kernel", "bias")},
@@ -108,7 +110,7 @@ ROWS = (
     Layer(
         "SimpleCell",
         make=lambda lib, rngs, **d: lib.SimpleCell(3, 4, rngs=rngs, **d),
-        twin=lambda **d: linen.SimpleCell(4, **d),
+        twin=lambda **d: linen.SimpleCell(4, recurrent_kernel_init=ANY, **d),
         shape=(2, 3),
         params={
             "dense_i/kernel": "params/i/kernel",
@@ -130,7 +132,7 @@ ROWS = (
     Layer(
         "RNN",
         make=lambda lib, rngs, **d: lib.RNN(lib.LSTMCell(3, 4, rngs=rngs, **d)),
-        twin=lambda **d: linen.RNN(linen.LSTMCell(4, **d)),
+        twin=lambda **d: linen.RNN(linen.LSTMCell(4, recurrent_kernel_init=ANY, **d)),
         shape=(2, 4, 3),
         params=lstm("cell/"),
         method=sequence,
@@ -141,7 +143,10 @@ ROWS = (
         make=lambda lib, rngs, **d: lib.Bidirectional(
             lib.RNN(lib.LSTMCell(3, 4, rngs=rngs, **d)), lib.RNN(lib.LSTMCell(3, 2, rngs=rngs, **d))
         ),
-        twin=lambda **d: linen.Bidirectional(linen.RNN(linen.LSTMCell(4, **d)), linen.RNN(linen.LSTMCell(2, **d))),
+        twin=lambda **d: linen.Bidirectional(
+            linen.RNN(linen.LSTMCell(4, recurrent_kernel_init=ANY, **d)),
+            linen.RNN(linen.LSTMCell(2, recurrent_kernel_init=ANY, **d)),
+        ),
         shape=(2, 4, 3),
         params=lstm("forward_rnn/cell/") | lstm("backward_rnn/cell/"),
         method=both_directions,

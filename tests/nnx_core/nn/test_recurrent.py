@@ -16,6 +16,7 @@ import nnx_core as nnx
 from nnx_core.nn.recurrent import flip_sequences, modified_orthogonal
 from nnx_core.nn.recurrent_base import per_gate
 from tests.layer_rows.recurrent import ROWS
+from tests.support.jaxprs import scans
 from tests.tolerance import assert_trees_close, assert_trees_equal
 from tests.twins import assert_equal_to_twin
 
@@ -343,8 +344,8 @@ def test_a_second_eager_call_traces_nothing():
 
 def test_parameters_are_no_part_of_the_loops_carry():
     rnn = nnx.RNN(nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0)))
-    (loop,) = [e for e in jax.make_jaxpr(lambda x: rnn(x))(X).eqns if e.primitive.name == "scan"]
-    assert (loop.params["num_carry"], loop.params["num_consts"]) == (2, 3)
+    (loop,) = scans(jax.make_jaxpr(lambda x: rnn(x))(X).jaxpr)
+    assert [v.aval.shape for v in loop.outvars] == [(2, 4), (2, 4), (5, 2, 4)]  # c, h, and the outputs
 
 
 class StatefulCell(nnx.RNNCellBase):

@@ -37,7 +37,7 @@ class Borrowing:
 
     def __init__(self, trace: object):
         self.trace = trace
-        self._pending: dict[int, Any] = {}
+        self._pending: dict[int, str] = {}
         self._names: dict[int, str] = {}
 
     def __eq__(self, other: object) -> bool:
@@ -47,8 +47,8 @@ class Borrowing:
 
     def wrote(self, thing: Any, what: str) -> None:
         """Note a write to `thing`, a copy."""
-        self._pending[id(thing)] = None
-        if id(thing) not in self._names and len(self._names) < _SHOWN:
+        self._pending[id(thing)] = what
+        if id(thing) not in self._names and len(self._names.keys() & self._pending.keys()) < _SHOWN:
             path = _trace.locate(thing)
             self._names[id(thing)] = what if path is None else f"{what} at {path}"
 
@@ -58,8 +58,9 @@ class Borrowing:
 
     def __del__(self) -> None:
         if self._pending:
-            shown = [self._names[thing] for thing in self._pending if thing in self._names]
-            warnings.warn(LostWriteWarning(shown, len(self._pending)), stacklevel=2)
+            named = [self._names[thing] for thing in self._pending if thing in self._names]
+            others = [what for thing, what in self._pending.items() if thing not in self._names]
+            warnings.warn(LostWriteWarning((named + others)[:_SHOWN], len(self._pending)), stacklevel=2)
 
 
 _local = threading.local()

@@ -1,8 +1,9 @@
 """Module paths of flax.nnx that its users reach for, as aliases: `nnx.statelib.State`, `nnx.graph.NodeDef`, ...
 
-Law: nothing is implemented here but what stands for flax.nnx's bookkeeping (`TraceState`, `PytreeState`), which
-nnx_core does without. Every name is the object that its own room defines. Importing this file makes
-`import nnx_core.statelib` and `from nnx_core.graphlib import iter_graph` work. One place, and the only one.
+Law: nothing is implemented here but what nnx_core itself does without: flax.nnx's bookkeeping (`TraceState`,
+`PytreeState`), its decorator for old names, and the door for packages that install themselves. Every other name is
+the object that its own room defines. Importing this file makes `import nnx_core.statelib` and
+`from nnx_core.graphlib import iter_graph` work. One place, and the only one.
 """
 
 import sys

@@ -35,12 +35,13 @@ def pytest_addoption(parser):
 def pytest_terminal_summary(terminalreporter, config):
     """Print the matrix of layers, if this run measured it."""
     from tests import layer_matrix
-    from tests.layers import LAYERS
 
     found = layer_matrix.collect(terminalreporter.stats.get("passed", []))
     if found:
+        from tests.layers import LAYERS
+
         terminalreporter.section("layers against their Linen twins")
         for row in layer_matrix.table(found, [layer.name for layer in LAYERS if layer.name in found]):
             terminalreporter.write_line(row)
-    if config.getoption("--write-layer-matrix"):
-        layer_matrix.write(found, [layer.name for layer in LAYERS])
+        if config.getoption("--write-layer-matrix"):
+            layer_matrix.write(found, [layer.name for layer in LAYERS])

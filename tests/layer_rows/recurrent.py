@@ -136,7 +136,6 @@ ROWS = (
         shape=(2, 4, 3),
         params=lstm("cell/"),
         method=sequence,
-        same_bits=False,  # parameters stay outside of the loop here, and their gradients are summed in another order
     ),
     Layer(
         "Bidirectional",
@@ -150,6 +149,6 @@ ROWS = (
         shape=(2, 4, 3),
         params=lstm("forward_rnn/cell/") | lstm("backward_rnn/cell/"),
         method=both_directions,
-        same_bits=False,  # as in RNN
+        same_bits=False,  # parameters stay outside of the loops here, and two gradients are summed in another order
     ),
 )

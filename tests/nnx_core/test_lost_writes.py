@@ -54,6 +54,18 @@ def test_many_lost_writes_are_one_warning():
     assert len(seen) == 1
 
 
+def test_what_was_read_again_takes_no_place_in_the_list():
+    def f(layers):
+        for layer in layers:
+            layer.bias[...] += 1.0
+        for layer in layers[:-1]:
+            layer.bias[...]
+
+    net = nnx.List([nnx.Linear(1, 1, rngs=nnx.Rngs(0)) for _ in range(7)])
+    with pytest.warns(nnx.LostWriteWarning, match=r"wrote to\n  Param of shape \(1,\)"):
+        jax.jit(f)(net)
+
+
 @pytest.mark.parametrize(
     "f",
     [

@@ -251,9 +251,15 @@ def test_hooks_run_around_a_ref():
     assert_trees_equal(v.get_raw_value()[...], X * 2)
 
 
+NOT_DIFFERENTIATED = (ValueError, r"Ref\{float32\[3\]\}")  # JAX's own error
+if jax.__version_info__ >= (0, 12):
+    NOT_DIFFERENTIATED = (TypeError, r"^grad cannot differentiate with respect to a Ref-typed argument")
+
+
 @pytest.mark.parametrize("transform", [nnx.grad, jax.grad])
 def test_a_ref_itself_is_not_differentiated(transform):
-    with pytest.raises((ValueError, TypeError), match=r"Ref"):  # JAX's own error, which 0.12 words otherwise
+    error, text = NOT_DIFFERENTIATED
+    with pytest.raises(error, match=text):
         transform(lambda v: (v[...] ** 2).sum())(nnx.Param(X, ref=True))
 
 

@@ -13,7 +13,7 @@ import pytest
 import nnx_core as nnx
 from tests.layer_matrix import PAGE, page_rows
 from tests.layers import LAYERS
-from tests.tolerance import assert_trees_close
+from tests.tolerance import assert_trees_close, assert_trees_equal
 from tests.twins import forward_and_gradient, max_difference, same_bits, weighted_sum, with_gradients
 
 pytestmark = pytest.mark.accelerator
@@ -121,7 +121,8 @@ def test_matrix(layer, train, dtypes, column, record_property):
     if not values and column in ("grad", "scan"):
         pytest.skip("the layer has no variables")
     ours, theirs = (jax.jit(f)(values, x) for f in COLUMNS[column](layer, train, dtypes))
-    assert_trees_close(ours, theirs)
+    exact = layer.same_bits and jax.default_backend() == "cpu"
+    (assert_trees_equal if exact else assert_trees_close)(ours, theirs)
     figures = {"bits": same_bits(ours, theirs)}
     if column == "grad":
         figures["gradient"] = max_difference(ours, theirs)

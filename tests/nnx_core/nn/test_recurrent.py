@@ -346,6 +346,7 @@ def test_parameters_are_no_part_of_the_loops_carry():
     rnn = nnx.RNN(nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0)))
     (loop,) = scans(jax.make_jaxpr(lambda x: rnn(x))(X).jaxpr)
     assert [v.aval.shape for v in loop.outvars] == [(2, 4), (2, 4), (5, 2, 4)]  # c, h, and the outputs
+    assert len(loop.invars) == 3 + 2 + 1  # the parameters, c and h, and the inputs
 
 
 class StatefulCell(nnx.RNNCellBase):

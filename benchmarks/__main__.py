@@ -80,6 +80,7 @@ def core(
     console, about = Console(), machine()
     with dispatch_benchmark.full_precision():
         figures = [
+            *core_benchmark.training_step(repeats, layers),
             *core_benchmark.graph_operations(repeats, layers),
             core_benchmark.tracing(max(repeats // 3, 1), layers),
             core_benchmark.retraces(),
@@ -90,8 +91,8 @@ def core(
     for heading in ("figure", "found", "goal", ""):
         table.add_column(heading, justify="left" if heading in ("figure", "") else "right")
     for figure in figures:
-        verdict = "[green]met[/green]" if figure.met else "[red]missed[/red]"
-        table.add_row(figure.name, f"{figure.value:.3f}", f"<= {figure.goal:g}", verdict)
+        verdict = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}[figure.met]
+        table.add_row(figure.name, f"{figure.value:.3f}", "" if figure.goal is None else f"<= {figure.goal:g}", verdict)
     console.print(table)
     if (warning := _busy(about)) is not None:
         console.print(warning, style="yellow", highlight=False)

@@ -31,16 +31,16 @@ LAYERS = 50
 
 @dataclass(frozen=True)
 class Figure:
-    """One ratio or count, with the goal it is held against."""
+    """One ratio or count, with the goal it is held against; None for a figure that only explains another."""
 
     name: str
     value: float
-    goal: float
+    goal: float | None = None
 
     @property
-    def met(self) -> bool:
+    def met(self) -> bool | None:
         """Whether the goal is reached; all goals are upper bounds."""
-        return self.value <= self.goal
+        return None if self.goal is None else self.value <= self.goal
 
 
 def network(nnx: ModuleType, task: dispatch.Problem) -> tuple[Any, Any]:
@@ -76,6 +76,25 @@ def _operation(nnx: ModuleType, name: str, task: dispatch.Problem) -> Callable[[
         "update": lambda: nnx.update(model, state),
         "merge": lambda: (nnx.merge(graphdef, state), None)[1],
     }[name]
+
+
+# ---- the training step ---------------------------------------------------------------------------------------
+
+
+def training_step(rounds: int, layers: int = LAYERS) -> list[Figure]:
+    """Host time of one training step of the dispatch benchmark: nnx_core.jit beside bare jax.jit and flax.nnx.jit.
+
+    The last row is the floor of the one before: what a step costs that does nothing but call jax.jit.
+    """
+    found = dispatch.measure(layers, rounds=rounds, calls=10)
+    host = {name: timings.host for name, timings in found.items()}
+    ours, bare = host[dispatch.CORE], host[dispatch.BARE]
+    return [
+        Figure("training step / bare jax.jit", ours.ratio_to(bare), 1.10),
+        Figure("training step / flax.nnx.jit(graph=False)", ours.ratio_to(host[dispatch.FLAX_TREE]), 0.35),
+        Figure("training step / flax.nnx.jit", ours.ratio_to(host[dispatch.FLAX]), 0.10),
+        Figure("  bare jax.jit / flax.nnx.jit: its floor", bare.ratio_to(host[dispatch.FLAX])),
+    ]
 
 
 # ---- tracing -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ def test_the_command_writes_every_figure(tmp_path):
     ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = {row["figure"]: row["found"] for row in json.loads(out.read_text())["figures"]}
-    assert len(found) == 9
+    assert len(found) == 13
     assert all(value > 0 for name, value in found.items() if not name.startswith("retraces"))
 
 

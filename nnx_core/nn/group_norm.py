@@ -127,8 +127,9 @@ class GroupNorm(Module):
         grouped = (*x.shape[:-1], self.num_groups, self.group_size)
         if mask is not None:
             mask = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape).reshape(grouped)
-        mean, var = statistics.moments(self, x.reshape(grouped), (*others, x.ndim), mask)
-        mean, var = (jnp.expand_dims(jnp.repeat(m, self.group_size, axis=-1), others) for m in (mean, var))
+        of_groups = statistics.moments(self, x.reshape(grouped), (*others, x.ndim), mask)
+        of_channels = [jnp.repeat(moment, self.group_size, axis=-1) for moment in of_groups]
+        mean, var = (jnp.expand_dims(moment, others) for moment in of_channels)
         return statistics.normalize(self, x, mean, var, scale, bias, statistics.broadcastable(x.shape, features))
 
     def _reduced_positions(self, shape: tuple[int, ...]) -> tuple[int, ...]:

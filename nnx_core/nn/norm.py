@@ -147,7 +147,9 @@ class BatchNorm(Module):
             self.mean.set_value(keep * running_mean + move * mean.reshape(stored))
             self.var.set_value(keep * running_var + move * var.reshape(stored))
         shape = statistics.broadcastable(x.shape, feature_axes)
-        return statistics.normalize(self, x, mean.reshape(shape), var.reshape(shape), scale, bias, shape)
+        sizes = [x.shape[axis] for axis in feature_axes]
+        mean, var = (jnp.expand_dims(moment.reshape(sizes), axes) for moment in (mean, var))
+        return statistics.normalize(self, x, mean, var, scale, bias, shape)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """What `nnx.view` sets.

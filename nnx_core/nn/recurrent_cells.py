@@ -412,7 +412,8 @@ class MGUCell(ArrayCell):
         """One step: see GRUCell."""
         f = self.gate_fn(self.if_(inputs) + self.hf(carry))
         h_n = self.hn(carry)
-        n = self.activation_fn(self.in_(inputs) + (f * h_n if self.reset_gate else h_n))
+        h_n = h_n * f if self.reset_gate else h_n
+        n = self.activation_fn(self.in_(inputs) + h_n)
         h = (1.0 - f) * n + f * carry
         return h, h
 

@@ -17,6 +17,7 @@ import flax.errors
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core.scope import CollectionFilter
 from flax.linen import module as linen_module
 
 import nnx_core as nnx
@@ -30,16 +31,20 @@ class Host:
     """What NNX code runs inside of, as far as it can tell.
 
     Args:
-      module: the Linen module, or None where only shapes are wanted.
+      module: the Linen module, or None where there is none.
       initializing: whether variables are being made.
       streams: names of the random streams there are.
       make_rng: name -> key.
+      shapes_only: whether nothing but shapes is wanted.
+      mutable: the collections in which variables may be made, where there is no Linen module to say so.
     """
 
     module: nn.Module | None
     initializing: bool
     streams: tuple[str, ...]
     make_rng: Callable[[str], jax.Array]
+    shapes_only: bool = False
+    mutable: CollectionFilter = False
     trace: object = field(default_factory=current_trace)
 
     @classmethod
@@ -51,7 +56,7 @@ class Host:
     @classmethod
     def abstract(cls, streams: tuple[str, ...]) -> "Host":
         """A host for finding out shapes: all keys are equal, and none may be used for numbers."""
-        return cls(None, True, streams, lambda _: jax.random.key(0))
+        return cls(None, True, streams, lambda _: jax.random.key(0), shapes_only=True)
 
     def has_rng(self, name: str) -> bool:
         """Whether `make_rng(name)` gives a key: Linen falls back to the stream `params`."""
@@ -95,6 +100,58 @@ def current_linen_module() -> nn.Module | None:
     """
     stack = linen_module._context.module_stack
     return next((module for module in reversed(stack) if module is not None), None)
+
+
+def mutable_around() -> CollectionFilter | None:
+    """The collections that a submodule of the Linen module around could write; None outside.
+
+    >>> mutable_around() is None
+    True
+    """
+    host = _host.get()
+    if linen_module._context.module_stack[-1] is None and host is not None and host.module is None:
+        return True if host.shapes_only else None  # a bridge.Module is nearer than any Linen module
+    around = current_linen_module()
+    return None if around is None or around.scope is None else around.scope.mutable
+
+
+def made_around() -> CollectionFilter:
+    """The collections in which a `bridge.Module` that is around lets calls make variables.
+
+    >>> made_around()
+    False
+    """
+    host = _host.get()
+    return False if host is None or linen_module._context.module_stack[-1] is not None else host.mutable
+
+
+def captured_around() -> Callable[[nn.Module, str], bool] | bool:
+    """What `capture_intermediates` of the Linen module around says of submodules of a module that runs here.
+
+    >>> captured_around()
+    False
+    """
+    stack = linen_module._context.capture_stack
+    wanted = stack[-1] if stack else False
+    if not wanted or mutable_around() is None:
+        return False
+    # The module that runs here is captured already, as the NNX module that it is in.
+    return lambda module, method: isinstance(module.parent, nn.Module) and wanted(module, method)
+
+
+def placed(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method`, a function of a bound Linen module, in which this has the path of the Linen module around.
+
+    So rules by path, interceptors and Linen's errors name the layer that it is in the whole model.
+    """
+    if mutable_around() is None or (around := current_linen_module()) is None:
+        return method
+
+    def run(module: Any, *args: Any, **kwargs: Any) -> Any:
+        module.scope.path = module.scope.debug_path = around.path
+        return method(module, *args, **kwargs)
+
+    return run
 
 
 def is_linen_initializing() -> bool:

@@ -235,7 +235,8 @@ class Module(nnx.Module, metaclass=ModuleMeta):
         scope._waiting = waiting_of(variables)
         before = {at: v.get_raw_value() for at, v in flat(scope._waiting)}
         run, bound = _method_of(method), unbound(self)
-        host = Host(None, _initialize, tuple(scope.rngs), lambda name: scope.make_key(name, type(bound).__name__))
+        make_key = lambda name: scope.make_key(name, type(bound).__name__)  # noqa: E731
+        host = Host(None, _initialize, tuple(scope.rngs), make_key, mutable=mutable)
         with hosted(host), run_of() as met, running(ModuleStackEntry(bound, in_compact=False, method="apply")):
             bound._bind(scope, owned=True)
             out = run(bound, *args, **kwargs)

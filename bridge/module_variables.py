@@ -209,8 +209,8 @@ def _attach(child: Any, at: Location, variable: nnx.Variable[Any]) -> bool:
     """Give `child` a Variable that a call made; whether there is a place for it."""
     owner, collection, *names = child, *at
     for i, name in enumerate(names):
-        if hasattr(type(owner), "lazy_init"):  # a wrapped Linen module: it has no variables until it gets them
-            owner._add(owner._view(), {(collection, *names[i:]): variable})
+        if hasattr(type(owner), "_nnx_take"):  # a wrapped Linen module: it has no variables until it gets them
+            owner._nnx_take((collection, *names[i:]), variable)
             return True
         if i == len(names) - 1:
             break

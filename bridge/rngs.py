@@ -1,14 +1,16 @@
 """Random streams of NNX as the rngs of Linen: one key a stream for one call, counted only if Linen asked for it.
 
 Law: a call that draws nothing changes no stream; a call that draws from a stream moves its count by one, however
-often Linen asked. `exact` hands Linen the keys of the streams themselves and moves nothing, so the same keys
-give the same numbers, as in Linen. Linen keeps a counter for each name and module, and lifted transforms share
-them with the scope around: reading those after the call is how it is known what was drawn.
+often Linen asked. Outside of a trace a random operation runs only once a call has drawn. `exact` hands Linen the
+keys of the streams themselves and moves nothing, so the same keys give the same numbers, as in Linen. Linen keeps a
+counter for each name and module, and lifted transforms share them with the scope around: reading those after the
+call is how it is known what was drawn.
 Knows streams, keys and Linen's scopes; knows nothing of variables.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,7 +88,23 @@ def _key_of(stream: nnx.RngStream, exact: bool) -> jax.Array | None:
         return None  # a stream of a Linen module around, which has no such rng
     if key.shape:
         return None  # split for a vmap that this call is outside of
-    return key if exact else jax.random.fold_in(key, stream.count.get_value())
+    return key if exact else _folded(stream, key)
+
+
+# Linen wants keys before it is known whether it asks for one. While nothing is drawn the next key stays the same:
+# stream -> (its key, its count, the next key).
+_next: weakref.WeakKeyDictionary[nnx.RngStream, tuple[Any, Any, jax.Array]] = weakref.WeakKeyDictionary()
+
+
+def _folded(stream: nnx.RngStream, key: jax.Array) -> jax.Array:
+    count = stream.count.get_value()
+    known = _next.get(stream)
+    if known is not None and known[0] is key and known[1] is count:
+        return known[2]
+    drawn = jax.random.fold_in(key, count)
+    if isinstance(count, jax.Array) and not isinstance(drawn, jax.core.Tracer):  # numpy's could change in place
+        _next[stream] = key, count, drawn
+    return drawn
 
 
 def _was_used(counters: Mapping[Any, Any], name: str) -> bool:

@@ -67,6 +67,13 @@ class ToLinen(nn.Module):
 
     init returns state as the constructor made it: like Linen's BatchNorm, the first call does not move averages.
 
+    Same keys, same numbers as in Linen: the n-th key that NNX code draws from a stream is the n-th
+    `make_rng` of this module, wherever in Linen it is. So what the class itself draws equals, bit for bit, what a
+    Linen module in its place draws in the same order: the initial values of nnx.Linear and nn.Dense, the masks of
+    both Dropouts. What NNX modules inside it draw does not: a Linen submodule has keys of its own, with its name
+    folded in, and a constructor gets one `rngs` and does not say for which part it draws. To begin such a
+    model with Linen's values, pass those to `apply`; or wrap the layers one by one, in a Linen module.
+
     Args:
       nnx_class: the NNX class, or any function that returns an `nnx.Module`; not an instance.
       args: its positional arguments, passed on as they are.

@@ -430,12 +430,20 @@ def _at(module: Any, keys: tuple[str, ...]) -> Any:
 
 def _waits(x: Any) -> bool:
     """Whether `x` gets its state in its first call, as ToNNX does."""
-    return hasattr(type(x), "lazy_init")
+    return hasattr(type(x), "_nnx_take")
+
+
+def _waiting_at(module: nnx.Module, location: Location) -> tuple[Any, Location] | None:
+    """The wrapped module that `location` is in, and the keys in there."""
+    for end in range(1, len(location)):
+        if _waits(found := _at(module, location[1:end])):
+            return found, location[end:]
+    return None
 
 
 def _may_wait(module: nnx.Module, location: Location) -> bool:
     """Whether a variable that this call has no place for may belong to another method of a wrapped module."""
-    return any(_waits(_at(module, location[1:end])) for end in range(2, len(location)))
+    return _waiting_at(module, location) is not None
 
 
 def attach(module: nnx.Module, unknown: Mapping[Location, Any]) -> dict[Location, Any]:
@@ -446,6 +454,10 @@ def attach(module: nnx.Module, unknown: Mapping[Location, Any]) -> dict[Location
     rest = {}
     for location, value in unknown.items():
         collection, *parents, name = location
+        if collection == "intermediates" and (found := _waiting_at(module, location)):
+            waiting, below = found  # what a wrapped module sowed before, for it to append to
+            waiting._nnx_take((collection, *below), to_nnx_variable(collection, value))
+            continue
         owner = _at(module, tuple(parents))
         fits = isinstance(owner, nnx.Module) and not _waits(owner) and not hasattr(type(owner), name)
         if fits and collection != "params" and owner._nnx_items().get(name) is None:

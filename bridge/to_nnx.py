@@ -20,10 +20,12 @@ from typing import Any
 import flax.errors
 import jax
 from flax import linen as nn
-from flax.core.scope import DenyList, intersect_filters
+from flax.core.scope import DenyList, in_filter, union_filters
 
 import nnx_core as nnx
 from bridge import to_nnx_init
+from bridge._errors import show_path
+from bridge._module_errors import UnboundModuleError
 from bridge._wrapper_errors import (
     AlreadyInitializedError,
     LinenAttributeError,
@@ -35,7 +37,7 @@ from bridge._wrapper_errors import (
     StateAttributeError,
     UnknownValueError,
 )
-from bridge.context import current_linen_module, is_linen_initializing
+from bridge.context import captured_around, is_linen_initializing, made_around, mutable_around, placed
 from bridge.linen_state import (
     Level,
     LinenScope,
@@ -50,9 +52,10 @@ from bridge.linen_state import (
 )
 from bridge.mapping import Location, leaves, nest
 from bridge.metadata import to_nnx_variable
+from bridge.module_tree import is_bridge_module
 from bridge.rngs import Keys, RngSource
-from bridge.to_nnx_views import BOUND, Submodule, has_setup, holds_modules, look, method_at, reported
-from bridge.wrapped import WHEN_TRAINING, Wrapped
+from bridge.to_nnx_views import Submodule, has_setup, holds_modules, look, method_at, of_class, reported
+from bridge.wrapped import WHEN_TRAINING, Wrapped, open_flags
 from nnx_core._changes import touch
 from nnx_core.graph.api import plan_of
 
@@ -62,7 +65,8 @@ class ToNNX(nnx.Module):
 
     Its variables appear with the first `lazy_init`, as Variables under Linen's paths; names that are attributes or
     methods here (`rngs`, `train`, ...) are reached through `nnx.state(model)`. Fields, properties and methods of the
-    Linen module are reached as attributes.
+    Linen module are reached as attributes. A bool assigned to `deterministic`, `use_running_average`, `train` or
+    `training` is meant for the module's flag, as train() of a model around it means it; a Variable of that name stays.
 
     Args:
       module: any Linen module.
@@ -135,8 +139,11 @@ class ToNNX(nnx.Module):
         """
         if (recorder := to_nnx_init.recorder()) is not None and (place := recorder.place_of(self)) is not None:
             self._record(recorder, place, args, kwargs, rngs, method)
-        elif not self._nnx_variables and is_linen_initializing():
-            self._make_variables(args, kwargs, rngs, method)
+        elif is_linen_initializing():
+            if not self._nnx_variables:
+                return self._init(args, kwargs, rngs, method)
+            if self._view().collections == ["intermediates"]:  # what an earlier call sowed
+                self._make_variables(args, kwargs, rngs, method)
         return self._apply(args, kwargs, rngs, method, mutable)
 
     def _apply(self, args: Any, kwargs: Any, rngs: RngSource, method: Any, mutable: Any) -> Any:
@@ -151,13 +158,13 @@ class ToNNX(nnx.Module):
                     filled(view.template),
                     *args,
                     rngs=keys.by_name or None,
-                    method=keys.watching(run),
+                    method=keys.watching(placed(run)),
                     mutable=mutable,
-                    **kwargs,
+                    **{"capture_intermediates": in_filter(mutable, "intermediates") and captured_around(), **kwargs},
                 )
         except _NOT_FOUND as error:
-            if view.variables:
-                raise
+            if view.variables or mutable_around() is not None:
+                raise  # inside Linen it is Linen's variables that lack something
             raise NotInitializedError(type(wrapped.module).__name__, error) from error
         keys.settle()
         if mutable is False:
@@ -166,12 +173,45 @@ class ToNNX(nnx.Module):
         self._write(view, updates)
         return output
 
-    def _make_variables(self, args: Any, kwargs: Any, rngs: RngSource, method: Any) -> int:
-        """Make the variables that this call needs and that are not there; how many there were."""
-        wrapped, view = self._nnx_wrapped, self._view()
-        keys = Keys(self.rngs if rngs is None else rngs, exact=wrapped.exact)
+    def _init(self, args: Any, kwargs: Any, rngs: RngSource, method: Any) -> Any:
+        """What the first call returns while the Linen module around is initialised: what Linen's own `init` does."""
+        wrapped, around = self._nnx_wrapped, mutable_around()
+        keys = self._keys(rngs)
+        run, kwargs = self._method(method, args, kwargs)
+        with reported(self):
+            output, made = wrapped.module.init_with_output(
+                keys.by_name,
+                *args,
+                method=keys.watching(placed(run)),
+                mutable=DenyList("intermediates") if around is None else around,
+                **kwargs,
+            )
+        keys.settle()
+        new = {at: to_nnx_variable(at[0], x) for at, x in leaves(made) if not is_empty(x)}
+        if new:
+            self._add(self._view(), new)
+        return output
+
+    def _keys(self, rngs: RngSource) -> Keys:
+        keys = Keys(self.rngs if rngs is None else rngs, exact=self._nnx_wrapped.exact)
         if not keys.by_name:
-            raise NoRngsError(type(wrapped.module).__name__)
+            raise NoRngsError(type(self.module).__name__)
+        return keys
+
+    def _make_variables(
+        self,
+        args: Any,
+        kwargs: Any,
+        rngs: RngSource,
+        method: Any,
+        note: Callable[[dict[Location, Any]], None] | None = None,
+    ) -> int:
+        """Make the variables that this call needs and that are not there; how many there were.
+
+        `note` is told of them before anything is changed.
+        """
+        wrapped, view = self._nnx_wrapped, self._view()
+        keys = self._keys(rngs)
         run, kwargs = self._method(method, args, kwargs)
         abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, kwargs)))
         init = functools.partial(wrapped.module.init, keys.by_name, method=keys.watching(run))
@@ -181,15 +221,20 @@ class ToNNX(nnx.Module):
             made = init(*args, **kwargs)
         new = {at: value for at, value in leaves(made) if at not in view.variables and not is_empty(value)}
         if new:
+            if note is not None:
+                note(new)
             keys.settle()
             self._add(view, {at: to_nnx_variable(at[0], value) for at, value in new.items()})
         return len(new)
 
     def _record(self, recorder: Any, place: int, args: Any, kwargs: Any, rngs: RngSource, method: Any) -> None:
         """Make the variables of this abstract call, and have the recorder note what it was."""
-        keys = None if rngs is None else Keys(rngs, exact=self._nnx_wrapped.exact).by_name
-        if self._make_variables(args, kwargs, rngs, method):
-            recorder.add(place, args, kwargs, method, keys)
+        exact = self._nnx_wrapped.exact
+        keys = None if rngs is None else Keys(rngs, exact=exact).by_name
+        if self._nnx_variables and not (keys or Keys(self.rngs, exact=exact).by_name):
+            return  # loaded, and not to be made
+        note = lambda made: recorder.add(place, made, (args, kwargs), method, keys)  # noqa: E731
+        self._make_variables(args, kwargs, rngs, method, note)
 
     def _method(self, method: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
         """What to call with the bound module, and keywords with the flags that the caller left open."""
@@ -198,7 +243,7 @@ class ToNNX(nnx.Module):
         run = method if callable(method) else _by_name(method)
         if defaults := self._nnx_wrapped.defaults:
             target = method if callable(method) else getattr(type(self.module), method or "__call__")
-            kwargs = {**_open_flags(target, defaults, args, kwargs), **kwargs}
+            kwargs = {**open_flags(target, defaults, args, kwargs), **kwargs}
         return run, kwargs
 
     # ---- variables ----
@@ -209,17 +254,22 @@ class ToNNX(nnx.Module):
 
     def _write(self, view: View, updates: Mapping[str, Any]) -> None:
         new = {}
-        initializing = is_linen_initializing()  # where layers leave what is there as it is (BatchNorm's averages)
+        # Where variables are made, layers leave what is there as it is (BatchNorm's averages).
+        initializing = is_linen_initializing() or ((r := to_nnx_init.recorder()) is not None and r.keeps(self))
         for at, value in leaves(updates):
             variable = view.variables.get(at)
-            if variable is not None and initializing:
-                continue
+            if variable is not None and initializing and at[0] != "intermediates" and type(value) is not tuple:
+                continue  # what is sown is a tuple: Linen appends to it in init too
             if variable is not None:
                 write_value(variable, value, at)
             elif not is_empty(value):
                 new[at] = to_nnx_variable(at[0], value)
         if new:
             self._add(view, new)
+
+    def _nnx_take(self, at: Location, variable: nnx.Variable[Any]) -> None:
+        """Hold a Variable that the Linen module around kept for this one."""
+        self._add(self._view(), {at: variable})
 
     def _add(self, view: View, new: dict[Location, nnx.Variable[Any]]) -> None:
         self._nnx_check_can_write(next(iter(new))[1])
@@ -283,7 +333,7 @@ class ToNNX(nnx.Module):
     def _of_linen(self, name: str) -> Any:
         """What the Linen module has by this name besides fields: of its class, or made in `setup`."""
         kind = type(self.module)
-        found, reason = _of_class(kind, name), None
+        found, reason = of_class(kind, name), None
         if found is None and has_setup(self.module) and name not in WHEN_TRAINING:  # which are set, not computed
             try:
                 return look(self, (), name)
@@ -319,13 +369,13 @@ class ToNNX(nnx.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__:
             super().__setattr__(name, value)
-        elif name in self._nnx_variables:
+        elif name in self._nnx_variables and not (name in WHEN_TRAINING and isinstance(value, bool | None)):
             self._set_variable(name, value)
         elif self._nnx_wrapped.has(name):
             self._nnx_check_can_write(name)
             _set_wrapped(self, self._nnx_wrapped.set(name, value))
             touch(self)
-        else:
+        elif name not in self._nnx_variables:  # else `train()` of a model around means a flag, and there is none
             if name not in _OWN and self._is_computed(name):
                 raise LinenAttributeError(type(self.module).__name__, name)
             super().__setattr__(name, value)
@@ -334,7 +384,7 @@ class ToNNX(nnx.Module):
 
     def _is_computed(self, name: str) -> bool:
         """Whether the Linen module makes this attribute itself, so that setting one here would not reach it."""
-        if (found := _of_class(type(self.module), name)) is not None:  # who hides a method calls another one
+        if (found := of_class(type(self.module), name)) is not None:  # who hides a method calls another one
             return not inspect.isfunction(found) and not isinstance(found, staticmethod | classmethod)
         try:
             self._of_linen(name)
@@ -373,6 +423,24 @@ class ToNNX(nnx.Module):
         """Set the wrapped module's flags for evaluation; see `train`."""
         self._warn_without_flags("eval")
         super().eval(**attributes)
+
+    def set_view(
+        self, deterministic: bool | None = None, use_running_average: bool | None = None
+    ) -> dict[str, bool | None]:
+        """Set the wrapped module's flags for `nnx.view`, which calls this on a copy.
+
+        Args:
+          deterministic: as `eval` (True) and `train` (False) set it; None leaves it as it is.
+          use_running_average: as `eval` (True) and `train` (False) set it; None leaves it as it is.
+
+        Returns:
+          Those that nothing in the wrapped module stands for.
+        """
+        flags = {"deterministic": deterministic, "use_running_average": use_running_average}
+        for name, value in flags.items():
+            if value is not None and self._nnx_wrapped.has(name):
+                setattr(self, name, value)
+        return {name: value for name, value in flags.items() if not self._nnx_wrapped.has(name)}
 
     def _warn_without_flags(self, mode: str) -> None:
         if not any(map(self._nnx_wrapped.has, WHEN_TRAINING)):
@@ -422,18 +490,11 @@ def _free(name: str, used: set[str]) -> str:
     return name
 
 
-def _of_class(kind: type[nn.Module], name: str) -> Any:
-    """What the class of a Linen module adds to `nn.Module` by this name; None if nothing."""
-    found = inspect.getattr_static(kind, name, None)
-    return None if name in BOUND or found is inspect.getattr_static(nn.Module, name, None) else found
-
-
 def _writable(held: list[str]) -> Any:
     """The collections that a call may write: those it holds; inside a Linen module, as for any submodule of it."""
-    around = current_linen_module()
-    if around is None or around.scope is None:
-        return [name for name in held if name not in ("params", "intermediates")]
-    return intersect_filters(around.scope.mutable, DenyList("params"))
+    if (around := mutable_around()) is not None:
+        return around
+    return union_filters([name for name in held if name not in ("params", "intermediates")], made_around())
 
 
 @functools.cache
@@ -442,15 +503,6 @@ def _by_name(method: str | None) -> Callable[..., Any]:
         return (module if method is None else getattr(module, method))(*args, **kwargs)
 
     return call
-
-
-def _open_flags(
-    method: Callable[..., Any], defaults: tuple[tuple[str, Any], ...], args: Any, kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Those of `defaults` that `method` takes and this call does not give."""
-    signature = inspect.signature(method)
-    given = signature.bind_partial(None, *args, **kwargs).arguments
-    return {name: x for name, x in defaults if name in signature.parameters and name not in given}
 
 
 # ---- initialisation ----------------------------------------------------------------------------------------
@@ -465,7 +517,8 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
 
     A model that has wrapped modules inside runs abstractly, on a copy: no forward pass is computed and no other
     state changes. Each wrapped module is then initialised for the shapes it was called with, or for the values
-    where it needs them, from the random keys of that call or its own.
+    where it needs them, from the random keys of that call or its own. Where nnx.vmap or nnx.scan gives the variables
+    an axis, they are stacked, each from its own keys as in such a call (nnx.split_rngs).
 
     Args:
       fn: a ToNNX, a submodule of one, any other NNX module, or a method of one.
@@ -480,6 +533,8 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
       NoRngsError: if a module has no random keys.
       UnknownValueError: if variables depend on the values of inputs, and only their shapes are known.
       NoOwnerError: if `fn` belongs to no module.
+      UnboundModuleError: if the call reaches a `bridge.Module` without variables: it has no random keys of its own,
+        so `bind` gives it what its `init` made.
 
     >>> from flax import linen as nn
     >>> import nnx_core as nnx, jax, jax.numpy as jnp
@@ -517,9 +572,23 @@ def _init_one(wrapper: ToNNX, args: Any, kwargs: dict[str, Any], rngs: RngSource
 
 def _init_inside(owner: nnx.Object, method: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
     wrappers = _wrappers_in(owner)
-    for call in to_nnx_init.calls_in(owner, _wrappers_in, method, args, kwargs):
-        make, keys = wrappers[call.place]._make_variables, call.keys()
-        try:
-            make(*call.shapes(), keys, call.method)
-        except UnknownValueError:  # shapes are not enough for this one
-            make(*call.values(), keys, call.method)
+    try:
+        calls, stacks = to_nnx_init.calls_in(owner, _wrappers_in, method, args, kwargs)
+    except UnboundModuleError as error:
+        unbound = [(p, x) for p, x in nnx.iter_graph(owner) if is_bridge_module(x) and x.scope is None]
+        if not unbound:
+            raise
+        places = ", ".join(show_path(path) for path, _ in unbound)
+        raise UnboundModuleError(type(unbound[0][1]).__name__, f"a call in lazy_init, at {places},") from error
+    stacked = [(wrappers[stack.place], *stack.values()) for stack in stacks]
+    with to_nnx_init.all_or_nothing([wrappers[call.place] for call in calls]):
+        for call in calls:
+            make, keys = wrappers[call.place]._make_variables, call.keys()
+            try:
+                make(*call.shapes(), keys, call.method)
+            except UnknownValueError:  # shapes are not enough for this one
+                make(*call.values(), keys, call.method)
+    for wrapper, variables, counts in stacked:
+        wrapper._add(wrapper._view(), variables)
+        for name, count in counts.items():
+            wrapper.rngs[name].count.set_value(count)

@@ -3,8 +3,10 @@
 Law: the model runs abstractly and on a copy, so no forward pass is computed and nothing of it changes. Random keys
 and inputs that must be known to make variables are computed alone, from the values that were given.
 A wrapper on the copy is found by a mark, which is part of its structure: so it is found inside of nnx.jit,
-nnx.remat and others too, and no function that was compiled before is taken to know the call.
-Knows wrappers as objects that make variables; knows nothing of Linen.
+nnx.remat and others too, and no function that was compiled before is taken to know the call. Where nnx.vmap or
+nnx.scan gives new variables an axis, they are computed as it makes them. A transform that takes no new variables
+(nnx.while_loop, a module that nnx.scan shares among its steps) runs once more, with variables made before.
+Knows wrappers as objects that make variables and take them; knows nothing of Linen.
 """
 
 from __future__ import annotations
@@ -17,15 +19,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 import nnx_core as nnx
 from bridge._wrapper_errors import UnknownValueError
+from bridge.linen_state import Level, sync
+from bridge.mapping import Location, nest
+from bridge.metadata import to_nnx_variable
+from nnx_core._changes import touch
 from nnx_core._trace import current_trace
 from nnx_core.graph.objects import is_array
 
 _MARK = "lazy_init:"  # no identifier: no attribute of a user's has such a name
 _Literal = jax.extend.core.Literal
+#: Variables as Linen returned them, boxed or not, or their shapes.
+Made = dict[Location, Any]
 _tokens = itertools.count()
 
 
@@ -42,24 +51,51 @@ class Recorder:
     def __init__(self) -> None:
         self.token = next(_tokens)
         self.trace = current_trace()
+        self.wrappers: list[Any] = []
         self.found: list[tuple[int, Any, Any, Any]] = []  # place, (args, kwargs), method, keys
+        self.made: dict[int, Made] = {}
+        self.inside: set[int] = set()  # the places of those that made variables in an inner transform
         self.outputs: list[Any] = []
 
-    def mark(self, wrappers: Sequence[nnx.Object]) -> None:
-        """Know these wrappers, copies that nobody else has, by their place."""
+    def mark(self, wrappers: Sequence[Any], premade: Mapping[int, Made]) -> None:
+        """Know these wrappers, copies that nobody else has, by their place, and give them variables."""
+        self.wrappers = list(wrappers)
         for place, wrapper in enumerate(wrappers):
             object.__setattr__(wrapper, "_nnx_marks", {**wrapper._nnx_marks, _MARK: f"{self.token} {place}"})
+            for at, value in premade.get(place, {}).items():
+                wrapper._nnx_take(at, to_nnx_variable(at[0], value))
 
     def place_of(self, wrapper: nnx.Object) -> int | None:
         """Where `wrapper` is among those that were marked; None if it is none of them."""
         token, _, place = wrapper._nnx_marks.get(_MARK, "").partition(" ")
         return int(place) if token == str(self.token) else None
 
-    def add(self, place: int, args: Any, kwargs: Any, method: Any, keys: Mapping[str, Any] | None) -> None:
-        """Note a call that made variables; `keys` are what it was given as `rngs`, if it was given any."""
+    def add(self, place: int, made: Made, call: tuple[Any, Any], method: Any, keys: Mapping[str, Any] | None) -> None:
+        """Note a call, (args, kwargs), that made variables; `keys`: what it was given as `rngs`, if anything."""
         reachable = current_trace() == self.trace  # what an inner transform computes is no output of the run
-        call, keys = _noted(((args, kwargs), keys), self.outputs if reachable else None)
+        if not reachable:
+            self.inside.add(place)
+        self.made.setdefault(place, {}).update({at: jax.tree.map(_spec, x) for at, x in made.items()})
+        call, keys = _noted((call, keys), self.outputs if reachable else None)
         self.found.append((place, call, keys, method))
+
+    def keeps(self, wrapper: nnx.Object) -> bool:
+        """Whether the variables of `wrapper` have to stay as they were made: nobody could tell what they were."""
+        return self.place_of(wrapper) in self.inside and current_trace() != self.trace
+
+    def stacks(self) -> list[tuple[int, Any]]:
+        """(place, (variables, counts)) of the wrappers whose variables got other shapes than they were made with."""
+        found = []
+        for place in sorted(self.inside):
+            wrapper, made = self.wrappers[place], self.made[place]
+            now = {at: v for at, v in wrapper._view().variables.items() if at in made}
+            raw = {at: v.get_raw_value() for at, v in now.items()}
+            shapes = {at: jax.tree.map(jnp.shape, x) for at, x in raw.items()}
+            if shapes != {at: jax.tree.map(jnp.shape, to_nnx_variable(at[0], made[at]).get_raw_value()) for at in raw}:
+                kinds = {at: (type(v), v.get_metadata()) for at, v in now.items()}
+                counts = {name: wrapper.rngs[name].count.get_raw_value() for name in wrapper.rngs or ()}
+                found.append((place, (kinds, *_noted((raw, counts), self.outputs))))
+        return found
 
 
 def _noted(tree: Any, outputs: list[Any] | None) -> Any:
@@ -70,10 +106,13 @@ def _noted(tree: Any, outputs: list[Any] | None) -> Any:
             return x
         if outputs is not None:
             outputs.append(x)
-        spec = jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
-        return Output(None if outputs is None else len(outputs) - 1, spec)
+        return Output(None if outputs is None else len(outputs) - 1, _spec(x))
 
     return jax.tree.map(note, tree)
+
+
+def _spec(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
 
 
 _recorder: ContextVar[Recorder | None] = ContextVar("bridge_recorder", default=None)
@@ -94,18 +133,36 @@ def _recording() -> Iterator[Recorder]:
         _recorder.reset(token)
 
 
-class Call:
-    """A call that needs variables: of which wrapper, by its place, and with what.
+class _Noted:
+    """What the abstract run has noted of one wrapper.
 
     Args:
-      found: the call as it was recorded.
+      place: which wrapper.
       known: computes what the abstract run knew.
-      wrapper: the name of the wrapper, for messages.
+      wrapper: its name, for messages.
     """
 
+    def __init__(self, place: int, known: Known, wrapper: str):
+        self.place, self._known, self._wrapper = place, known, wrapper
+
+    def _computed(self, tree: Any, what: str) -> Any:
+        wanted = [x.index for x in jax.tree.leaves(tree, is_leaf=_is_output) if _is_output(x)]
+        if not wanted:
+            return tree
+        if None in wanted:
+            raise UnknownValueError(self._wrapper, what, "they are computed inside a JAX transform in the model's call")
+        values = self._known.values(wanted)
+        if values is None:
+            raise UnknownValueError(self._wrapper, what, "they depend on a ShapeDtypeStruct")
+        return _map(tree, lambda _: values.pop(0))
+
+
+class Call(_Noted):
+    """A call that needs variables: of which wrapper, by its place, and with what."""
+
     def __init__(self, found: tuple[int, Any, Any, Any], known: Known, wrapper: str):
-        self.place, self._given, self._keys, self.method = found
-        self._known, self._wrapper = known, wrapper
+        place, self._given, self._keys, self.method = found
+        super().__init__(place, known, wrapper)
 
     def keys(self) -> Mapping[str, Any] | None:
         """The random keys that the call itself gave; None where it gave none.
@@ -127,16 +184,22 @@ class Call:
         """
         return self._computed(self._given, "inputs")
 
-    def _computed(self, tree: Any, what: str) -> Any:
-        wanted = [x.index for x in jax.tree.leaves(tree, is_leaf=_is_output) if _is_output(x)]
-        if not wanted:
-            return tree
-        if None in wanted:
-            raise UnknownValueError(self._wrapper, what, "they are computed inside a JAX transform in the model's call")
-        values = self._known.values(wanted)
-        if values is None:
-            raise UnknownValueError(self._wrapper, what, "they depend on a ShapeDtypeStruct")
-        return _map(tree, lambda _: values.pop(0))
+
+class Stack(_Noted):
+    """Variables of a wrapper that nnx.vmap or nnx.scan in the model's call gives an axis."""
+
+    def __init__(self, found: tuple[int, Any], known: Known, wrapper: str):
+        super().__init__(found[0], known, wrapper)
+        self._kinds, self._raw, self._counts = found[1]
+
+    def values(self) -> tuple[dict[Location, nnx.Variable[Any]], dict[str, Any]]:
+        """The Variables, computed, and the counts of the wrapper's random streams once they are made.
+
+        Raises:
+          UnknownValueError: if nothing outside of the call can tell them.
+        """
+        raw, counts = self._computed((self._raw, self._counts), "inputs")
+        return {at: kind(raw[at], **metadata) for at, (kind, metadata) in self._kinds.items()}, counts
 
 
 def _is_output(x: Any) -> bool:
@@ -206,23 +269,65 @@ def calls_in(
     method: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> list[Call]:
-    """The calls that `method(owner, *args, **kwargs)` makes of wrappers without variables, in their order."""
+) -> tuple[list[Call], list[Stack]]:
+    """What `method(owner, *args, **kwargs)` needs of wrappers without variables, in the order of its calls.
+
+    A wrapper is in the calls, or its variables are a Stack.
+    """
     flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, nnx.Object | nnx.Variable))
     arrays = {i: x for i, x in enumerate(flat) if is_array(x)}
     objects = {i: x for i, x in enumerate(flat) if isinstance(x, nnx.Object)}
     graphdef, state = nnx.split({"owner": owner, "objects": objects})
-    found: list[Any] = []
+    recorders: list[Recorder] = []
+    stacks: list[Any] = []
 
-    def run(state: Any, arrays: dict[int, Any]) -> list[Any]:
+    def run(state: Any, arrays: dict[int, Any], premade: dict[int, Made]) -> list[Any]:
         copy = nnx.merge(graphdef, state)
         args, kwargs = treedef.unflatten({**dict(enumerate(flat)), **copy["objects"], **arrays}.values())
         with _recording() as recorder:
-            recorder.mark(wrappers_in(copy["owner"]))
+            recorders.append(recorder)
+            recorder.mark(wrappers_in(copy["owner"]), premade)
             method(copy["owner"], *args, **kwargs)
-        found.extend(recorder.found)
+        stacks[:] = recorder.stacks()
         return recorder.outputs
 
-    known = Known(jax.make_jaxpr(run)(state, arrays), jax.tree.leaves((state, arrays)))
-    wrappers = wrappers_in(owner)
-    return [Call(x, known, type(wrappers[x[0]].module).__name__) for x in found]
+    program, premade = _traced(run, (state, arrays), recorders)
+    known = Known(program, jax.tree.leaves((state, arrays, premade)))
+    names = [type(wrapper.module).__name__ for wrapper in wrappers_in(owner)]
+    stacked = {place for place, _ in stacks}
+    found = [x for recorder in recorders for x in recorder.found if x[0] in premade or recorder is recorders[-1]]
+    calls = [Call(x, known, names[x[0]]) for x in found if x[0] not in stacked]
+    return calls, [Stack(x, known, names[x[0]]) for x in stacks]
+
+
+def _traced(run: Callable[..., Any], inputs: tuple[Any, ...], recorders: list[Recorder]) -> tuple[Any, dict[int, Made]]:
+    """`run(*inputs, premade)` traced, and what was made beforehand: what a transform in it could not take otherwise."""
+    premade: dict[int, Made] = {}
+    reason: Exception | None = None
+    while True:
+        try:
+            return jax.make_jaxpr(run)(*inputs, premade), premade
+        except Exception as error:  # noqa: BLE001  # whatever a transform says of variables that it cannot take
+            reason = reason or error
+            made = {place: recorders[-1].made[place] for place in recorders[-1].inside} if recorders else {}
+            if not made:
+                raise error if isinstance(reason, nnx.NnxError) else reason from None  # ours asked for the second run
+            premade = {**premade, **{place: {**premade.get(place, {}), **made[place]} for place in made}}
+
+
+@contextmanager
+def all_or_nothing(wrappers: list[Any]) -> Iterator[None]:
+    """Undo what was made of the variables of `wrappers`, if the last of them fails."""
+    before = [(wrapper, wrapper._view().variables) for wrapper in wrappers]
+    counts = [wrapper.rngs[name].count for wrapper in wrappers for name in wrapper.rngs or ()]
+    raw = [count.get_raw_value() for count in counts]
+    try:
+        yield
+    except Exception:
+        for wrapper, variables in before:
+            sync(wrapper._nnx_variables, nest(variables, Level))
+            wrapper._arrange()
+            touch(wrapper)
+        for count, value in zip(counts, raw, strict=True):
+            count.set_raw_value(value)
+        raise

@@ -121,6 +121,12 @@ def has_setup(module: nn.Module) -> bool:
     return inspect.getattr_static(type(module), "setup") is not inspect.getattr_static(nn.Module, "setup")
 
 
+def of_class(kind: type[nn.Module], name: str) -> Any:
+    """What the class of a Linen module adds to `nn.Module` by this name; None if nothing."""
+    found = inspect.getattr_static(kind, name, None)
+    return None if name in BOUND or found is inspect.getattr_static(nn.Module, name, None) else found
+
+
 def look(wrapper: Any, path: Path, name: str) -> Any:
     """The attribute `name` of the submodule at `path`: submodules as views, methods as functions of the wrapper.
 

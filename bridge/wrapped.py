@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -152,6 +152,15 @@ class Wrapped:
 def _call_parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     method = inspect.getattr_static(type(module), "__call__", None)
     return inspect.signature(method).parameters if inspect.isfunction(method) else {}
+
+
+def open_flags(
+    method: Callable[..., Any], defaults: tuple[tuple[str, Any], ...], args: Any, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Those of `defaults` that `method` takes and this call does not give."""
+    signature = inspect.signature(method)
+    given = signature.bind_partial(None, *args, **kwargs).arguments
+    return {name: x for name, x in defaults if name in signature.parameters and name not in given}
 
 
 def _modules_in(x: Any) -> Iterator[nn.Module]:

@@ -173,14 +173,18 @@ def iter_module_children(node: Any, /, *, graph: bool | None = None) -> Iterator
 def assign_attributes(
     node: Any, filters: tuple[filterlib.Filter, ...], attributes: dict[str, Any], raise_if_not_found: bool
 ) -> None:
-    """Set attributes on every module in `node` that has them and that a filter matches."""
+    """Set attributes on every module in `node` that has them and that a filter matches.
+
+    A flag is never written over state: a Variable that is called `deterministic`, say, stays.
+    """
     predicates = filterlib.to_predicates(filters)
     missing = set(attributes)
     for path, module in iter_modules(node):
         if filterlib.first_match(predicates, path, module) is None:
             continue
         for name, value in attributes.items():
-            if hasattr(module, name):
+            is_flag = value is None or isinstance(value, bool)
+            if hasattr(module, name) and not (is_flag and isinstance(vars(module).get(name), Variable | Module)):
                 missing.discard(name)
                 if getattr(module, name) is not value:
                     setattr(module, name, value)

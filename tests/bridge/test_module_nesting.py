@@ -378,3 +378,55 @@ def test_stacks_are_bound_under_vmap():
     models = nnx.vmap(Head(2).bind)(stacked)
     out = nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(models, X)
     assert_trees_close(out, jax.vmap(lambda v: Head(2).apply(v, X))(stacked))
+
+
+class Sower(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        self.sow("intermediates", "h", x)
+        return nn.Dense(3)(x)
+
+
+class SowsTwice(bridge.Module):
+    def setup(self):
+        self.part = bridge.linen_in_bridge_mdl(Sower())
+
+    def __call__(self, x):
+        return self.part(self.part(x))
+
+
+class LinenSowsTwice(nn.Module):
+    def setup(self):
+        self.part = Sower()
+
+    def __call__(self, x):
+        return self.part(self.part(x))
+
+
+@pytest.mark.parametrize("mutable", [False, ["intermediates"], ["other"], True], ids=str)
+def test_what_a_linen_child_sows_is_kept_where_it_may_be_row12(mutable):
+    x = jnp.arange(6.0).reshape(2, 3)
+    variables = LinenSowsTwice().init(jax.random.key(0), x)
+    found = SowsTwice().apply(variables, x, mutable=mutable)
+    assert_trees_equal(found, LinenSowsTwice().apply(variables, x, mutable=mutable))
+
+
+def test_apply_inside_a_linen_module_is_not_that_modules_call():
+    class Statistics(bridge.Module):
+        def setup(self):
+            self.norm = bridge.linen_in_bridge_mdl(nn.BatchNorm(use_running_average=False))
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    x = jnp.arange(6.0).reshape(2, 3)
+    inner = Statistics().init(0, x)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Statistics().apply(inner, x, mutable=["batch_stats"])
+
+    found, wanted = Outer().apply({}, x), Statistics().apply(inner, x, mutable=["batch_stats"])
+    assert_trees_equal(found, wanted)
+    assert float(abs(found[1]["batch_stats"]["norm"]["mean"]).sum()) > 0

@@ -479,3 +479,25 @@ def test_row14_linen_init_leaves_the_averages_of_an_inner_linen_module_alone():
     found = to_linen(Holder).init(jax.random.key(0), x)["batch_stats"]["bn"]
     wanted = nn.BatchNorm(use_running_average=False).init(jax.random.key(0), x)["batch_stats"]
     assert_trees_equal(dict(found), dict(wanted))
+
+
+@pytest.mark.parametrize("guarded", [False, True], ids=["writes in init", "waits"])
+def test_init_gives_the_output_and_the_state_of_linens_init(guarded):
+    class Counter(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            n = self.variable("state", "n", jnp.zeros, ())
+            if not (guarded and self.is_initializing()):
+                n.value += 1
+            return x * n.value
+
+    class Holder(nnx.Module):
+        def __init__(self, rngs):
+            self.inner = ToNNX(Counter(), rngs=rngs)
+
+        def __call__(self, x):
+            return self.inner(x)
+
+    found, wanted = to_linen(Holder).init_with_output(KEY, X), Counter().init_with_output(KEY, X)
+    assert_trees_equal(found[0], wanted[0])
+    assert_trees_equal(found[1]["state"]["inner"], wanted[1]["state"])

@@ -5,15 +5,14 @@ from dataclasses import field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
 import nnx_core as nnx
 from bridge import ToNNX, variables_of
-from bridge._wrapper_errors import (
-    NoModeWarning,
-)
+from bridge._wrapper_errors import NoModeWarning, StateAttributeError
 from tests.bridge.linen_models import CNN, MLP, Setup, X, counts
 from tests.tolerance import assert_trees_equal
 
@@ -100,3 +99,54 @@ def test_a_module_without_flags_says_so_row22():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nnx.List([model]).train()
+
+
+class NamedLikeFlags(nn.Module):
+    """Variables and submodules under the names of flags; `part` may have real ones."""
+
+    part: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        x = x * self.param("deterministic", nn.initializers.ones, x.shape[-1:])
+        x = x + self.variable("state", "use_running_average", jnp.zeros, x.shape[-1:]).value
+        return self.part(nn.Dense(x.shape[-1], name="training")(x))
+
+
+@pytest.mark.parametrize("part", [nn.Dropout(0.5, deterministic=True), nn.Dense(2)], ids=["flag", "no flag"])
+def test_variables_named_like_flags_stay_and_flags_are_set_row22(part):
+    model = ToNNX(NamedLikeFlags(part), nnx.Rngs(0)).lazy_init(X)
+    before, expected = variables_of(model), model(X)
+    container = nnx.List([model])
+    container.train()
+    with_flag = isinstance(part, nn.Dropout)
+    assert np.array_equal(model(X), expected) is not with_flag
+    if with_flag:
+        assert model.module.part.deterministic is False
+    container.eval()
+    assert_trees_equal(model(X), expected)
+    container.set_attributes(deterministic=False, training=True, use_running_average=None)
+    model.eval() if with_flag else container.eval()
+    assert_trees_equal(model(X), expected)
+    assert_trees_equal(variables_of(model), before)
+    assert isinstance(model.deterministic, nnx.Param)
+    with pytest.raises(StateAttributeError, match="'deterministic' is part of the wrapped module's variables"):
+        model.deterministic = 3.0
+    model.deterministic = nnx.Param(jnp.zeros(X.shape[-1]))
+    assert_trees_equal(variables_of(model)["params"]["deterministic"], np.zeros(X.shape[-1], np.float32))
+
+
+@pytest.mark.parametrize("make", [CNN, Setup, FieldFlags])
+def test_a_view_reaches_the_flags_row22(make):
+    model = nnx.List([ToNNX(make(), nnx.Rngs(0)).lazy_init(X)])
+    model.train()
+    evaluated = nnx.view(model, deterministic=True, use_running_average=True)
+    trained = nnx.view(evaluated, deterministic=False, use_running_average=False)
+    before = variables_of(model)
+    expected = nnx.clone(model)
+    expected.eval()
+    assert_trees_equal(evaluated[0](X), expected[0](X))
+    assert_trees_equal(variables_of(model), before)
+    assert not np.array_equal(trained[0](X), expected[0](X))
+    with pytest.raises(nnx.NnxError, match="deterministic"):
+        nnx.view(nnx.List([ToNNX(nn.Dense(3))]), deterministic=True)

@@ -101,3 +101,51 @@ def test_rng_state_can_be_left_out_row67():
     model = ToNNX(CNN(), nnx.Rngs(0)).lazy_init(X)
     state = nnx.state(model, nnx.Not(nnx.RngState))
     assert not any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(state))
+
+
+def test_no_random_operation_runs_where_linen_asks_for_no_key_row4(monkeypatch):
+    model = ToNNX(CNN(), nnx.Rngs(params=0, dropout=1)).lazy_init(X)
+    model(X)
+    ran, fold_in = [], jax.random.fold_in
+
+    def counting(key, data):
+        if not isinstance(key, jax.core.Tracer):
+            ran.append(data)
+        return fold_in(key, data)
+
+    monkeypatch.setattr(jax.random, "fold_in", counting)
+    for _ in range(3):
+        model(X)
+    assert ran == []
+    model(X, train=True)
+    assert len(ran) == 1  # Linen's own, of the key that is known
+    model(X)
+    assert len(ran) == 2  # the next one
+    model(X)
+    assert len(ran) == 2
+
+
+def test_keys_follow_the_streams_whatever_changes_them_row4():
+    """As `apply` with the key that the stream would give: after draws, reseeding, loading and new streams."""
+    drop = nn.Dropout(0.5, deterministic=False)
+    model = ToNNX(drop, nnx.Rngs(dropout=1))
+
+    def check():
+        stream = model.rngs.dropout
+        key = jax.random.fold_in(stream.key[...], stream.count[...])
+        assert_trees_equal(model(X), drop.apply({}, X, rngs={"dropout": key}))
+
+    for _ in range(3):
+        check()
+    nnx.reseed(model, dropout=5)
+    check()
+    model.rngs.dropout.count[...] = jnp.uint32(9)
+    check()
+    nnx.update(model, nnx.state(ToNNX(drop, nnx.Rngs(dropout=7))))
+    check()
+    model.rngs = nnx.Rngs(dropout=8)
+    check()
+    twin = nnx.clone(model)
+    assert_trees_equal(twin(X), model(X))
+    nnx.jit(lambda m: m(X))(model)
+    check()

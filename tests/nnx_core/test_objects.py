@@ -469,3 +469,20 @@ def test_perturb_gives_the_gradient_of_an_intermediate():
     assert isinstance(m.h, nnx.Perturbation)
     grads = nnx.grad(lambda m: m(x), argnums=nnx.DiffState(0, nnx.Perturbation))(m)
     assert_trees_equal(grads["h"].get_value(), jnp.float32(12.0))
+
+
+def test_train_never_writes_a_flag_over_state():
+    class Gate(nnx.Module):
+        def __init__(self):
+            self.deterministic = nnx.Param(jnp.ones(2))
+            self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    gate = Gate()
+    param = gate.deterministic
+    gate.eval()
+    assert gate.deterministic is param
+    assert gate.dropout.deterministic
+    with pytest.raises(ValueError, match="deterministic"):
+        gate.set_attributes(nnx.OfType(Gate), deterministic=True)
+    gate.set_attributes(nnx.OfType(Gate), deterministic=nnx.Param(jnp.zeros(2)))  # not a flag
+    assert float(gate.deterministic.sum()) == 0

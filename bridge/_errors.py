@@ -82,6 +82,18 @@ class CheckpointTooLargeError(CheckpointError, MemoryError):
     """The arrays are larger than the memory of this machine: a damaged shape, or a model for a bigger one."""
 
 
+class CheckpointExistsError(CheckpointError, FileExistsError):
+    """Something is at the path that a checkpoint is to be written to."""
+
+    __str__ = Exception.__str__
+
+
+class CheckpointWriteError(CheckpointError, OSError):
+    """A checkpoint cannot be written: disk full, a number type that the format lacks, another one half-written."""
+
+    __str__ = Exception.__str__
+
+
 class RenameClashError(BridgeError, ValueError):
     """A renaming gives two params one name, or makes one param's path the start of another's."""
 

@@ -15,10 +15,10 @@ than its Python interface. Tests hold the two equal.
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -28,25 +28,20 @@ import numpy as np
 from bridge._errors import (
     CheckpointCorruptError,
     CheckpointLayoutError,
-    CheckpointNotFoundError,
     CheckpointTooLargeError,
-    MissingDependencyError,
     near_misses,
     show_path,
 )
 from bridge.checkpoint import layout
+from bridge.checkpoint.files import Tree
 from bridge.checkpoint.layout import Kind, Layout, Leaf, Path
+from bridge.checkpoint.ops import Region
+from bridge.checkpoint.orbax_files import Location, locate, read_save, reading, tensorstore
 from bridge.checkpoint.train_state import LinenTrainState, require_linen, take_apart
 
-# `12`, `step_12`, `checkpoint_12`: what CheckpointManager and flax.training.checkpoints call the folder of a
-# step.
-_STEP = re.compile(r"(.*_)?(\d+)")
-_UNFINISHED = ".orbax-checkpoint-tmp"
-_USUAL_ITEMS = ("default", "state", "train_state", "items", "pytree", "params")
+# Bytes of chunks that are kept while leaves are read in part.
+_CACHE = 16 << 20
 _EMPTY = {"Dict": dict, "List": list, "Tuple": tuple}
-# What tensorstore and json raise when a file is missing, cut short, empty, unreadable or not what it should
-# be.
-_READ_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -81,6 +76,38 @@ class CheckpointInfo:
 # --- public -------------------------------------------------------------------------------------------------
 
 
+def open_orbax(path: str | FilePath, step: int | None = None, item: str | None = None) -> OrbaxSource:
+    """The checkpoint at `path`, v0 or v1, opened to be read leaf by leaf (`files.Source`). No array is read.
+
+    Args:
+        path, step, item: as for `read_metadata`.
+
+    Returns:
+        The source: `tree`, `read(path, region)`, `format`, `reason`, `step`, `item`, and `metadata`: what the
+        writer added to `_CHECKPOINT_METADATA` and `_METADATA` as custom metadata.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointCorruptError, CheckpointLayoutError, MissingDependencyError: as for
+        `read_metadata`.
+
+    >>> import tempfile, numpy as np
+    >>> from bridge.checkpoint.orbax_write import OrbaxSink
+    >>> leaf = Leaf(("params", "w"), (2,), "float32", 8, "params")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with OrbaxSink(folder + "/ck", Tree({leaf.path: leaf})) as sink:
+    ...         sink.write({leaf.path: np.ones(2, "float32")})
+    ...         sink.finish({"made": "here"})
+    ...     with open_orbax(folder + "/ck") as source:
+    ...         source.format, dict(source.metadata), source.read(("params", "w"), (slice(0, 1),))
+    ('orbax', {'made': 'here'}, array([1.], dtype=float32))
+    """
+    location = locate(FilePath(path), step, item)
+    file = location.root / "_METADATA"
+    with reading(file, "a table of the arrays, as JSON"):
+        metadata = json.loads(file.read_text())
+    return OrbaxSource(location, metadata)
+
+
 def read_metadata(path: str | FilePath, *, step: int | None = None, item: str | None = None) -> CheckpointInfo:
     """What the checkpoint at `path` holds. No array is read.
 
@@ -96,7 +123,7 @@ def read_metadata(path: str | FilePath, *, step: int | None = None, item: str | 
         CheckpointLayoutError: several items and none of the usual names.
         MissingDependencyError: orbax is not installed.
     """
-    return _Stored.open(FilePath(path), step, item).info()
+    return open_orbax(path, step=step, item=item).info()
 
 
 def read_tree(path: str | FilePath, target: Any = None, *, step: int | None = None, item: str | None = None) -> Any:
@@ -118,13 +145,13 @@ def read_tree(path: str | FilePath, target: Any = None, *, step: int | None = No
         CheckpointNotFoundError, CheckpointCorruptError, CheckpointLayoutError, MissingDependencyError: as
         above.
     """
-    stored = _Stored.open(FilePath(path), step, item)
+    stored = open_orbax(path, step=step, item=item)
     if target is None:
-        return stored.read()
+        return stored.read_all()
     from bridge.checkpoint.opt_state import fill
 
-    layout.require_match(target, stored.abstract(), source=f"the checkpoint {stored.root}", target="the target")
-    return fill(target, stored.read())
+    layout.require_match(target, stored.abstract(), source=f"the checkpoint {stored.path}", target="the target")
+    return fill(target, stored.read_all())
 
 
 def read_train_state(path: str | FilePath, *, step: int | None = None, item: str | None = None) -> LinenTrainState:
@@ -134,120 +161,9 @@ def read_train_state(path: str | FilePath, *, step: int | None = None, item: str
         CheckpointLayoutError: the checkpoint holds no params, or an NNX state.
         CheckpointNotFoundError, CheckpointCorruptError, MissingDependencyError: as for `read_metadata`.
     """
-    stored = _Stored.open(FilePath(path), step, item)
-    require_linen(stored.detected(), stored.root)
-    return take_apart(stored.read(), stored.detected(), stored.root)
-
-
-# --- finding the folder -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Location:
-    root: FilePath
-    step: int | None = None
-    item: str | None = None
-
-
-def _locate(path: FilePath, step: int | None, item: str | None) -> _Location:
-    """The folder with the arrays, from a checkpoint, a step or a folder of steps."""
-    path = path.expanduser()
-    if not path.exists():
-        raise CheckpointNotFoundError(
-            "no checkpoint",
-            path,
-            expected="an Orbax checkpoint folder",
-            found="nothing at this path",
-            hint=_neighbours(path),
-        )
-    if not path.is_dir():
-        raise CheckpointLayoutError(
-            "not an Orbax checkpoint",
-            path,
-            expected="a folder",
-            found=f"a file of {path.stat().st_size} bytes",
-        )
-    steps = _steps(path)
-    named_items = [name for name in _items(path) if not _STEP.fullmatch(name)]
-    if step is None and steps and not named_items:
-        step = max(steps)
-    if step is None:
-        return _locate_item(path.absolute(), None, item)
-    if step not in steps:
-        listed = ", ".join(map(str, sorted(steps))) or "no step folders"
-        raise CheckpointNotFoundError(f"no step {step}", path, expected=f"a folder for step {step}", found=listed)
-    return _locate_item(steps[step].absolute(), step, item)
-
-
-def _locate_item(path: FilePath, step: int | None, item: str | None) -> _Location:
-    if _is_item(path) and item is None:
-        return _Location(path, step)
-    items = _items(path)
-    if item is not None:
-        if item not in items:
-            found = ", ".join(items) or ("a checkpoint without items" if _is_item(path) else "no items with arrays")
-            raise CheckpointNotFoundError(f"no item {item!r}", path, expected=f"a folder {item!r}", found=found)
-        return _Location(items[item], step, item)
-    if not items:
-        raise _not_a_checkpoint(path)
-    name = next((name for name in _USUAL_ITEMS if name in items), None) or (
-        next(iter(items)) if len(items) == 1 else None
-    )
-    if name is None:
-        raise CheckpointLayoutError(
-            "the checkpoint has several items",
-            path,
-            expected="one item, or one called " + " or ".join(_USUAL_ITEMS),
-            found=", ".join(items),
-            hint="Choose one: item=... (--item NAME)",
-        )
-    return _Location(items[name], step, name)
-
-
-def _not_a_checkpoint(path: FilePath) -> Exception:
-    names = sorted(child.name for child in path.iterdir())
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "an empty folder"
-    if {"manifest.ocdbt", "_sharding", "array_metadatas", "ocdbt.process_0"} & set(names):
-        return CheckpointCorruptError(
-            "the checkpoint is damaged", path, expected="_METADATA, which lists the arrays", found=shown
-        )
-    if any(_UNFINISHED in name for name in names):
-        return CheckpointCorruptError(
-            "the checkpoint was never finished", path, expected="a finished save", found=shown
-        )
-    return CheckpointLayoutError(
-        "not an Orbax checkpoint",
-        path,
-        found=shown,
-        expected="_METADATA and arrays, items with them, or step folders",
-    )
-
-
-def _is_item(path: FilePath) -> bool:
-    return (path / "_METADATA").is_file()
-
-
-def _items(path: FilePath) -> dict[str, FilePath]:
-    return {child.name: child for child in sorted(path.iterdir()) if child.is_dir() and _is_item(child)}
-
-
-def _steps(path: FilePath) -> dict[int, FilePath]:
-    """The step folders in `path`: those named by a number alone; if none, those with one common prefix."""
-    if _is_item(path):
-        return {}
-    folders = [child for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith("ocdbt.")]
-    matches = [(match, child) for child in folders if (match := _STEP.fullmatch(child.name))]
-    bare = {int(match[2]): child for match, child in matches if not match[1]}
-    prefixed = {int(match[2]): child for match, child in matches if match[1]}
-    one_prefix = len({match[1] for match, _ in matches if match[1]}) == 1
-    return bare or (prefixed if one_prefix else {})
-
-
-def _neighbours(path: FilePath) -> str:
-    if not path.parent.is_dir():
-        return ""
-    close = near_misses(path.name, (child.name for child in path.parent.iterdir()))
-    return f"Near it: {', '.join(close)}" if close else ""
+    stored = open_orbax(path, step=step, item=item)
+    require_linen(stored.detected(), stored.path)
+    return take_apart(stored.read_all(), stored.detected(), stored.path)
 
 
 # --- what is stored -----------------------------------------------------------------------------------------
@@ -268,72 +184,96 @@ class _Entry:
         return ".".join(self.path)
 
 
-class _Stored:
-    """One item on disk: its rows, and tensorstore handles to its arrays, opened once."""
+class OrbaxSource:
+    """One item on disk: its rows, and tensorstore handles to its arrays, opened once. A `files.Source`."""
 
-    def __init__(self, location: _Location, metadata: dict[str, Any]):
-        self.root, self.step, self.item = location.root, location.step, location.item
-        self.metadata = metadata
-        with _reading(self.root / "_METADATA", "a table of the arrays, as JSON"):
-            self.entries = [_entry(row) for row in metadata["tree_metadata"].values()]
+    def __init__(self, location: Location, metadata: dict[str, Any]):
+        self.path, self.step, self.item = location.root, location.step, location.item
+        self._table = metadata
+        with reading(self.path / "_METADATA", "a table of the arrays, as JSON"):
+            self._entries = {entry.path: entry for entry in map(_entry, metadata["tree_metadata"].values())}
+        save = read_save(location, metadata)
+        self.format, self.reason, self.metadata = save.format, save.reason, save.metadata
         self._check_names()
-        self.strings = self._load_strings()
-        self.key_impls = self._load_key_impls()
-        self.arrays = self._open_arrays()
+        self._strings = self._load_strings()
+        self._key_impls = self._load_key_impls()
+        self._arrays = self._open_arrays()
+        self._parts = _PartCache(self._open)
+        self._layout = layout.detect(self._entries)
+        self.tree = self._make_tree()
 
-    @classmethod
-    def open(cls, path: FilePath, step: int | None, item: str | None) -> _Stored:
-        location = _locate(path, step, item)
-        file = location.root / "_METADATA"
-        with _reading(file, "a table of the arrays, as JSON"):
-            metadata = json.loads(file.read_text())
-        return cls(location, metadata)
+    def __enter__(self) -> OrbaxSource:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of files and of cached chunks."""
+        self._arrays = {}
+        self._parts.clear()
+
+    def read(self, path: Path, region: Region | None = None) -> Any:
+        """The leaf at `path`, or a region of it: numpy array, number, string or typed keys, as it was saved.
+
+        A region reads the chunks that it touches and no others; the chunks of the last leaves that were read in
+        part stay in memory, so that taking the layers out of a stack one by one reads it once.
+
+        Raises:
+            CheckpointCorruptError: chunks are missing or damaged.
+            CheckpointLayoutError: no leaf has that path.
+            CheckpointTooLargeError: it is larger than this machine's memory.
+        """
+        entry = self._entries.get(path)
+        if entry is None or entry.is_empty:
+            raise CheckpointLayoutError(
+                "the checkpoint has no such leaf",
+                self.path,
+                expected=show_path(path),
+                found=", ".join(near_misses(show_path(path), map(show_path, self.tree.leaves))) or "nothing like it",
+            )
+        if entry.typestr == "string":
+            return self._value(entry, None)
+        store = self._arrays[path]
+        wanted = _region(store.shape, region)
+        _require_memory(self.path, self.tree.leaves[path], _bytes_at_once(store, wanted))
+        with reading(self.path, f"the array {show_path(path)}"):
+            if wanted != _region(store.shape, None):
+                store = self._parts.get(entry, _chunk_bytes(store))
+            future = store[wanted].read()
+        return self._value(entry, future)
 
     def detected(self) -> Layout:
-        return layout.detect([entry.path for entry in self.entries])
+        """Linen's layout or NNX's."""
+        return self._layout
 
     def info(self) -> CheckpointInfo:
-        found = self.detected()
-        leaves = [self._leaf(entry, found.kind) for entry in self.entries if not entry.is_empty]
-        empty = [entry.path for entry in self.entries if entry.is_empty]
+        """The same in the form of `read_metadata`."""
         return CheckpointInfo(
-            root=self.root,
-            layout=found.kind,
-            reason=found.reason,
-            boxed=found.boxed,
+            root=self.path,
+            layout=self._layout.kind,
+            reason=self._layout.reason,
+            boxed=self._layout.boxed,
             step=self.step,
             item=self.item,
-            leaves=tuple(sorted(leaves, key=lambda leaf: leaf.path)),
-            empty=tuple(sorted(empty)),
+            leaves=tuple(sorted(self.tree.leaves.values(), key=lambda leaf: leaf.path)),
+            empty=tuple(sorted(self.tree.empty)),
         )
 
     def abstract(self) -> Any:
         """The tree with what `layout.describe` needs in place of arrays."""
-        return self._nest(
-            {e.path: _EMPTY.get(e.typestr, _none)() if e.is_empty else self._stand_in(e) for e in self.entries}
-        )
+        return self._nest({path: self._stand_in(entry) for path, entry in self._entries.items()})
 
-    def read(self) -> Any:
+    def read_all(self) -> Any:
         """The tree of values. All reads are started before the first is waited for."""
-        self._require_memory()
+        largest = max(self.tree.leaves.values(), key=lambda leaf: leaf.nbytes, default=None)
+        if largest:
+            _require_memory(self.path, largest, self.tree.nbytes)
         futures = {}
-        for entry in self.entries:
-            if entry.path in self.arrays:
-                with _reading(self.root, f"the array {show_path(entry.path)}"):
-                    futures[entry.path] = self.arrays[entry.path].read()
-        return self._nest({entry.path: self._value(entry, futures.get(entry.path)) for entry in self.entries})
-
-    def _require_memory(self) -> None:
-        """tensorstore ends the process when it cannot allocate: one wrong digit in a stored shape is enough."""
-        info, memory = self.info(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if info.nbytes > memory:
-            largest = max(info.leaves, key=lambda leaf: leaf.nbytes)
-            raise CheckpointTooLargeError(
-                "the checkpoint does not fit into memory",
-                self.root,
-                expected=f"at most {memory} bytes",
-                found=f"{info.nbytes} bytes, most of them in {show_path(largest.path)}: {largest.shape}",
-            )
+        for path, store in self._arrays.items():
+            with reading(self.path, f"the array {show_path(path)}"):
+                futures[path] = store.read()
+        return self._nest({path: self._value(entry, futures.get(path)) for path, entry in self._entries.items()})
 
     # how a row becomes a leaf
 
@@ -341,48 +281,57 @@ class _Stored:
         if entry.is_empty:
             return _EMPTY.get(entry.typestr, _none)()
         if entry.typestr == "string":
-            return self.strings[entry.path]
-        store = self.arrays[entry.path]
+            return self._strings[entry.path]
+        store = self._arrays[entry.path]
         expected = f"{show_path(entry.path)}: {store.dtype.name}{list(store.shape)}"
-        with _reading(self.root, expected):
+        with reading(self.path, expected):
             array = np.asarray(future.result())
-        if entry.name in self.key_impls:
-            import jax
+            if entry.name in self._key_impls:
+                import jax
 
-            return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=self.key_impls[entry.name])
-        return _as_number(array) if entry.typestr == "scalar" else array
+                return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=self._key_impls[entry.name])
+            return _as_number(array) if entry.typestr == "scalar" else array
 
     def _stand_in(self, entry: _Entry) -> Any:
+        if entry.is_empty:
+            return _EMPTY.get(entry.typestr, _none)()
         if entry.typestr == "string":
-            return self.strings[entry.path]
+            return self._strings[entry.path]
         shape, dtype = self._shape_dtype(entry)
         if entry.typestr == "scalar":
-            return _as_number(np.zeros(shape, self.arrays[entry.path].dtype.numpy_dtype))
+            return _as_number(np.zeros(shape, self._arrays[entry.path].dtype.numpy_dtype))
         return _Abstract(shape, dtype)
 
     def _shape_dtype(self, entry: _Entry) -> tuple[layout.Shape, str]:
-        store = self.arrays[entry.path]
-        if entry.name in self.key_impls:
-            return _key_shape_dtype(tuple(store.shape), self.key_impls[entry.name])
+        store = self._arrays[entry.path]
+        if entry.name in self._key_impls:
+            return _key_shape_dtype(tuple(store.shape), self._key_impls[entry.name])
         return tuple(store.shape), str(np.dtype(store.dtype.numpy_dtype))
 
-    def _leaf(self, entry: _Entry, kind: Kind) -> Leaf:
-        collection = layout.collection_of(entry.path, kind)
+    def _make_tree(self) -> Tree:
+        entries = self._entries.values()
+        return Tree(
+            leaves={entry.path: self._leaf(entry) for entry in entries if not entry.is_empty},
+            empty={e.path: e.typestr if e.typestr in _EMPTY else "None" for e in entries if e.is_empty},
+            sequences=frozenset(e.path[:n] for e in entries for n, is_list in enumerate(e.sequences) if is_list),
+        )
+
+    def _leaf(self, entry: _Entry) -> Leaf:
+        collection = layout.collection_of(entry.path, self._layout.kind)
         if entry.typestr == "string":
-            return Leaf(entry.path, (), "str", len(self.strings[entry.path].encode()), collection)
-        shape, dtype = self._shape_dtype(entry)
-        store = self.arrays[entry.path]
-        size = int(np.prod(store.shape, dtype=object)) * np.dtype(store.dtype.numpy_dtype).itemsize
-        return Leaf(entry.path, shape, dtype, size, collection)
+            return Leaf(entry.path, (), "str", len(self._strings[entry.path].encode()), collection)
+        with reading(self.path, f"shape and number type of {show_path(entry.path)}"):
+            shape, dtype = self._shape_dtype(entry)
+        store = self._arrays[entry.path]
+        return Leaf(entry.path, shape, dtype, _nbytes(store.shape, store), collection)
 
     def _nest(self, leaves: dict[Path, Any]) -> Any:
-        lists = {e.path[:n] for e in self.entries for n, is_list in enumerate(e.sequences) if is_list}
         try:
-            return layout.nest(leaves, lists)
+            return layout.nest(leaves, self.tree.sequences)
         except layout.TreeStructureError as error:
             raise CheckpointCorruptError(
                 "the checkpoint is damaged",
-                self.root / "_METADATA",
+                self.path / "_METADATA",
                 expected="paths that form one tree",
                 found=str(error),
             ) from error
@@ -392,32 +341,32 @@ class _Stored:
     def _check_names(self) -> None:
         """Orbax joins keys with dots: of `a.b` and `a`/`b` only one is on disk, the other is lost."""
         taken: dict[str, Path] = {}
-        for entry in self.entries:
+        for entry in self._entries.values():
             if entry.is_empty:
                 continue
             other = taken.setdefault(entry.name, entry.path)
             if other != entry.path:
                 raise CheckpointCorruptError(
                     "two leaves are stored as one",
-                    self.root,
+                    self.path,
                     expected="one array for each leaf",
                     found=f"{show_path(other)} and {show_path(entry.path)} are both stored as {entry.name!r}",
                 )
             if ".." in entry.name.split("/") or entry.name.startswith("/"):
                 raise CheckpointCorruptError(
                     "a leaf points out of the checkpoint",
-                    self.root,
+                    self.path,
                     expected="names inside the folder",
                     found=repr(entry.name),
                 )
 
     def _load_strings(self) -> dict[Path, str]:
-        wanted = [entry for entry in self.entries if entry.typestr == "string"]
+        wanted = [entry for entry in self._entries.values() if entry.typestr == "string"]
         if not wanted:
             return {}
-        file = self.root / "_strings.json"
+        file = self.path / "_strings.json"
         found = {}
-        with _reading(file, f"the text of {show_path(wanted[0].path)}"):
+        with reading(file, f"the text of {show_path(wanted[0].path)}"):
             table = json.loads(file.read_text())
             for entry in wanted:
                 value = table
@@ -429,8 +378,8 @@ class _Stored:
     def _load_key_impls(self) -> dict[str, str]:
         """Name of the random bit generator of each typed key, by the name of its array."""
         impls = {}
-        for file in sorted((self.root / "array_metadatas").glob("process_*")):
-            with _reading(file, "shapes and extra metadata of the arrays, as JSON"):
+        for file in sorted((self.path / "array_metadatas").glob("process_*")):
+            with reading(file, "shapes and extra metadata of the arrays, as JSON"):
                 for row in json.loads(file.read_text())["array_metadatas"]:
                     meta = row["array_metadata"]
                     impl = (meta.get("ext_metadata") or {}).get("random_key_impl")
@@ -439,41 +388,100 @@ class _Stored:
         return impls
 
     def _open_arrays(self) -> dict[Path, Any]:
-        ts = _tensorstore()
-        manifest = self.root / "manifest.ocdbt"
-        in_database = self.metadata.get("use_ocdbt", manifest.exists())
-        arrays = [entry for entry in self.entries if not entry.is_empty and entry.typestr != "string"]
-        if in_database and arrays and not manifest.is_file():
+        arrays = [entry for entry in self._entries.values() if not entry.is_empty and entry.typestr != "string"]
+        if self._in_database() and arrays and not (self.path / "manifest.ocdbt").is_file():
             raise CheckpointCorruptError(
                 "the checkpoint is damaged",
-                self.root,
+                self.path,
                 expected="manifest.ocdbt, the index of the arrays",
                 found="no such file",
             )
-        context = ts.Context({"cache_pool": {"total_bytes_limit": 100_000_000}})
+        # Chunks are not cached: a leaf is read once. The index of a database is, for every leaf looks into it.
+        ts = tensorstore("Reading an Orbax checkpoint")
+        context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "cache_pool#index": {"total_bytes_limit": 10**8}})
         opened = {}
         for entry in arrays:
-            with _reading(self.root, f"the array {show_path(entry.path)}"):
-                opened[entry.path] = ts.open(self._spec(entry, in_database), open=True, read=True, context=context)
+            with reading(self.path, f"the array {show_path(entry.path)}"):
+                opened[entry.path] = self._open(entry, context)
         stores = {}
         for path, future in opened.items():
-            with _reading(self.root, f"the array {show_path(path)}"):
+            with reading(self.path, f"the array {show_path(path)}"):
                 stores[path] = future.result()
         return stores
 
-    def _spec(self, entry: _Entry, in_database: bool) -> dict[str, Any]:
-        base = {"driver": "file", "path": f"{self.root}/"}
-        store: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": f"{entry.name}/"}
-        if not in_database:
-            store = {"driver": "file", "path": f"{self.root}/{entry.name}/"}
+    def _open(self, entry: _Entry, context: Any) -> Any:
+        ts = tensorstore("Reading an Orbax checkpoint")
+        base = {"driver": "file", "path": f"{self.path}/"}
+        store: dict[str, Any] = {"driver": "file", "path": f"{self.path}/{entry.name}/"}
+        if self._in_database():
+            store = {"driver": "ocdbt", "base": base, "path": f"{entry.name}/", "cache_pool": "cache_pool#index"}
         # Files that are older than this flag leave chunks of zeros out; in all others an absent chunk is a
         # lost one.
-        zeros_are_stored = bool(self.metadata.get("store_array_data_equal_to_fill_value"))
-        return {
-            "driver": "zarr3" if self.metadata.get("use_zarr3") else "zarr",
+        zeros_are_stored = bool(self._table.get("store_array_data_equal_to_fill_value"))
+        spec = {
+            "driver": "zarr3" if self._table.get("use_zarr3") else "zarr",
             "kvstore": store,
             "fill_missing_data_reads": not zeros_are_stored,
+            "recheck_cached_data": "open",  # a finished checkpoint does not change
         }
+        return ts.open(spec, open=True, read=True, context=context)
+
+    def _in_database(self) -> bool:
+        return bool(self._table.get("use_ocdbt", (self.path / "manifest.ocdbt").exists()))
+
+
+class _PartCache:
+    """Handles that keep the chunks of leaves read in part: the largest such chunk, and _CACHE bytes more."""
+
+    def __init__(self, opener: Callable[[_Entry, Any], Any]):
+        self._opener, self._lock = opener, threading.Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        self._limit, self._context, self._stores = 0, None, {}
+
+    def get(self, entry: _Entry, chunk_bytes: int) -> Any:
+        with self._lock:
+            if self._context is None or chunk_bytes + _CACHE > self._limit:
+                ts = tensorstore("Reading an Orbax checkpoint")
+                self._limit, self._stores = chunk_bytes + _CACHE, {}
+                pools = {"cache_pool": self._limit, "cache_pool#index": _CACHE}
+                self._context = ts.Context({name: {"total_bytes_limit": size} for name, size in pools.items()})
+            if entry.path not in self._stores:
+                self._stores[entry.path] = self._opener(entry, self._context).result()
+            return self._stores[entry.path]
+
+
+def _region(shape: layout.Shape, region: Region | None) -> Region:
+    """One slice an axis of the stored array: `region` may be shorter (random keys have an axis of their own)."""
+    given = region or ()
+    return tuple(
+        slice(*(given[n] if n < len(given) else slice(None)).indices(size)[:2]) for n, size in enumerate(shape)
+    )
+
+
+def _nbytes(shape: Iterable[int], store: Any) -> int:
+    return int(math.prod(shape)) * np.dtype(store.dtype.numpy_dtype).itemsize
+
+
+def _chunk_bytes(store: Any) -> int:
+    return _nbytes(store.chunk_layout.read_chunk.shape or (), store)
+
+
+def _bytes_at_once(store: Any, region: Region) -> int:
+    return max(_nbytes((part.stop - part.start for part in region), store), _chunk_bytes(store))
+
+
+def _require_memory(root: FilePath, largest: Leaf, nbytes: int) -> None:
+    """tensorstore ends the process when it cannot allocate: one wrong digit in a stored shape is enough."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if nbytes > memory:
+        raise CheckpointTooLargeError(
+            "the checkpoint does not fit into memory",
+            root,
+            expected=f"at most {memory} bytes",
+            found=f"{nbytes} bytes, most of them in {show_path(largest.path)}: {largest.shape}",
+        )
 
 
 @dataclass(frozen=True)
@@ -506,32 +514,3 @@ def _key_shape_dtype(shape: layout.Shape, impl: str) -> tuple[layout.Shape, str]
 
     keys = jax.eval_shape(lambda: jax.random.wrap_key_data(jax.numpy.zeros(shape, "uint32"), impl=impl))
     return tuple(keys.shape), str(keys.dtype)
-
-
-def _tensorstore() -> Any:
-    try:
-        import tensorstore
-    except ModuleNotFoundError as error:
-        if error.name != "tensorstore":
-            raise
-        raise MissingDependencyError("Reading an Orbax checkpoint", "orbax-checkpoint", "orbax") from error
-    return tensorstore
-
-
-@contextmanager
-def _reading(place: FilePath, expected: str) -> Iterator[None]:
-    """Whatever tensorstore or json raise in here becomes one CheckpointCorruptError that names `place`."""
-    try:
-        yield
-    except _READ_ERRORS as error:
-        raise CheckpointCorruptError(
-            "the checkpoint is damaged", place, expected=expected, found=_first_words(error)
-        ) from error
-
-
-def _first_words(error: Exception) -> str:
-    """tensorstore appends its whole specification to a message; the part before it says what happened."""
-    text = re.split(r" \[(?:tensorstore_spec|source locations)=?", str(error))[0]
-    text = " ".join(text.split())
-    text = text if len(text) <= 400 else text[:400] + " ..."
-    return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"

@@ -103,7 +103,7 @@ def children(node: Any) -> list[tuple[str, Any]] | None:
         return list(zip(node._fields, node, strict=True))
     if isinstance(node, list | tuple):
         return [(str(index), child) for index, child in enumerate(node)]
-    if isinstance(node, np.ndarray | np.generic | bool | int | float | complex | str):
+    if isinstance(node, np.ndarray | np.generic | bool | int | float | complex | str | Leaf):
         return None
     return _pytree_children(node)
 
@@ -279,7 +279,7 @@ def detect(paths: Iterable[Path]) -> Layout:
     names = ", ".join(tops[:6]) + (", ..." if len(tops) > 6 else "")
     if "params" in tops:
         return _detect_linen(known, tops, names, boxed)
-    if {"model", "optimizer"} <= set(tops) or set(tops) == {"0", "1"}:
+    if {"model", "optimizer"} <= set(tops) or {"model", "opt_state", "step"} <= set(tops) or _is_pair(known, tops):
         return Layout(Kind.NNX_TRAINING, f"the top-level keys are {names}: a model and its optimizer")
     if known and all(path[-1] == "value" for path in known):
         return Layout(Kind.NNX_STATE, "all paths end in 'value', the level that an nnx.State has for each Variable")
@@ -292,6 +292,11 @@ def detect(paths: Iterable[Path]) -> Layout:
     return Layout(
         Kind.UNKNOWN, f"the top-level keys are {names}: no params among them" if known else "it has no leaves"
     )
+
+
+def _is_pair(paths: list[Path], tops: list[str]) -> bool:
+    """Whether it is `nnx.state((model, optimizer))`, and no list of two layers."""
+    return set(tops) == {"0", "1"} and any(path[1:2] in (("opt_state",), ("step",)) for path in paths)
 
 
 def _detect_linen(paths: list[Path], tops: list[str], names: str, boxed: frozenset[Path]) -> Layout:

@@ -57,6 +57,13 @@ class Op:
         """The same expression with `leaf(path)` for each `Read(path)`; OpError if that does not fit."""
         raise NotImplementedError
 
+    def __str__(self) -> str:
+        """What is done, in words: 'transpose [1, 0] of stack along 0 of a/w, b/w'."""
+        return f"{self._word()} of {', '.join(map(str, self._parts()))}"
+
+    def _word(self) -> str:
+        return type(self).__name__.lower()
+
     def _parts(self) -> tuple[Op, ...]:
         return ()
 
@@ -72,6 +79,9 @@ class Read(Op):
     path: Path
     shape: Shape
     dtype: str
+
+    def __str__(self) -> str:
+        return show_path(self.path)
 
     def sources(self) -> Iterator[Path]:
         yield self.path
@@ -93,6 +103,9 @@ class Fill(Op):
 
     def __post_init__(self) -> None:
         _set(self, shape=tuple(np.shape(self.content)), dtype=str(self.content.dtype))
+
+    def __str__(self) -> str:
+        return "new"
 
     def value(self, read: Reader, region: Region | None = None) -> Any:
         return self.content if region is None else self.content[region]
@@ -131,6 +144,9 @@ class Block(Op):
     def on(self, leaf: Callable[[Path], Op]) -> Op:
         return Block(self.of.on(leaf), self.axis, self.start, self.stop)
 
+    def _word(self) -> str:
+        return f"{self.start}:{self.stop} along {self.axis}"
+
     def _parts(self) -> tuple[Op, ...]:
         return (self.of,)
 
@@ -163,6 +179,9 @@ class Pick(Op):
 
     def on(self, leaf: Callable[[Path], Op]) -> Op:
         return Pick(self.of.on(leaf), self.axis, self.index)
+
+    def _word(self) -> str:
+        return f"{self.index} along {self.axis}"
 
     def _parts(self) -> tuple[Op, ...]:
         return (self.of,)
@@ -222,6 +241,9 @@ class Join(Op):
     def on(self, leaf: Callable[[Path], Op]) -> Op:
         return Join(tuple(part.on(leaf) for part in self.parts), self.axis, self.stack)
 
+    def _word(self) -> str:
+        return f"{'stack' if self.stack else 'concat'} along {self.axis}"
+
     def _parts(self) -> tuple[Op, ...]:
         return self.parts
 
@@ -255,6 +277,9 @@ class Transpose(Op):
     def on(self, leaf: Callable[[Path], Op]) -> Op:
         return Transpose(self.of.on(leaf), self.axes)
 
+    def _word(self) -> str:
+        return f"transpose {list(self.axes)}"
+
     def _parts(self) -> tuple[Op, ...]:
         return (self.of,)
 
@@ -286,6 +311,9 @@ class Reshape(Op):
     def on(self, leaf: Callable[[Path], Op]) -> Op:
         return Reshape(self.of.on(leaf), self.new)
 
+    def _word(self) -> str:
+        return f"reshape {list(self.shape)}"
+
     def _parts(self) -> tuple[Op, ...]:
         return (self.of,)
 
@@ -313,10 +341,16 @@ class Cast(Op):
 
     def value(self, read: Reader, region: Region | None = None) -> Any:
         value = self.of.value(read, region)
-        return (value if isinstance(value, jax.Array) else np.asarray(value)).astype(self.dtype)
+        on_device = isinstance(value, jax.Array) and jax.dtypes.canonicalize_dtype(self.dtype) == self.dtype
+        return (value if on_device else np.asarray(value)).astype(self.dtype)  # without x64 JAX has no int64
 
     def on(self, leaf: Callable[[Path], Op]) -> Op:
-        return Cast(self.of.on(leaf), self.dtype)
+        """The cast is for leaves of the dtype that it was made for: optimizer slots may have one of their own."""
+        of = self.of.on(leaf)
+        return Cast(of, self.dtype) if of.dtype == self.of.dtype else of
+
+    def _word(self) -> str:
+        return f"cast to {self.dtype}"
 
     def _parts(self) -> tuple[Op, ...]:
         return (self.of,)
@@ -328,8 +362,8 @@ def unstack(of: Op, axis: int) -> tuple[Op, ...]:
     >>> [part.shape for part in unstack(Read(("kernel",), (2, 3, 4), "float32"), axis=1)]
     [(2, 4), (2, 4), (2, 4)]
     """
-    if not of.shape:
-        raise OpError(Join((of,), 0, stack=True), "an axis to take apart", "a scalar")
+    if not -len(of.shape) <= axis < len(of.shape):
+        raise OpError(of, f"an axis {axis} to take apart", f"shape {of.shape}")
     return tuple(Pick(of, axis, index) for index in range(of.shape[axis]))
 
 

@@ -1,0 +1,247 @@
+"""A checkpoint straight into a model and its optimizer, each shard onto its own device.
+
+Law: all of it fits before the first array is read, and every value is there before the first Variable is written. A
+process reads what its own devices hold, once, and nothing else; it holds two leaves on the host, not a model.
+Knows plans, shardings and Variables; knows nothing of file formats or layouts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding, Sharding
+
+from bridge._errors import BridgeError, CheckpointLayoutError, show_path
+from bridge.checkpoint import layout
+from bridge.checkpoint.canonical import VALUE
+from bridge.checkpoint.convert import open_conversion
+from bridge.checkpoint.goal import is_own
+from bridge.checkpoint.layout import Kind, Path
+from bridge.checkpoint.live import Live, of_training, raw_value, write
+from bridge.checkpoint.ops import Op, Reader, Region
+from bridge.checkpoint.plan import ConversionReport
+from bridge.checkpoint.stream import by_source
+
+#: (start, stop) for each axis.
+_Bounds = tuple[tuple[int, int], ...]
+_NUMBERS = (bool, int, float, complex)
+
+
+class ShardingError(BridgeError, ValueError):
+    """A Variable's sharding does not fit its shape, or has a mesh without devices. `path` is in the model."""
+
+    def __init__(self, path: Path, sharding: Sharding, expected: str, found: object, hint: str):
+        self.path, self.sharding = path, sharding
+        super().__init__(
+            f"{show_path(path)} cannot be sharded as it is to be: {sharding}\n"
+            f"  expected: {expected}\n  found: {found}\n{hint} Nothing was changed."
+        )
+
+
+def load_into(
+    model: Any,
+    path: str | FilePath,
+    rules: Any = None,
+    *,
+    optimizer: Any = None,
+    step: int | None = None,
+    item: str | None = None,
+    format: str | None = None,
+    kind: Kind | None = None,
+    rng: str | int = "keep",
+) -> ConversionReport:
+    """Read the checkpoint at `path`, in Linen's layout or NNX's, into a model and its optimizer, in place.
+
+    Each value goes to the sharding that its Variable has, by `jax.make_array_from_callback`: no device and no host
+    ever holds a whole model that is spread over several. In a `jax.distributed` job every process calls this with the
+    same arguments, and reads its own shards. Variables keep identity, ties and metadata.
+
+    Memory: the new shards and, until all of them are there, those that they replace; on the host two leaves. An
+    abstract model holds nothing that is replaced.
+
+    Args:
+      model: an NNX module, of nnx_core or flax.nnx; a ToNNX after `lazy_init`. Abstract (`nnx.eval_shape`, with
+        shardings `nnx.as_abstract`, or merged from `nnx.get_abstract_model`) or with values. A value without a sharding
+        goes to the default device.
+      path: whatever `open_source` opens.
+      rules: the checkpoint's locations -> those of the model; see `make_plan`. Slots of the optimizer follow.
+      optimizer: an Optimizer made for `model`, abstract or not. Without it the optimizer's state and the step of the
+        checkpoint are left out, and the report says so.
+      step, item, format: as for `open_source`.
+      kind: the checkpoint's layout, instead of the detected one.
+      rng: random streams: 'keep', those of the checkpoint if it has them, and else the model's own; 'drop', the model's
+        own; or a seed for fresh ones, which an abstract model needs for what the checkpoint lacks.
+
+    Returns:
+      What went where, and what the model has no place for.
+
+    Raises:
+      VariablesMismatchError: all that is missing, unexpected, or of another shape or dtype.
+      CheckpointLayoutError: an abstract model would keep a placeholder, as the checkpoint has no value for it.
+      ShardingError: a sharding does not divide its Variable, or its mesh has no devices.
+      RulesError, SlotError, OptStateOrderError, CollectionClashError: as for `make_plan`.
+      CheckpointNotFoundError, CheckpointCorruptError, MissingDependencyError: as for `open_source`; a damaged array is
+        found when it is read.
+      TraceError: the model belongs to another trace.
+      In every case nothing has been written to `model` or `optimizer` of this process.
+
+    >>> import tempfile, numpy as np, safetensors.numpy
+    >>> import nnx_core as nnx
+    >>> file = tempfile.mkdtemp() + "/linen.safetensors"
+    >>> dense = {"params/Dense_0/kernel": np.ones((2, 3), "float32"), "params/Dense_0/bias": np.zeros(3, "float32")}
+    >>> safetensors.numpy.save_file(dense, file)
+    >>> from bridge.checkpoint.rules import Rules
+    >>> model = nnx.eval_shape(lambda: nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
+    >>> report = load_into(model, file, Rules.from_rename({"Dense_0": "layers/0"}))
+    >>> len(report.rows), float(model.layers[0].kernel.sum())
+    (2, 6.0)
+    """
+    wanted = of_training(model, optimizer)
+    with open_conversion(
+        path, to="nnx", rules=rules, target=wanted, source_format=format, step=step, item=item, kind=kind, rng=rng
+    ) as conversion:
+        made = {at: op for at, op in conversion.plan.made.items() if not is_own(op, wanted.values[at])}
+        _require_values(wanted, made, conversion.source.path)
+        _require_writable(wanted)
+        shardings = {at: _sharding(at, wanted.values[at], op) for at, op in made.items()}
+        values = _gathered(made, shardings, conversion.source.read)
+    for at, variable in wanted.variables.items():
+        _replace(variable, (*at, VALUE), wanted, values)
+    return conversion.plan.report()
+
+
+# ---- checks, before an array is read --------------------------------------------------------------------------
+
+
+def _require_values(wanted: Live, made: Mapping[Path, Op], source: object) -> None:
+    """Sown values and the like are not in checkpoints: an abstract model that has some would keep a placeholder."""
+    for at, value in wanted.values.items():
+        if at not in made and any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(value)):
+            raise CheckpointLayoutError(
+                "the checkpoint has no value for a Variable of an abstract model",
+                source,
+                expected=f"a value for {show_path(at)}",
+                found=str(value),
+                hint="Give a model that has values, or pop this Variable from it before.",
+            )
+
+
+def _require_writable(wanted: Live) -> None:
+    for variable in wanted.variables.values():
+        write(variable, raw_value(variable))  # raises if it belongs to another trace
+
+
+def _sharding(at: Path, own: Any, op: Op) -> Sharding | None:
+    """Where the value at `at` goes; None for the default device."""
+    found = getattr(own, "sharding", None)
+    if found is None or (isinstance(own, jax.Array) and not own.committed):
+        return None
+    if isinstance(found, NamedSharding) and isinstance(found.mesh, AbstractMesh):
+        found = _on_devices(at, found)
+    try:
+        found.shard_shape(op.shape)
+    except ValueError as error:
+        raise ShardingError(
+            at,
+            found,
+            expected=f"shards of one size, of shape {op.shape}",
+            found=" ".join(str(error).split()),
+            hint="Change its axis names, the logical rules or the mesh.",
+        ) from error
+    return found
+
+
+def _on_devices(at: Path, sharding: NamedSharding) -> NamedSharding:
+    """What was traced under `jax.set_mesh` knows the axes only; the devices are those of the mesh that is set."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or mesh.abstract_mesh != sharding.mesh:
+        raise ShardingError(
+            at,
+            sharding,
+            expected="a mesh of devices",
+            found="the mesh's axes, without devices",
+            hint="Call load_into under `with jax.set_mesh(mesh):`, with the mesh that the model was made under.",
+        )
+    return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+
+
+# ---- values ---------------------------------------------------------------------------------------------------
+
+
+def _gathered(made: Mapping[Path, Op], shardings: Mapping[Path, Sharding | None], read: Reader) -> dict[Path, Any]:
+    """Every value, on its devices. A leaf is read while the one before it is on its way."""
+    values: dict[Path, Any] = {}
+    last = None
+    for at, op in by_source(made).items():
+        value = _placed(op, shardings[at], read)
+        jax.block_until_ready(last)
+        values[at] = last = value
+    jax.block_until_ready(last)
+    return values
+
+
+def _placed(op: Op, sharding: Sharding | None, read: Reader) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(_in_memory(op.value(read)))
+    return jax.make_array_from_callback(op.shape, sharding, _shard_reader(op, sharding, read))
+
+
+def _shard_reader(op: Op, sharding: Sharding, read: Reader) -> Callable[[Any], Any]:
+    """Gives each shard of this process. Shards that fill a block are cut out of that; it is read once."""
+    indices = sharding.addressable_devices_indices_map(op.shape)
+    regions = {_bounds(index, op.shape) for index in indices.values()}
+    axes = list(zip(*regions, strict=True))
+    block = tuple((min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in axes)
+    if sum(map(_size, regions)) != _size(block):
+        parts = {region: _in_memory(op.value(read, _slices(region))) for region in regions}
+        return lambda index: parts[_bounds(index, op.shape)]
+    is_all = block == _bounds((), op.shape)
+    value = _in_memory(op.value(read, None if is_all else _slices(block)))
+
+    def shard(index: Any) -> Any:
+        inside = zip(_bounds(index, op.shape), block, strict=True)
+        return value[tuple(slice(start - first, stop - first) for (start, stop), (first, _) in inside)]
+
+    return shard
+
+
+def _bounds(index: Any, shape: layout.Shape) -> _Bounds:
+    given = () if index is None else index
+    return tuple((given[n] if n < len(given) else slice(None)).indices(size)[:2] for n, size in enumerate(shape))
+
+
+def _slices(bounds: _Bounds) -> Region:
+    return tuple(slice(start, stop) for start, stop in bounds)
+
+
+def _size(bounds: _Bounds) -> int:
+    return math.prod(stop - start for start, stop in bounds)
+
+
+def _in_memory(value: Any) -> Any:
+    """An array that no file can change: JAX may use aligned memory as it is, and a view of a file is read-only."""
+    if isinstance(value, jax.Array):
+        return value
+    array = np.asarray(value)
+    return array if array.flags.writeable else array.copy()
+
+
+def _replace(variable: Any, at: Path, wanted: Live, values: Mapping[Path, Any]) -> None:
+    """Write what was read for a Variable; it may be some of the leaves of a tree."""
+
+    def new(path: Path, own: Any) -> Any:
+        value = values.get((*at, *path), own)
+        return value.item() if isinstance(own, _NUMBERS) and hasattr(value, "item") else value
+
+    if at in values:
+        write(variable, new((), wanted.values[at]))
+        return
+    tree = raw_value(variable)
+    if at not in wanted.values and any((*at, *path) in values for path in layout.flatten(tree)):
+        write(variable, layout.map_leaves(new, tree))

@@ -5,7 +5,6 @@ Law: the exit code says whether the benchmark ran, never whether it was fast.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from benchmarks import bridge as bridge_benchmark
+from benchmarks import checkpoint as checkpoint_benchmark
 from benchmarks import core as core_benchmark
 from benchmarks import dispatch as dispatch_benchmark
+from benchmarks.figures import busy, report, write_json
 from benchmarks.timing import Timing, Timings, machine
 from tests.tolerance import assert_trees_close
 
@@ -54,7 +55,7 @@ def dispatch(
     console.print(_table(measured))
     for row in goals:
         console.print(_goal_line(row), highlight=False)
-    if (warning := _busy(about)) is not None:
+    if (warning := busy(about)) is not None:
         console.print(warning, style="yellow", highlight=False)
     if json_file is not None:
         content = {
@@ -65,8 +66,7 @@ def dispatch(
             "goals": goals,
         }
         content |= {"goals": goals, "layers": _as_json(measured, losses)}
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(json_file, content)
         console.print(f"Written: {json_file}", highlight=False)
 
 
@@ -87,20 +87,8 @@ def core(
             core_benchmark.donation(layers),
             core_benchmark.importing(max(repeats // 3, 1)),
         ]
-    table = Table(title=f"nnx_core, {layers} layers", title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("figure", "found", "goal", ""):
-        table.add_column(heading, justify="left" if heading in ("figure", "") else "right")
-    for figure in figures:
-        verdict = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}[figure.met]
-        table.add_row(figure.name, f"{figure.value:.3f}", "" if figure.goal is None else f"<= {figure.goal:g}", verdict)
-    console.print(table)
-    if (warning := _busy(about)) is not None:
-        console.print(warning, style="yellow", highlight=False)
-    if json_file is not None:
-        rows = [{"figure": f.name, "found": f.value, "goal": f.goal, "met": f.met} for f in figures]
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"benchmark": "core", "layers": layers, "repeats": repeats, "machine": about, "figures": rows}
-        json_file.write_text(json.dumps(content, indent=1) + "\n")
+    content = {"benchmark": "core", "layers": layers, "repeats": repeats, "machine": about}
+    report(console, f"nnx_core, {layers} layers", figures, content, json_file)
 
 
 @app.command()
@@ -114,23 +102,26 @@ def bridge(
     with dispatch_benchmark.full_precision():
         figures = bridge_benchmark.figures(repeats, layers)
     title = f"bridge, {layers} layers; host time, and wall beside it; tracing: trace and lower"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for heading in ("figure", "found", "goal", "", "wall", "flax"):
-        table.add_column(heading, justify="left" if heading in ("figure", "") else "right", no_wrap=True)
-    for figure in figures:
-        verdict = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}[figure.met]
-        goal = "" if figure.goal is None else f"<= {figure.goal:g}"
-        wall = "" if figure.wall is None else f"{figure.wall:.3f}"
-        table.add_row(figure.name, f"{figure.value:.3f}", goal, verdict, wall, f"{figure.flax:.3f}")
-    console.print(table)
-    if (warning := _busy(about)) is not None:
-        console.print(warning, style="yellow", highlight=False)
-    if json_file is not None:
-        rows = [{"figure": f.name, "found": f.value, "goal": f.goal, "met": f.met} for f in figures]
-        rows = [row | {"flax": f.flax, "wall": f.wall} for row, f in zip(rows, figures, strict=True)]
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"benchmark": "bridge", "layers": layers, "repeats": repeats, "machine": about, "figures": rows}
-        json_file.write_text(json.dumps(content, indent=1) + "\n")
+    content = {"benchmark": "bridge", "layers": layers, "repeats": repeats, "machine": about}
+    report(console, title, figures, content, json_file)
+
+
+@app.command()
+def checkpoint(
+    size: Annotated[int, typer.Option(min=1, help="MiB of the checkpoint.")] = 2048,
+    leaves: Annotated[int, typer.Option(min=4, help="Leaves of the checkpoint.")] = 200,
+    memory: Annotated[int, typer.Option(min=1, help="MiB that a conversion may hold: --max-memory.")] = 256,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every variant once.")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="Where the checkpoints go; a temporary folder.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers.")] = None,
+) -> None:
+    """Converting a checkpoint on disk: time next to an Orbax restore and save, and peak memory; in memory: copies."""
+    console, about = Console(), machine()
+    figures, runs = checkpoint_benchmark.figures(size << 20, leaves, memory << 20, repeats, folder)
+    content = {"benchmark": "checkpoint", "bytes": size << 20, "leaves": leaves, "max_memory": memory << 20}
+    content |= {"repeats": repeats, "machine": about, "runs": runs}
+    title = f"checkpoint: {size} MiB, {leaves} leaves, --max-memory {memory} MiB"
+    report(console, title, figures, content, json_file)
 
 
 def _agreeing_losses(depth: int) -> list[float]:
@@ -178,14 +169,6 @@ def _goal_line(row: dict[str, Any]) -> str:
         return start + "not measured"
     verdict = "[green]met[/green]" if row["met"] else "[red]missed[/red]"
     return f"{start}{verdict}, host {row['host_ratio']:.2f} (wall {row['ratio']:.2f})"
-
-
-def _busy(about: dict[str, Any]) -> str | None:
-    """A warning if other processes wanted the machine when the benchmark began; None on a quiet one."""
-    load = about["load_average"]
-    if load is None or load[0] < about["cores"]:
-        return None
-    return f"Busy machine, load {load[0]:.1f} on {about['cores']} cores: trust host time over wall time."
 
 
 def _as_json(measured: dict[int, dict[str, Timings]], losses: dict[int, list[float]]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +25,7 @@ from flax import linen
 import bridge
 import nnx_core
 from benchmarks import dispatch
+from benchmarks.figures import Figure
 from benchmarks.timing import Step, interleaved
 from tests.tolerance import assert_trees_close
 
@@ -33,25 +33,6 @@ LAYERS = 20
 LINEN, OURS, FLAX = "Linen", "bridge", "flax.nnx.bridge"
 NATIVE, FLAX_NATIVE = "nnx_core", "flax.nnx"
 STATS = ["batch_stats"]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A ratio, what it must not exceed (None: for information), and flax.nnx.bridge's ratio by the same rule.
-
-    `wall` is the ratio of waiting times, where there is one.
-    """
-
-    name: str
-    value: float
-    goal: float | None
-    flax: float
-    wall: float | None = None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the goal is reached; all goals are upper bounds."""
-        return None if self.goal is None else self.value <= self.goal
 
 
 # ---- the network, in Linen and in NNX, whole or bridged layer by layer ---------------------------------------

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -24,23 +23,10 @@ import optax
 
 import nnx_core
 from benchmarks import dispatch
+from benchmarks.figures import Figure
 from benchmarks.timing import interleaved
 
 LAYERS = 50
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One ratio or count, with the goal it is held against; None for a figure that only explains another."""
-
-    name: str
-    value: float
-    goal: float | None = None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the goal is reached; all goals are upper bounds."""
-        return None if self.goal is None else self.value <= self.goal
 
 
 def network(nnx: ModuleType, task: dispatch.Problem) -> tuple[Any, Any]:

@@ -1,10 +1,33 @@
-"""Training checkpoints between Linen and NNX.
+"""Training checkpoints between Linen and NNX: in memory, on disk, into sharded models.
 
-Files: `layout` (trees and key paths), `opt_state` (the structure-driven rule), `train_state` (a tree in its
-parts), `orbax` (files on disk), `restore` (into models and optimizers). One optional dependency a file.
+Files, from the ground: `layout` and `ops` (trees, key paths, how a leaf is made), `files` and one file a format (what
+is on disk), `rules` and `derivation` (what goes where), `canonical`, `opt_state` and `plan` (one layout as another),
+and what users call: `memory`, `conversion`, `loading`, `save`, `comparison`, `verification`, `forward`. One optional
+dependency a file.
 """
 
+from bridge.checkpoint.commute import probe
+from bridge.checkpoint.comparison import Difference, DiffReport, diff
+from bridge.checkpoint.conversion import (
+    Conversion,
+    ConvertReport,
+    LossyConversionError,
+    convert,
+    open_conversion,
+)
+from bridge.checkpoint.derivation import DerivationError, Derived, UnknownPathError, UnsureDerivationWarning, derive
+from bridge.checkpoint.derived_rules import UnsayableRuleError
+from bridge.checkpoint.files import Sink, Source, Tree, open_sink, open_source
+from bridge.checkpoint.forward import ForwardMismatchError, ForwardReport, RandomCallError, compare_forward
 from bridge.checkpoint.layout import Kind, Layout, Leaf
+from bridge.checkpoint.loading import ShardingError, load_into
+from bridge.checkpoint.memory import (
+    nnx_to_train_state,
+    state_to_variables,
+    train_state_to_nnx,
+    train_state_to_states,
+    variables_to_state,
+)
 from bridge.checkpoint.opt_state import (
     param_shapes,
     rename_params,
@@ -18,23 +41,31 @@ from bridge.checkpoint.orbax import (
     read_train_state,
     read_tree,
 )
+from bridge.checkpoint.plan import CollectionClashError, ConversionReport, Plan, UnknownCollectionsError, make_plan
 from bridge.checkpoint.restore import RestoreReport, load_train_state
+from bridge.checkpoint.rules import Rule, RuleResult, Rules, RulesError, apply_rules, read_rules
+from bridge.checkpoint.save import save_as_linen
+from bridge.checkpoint.slots import SlotError
 from bridge.checkpoint.train_state import LinenTrainState
+from bridge.checkpoint.verification import VerificationError, VerifyReport, verify
 
 __all__ = [
-    "CheckpointInfo",
-    "Kind",
-    "Layout",
-    "Leaf",
-    "LinenTrainState",
-    "RestoreReport",
-    "load_train_state",
-    "param_shapes",
-    "read_metadata",
-    "read_train_state",
-    "read_tree",
-    "rename_params",
-    "restore_into_structure",
-    "to_linen_layout",
-    "to_nnx_layout",
-]
+    # from disk to disk
+    "Conversion", "ConvertReport", "DiffReport", "Difference", "LossyConversionError", "VerificationError",
+    "VerifyReport", "convert", "diff", "open_conversion", "verify",
+    # into a model, out of one
+    "RestoreReport", "ShardingError", "load_into", "load_train_state", "save_as_linen",
+    # in memory
+    "nnx_to_train_state", "state_to_variables", "train_state_to_nnx", "train_state_to_states", "variables_to_state",
+    # what goes where
+    "CollectionClashError", "ConversionReport", "Plan", "Rule", "RuleResult", "Rules", "RulesError", "SlotError",
+    "UnknownCollectionsError", "apply_rules", "make_plan", "probe", "read_rules",
+    # rules from the models themselves
+    "DerivationError", "Derived", "ForwardMismatchError", "ForwardReport", "RandomCallError", "UnknownPathError",
+    "UnsayableRuleError", "UnsureDerivationWarning", "compare_forward", "derive",
+    # what is on disk
+    "CheckpointInfo", "Kind", "Layout", "Leaf", "LinenTrainState", "Sink", "Source", "Tree", "open_sink",
+    "open_source", "read_metadata", "read_train_state", "read_tree",
+    # optimizer states
+    "param_shapes", "rename_params", "restore_into_structure", "to_linen_layout", "to_nnx_layout",
+]  # fmt: skip

@@ -20,7 +20,7 @@ from bridge.checkpoint import memo as memos
 from bridge.checkpoint import skeleton
 from bridge.checkpoint.canonical import STEP, UNKNOWN, VALUE, Form, Key, Known, Location, Parts, Role, take_apart
 from bridge.checkpoint.commute import probe, stacks, warning_without_tx
-from bridge.checkpoint.derive import Derived
+from bridge.checkpoint.derivation import Derived
 from bridge.checkpoint.files import Tree
 from bridge.checkpoint.goal import Goal, aim, fit, fresh_stream, show
 from bridge.checkpoint.layout import Kind, Layout, Leaf, Path, collection_of, detect

@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 import bridge
 import nnx_core as nnx
 from bridge._errors import CheckpointCorruptError, CheckpointLayoutError, VariablesMismatchError
-from bridge.checkpoint.derive import derive
-from bridge.checkpoint.load_into import ShardingError, load_into
+from bridge.checkpoint.derivation import derive
+from bridge.checkpoint.loading import ShardingError, load_into
 from bridge.checkpoint.orbax import OrbaxSource
 from bridge.checkpoint.rules import Rule, Rules
 from nnx_core import sharding
@@ -589,7 +589,7 @@ import os, re, sys
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax, jax.numpy as jnp, nnx_core as nnx
 from jax.sharding import AxisType
-from bridge.checkpoint.load_into import load_into
+from bridge.checkpoint.loading import load_into
 
 def high_water():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10

@@ -18,7 +18,7 @@ from bridge._errors import (
     VariablesMismatchError,
 )
 from bridge.checkpoint.canonical import Form, Key, Role, take_apart
-from bridge.checkpoint.derive import derive
+from bridge.checkpoint.derivation import derive
 from bridge.checkpoint.files import Tree
 from bridge.checkpoint.layout import Kind, Layout, Leaf
 from bridge.checkpoint.live import of_object

@@ -25,7 +25,7 @@ from bridge._errors import (
     VariablesMismatchError,
 )
 from bridge.checkpoint.files import SINK_FORMATS
-from bridge.checkpoint.load_into import load_into
+from bridge.checkpoint.loading import load_into
 from bridge.checkpoint.memory import train_state_to_nnx
 from bridge.checkpoint.rule import RulesError
 from bridge.checkpoint.rules import Rule, Rules

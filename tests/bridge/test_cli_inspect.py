@@ -91,7 +91,7 @@ def test_errors_are_text_and_exit_code_1(saved, tmp_path, run):
     code, out, err = run("inspect", tmp_path / "nothing")
     assert (code, out) == (1, "")
     assert err.startswith("error: no checkpoint: ")
-    assert "expected: an Orbax checkpoint folder\n  found: nothing at this path" in err
+    assert "expected: a checkpoint\n  found: nothing at this path" in err
     assert "Traceback" not in err
     code, _, err = run("inspect", saved, "--step", "4")
     assert code == 1

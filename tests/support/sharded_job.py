@@ -14,7 +14,7 @@ import optax
 from jax.sharding import AxisType, Mesh
 
 import nnx_core as nnx
-from bridge.checkpoint.load_into import load_into
+from bridge.checkpoint.loading import load_into
 from bridge.checkpoint.orbax import OrbaxSource
 from bridge.checkpoint.rules import Rules
 from bridge.checkpoint.save import save_as_linen

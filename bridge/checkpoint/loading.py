@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, NamedSharding, Sharding
 from bridge._errors import BridgeError, CheckpointLayoutError, show_path
 from bridge.checkpoint import layout
 from bridge.checkpoint.canonical import VALUE
-from bridge.checkpoint.convert import open_conversion
+from bridge.checkpoint.conversion import open_conversion
 from bridge.checkpoint.goal import is_own
 from bridge.checkpoint.layout import Kind, Path
 from bridge.checkpoint.live import Live, of_training, raw_value, write

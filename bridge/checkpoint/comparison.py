@@ -1,0 +1,257 @@
+"""What differs between two checkpoints, leaf by leaf, whatever format and layout each has.
+
+Law: nothing is changed or written; a checkpoint does not differ from itself, nor from its own conversion.
+Numbers are compared as numbers: NaN equals NaN, -0.0 equals 0.0; integers, booleans, random keys and strings exactly.
+Knows sources and expressions over leaves; knows nothing of how a format stores them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+
+from bridge.checkpoint import layout, memo
+from bridge.checkpoint.canonical import Form, Parts, Role, take_apart
+from bridge.checkpoint.files import Source, open_source
+from bridge.checkpoint.layout import Kind, Layout, Leaf, Path
+from bridge.checkpoint.ops import Op, Read
+from bridge.checkpoint.plan import make_plan
+from bridge.checkpoint.stream import Batch, Progress, batches, host
+from bridge.checkpoint.verification import MAX_MEMORY
+
+# Elements that are compared at once: their float64 copies are small beside the leaves.
+_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One leaf that differs.
+
+    Attributes:
+      path: where, in the names that both are compared under.
+      what: 'only in a', 'only in b', 'shape', 'dtype' or 'values'.
+      a, b: dtype and shape on either side, or the text of two strings; empty where the leaf is absent.
+      count: elements that differ by more than the tolerance.
+      max_abs: the largest difference among them; infinite against NaN.
+      first: index of the first of them.
+    """
+
+    path: Path
+    what: str
+    a: str = ""
+    b: str = ""
+    count: int = 0
+    max_abs: float = 0.0
+    first: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class DiffReport:
+    """The differences between two checkpoints, in their order, and how many leaves were compared.
+
+    `same` is True when there is none. `how` says in words under which names they were compared.
+    """
+
+    a: str
+    b: str
+    differences: tuple[Difference, ...]
+    compared: int
+    nbytes: int
+    how: str
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+
+def diff(
+    a: str | FilePath,
+    b: str | FilePath,
+    *,
+    atol: float = 0.0,
+    rtol: float = 0.0,
+    raw: bool = False,
+    rules: Any = None,
+    max_memory: int = MAX_MEMORY,
+    progress: Progress | None = None,
+) -> DiffReport:
+    """Compare the checkpoints at `a` and `b`, each of any format.
+
+    Args:
+      a, b: as for `open_source`.
+      atol, rtol: floating point elements may differ by `atol + rtol * abs(b)`.
+      raw: compare the paths as they are. Otherwise leaves are the same ones if they mean the same: boxes, levels
+        `value` and the names of model and optimizer do not count, and where one is in Linen's layout and one in NNX's,
+        Linen's is compared as what `convert` would make of it.
+      rules: from Linen's names to NNX's, as for `convert`; used where the layouts differ.
+      max_memory: bytes of leaves in memory at once.
+      progress: called as `progress("comparing", bytes done, bytes in all)`.
+
+    Raises:
+      CheckpointNotFoundError, CheckpointCorruptError, CheckpointLayoutError: as for `open_source`.
+
+    Example::
+
+        diff("run/linen/12", "run/nnx/12", rules=read_rules("names.toml")).same  # True
+    """
+    with closing(open_source(a)) as first, closing(open_source(b)) as second:
+        left, right, how = _sides(first, second, raw, rules)
+        rows = [Difference(path, "only in a", a=_form(op)) for path, op in left.made.items() if path not in right.made]
+        rows += [Difference(path, "only in b", b=_form(op)) for path, op in right.made.items() if path not in left.made]
+        shared = [path for path in left.made if path in right.made]
+        nbytes, done = sum(left.leaves[path].nbytes for path in shared), 0
+        for batch in batches(left.only(shared), left.leaves, first.tree.leaves, max_memory // 2):
+            other = right.batch(batch.leaves)
+            read_a, read_b = batch.reader(first.read), other.reader(second.read)
+            for path, op in batch.leaves.items():
+                rows += _compare(path, op.value(read_a), other.leaves[path].value(read_b), atol, rtol)
+            done += sum(left.leaves[path].nbytes for path in batch.leaves)
+            if progress is not None:
+                progress("comparing", done, nbytes)
+    order = {path: place for place, path in enumerate({**left.made, **right.made})}
+    rows.sort(key=lambda row: order[row.path])
+    return DiffReport(str(first.path), str(second.path), tuple(rows), len(shared), nbytes, how)
+
+
+# --- names --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One checkpoint under the names it is compared by: how each leaf is made, and its form."""
+
+    source: Source
+    made: Mapping[Path, Op]
+    leaves: Mapping[Path, Leaf]
+    streams: frozenset[Path] = frozenset()
+
+    def without_streams(self) -> _Side:
+        return replace(self, made={path: op for path, op in self.made.items() if path not in self.streams})
+
+    def only(self, paths: Iterable[Path]) -> dict[Path, Op]:
+        return {path: self.made[path] for path in paths}
+
+    def batch(self, paths: Iterable[Path]) -> Batch:
+        """The leaves at `paths` as one batch, however large: the other side's budget chose them."""
+        batch = Batch({path: leaf.nbytes for path, leaf in self.source.tree.leaves.items()})
+        for path in paths:
+            batch.take(path, self.made[path], self.leaves[path].nbytes, budget=sys.maxsize)
+        return batch
+
+
+def _sides(a: Source, b: Source, raw: bool, rules: Any) -> tuple[_Side, _Side, str]:
+    first, second = (layout.detect([*source.tree.leaves, *source.tree.empty]) for source in (a, b))
+    if raw or Kind.UNKNOWN in (first.kind, second.kind):
+        return _as_stored(a), _as_stored(b), "by the paths as they are stored"
+    parts, others = _parts(a, first), _parts(b, second)
+    if parts.form.is_nnx == others.form.is_nnx:
+        form = parts.form if parts.form.kind is others.form.kind else _common(parts.form)
+        return _by_key(a, parts, form), _by_key(b, others, form), f"by the names of {form.kind.value}"
+    if parts.form.is_nnx:
+        left, right = _by_key(a, parts, parts.form), _as_nnx(b, second, rules, parts.form)
+    else:
+        left, right = _as_nnx(a, first, rules, others.form), _by_key(b, others, others.form)
+    how = f"by NNX's names: {'b' if parts.form.is_nnx else 'a'} is compared as what `convert` makes of it"
+    if left.streams and right.streams:
+        return left, right, how
+    return left.without_streams(), right.without_streams(), how + ", without random streams, which Linen has not"
+
+
+def _parts(source: Source, found: Layout) -> Parts:
+    return take_apart(source.tree, found, memo.read(source.metadata).known)
+
+
+def _common(form: Form) -> Form:
+    """A form with a place for all that another of its kind may have."""
+    return Form(Kind.NNX_TRAINING, ("model",)) if form.is_nnx else Form(Kind.LINEN_TRAIN_STATE)
+
+
+def _as_stored(source: Source) -> _Side:
+    leaves = source.tree.leaves
+    return _Side(source, {path: Read(path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()}, leaves)
+
+
+def _by_key(source: Source, parts: Parts, form: Form) -> _Side:
+    return _named(source, _as_stored(source).made, source.tree.leaves, parts, form)
+
+
+def _as_nnx(source: Source, found: Layout, rules: Any, form: Form) -> _Side:
+    """A Linen checkpoint under the names of an NNX one."""
+    plan = make_plan(source.tree, to="nnx", layout=found, rules=rules, rng="keep", metadata=source.metadata)
+    parts = take_apart(plan.target, Layout(plan.target_layout, "planned"), plan.memo.known)
+    return _named(source, plan.made, plan.target.leaves, parts, form)
+
+
+def _named(source: Source, made: Mapping[Path, Op], leaves: Mapping[Path, Leaf], parts: Parts, form: Form) -> _Side:
+    names = {form.path(key): path for key, path in parts.leaves.items()}
+    streams = frozenset(form.path(key) for key in parts.leaves if key.role is Role.STREAM)
+    return _Side(
+        source,
+        {name: made[path] for name, path in names.items()},
+        {name: leaves[path] for name, path in names.items()},
+        streams,
+    )
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+def _form(op: Op) -> str:
+    return f"{op.dtype}{list(op.shape)}"
+
+
+def _compare(path: Path, a: Any, b: Any, atol: float, rtol: float) -> list[Difference]:
+    """The difference of two leaves; an empty list if there is none."""
+    (shape_a, dtype_a), (shape_b, dtype_b) = layout.describe(a), layout.describe(b)
+    form_a, form_b = f"{dtype_a}{list(shape_a)}", f"{dtype_b}{list(shape_b)}"
+    if shape_a != shape_b:
+        return [Difference(path, "shape", form_a, form_b)]
+    if dtype_a != dtype_b:
+        return [Difference(path, "dtype", form_a, form_b)]
+    if dtype_a == "str":
+        return [] if a == b else [Difference(path, "values", repr(a), repr(b), count=1, max_abs=math.inf)]
+    x, y = host(a), host(b)
+    count, worst, first = 0, 0.0, None
+    for start, part_x, part_y in _chunks(x, y):
+        differs, size = _differing(part_x, part_y, atol, rtol)
+        if not differs.any():
+            continue
+        if first is None:
+            first = tuple(int(i) for i in np.unravel_index(start + int(np.argmax(differs)), x.shape))
+        count += int(differs.sum())
+        worst = max(worst, float(size[differs].max()))
+    return [Difference(path, "values", form_a, form_b, count, worst, first)] if count else []
+
+
+def _chunks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """`(number of the first element, elements of x, elements of y)`, in row-major order and small enough to copy."""
+    if x.size <= _AT_ONCE or x.ndim == 0:
+        yield 0, x.reshape(-1), y.reshape(-1)
+        return
+    inner = x.size // len(x)
+    rows = max(1, _AT_ONCE // inner)
+    for row in range(0, len(x), rows):
+        if inner <= _AT_ONCE:
+            yield row * inner, x[row : row + rows].reshape(-1), y[row : row + rows].reshape(-1)
+            continue
+        for start, part_x, part_y in _chunks(x[row], y[row]):
+            yield row * inner + start, part_x, part_y
+
+
+def _differing(x: np.ndarray, y: np.ndarray, atol: float, rtol: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where the elements differ by more than the tolerance, and by how much."""
+    exact, wide = x.dtype.kind in "biu", "complex128" if x.dtype.kind == "c" else "float64"
+    with np.errstate(invalid="ignore", over="ignore"):
+        p, q = x.astype(wide), y.astype(wide)
+        size = np.abs(p - q)
+        close = (p == q) | (np.isnan(p) & np.isnan(q))
+        close |= np.isfinite(p) & np.isfinite(q) & (size <= atol + rtol * np.abs(q))
+    return (x != y) if exact else ~close, np.where(np.isnan(size), np.inf, size)

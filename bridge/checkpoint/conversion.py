@@ -1,0 +1,364 @@
+"""A checkpoint on disk from Linen's layout to NNX's, or back: opened, planned, streamed, finished, read again.
+
+Law: everything is checked before the first array is read; the source is never opened for writing; whatever ends a
+conversion early (an error, a full disk, Ctrl-C, a kill) leaves nothing at the target's path.
+Knows sources, plans and sinks; knows nothing of how a format stores a leaf or how a layout names it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path as FilePath
+from typing import Any
+
+from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointExistsError, show_path
+from bridge.checkpoint import layout
+from bridge.checkpoint.canonical import Known
+from bridge.checkpoint.files import Sink, Source, open_sink, open_source
+from bridge.checkpoint.layout import Kind, Layout, Path
+from bridge.checkpoint.plan import Plan, make_plan
+from bridge.checkpoint.stream import Progress, batches, by_source, values
+from bridge.checkpoint.verification import HASHES, MAX_MEMORY, VerificationError, hash_table, verify_source
+
+# Shares of the memory: a batch that is made, the one before it that is written, and two for what formats need for both
+# meanwhile (chunks as they are stored, compressed) and what an allocator keeps.
+_SHARES = 4
+# What the tools of a format call an optax state without content.
+_EMPTY = {"orbax": "None", "orbax-v1": "None", "msgpack": "Dict"}
+_MOST_SHOWN = 20
+#: What a user checks at the end, from the paths of source and target.
+Check = Callable[[FilePath, FilePath], object]
+_UNVERIFIED = ".failed-verification"
+
+
+class LossyConversionError(BridgeError, ValueError):
+    """A conversion would lose or change something that nobody said may be lost. `losses` are the reasons."""
+
+    def __init__(self, source: object, losses: Sequence[str]):
+        self.path, self.losses = str(source), list(losses)
+        listed = "\n".join(f"    {loss}" for loss in self.losses[:_MOST_SHOWN])
+        more = f"\n    and {len(self.losses) - _MOST_SHOWN} more" if len(self.losses) > _MOST_SHOWN else ""
+        super().__init__(
+            f"the conversion would lose or change something: {source}\n"
+            f"  expected: a place for every leaf, with its own number type\n  found:\n{listed}{more}\n"
+            "Say so in a rule (`drop = true`, `cast = ...`), or allow it: lossy=True (--lossy). Nothing was written."
+        )
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did.
+
+    Attributes:
+      source, target: the folders or files.
+      source_format, target_format: 'orbax', 'msgpack', ...
+      plan: which leaf was made how; `plan.rows()` is a table of it.
+      leaves, nbytes: how much the target holds.
+      resumed: how many of the leaves an earlier run had written.
+      verified: whether all was read again and found equal.
+      seconds: from the first array read to the end.
+    """
+
+    source: str
+    target: str
+    source_format: str
+    target_format: str
+    plan: Plan
+    leaves: int
+    nbytes: int
+    resumed: int
+    verified: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that is planned and can run: `with open_conversion(...) as conversion: conversion.run(...)`.
+
+    Attributes:
+      source: the open source.
+      layout: which layout it has, and why.
+      plan: what will be made of it.
+      target_format: the format that it will be written in.
+    """
+
+    source: Source
+    layout: Layout
+    plan: Plan
+    target_format: str
+
+    def __enter__(self) -> Conversion:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.source.close()
+
+    @property
+    def losses(self) -> list[str]:
+        """What would be lost or changed though no rule says so: one line each; empty for a clean conversion."""
+        lost = [f"{show_path(path)} has no place: {why}" for path, why in self.plan.lost.items()]
+        return [*lost, *self.plan.warnings]
+
+    def run(
+        self,
+        target: str | FilePath,
+        *,
+        max_memory: int = MAX_MEMORY,
+        resume: bool = False,
+        verify: bool = True,
+        check: Check | None = None,
+        lossy: bool = False,
+        progress: Progress | None = None,
+    ) -> ConvertReport:
+        """Write the target. Arguments, result and errors as for `convert`."""
+        path, target_format = FilePath(target).expanduser(), self.target_format
+        _require_apart(path, self.source)
+        if self.losses and not lossy:
+            raise LossyConversionError(self.source.path, self.losses)
+        start, tell = time.monotonic(), progress or _silent
+        with open_sink(path, target_format, self.plan.target, resume=resume) as sink:
+            resumed = len(sink.done)
+            hashes = self._write(sink, max_memory, tell, in_order=target_format == "msgpack")
+            sink.finish({**self.plan.metadata(), **self._provenance(), HASHES: hash_table(hashes)})
+        if verify or resumed:  # nobody but the hashes knows whether the earlier run read the same source
+            with _no_name_if_wrong(path):
+                _verify(path, target_format, hashes, max_memory, tell)
+        if check is not None:
+            with _no_name_if_wrong(path):
+                _require_check(check, FilePath(self.source.path), path)
+        return ConvertReport(
+            source=str(self.source.path),
+            target=str(path),
+            source_format=self.source.format,
+            target_format=target_format,
+            plan=self.plan,
+            leaves=len(hashes),
+            nbytes=self.plan.target.nbytes,
+            resumed=resumed,
+            verified=bool(verify or resumed),
+            seconds=time.monotonic() - start,
+        )
+
+    def _write(self, sink: Sink, max_memory: int, tell: Progress, *, in_order: bool) -> dict[Path, str]:
+        """Make and write every leaf; the hash of each. One batch is made while the one before it is written.
+
+        Leaves that an earlier run wrote are made again, for their hashes, and not written again.
+        """
+        tree = self.plan.target
+        made = {path: self.plan.made[path] for path in tree.order} if in_order else by_source(self.plan.made)
+        hashes: dict[Path, str] = {}
+        leaves, done, total = tree.leaves, 0, tree.nbytes
+        with ThreadPoolExecutor(1) as writer:
+            pending: Future[None] | None = None
+            for batch in batches(made, leaves, self.source.tree.leaves, max_memory // _SHARES):
+                found = values(batch, self.source.read)
+                hashes |= {path: digest for path, (_, digest) in found.items()}
+                fresh = {path: value for path, (value, _) in found.items() if path not in sink.done}
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(sink.write, fresh) if fresh else None
+                done += sum(leaves[path].nbytes for path in batch.leaves)
+                tell("converting", done, total)
+            if pending is not None:
+                pending.result()
+        return {path: hashes[path] for path in self.plan.made}
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "converted_from": str(self.source.path),
+            "converted_by": f"linen-nnx-bridge {metadata.version('linen-nnx-bridge')}",
+        }
+
+
+def open_conversion(
+    source: str | FilePath,
+    *,
+    to: str,
+    rules: Any = None,
+    target: Any = None,
+    source_format: str | None = None,
+    target_format: str = "orbax",
+    step: int | None = None,
+    item: str | None = None,
+    kind: Kind | None = None,
+    rng: str | int = "drop",
+    tx: Any = None,
+    known: Known | None = None,
+) -> Conversion:
+    """Open a checkpoint and plan its conversion; no array is read. Use as a context manager.
+
+    Args: as for `convert`.
+
+    Raises: what `convert` raises before it writes.
+
+    Example::
+
+        with open_conversion("run/linen", to="nnx") as conversion:
+            print(conversion.layout.reason, conversion.plan.rows()[0])
+    """
+    opened = open_source(source, format=source_format, step=step, item=item)
+    try:
+        found = layout.detect([*opened.tree.leaves, *opened.tree.empty])
+        if kind is not None:
+            found = Layout(kind, "as asked for", found.boxed)
+        plan = make_plan(
+            opened.tree,
+            to=to,
+            layout=found,
+            rules=rules,
+            target=target,
+            rng=rng,
+            metadata=opened.metadata,
+            tx=tx,
+            empty=_EMPTY.get(target_format),
+            known=known,
+        )
+    except BaseException:
+        opened.close()
+        raise
+    return Conversion(opened, found, plan, target_format)
+
+
+def convert(
+    source: str | FilePath,
+    target_path: str | FilePath,
+    *,
+    to: str,
+    rules: Any = None,
+    target: Any = None,
+    source_format: str | None = None,
+    target_format: str = "orbax",
+    step: int | None = None,
+    item: str | None = None,
+    kind: Kind | None = None,
+    max_memory: int = MAX_MEMORY,
+    resume: bool = False,
+    verify: bool = True,
+    check: Check | None = None,
+    lossy: bool = False,
+    rng: str | int = "drop",
+    tx: Any = None,
+    known: Known | None = None,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Convert the checkpoint at `source` to Linen's or NNX's layout and write it to `target_path`.
+
+    Args:
+      source: a checkpoint of any format that `open_source` reads. It is not touched.
+      target_path: where the result goes; must not exist.
+      to: 'nnx' or 'linen'.
+      rules: what `make_plan` takes: `read_rules("file.toml")`, or `derive(linen_module, nnx_module, x)`.
+      target: an abstract tree, State, module or TrainState that the result must fit.
+      source_format, step, item: as for `open_source`.
+      target_format: 'orbax', 'orbax-v1', 'safetensors' or 'msgpack'.
+      kind: the source's layout, instead of the detected one.
+      max_memory: bytes of leaves in memory at once; one leaf that is larger is held alone.
+      resume: go on with what a killed run has left.
+      verify: read everything again at the end and compare hashes. What an earlier run wrote is always verified.
+      lossy: go on if leaves have no place in the target, or number types change, though no rule says so.
+      rng: what becomes of random streams: 'drop', 'keep', or a seed for fresh ones.
+      tx: the optax transformation, for checks of the optimizer state and its exact Linen structure.
+      known: what is known about the source that it does not tell, such as the collections of NNX variables:
+        `of_object(model).known`.
+      progress: called as `progress("converting" or "verifying", bytes done, bytes in all)`.
+
+    Raises:
+      LossyConversionError: something would be lost, and neither a rule nor `lossy` says that it may.
+      VariablesMismatchError: the result does not fit `target`.
+      CheckpointNotFoundError, CheckpointCorruptError, CheckpointLayoutError: the source cannot be used.
+      CheckpointExistsError: there is something at `target_path`, or an unfinished conversion without `resume`.
+      CheckpointWriteError: disk full, no permission, ...
+      VerificationError: what was written reads differently, or `check` fails; it is set aside, as
+        `NAME.failed-verification`.
+      There is nothing at `target_path` then.
+
+    Example::
+
+        report = convert("run/linen/12", "run/nnx/12", to="nnx", rules=read_rules("names.toml"))
+        print(report.leaves, report.seconds)
+    """
+    with open_conversion(
+        source,
+        to=to,
+        rules=rules,
+        target=target,
+        source_format=source_format,
+        target_format=target_format,
+        step=step,
+        item=item,
+        kind=kind,
+        rng=rng,
+        tx=tx,
+        known=known,
+    ) as conversion:
+        return conversion.run(
+            target_path,
+            max_memory=max_memory,
+            resume=resume,
+            verify=verify,
+            check=check,
+            lossy=lossy,
+            progress=progress,
+        )
+
+
+def _require_apart(path: FilePath, source: Source) -> None:
+    """The target may lie beside the source's folder, never in it: nothing there is to be touched."""
+    here, there = path.resolve(), FilePath(source.path).resolve()
+    if here == there or there in here.parents:
+        raise CheckpointExistsError(
+            "the target is inside the source", path, expected="a path outside of it", found=f"the source {there}"
+        )
+
+
+def _verify(path: FilePath, format: str, hashes: dict[Path, str], max_memory: int, tell: Progress) -> None:
+    try:
+        written = open_source(path, format=format)
+    except CheckpointCorruptError as error:
+        raise VerificationError(path, {}, f"it cannot be opened: {error}") from error
+    with closing(written):
+        verify_source(written, hashes, max_memory=max_memory // 2, progress=tell)
+
+
+def _require_check(check: Check, source: FilePath, path: FilePath) -> None:
+    name = getattr(check, "__qualname__", type(check).__qualname__)
+    try:
+        passed = check(source, path)
+    except AssertionError as error:
+        raise VerificationError(path, {}, f"the check {name} fails: {error}") from error
+    if passed is False:
+        raise VerificationError(path, {}, f"the check {name} says no")
+
+
+@contextmanager
+def _no_name_if_wrong(path: FilePath) -> Iterator[None]:
+    """A target that fails verification does not keep its name, by which someone could take it for whole."""
+    try:
+        yield
+    except VerificationError as error:
+        error.add_note(f"It is now at {_set_aside(path)}")
+        raise
+
+
+def _set_aside(path: FilePath) -> FilePath:
+    """Rename a checkpoint, and the metadata beside it, if it has such a file."""
+    aside = path.with_name(path.name + _UNVERIFIED)
+    for number in itertools.count(2):
+        if not aside.exists():
+            break
+        aside = path.with_name(f"{path.name}{_UNVERIFIED}-{number}")
+    path.rename(aside)
+    beside = path.with_name(path.name + ".metadata.json")
+    if beside.exists():
+        beside.rename(aside.with_name(aside.name + ".metadata.json"))
+    return aside
+
+
+def _silent(doing: str, done: int, total: int) -> None:
+    """The progress of a conversion that nobody watches."""

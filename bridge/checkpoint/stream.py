@@ -1,0 +1,217 @@
+"""Leaves of a checkpoint as a stream: in batches that fit a budget of memory, each leaf with its hash.
+
+Law: every leaf comes once, and the bytes of one batch, values and what is read for them, stay within the budget, unless
+a single leaf is larger; a hash depends on dtype, shape and bits alone, not on where the leaf is or how it is stored.
+Knows expressions over leaves; knows nothing of file formats or layouts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from bridge.checkpoint import layout
+from bridge.checkpoint.layout import Leaf, Path
+from bridge.checkpoint.ops import Block, Fill, Op, Pick, Read, Reader, Region, Reshape
+from bridge.checkpoint.unfinished import pieces
+
+#: Called with what is being done, the bytes done and the bytes in all.
+Progress = Callable[[str, int, int], None]
+
+_THREADS = min(4, os.cpu_count() or 1)
+_M_ARENA_MAX = -8  # mallopt's number for it
+
+
+def share_freed_memory() -> None:
+    """From now on what one thread frees another can use. For a process whose threads do nothing but stream leaves.
+
+    glibc keeps what a thread has freed for that thread: a stream of 256 MiB at a time then holds nearly twice as much.
+    To be called before a checkpoint is opened, which starts the threads. Where there is no glibc, nothing changes.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def leaf_hash(value: Any) -> str:
+    """SHA-256 of a leaf: its dtype, its shape and its bytes in row-major order, little-endian.
+
+    Args:
+      value: an array (numpy or JAX, any strides), a Python number, a string, or typed random keys.
+
+    >>> leaf_hash(np.arange(6.0).reshape(2, 3)) == leaf_hash(np.arange(6.0).reshape(3, 2).reshape(2, 3))
+    True
+    >>> leaf_hash(np.float32(0.0)) == leaf_hash(np.float32(-0.0))
+    False
+    """
+    shape, dtype = layout.describe(value)
+    array = None if isinstance(value, str) else host(value)
+    digest = hashlib.sha256(f"{_plain_name(dtype)}{list(shape)}".encode())
+    if array is None:
+        digest.update(value.encode())
+    else:
+        for piece in pieces(array):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def host(value: Any) -> np.ndarray:
+    """A leaf's numbers as a numpy array on the host; random keys as the integers they are made of."""
+    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    return np.asarray(value)
+
+
+def _plain_name(dtype: str) -> str:
+    """'int16' for '>i2' too: files of other machines have big-endian arrays."""
+    return np.dtype(dtype).name if dtype[:1] in "<>" else dtype
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+class Batch:
+    """Target leaves that are made together.
+
+    A source leaf that they read as often as it has bytes, or more, is read once and whole (one layer after the other
+    out of a stack: each read of a part costs the reading of the chunk it is in).
+
+    Attributes:
+      leaves: target path -> how it is made.
+      nbytes: bytes in memory at once: what is read, each source leaf counted once at most, and what is made of it.
+    """
+
+    def __init__(self, sizes: Mapping[Path, int]):
+        self.leaves: dict[Path, Op] = {}
+        self.nbytes = 0
+        self._sizes = sizes
+        self._reads: dict[Path, int] = {}
+
+    def take(self, path: Path, op: Op, nbytes: int, budget: int) -> bool:
+        """Add a leaf of `nbytes` bytes and say True; or, if it does not fit `budget` beside others, say False."""
+        reads = dict(bytes_read(op, self._sizes))
+        more = 0 if _is_view(op) else nbytes
+        for source, size in reads.items():
+            before, whole = self._reads.get(source, 0), self._sizes[source]
+            more += min(before + size, whole) - min(before, whole)
+        if self.leaves and self.nbytes + more > budget:
+            return False
+        self.leaves[path] = op
+        self.nbytes += more
+        for source, size in reads.items():
+            self._reads[source] = self._reads.get(source, 0) + size
+        return True
+
+    def reader(self, read: Reader) -> Reader:
+        """`read`, with the source leaves that several leaves of this batch take apart kept in memory."""
+        users = Counter(source for op in self.leaves.values() for source in op.sources())
+        whole = [path for path, size in self._reads.items() if users[path] > 1 and size >= self._sizes[path]]
+        kept = {path: read(path, None) for path in whole}
+
+        def from_memory(path: Path, region: Region | None) -> Any:
+            if path not in kept:
+                return read(path, region)
+            return kept[path] if region is None else kept[path][region]
+
+        return from_memory
+
+
+def bytes_read(op: Op, sizes: Mapping[Path, int]) -> Counter[Path]:
+    """Bytes that `op.value` reads, by source leaf: a `Pick` or `Block` reads its part alone.
+
+    Args:
+      op: how a leaf is made.
+      sizes: bytes of the source leaves.
+
+    >>> stack = Read(("kernel",), (4, 2, 8), "float32")
+    >>> bytes_read(Pick(stack, axis=0, index=3), {("kernel",): 256})
+    Counter({('kernel',): 64})
+    """
+    found: Counter[Path] = Counter()
+
+    def visit(op: Op, part: float) -> None:
+        match op:
+            case Read():
+                found[op.path] += round(sizes[op.path] * part)
+            case Pick() | Block():
+                visit(op.of, part * _size(op) / max(_size(op.of), 1))
+            case Reshape():  # a region of it reads the whole source
+                visit(op.of, 1.0)
+            case _:
+                for inner in op._parts():
+                    visit(inner, part)
+
+    visit(op, 1.0)
+    return found
+
+
+def _size(op: Op) -> int:
+    return math.prod(op.shape)
+
+
+def _is_view(op: Op) -> bool:
+    """Whether the value is what was read, or a part of it."""
+    return isinstance(op, Read | Fill) or (isinstance(op, Pick | Block) and _is_view(op.of))
+
+
+def batches(
+    made: Mapping[Path, Op], target: Mapping[Path, Leaf], source: Mapping[Path, Leaf], budget: int
+) -> Iterator[Batch]:
+    """`made` in its own order, cut into batches of at most `budget` bytes; a leaf larger than that is one by itself.
+
+    Args:
+      made: target path -> how it is made.
+      target, source: the leaves on both sides, for their sizes.
+      budget: bytes.
+
+    >>> leaves = {(n,): Leaf((n,), (2,), "float32", 8, "params") for n in "abc"}
+    >>> ops = {path: Read(path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    >>> [len(batch.leaves) for batch in batches(ops, leaves, leaves, budget=16)]
+    [2, 1]
+    """
+    sizes = {path: leaf.nbytes for path, leaf in source.items()}
+    batch = Batch(sizes)
+    for path, op in made.items():
+        if not batch.take(path, op, target[path].nbytes, budget):
+            yield batch
+            batch = Batch(sizes)
+            batch.take(path, op, target[path].nbytes, budget)
+    if batch.leaves:
+        yield batch
+
+
+def by_source(made: Mapping[Path, Op]) -> dict[Path, Op]:
+    """`made` with leaves that read the same source leaf side by side, so that one batch can hold them.
+
+    >>> stack = {name: Read((name,), (2, 8), "float32") for name in "kb"}
+    >>> ops = {(str(i), name): Pick(stack[name], 0, i) for i in range(2) for name in "kb"}
+    >>> [*by_source(ops)]
+    [('0', 'k'), ('1', 'k'), ('0', 'b'), ('1', 'b')]
+    """
+    first: dict[Path, int] = {}
+    for number, op in enumerate(made.values()):
+        for source in op.sources():
+            first.setdefault(source, number)
+    place = {path: min((first[s] for s in op.sources()), default=-1) for path, op in made.items()}
+    return dict(sorted(made.items(), key=lambda item: place[item[0]]))
+
+
+def values(batch: Batch, read: Reader) -> dict[Path, tuple[Any, str]]:
+    """The leaves of a batch, each as `(value, hash)`. Several threads read and hash, which both wait outside Python."""
+    shared = batch.reader(read)
+
+    def make(op: Op) -> tuple[Any, str]:
+        value = op.value(shared)
+        return value, leaf_hash(value)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(batch.leaves, pool.map(make, batch.leaves.values()), strict=True))

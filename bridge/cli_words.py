@@ -1,0 +1,103 @@
+"""What users write on the command line, taken apart: sizes, shapes, `package.module:attribute`, `--rng seed=3`.
+
+Law: what cannot be understood is wrong usage (exit code 2), with the word itself and one that would do; a module of
+the user's that fails on import is named, without a traceback.
+Knows words; knows nothing of checkpoints.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from bridge._errors import BridgeError
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{unit}B": size for unit, size in _UNITS.items() if unit not in ("", "B")}
+_UNITS |= {f"{unit}iB": 2 ** (10 * power) for power, unit in enumerate("KMGT", start=1)}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:i?B)?)", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes with a unit: decimal (`kB`, `MB`, `G`) or binary (`KiB`, `MiB`, `GiB`).
+
+    >>> parse_bytes("2GiB"), parse_bytes("1.5 kB"), parse_bytes("4096")
+    (2147483648, 1500, 4096)
+    """
+    match = _SIZE.fullmatch(text.strip())
+    units = {name.lower(): size for name, size in _UNITS.items()}
+    size = int(float(match[1]) * units[match[2].lower()]) if match else 0
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is not a number of bytes, such as 512MiB or 2GiB")
+    return size
+
+
+def parse_input(text: str) -> Any:
+    """An abstract array from `2,28,28,1:float32`; float32 without a type, a scalar without numbers.
+
+    >>> parse_input("2,28,28,1:bfloat16")
+    ShapeDtypeStruct(shape=(2, 28, 28, 1), dtype=bfloat16)
+    """
+    import jax
+
+    shape, _, dtype = text.partition(":")
+    try:
+        sizes = tuple(int(size) for size in shape.split(",") if size.strip())
+        if any(size < 0 for size in sizes):
+            raise ValueError("a negative size")
+        return jax.ShapeDtypeStruct(sizes, jax.numpy.dtype(dtype or "float32"))
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(f"{text!r} is not an input, such as 2,28,28,1:float32 ({error})") from None
+
+
+def parse_rng(text: str) -> str | int:
+    """`drop`, `keep`, or the number of `seed=N`.
+
+    >>> parse_rng("drop"), parse_rng("seed=7")
+    ('drop', 7)
+    """
+    if text in ("drop", "keep"):
+        return text
+    match = re.fullmatch(r"seed=(\d+)", text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is none of drop, keep, seed=N")
+    return int(match[1])
+
+
+def load_attribute(reference: str) -> Any:
+    """What `package.module:attribute` names; modules in the working directory are found too.
+
+    >>> load_attribute("math:pi")
+    3.141592653589793
+    """
+    module_name, colon, attribute = reference.partition(":")
+    if not (module_name and colon and attribute):
+        raise typer.BadParameter(f"{reference!r} is not of the form package.module:attribute")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    with users_code(f"{reference!r}: cannot import {module_name!r}"):
+        found: Any = importlib.import_module(module_name)
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            public = ", ".join(sorted(key for key in vars(found) if not key.startswith("_"))[:12])
+            raise typer.BadParameter(f"{reference!r}: no {name!r} in {module_name!r}; it has {public or 'nothing'}")
+        found = getattr(found, name)
+    return found
+
+
+@contextmanager
+def users_code(doing: str) -> Iterator[None]:
+    """Whatever modules and models of the user's raise in here is wrong usage, told after `doing`, no traceback."""
+    try:
+        yield
+    except (BridgeError, typer.BadParameter):
+        raise
+    except Exception as error:  # noqa: BLE001  the user's code may raise anything
+        raise typer.BadParameter(f"{doing}: {type(error).__name__}: {error}") from None

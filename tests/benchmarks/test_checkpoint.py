@@ -1,0 +1,57 @@
+"""The benchmark of conversions runs whole, and in memory nothing is copied; times are not tested."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import checkpoint
+from benchmarks.figures import Figure, busy
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_command_prints_every_figure_and_writes_json(tmp_path):
+    out = tmp_path / "new" / "checkpoint.json"
+    small = ["--size", "4", "--leaves", "14", "--memory", "1", "--repeats", "1", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks", "checkpoint", *small, "--json", str(out)]
+    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    written = json.loads(out.read_text())
+    figures = {row["figure"]: row for row in written["figures"]}
+    assert {name: row["goal"] for name, row in figures.items() if row["goal"] is not None} == {
+        "Linen -> NNX, time / Orbax restore + save": 1.3,
+        "Linen -> NNX, peak memory / --max-memory": 1.5,
+        "NNX -> Linen, time / Orbax restore + save": 1.3,
+        "NNX -> Linen, peak memory / --max-memory": 1.5,
+        "leaves copied by a conversion in memory": 0,
+    }
+    assert figures["leaves copied by a conversion in memory"]["met"]
+    assert all(name in ran.stdout for name in figures)
+    assert [run["variant"] for run in written["runs"]] == ["orbax", *["to_nnx", "to_linen"] * 2, "in_memory"]
+    assert all(run["seconds"] > 0 for run in written["runs"][:-1])
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_failing_run_says_what_failed(tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)to_nnx.*failed:.*no checkpoint"):
+        checkpoint._run("to_nnx", tmp_path / "no", tmp_path / "out", 1 << 20, 0)
+
+
+def test_peak_memory_is_that_of_the_work():
+    found = checkpoint._measured(lambda: np.ones(64 << 20, np.uint8).sum())
+    assert 60 << 20 <= found["peak"] < 80 << 20
+    assert found["seconds"] > 0
+
+
+def test_a_busy_machine_is_said_to_be():
+    assert busy({"load_average": (0.5, 0, 0), "cores": 2}) is None
+    assert "load 2.5 on 2 cores" in busy({"load_average": (2.5, 0, 0), "cores": 2})
+
+
+def test_goals_are_upper_bounds():
+    assert [Figure("a", 1.0, goal).met for goal in (None, 0.9, 1.0)] == [None, False, True]

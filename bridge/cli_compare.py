@@ -86,6 +86,8 @@ def _print_diff(report: DiffReport) -> None:
         screen.print(listed)
     verdict = f"{len(report.differences)} differences" if report.differences else "no difference"
     screen.print(f"{verdict}; {report.compared} leaves in both, {human_bytes(report.nbytes)}")
+    if {"only in a", "only in b"} <= {row.what for row in report.differences}:
+        screen.print("If one names things otherwise: --rules FILE (convert --save-rules FILE writes derived ones).")
 
 
 def _diff_row(row: Difference) -> tuple[object, ...]:

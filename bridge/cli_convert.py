@@ -14,8 +14,9 @@ import typer
 
 from bridge._errors import show_path
 from bridge.cli_inspect import describe_source, print_source
+from bridge.cli_models import check_of, read_models, target_of, trains, transformation, write_rules
 from bridge.cli_show import console, human_bytes, plain, print_json, progress_bar, table
-from bridge.cli_words import load_attribute, parse_bytes, parse_input, parse_rng, users_code
+from bridge.cli_words import parse_bytes, parse_rng
 
 if TYPE_CHECKING:
     from bridge.checkpoint.conversion import Conversion, ConvertReport
@@ -65,13 +66,12 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="DST", help="Where the result goes; must not exist.")],
     to: Annotated[To, typer.Option(help="The layout to write.")],
     rules: Annotated[Path | None, typer.Option(help="TOML file: new names, and what is done to values.")] = None,
+    inverse: Annotated[bool, typer.Option("--inverse", help="The rules lead from DST to SRC: turn them.")] = False,
+    save_rules: Annotated[Path | None, typer.Option(help="Write derived rules there, from Linen to NNX.")] = None,
     linen: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The Linen module, to derive rules from.")] = "",
-    nnx: Annotated[
-        str, typer.Option(metavar="PKG.MOD:ATTR", help="The NNX module; the result is checked against.")
-    ] = "",
-    inputs: Annotated[
-        list[str] | None, typer.Option("--input", metavar="SHAPE:DTYPE", help="An input of both, as 2,28,28,1:float32.")
-    ] = None,
+    nnx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The NNX module; the result must fit it.")] = "",
+    inputs: Annotated[list[str], typer.Option("--input", help="An input of both models, as 2,28,28,1:float32.")] = [],  # noqa: B006
+    keywords: Annotated[list[str], typer.Option("--keyword", help="A keyword of both, as train=False.")] = [],  # noqa: B006
     target_format: Annotated[TargetFormat, typer.Option("--format", help="What to write.")] = TargetFormat.ORBAX,
     source_format: Annotated[SourceFormat | None, typer.Option(help="What SRC is, instead of detecting it.")] = None,
     layout: Annotated[LayoutName | None, typer.Option(help="The layout of SRC, instead of detecting it.")] = None,
@@ -83,9 +83,7 @@ def convert(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed run has left.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, from metadata only.")] = False,
     lossy: Annotated[bool, typer.Option("--lossy", help="Go on although something is lost or changed.")] = False,
-    verify_forward: Annotated[
-        str, typer.Option(metavar="PKG.MOD:ATTR", help="A function of SRC and DST, called at the end: False is exit 3.")
-    ] = "",
+    verify_forward: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="Called last, with SRC and DST.")] = "",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result again.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
@@ -96,15 +94,15 @@ def convert(
     from bridge.checkpoint.stream import share_freed_memory
 
     share_freed_memory()
-    memory, options = parse_bytes(max_memory), {"rng": parse_rng(rng), "tx": _transformation(tx)}
-    options |= {"source_format": source_format and source_format.value, "step": step, "item": item}
-    options["target_format"] = target_format.value
-    options |= _models(rules, linen, nnx, inputs or [], to)
-    check = _check(verify_forward)
-    if to is To.NNX and nnx:
-        opening = {"format": options["source_format"], "step": step, "item": item}
-        options["target"] = _target(options.pop("model"), options["tx"], options["rng"], _trains(source, opening))
-    options.pop("model", None)
+    models = read_models(to.value, rules, inverse, linen, nnx, inputs, keywords)
+    if save_rules is not None:
+        write_rules(models.derived, save_rules)
+    memory, check, opening = parse_bytes(max_memory), check_of(verify_forward), {"step": step, "item": item}
+    opening["source_format"] = source_format and source_format.value
+    options = {"rng": parse_rng(rng), "tx": transformation(tx), "target_format": target_format.value}
+    if to is To.NNX and models.model is not None:
+        options["target"] = target_of(models.model, options["tx"], options["rng"], trains(source, **opening))
+    options |= {"rules": models.rules, "known": models.known, **opening}
     with open_conversion(source, to=to.value, kind=layout and Kind[layout.name], **options) as conversion:
         losses = [] if lossy else conversion.losses
         shown = _Show(conversion, target, losses, dry_run=dry_run)
@@ -128,117 +126,6 @@ def _run(conversion: Conversion, target: Path, *, quiet: bool, **options: Any) -
     except KeyboardInterrupt:
         typer.echo(f"interrupted: nothing at {target}. Go on with the same command and --resume.", err=True)
         raise typer.Exit(_INTERRUPTED) from None
-
-
-def _models(rules: Path | None, linen: str, nnx: str, inputs: list[str], to: To) -> dict[str, Any]:
-    """What the rules file and the models say: `rules` and `known` of `open_conversion`, and the NNX `model`."""
-    from bridge.checkpoint.live import of_object
-    from bridge.checkpoint.rules import read_rules
-
-    if linen and not (nnx and inputs):
-        raise typer.BadParameter("--linen needs --nnx and at least one --input: rules are derived from both models")
-    if inputs and not linen:
-        raise typer.BadParameter("--input is for --linen and --nnx: it is what both are called with")
-    found: dict[str, Any] = {"rules": None if rules is None else read_rules(rules)}
-    model = found["model"] = _nnx_model(nnx) if nnx else None
-    if to is To.LINEN and model is not None:
-        found["known"] = of_object(model).known
-    if linen:
-        derived = _derived(linen, model, [parse_input(text) for text in inputs], to)
-        found["rules"] = derived if rules is None else found["rules"].then(derived.rules())
-    return found
-
-
-def _derived(linen: str, model: Any, inputs: list[Any], to: To) -> Any:
-    from flax import linen as nn
-
-    from bridge.checkpoint.derivation import derive
-
-    module = load_attribute(linen)
-    if callable(module) and not isinstance(module, nn.Module):
-        with users_code(f"{linen!r} is no Linen module and cannot be called without arguments"):
-            module = module()
-    if not isinstance(module, nn.Module):
-        raise typer.BadParameter(f"{linen!r} is no Linen module, and no function that makes one")
-    with users_code("the models cannot be called with these inputs"):
-        derived = derive(module, model, *inputs)
-    return derived if to is To.NNX else derived.inverse()
-
-
-def _nnx_model(reference: str) -> Any:
-    """The NNX module that `--nnx` names, abstract if it is made here: a class or a function that takes `rngs`."""
-    import inspect
-
-    import nnx_core
-
-    found = load_attribute(reference)
-    if callable(found) and not isinstance(found, nnx_core.Module):
-        with users_code(f"{reference!r} cannot be made, abstractly, from `rngs` or from nothing"):
-            make, takes = found, inspect.signature(found).parameters
-            found = nnx_core.eval_shape(lambda: make(rngs=nnx_core.Rngs(0)) if "rngs" in takes else make())
-    if not isinstance(found, nnx_core.Module):
-        raise typer.BadParameter(f"{reference!r} is no NNX module, and no class or function (of rngs) that makes one")
-    return found
-
-
-def _trains(source: Path, opening: dict[str, Any]) -> bool:
-    """Whether the checkpoint holds an optimizer's state beside the model."""
-    from contextlib import closing
-
-    from bridge.checkpoint import layout
-    from bridge.checkpoint.files import open_source
-
-    with closing(open_source(source, **opening)) as opened:
-        paths = [*opened.tree.leaves, *opened.tree.empty]
-    tops = {path[0] for path in paths if path}
-    return layout.detect(paths).kind is layout.Kind.NNX_TRAINING or bool(tops & {"opt_state", "step"})
-
-
-def _target(model: Any, tx: Any, rng: str | int, trains: bool) -> Any:
-    """What the result must fit: the model, and with `--tx` its optimizer. None where only `--tx` could tell.
-
-    Random streams are part of it if `--rng` says where they come from: a Linen checkpoint has none.
-    """
-    import nnx_core
-
-    if trains and tx is None:
-        return None
-    state = nnx_core.state(model, nnx_core.Not(nnx_core.RngState) if rng == "drop" else ...)
-    if not trains:
-        return state
-    optimizer = nnx_core.eval_shape(lambda model: nnx_core.Optimizer(model, tx, wrt=nnx_core.Param), model)
-    return {"model": state, "optimizer": nnx_core.state(optimizer)}
-
-
-def _check(reference: str) -> Any:
-    """What `--verify-forward` names: a function of two paths. Whatever it raises is a check that failed."""
-    if not reference:
-        return None
-    found = load_attribute(reference)
-    if not callable(found):
-        raise typer.BadParameter(f"{reference!r} is no function of two paths, SRC and DST")
-
-    def check(source: Path, target: Path) -> object:
-        try:
-            return found(source, target)
-        except Exception as error:
-            raise AssertionError(f"{type(error).__name__}: {error}") from error
-
-    check.__qualname__ = reference
-    return check
-
-
-def _transformation(reference: str) -> Any:
-    """What `--tx` names: an optax transformation, or a function without arguments that makes one."""
-    if not reference:
-        return None
-    found = load_attribute(reference)
-    if callable(found):
-        with users_code(f"{reference!r} cannot be called without arguments"):
-            found = found()
-    if not (hasattr(found, "init") and hasattr(found, "update")):
-        raise typer.BadParameter(f"{reference!r} is no optax transformation: it has no init and update")
-    return found
 
 
 # --- showing ------------------------------------------------------------------------------------------------

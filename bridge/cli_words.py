@@ -7,6 +7,7 @@ Knows words; knows nothing of checkpoints.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
@@ -55,6 +56,23 @@ def parse_input(text: str) -> Any:
         return jax.ShapeDtypeStruct(sizes, jax.numpy.dtype(dtype or "float32"))
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(f"{text!r} is not an input, such as 2,28,28,1:float32 ({error})") from None
+
+
+def parse_keyword(text: str) -> tuple[str, Any]:
+    """Name and value of `train=False`, `mode="eval"` or `scale=0.5`: what the models are called with.
+
+    >>> parse_keyword("train=False"), parse_keyword("deterministic=true"), parse_keyword("mode=eval")
+    (('train', False), ('deterministic', True), ('mode', 'eval'))
+    """
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise typer.BadParameter(f"{text!r} is no keyword argument, such as train=False")
+    if value in ("true", "false"):
+        return name, value == "true"
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def parse_rng(text: str) -> str | int:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import nnx_core as nnx
 from bridge import cli
@@ -39,6 +40,23 @@ class Noisy(nnx.Module):
 
     def __init__(self, rngs):
         self.first, self.drop = nnx.Linear(2, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+
+class SwitchedLinen(checkpoint_run.Net):
+    """With a flag that has no default, as most have."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        assert train is False
+        return super().__call__(x)
+
+
+class Switched(checkpoint_run.Native):
+    """The same in NNX."""
+
+    def __call__(self, x, *, train):
+        assert train is False
+        return super().__call__(x)
 
 
 def says_no(source, target):
@@ -105,6 +123,27 @@ def test_rules_are_derived_from_both_models(linen, tmp_path, run):
     assert (code, err) == (0, "")
     found = continued_in_nnx(checkpoint_run.load(tmp_path / "out", "orbax"), 2)
     assert_trees_equal(found, checkpoint_run.flat(checkpoint_run.native_state(5)))
+
+
+def test_derived_rules_are_kept_and_serve_both_ways(linen, tmp_path, run):
+    file, words = tmp_path / "derived.toml", ("--linen", f"{HERE}:Net", "--nnx", f"{HERE}:Native", "--input", "8,5")
+    assert run("convert", linen, tmp_path / "there", "--to", "nnx", *words, "--save-rules", file, "--quiet")[0] == 0
+    assert run("diff", linen, tmp_path / "there", "--rules", file)[0] == 0
+    code, out, _ = run("diff", linen, tmp_path / "there")
+    assert code == 1
+    assert "--save-rules" in out
+    back = ("convert", tmp_path / "there", tmp_path / "back", "--to", "linen", "--rules", file, "--inverse", "--quiet")
+    assert run(*back) == (0, "", "")
+    found = continued_in_linen(checkpoint_run.load(tmp_path / "back", "orbax"), 2)
+    assert_trees_equal(found, checkpoint_run.flat(checkpoint_run.linen_state(5)))
+    assert run("convert", linen, tmp_path / "more", "--to", "nnx", *words, "--save-rules", file)[0] == 2  # is there
+
+
+def test_models_are_called_with_keywords(linen, tmp_path, run):
+    words = ("--linen", f"{HERE}:Net", "--nnx", f"{__name__}:Switched", "--input", "8,5")
+    assert run("convert", linen, tmp_path / "out", "--to", "nnx", *words, "--dry-run")[0] == 2
+    words = ("--linen", f"{__name__}:SwitchedLinen", *words[2:], "--keyword", "train=false")
+    assert run("convert", linen, tmp_path / "out", "--to", "nnx", *words, "--dry-run", "--quiet") == (0, "", "")
 
 
 def test_rules_are_derived_for_the_way_back_too(ours, tmp_path, run):
@@ -280,7 +319,13 @@ USAGE = {
     "no memory": (("--to", "nnx", "--max-memory", "0"), "'0' is not a number of bytes"),
     "rng": (("--to", "nnx", "--rng", "seed"), "'seed' is none of drop, keep, seed=N"),
     "half": (("--to", "nnx", "--linen", f"{HERE}:Net"), "--linen needs --nnx and at least one --input"),
-    "input": (("--to", "nnx", "--input", "2,3"), "--input is for --linen"),
+    "input": (("--to", "nnx", "--input", "2,3"), "--input and --keyword are for --linen"),
+    "inverse": (("--to", "nnx", "--inverse"), "--inverse needs --rules"),
+    "nothing derived": (("--to", "nnx", "--save-rules", "x.toml"), "--save-rules needs --linen"),
+    "keyword": (
+        ("--to", "nnx", "--linen", f"{HERE}:Net", "--nnx", f"{HERE}:Native", "--input", "2,5", "--keyword", "train"),
+        "'train' is no keyword argument",
+    ),
     "no check": (("--to", "nnx", "--verify-forward", f"{HERE}:RULES"), "is no function of two paths"),
     "shape": (
         ("--to", "nnx", "--linen", f"{HERE}:Net", "--nnx", f"{HERE}:Native", "--input", "2,x"),

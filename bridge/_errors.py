@@ -40,6 +40,16 @@ def near_misses(wanted: str, candidates: Iterable[str], count: int = 3) -> list[
     return difflib.get_close_matches(wanted, list(candidates), n=count, cutoff=0.6)
 
 
+def cut_short(lines: Sequence[str], most: int, indent: str = "  ") -> list[str]:
+    """The first lines, and how many more there are.
+
+    >>> cut_short(["  a", "  b", "  c"], most=2)
+    ['  a', '  b', '  and 1 more']
+    """
+    rest = len(lines) - most
+    return [*lines[:most], f"{indent}and {rest} more"] if rest > 0 else list(lines)
+
+
 class BridgeError(Exception):
     """Base of every error that `bridge` raises on purpose."""
 

@@ -7,6 +7,7 @@ one JSON document; the exit code is 0 only if nothing was lost or changed that n
 from __future__ import annotations
 
 import enum
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ import typer
 
 from bridge._errors import show_path
 from bridge.cli_inspect import describe_source, print_source
-from bridge.cli_models import check_of, read_models, target_of, trains, transformation, write_rules
+from bridge.cli_models import check_of, read_models, target_of, transformation, write_rules
 from bridge.cli_show import console, human_bytes, plain, print_json, progress_bar, table
 from bridge.cli_words import parse_bytes, parse_rng
 
@@ -89,7 +90,8 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
     """Convert a checkpoint between Linen's and NNX's layout. Exit codes: 0 clean, 1 lossy or failed, 3 not verified."""
-    from bridge.checkpoint.conversion import open_conversion
+    from bridge.checkpoint.conversion import plan_conversion
+    from bridge.checkpoint.files import open_source
     from bridge.checkpoint.layout import Kind
     from bridge.checkpoint.stream import share_freed_memory
 
@@ -97,13 +99,13 @@ def convert(
     models = read_models(to.value, rules, inverse, linen, nnx, inputs, keywords)
     if save_rules is not None:
         write_rules(models.derived, save_rules)
-    memory, check, opening = parse_bytes(max_memory), check_of(verify_forward), {"step": step, "item": item}
-    opening["source_format"] = source_format and source_format.value
+    memory, check = parse_bytes(max_memory), check_of(verify_forward)
     options = {"rng": parse_rng(rng), "tx": transformation(tx), "target_format": target_format.value}
-    if to is To.NNX and models.model is not None:
-        options["target"] = target_of(models.model, options["tx"], options["rng"], trains(source, **opening))
-    options |= {"rules": models.rules, "known": models.known, **opening}
-    with open_conversion(source, to=to.value, kind=layout and Kind[layout.name], **options) as conversion:
+    options |= {"rules": models.rules, "known": models.known, "kind": layout and Kind[layout.name]}
+    with closing(open_source(source, format=source_format and source_format.value, step=step, item=item)) as opened:
+        if to is To.NNX and models.model is not None:
+            options["target"] = target_of(models.model, options["tx"], options["rng"], opened.tree)
+        conversion = plan_conversion(opened, to=to.value, **options)
         losses = [] if lossy else conversion.losses
         shown = _Show(conversion, target, losses, dry_run=dry_run)
         if not (quiet or as_json):

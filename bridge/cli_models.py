@@ -16,6 +16,7 @@ from bridge.cli_words import load_attribute, parse_input, parse_keyword, users_c
 
 if TYPE_CHECKING:
     from bridge.checkpoint.derivation import Derived
+    from bridge.checkpoint.files import Tree
 
 
 @dataclass(frozen=True)
@@ -104,26 +105,17 @@ def _nnx_model(reference: str) -> Any:
     return found
 
 
-def trains(source: Path, source_format: str | None, step: int | None, item: str | None) -> bool:
-    """Whether the checkpoint holds an optimizer's state beside the model."""
-    from contextlib import closing
-
-    from bridge.checkpoint import layout
-    from bridge.checkpoint.files import open_source
-
-    with closing(open_source(source, format=source_format, step=step, item=item)) as opened:
-        paths = [*opened.tree.leaves, *opened.tree.empty]
-    tops = {path[0] for path in paths if path}
-    return layout.detect(paths).kind is layout.Kind.NNX_TRAINING or bool(tops & {"opt_state", "step"})
-
-
-def target_of(model: Any, tx: Any, rng: str | int, trains: bool) -> Any:
+def target_of(model: Any, tx: Any, rng: str | int, source: Tree) -> Any:
     """What the result must fit: the model, and with `--tx` its optimizer. None where only `--tx` could tell.
 
     Random streams are part of it if `--rng` says where they come from: a Linen checkpoint has none.
     """
     import nnx_core
+    from bridge.checkpoint import layout
 
+    paths = [*source.leaves, *source.empty]
+    tops = {path[0] for path in paths if path}
+    trains = layout.detect(paths).kind is layout.Kind.NNX_TRAINING or bool(tops & {"opt_state", "step"})
     if trains and tx is None:
         return None
     state = nnx_core.state(model, nnx_core.Not(nnx_core.RngState) if rng == "drop" else ...)

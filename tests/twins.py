@@ -182,9 +182,9 @@ def assert_equal_to_twin(
     """
     values, x = layer.variables(**dtypes), layer.example(inputs)
     f, g = (with_gradients(make(train=train, **dtypes)) for make in (layer.functional, layer.functional_twin))
-    if same_program(f, g, values, x):
+    if (results := unless_same_program(f, g, values, x)) is None:
         return {"forward": 0.0, "gradient": 0.0, "bits": True}
-    ours, theirs = jax.jit(f)(values, x), jax.jit(g)(values, x)
+    ours, theirs = results
     exact = layer.same_bits and jax.default_backend() == "cpu"
     if exact:
         assert_trees_equal(ours, theirs)
@@ -224,17 +224,20 @@ def weighted_sum(y: jax.Array) -> jax.Array:
     return jnp.sum(y.astype(jnp.float32) * weights)
 
 
-def same_program(ours: Callable[..., Any], theirs: Callable[..., Any], *args: Any) -> bool:
-    """Whether both lower to one and the same program: then they are equal on every input, compiled or not.
+def unless_same_program(ours: Callable[..., Any], theirs: Callable[..., Any], *args: Any) -> tuple[Any, Any] | None:
+    """What both return for `args`, compiled; None if both lower to one and the same program.
 
-    Of two programs the results' tree, shapes and dtypes are compared, the constants, and every operation; not the
-    names of functions. Most layers pass, and need not be compiled twice to be compared.
+    Then they are equal on every input, compiled or not: most layers are, and need not be compiled twice to be
+    compared. Of two programs every operation is compared, which arguments it takes, the constants, and the results'
+    tree, shapes and dtypes; not the names of functions.
     """
-    traced = [jax.jit(f).trace(*args) for f in (ours, theirs)]
+    traced = [jax.jit(f, keep_unused=True).trace(*args) for f in (ours, theirs)]  # or arguments would move up
     first, second = (t.lower() for t in traced)
     results = [jax.tree.flatten(jax.tree.map(lambda x: (x.shape, x.dtype), t.out_info)) for t in (first, second)]
     constants = [t.jaxpr.consts for t in traced]  # their values are no part of the text
-    return results[0] == results[1] and _program(first) == _program(second) and same_bits(*constants)
+    if results[0] == results[1] and _program(first) == _program(second) and same_bits(*constants):
+        return None
+    return first.compile()(*args), second.compile()(*args)
 
 
 def _program(lowered: Any) -> str:

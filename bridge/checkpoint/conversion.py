@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path as FilePath
 from typing import Any
 
-from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointExistsError, show_path
+from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointExistsError, cut_short, show_path
 from bridge.checkpoint import layout
 from bridge.checkpoint.canonical import Known
 from bridge.checkpoint.files import Sink, Source, open_sink, open_source
@@ -42,11 +42,10 @@ class LossyConversionError(BridgeError, ValueError):
 
     def __init__(self, source: object, losses: Sequence[str]):
         self.path, self.losses = str(source), list(losses)
-        listed = "\n".join(f"    {loss}" for loss in self.losses[:_MOST_SHOWN])
-        more = f"\n    and {len(self.losses) - _MOST_SHOWN} more" if len(self.losses) > _MOST_SHOWN else ""
+        listed = "\n".join(cut_short([f"    {loss}" for loss in self.losses], _MOST_SHOWN, "    "))
         super().__init__(
             f"the conversion would lose or change something: {source}\n"
-            f"  expected: a place for every leaf, with its own number type\n  found:\n{listed}{more}\n"
+            f"  expected: a place for every leaf, with its own number type\n  found:\n{listed}\n"
             "Say so in a rule (`drop = true`, `cast = ...`), or allow it: lossy=True (--lossy). Nothing was written."
         )
 
@@ -179,21 +178,16 @@ class Conversion:
 def open_conversion(
     source: str | FilePath,
     *,
-    to: str,
-    rules: Any = None,
-    target: Any = None,
     source_format: str | None = None,
-    target_format: str = "orbax",
     step: int | None = None,
     item: str | None = None,
-    kind: Kind | None = None,
-    rng: str | int = "drop",
-    tx: Any = None,
-    known: Known | None = None,
+    **options: Any,
 ) -> Conversion:
     """Open a checkpoint and plan its conversion; no array is read. Use as a context manager.
 
-    Args: as for `convert`.
+    Args:
+      source, source_format, step, item: as for `convert`.
+      options: as for `plan_conversion`; `to` at least.
 
     Raises: what `convert` raises before it writes.
 
@@ -204,25 +198,47 @@ def open_conversion(
     """
     opened = open_source(source, format=source_format, step=step, item=item)
     try:
-        found = layout.detect([*opened.tree.leaves, *opened.tree.empty])
-        if kind is not None:
-            found = Layout(kind, "as asked for", found.boxed)
-        plan = make_plan(
-            opened.tree,
-            to=to,
-            layout=found,
-            rules=rules,
-            target=target,
-            rng=rng,
-            metadata=opened.metadata,
-            tx=tx,
-            empty=_EMPTY.get(target_format),
-            known=known,
-        )
+        return plan_conversion(opened, **options)
     except BaseException:
         opened.close()
         raise
-    return Conversion(opened, found, plan, target_format)
+
+
+def plan_conversion(
+    source: Source,
+    *,
+    to: str,
+    rules: Any = None,
+    target: Any = None,
+    target_format: str = "orbax",
+    kind: Kind | None = None,
+    rng: str | int = "drop",
+    tx: Any = None,
+    known: Known | None = None,
+) -> Conversion:
+    """The same for a source that is open already, as where `target` depends on what it holds.
+
+    Example::
+
+        with closing(open_source("run/linen")) as source:
+            print(plan_conversion(source, to="nnx").plan.summary())
+    """
+    found = layout.detect([*source.tree.leaves, *source.tree.empty])
+    if kind is not None:
+        found = Layout(kind, "as asked for", found.boxed)
+    plan = make_plan(
+        source.tree,
+        to=to,
+        layout=found,
+        rules=rules,
+        target=target,
+        rng=rng,
+        metadata=source.metadata,
+        tx=tx,
+        empty=_EMPTY.get(target_format),
+        known=known,
+    )
+    return Conversion(source, found, plan, target_format)
 
 
 def convert(
@@ -261,6 +277,8 @@ def convert(
       max_memory: bytes of leaves in memory at once; one leaf that is larger is held alone.
       resume: go on with what a killed run has left.
       verify: read everything again at the end and compare hashes. What an earlier run wrote is always verified.
+      check: called last with the paths of source and target, to run both models, say: False or an AssertionError
+        means that the target is not to be used.
       lossy: go on if leaves have no place in the target, or number types change, though no rule says so.
       rng: what becomes of random streams: 'drop', 'keep', or a seed for fresh ones.
       tx: the optax transformation, for checks of the optimizer state and its exact Linen structure.
@@ -272,8 +290,8 @@ def convert(
       LossyConversionError: something would be lost, and neither a rule nor `lossy` says that it may.
       VariablesMismatchError: the result does not fit `target`.
       CheckpointNotFoundError, CheckpointCorruptError, CheckpointLayoutError: the source cannot be used.
-      CheckpointExistsError: there is something at `target_path`, or an unfinished conversion without `resume`.
-      CheckpointWriteError: disk full, no permission, ...
+      CheckpointExistsError: there is something at `target_path`.
+      CheckpointWriteError: disk full, no permission, an unfinished conversion that is not to be resumed, ...
       VerificationError: what was written reads differently, or `check` fails; it is set aside, as
         `NAME.failed-verification`.
       There is nothing at `target_path` then.

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bridge._errors import BridgeError, CheckpointLayoutError, OptStateOrderError, show_path
+from bridge._errors import BridgeError, CheckpointLayoutError, OptStateOrderError, cut_short, show_path
 from bridge.checkpoint import memo as memos
 from bridge.checkpoint import skeleton
 from bridge.checkpoint.canonical import STEP, UNKNOWN, VALUE, Form, Key, Known, Location, Parts, Role, take_apart
@@ -38,11 +38,10 @@ class UnknownCollectionsError(BridgeError, ValueError):
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = list(paths)
-        listed = "\n".join(f"  {show_path(path)}" for path in self.paths[:20])
-        more = f"\n  and {len(self.paths) - 20} more" if len(self.paths) > 20 else ""
+        listed = "\n".join(cut_short([f"  {show_path(path)}" for path in self.paths], 20))
         first = show_path(self.paths[0])
         super().__init__(
-            f"an NNX checkpoint does not tell collections, and these variables may be in any:\n{listed}{more}\n"
+            f"an NNX checkpoint does not tell collections, and these variables may be in any:\n{listed}\n"
             "  expected: a collection of Linen for each\n  found: none in metadata, target or rules\n"
             f'Give target=..., or a rule for each: from = "{UNKNOWN}/{first}", to = "batch_stats/{first}" for example.'
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointLayoutError, show_path
+from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointLayoutError, cut_short, show_path
 from bridge.checkpoint.files import Source, open_source
 from bridge.checkpoint.layout import Path
 from bridge.checkpoint.ops import Read
@@ -42,8 +42,7 @@ class VerificationError(BridgeError, ValueError):
         lines = [f"verification failed: {path}", "  expected: the leaves that were written, with the same hashes"]
         lines.append(f"  found: {counts or reason}")
         for what, paths in self.wrong.items():
-            lines += [f"    {what}: {show_path(at)}" for at in paths[:_MOST_SHOWN]]
-            lines += [f"    {what}: and {len(paths) - _MOST_SHOWN} more"] if len(paths) > _MOST_SHOWN else []
+            lines += cut_short([f"    {what}: {show_path(at)}" for at in paths], _MOST_SHOWN, f"    {what}: ")
         super().__init__("\n".join([*lines, "Do not use it. Convert again; to another disk if this happens twice."]))
 
 

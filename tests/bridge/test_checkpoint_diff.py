@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import nnx_core as nnx
-from bridge import cli
 from bridge._errors import CheckpointLayoutError, CheckpointNotFoundError
 from bridge.checkpoint import comparison
 from bridge.checkpoint.comparison import Difference, diff
@@ -193,18 +192,6 @@ def test_hashes_that_are_not_hashes(folder, tmp_path):
 
 
 # ---- the commands ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*words):
-        with pytest.raises(SystemExit) as caught:
-            cli.main([str(word) for word in words])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return caught.value.code, out, err
-
-    return call
 
 
 def test_the_command_diff(folder, run):

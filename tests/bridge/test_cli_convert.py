@@ -14,7 +14,6 @@ import pytest
 from flax import linen as nn
 
 import nnx_core as nnx
-from bridge import cli
 from bridge.checkpoint.files import FORMATS, SINK_FORMATS
 from bridge.checkpoint.layout import Kind
 from bridge.checkpoint.orbax import OrbaxSource
@@ -73,18 +72,6 @@ def breaks(source, target):
 
 def both_are_there(source, target):
     return source.exists() and target.exists()
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*words):
-        with pytest.raises(SystemExit) as caught:
-            cli.main([str(word) for word in words])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return caught.value.code, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
-from bridge import cli
 from bridge._errors import CheckpointNotFoundError
 
 
@@ -27,17 +26,6 @@ def saved(tmp_path_factory):
             manager.save(step, args=ocp.args.StandardSave(tree), force=True)
         manager.wait_until_finished()
     return path
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*words):
-        with pytest.raises(SystemExit) as caught:
-            cli.main([str(word) for word in words])
-        out, err = capfd.readouterr()
-        return caught.value.code, out, err
-
-    return call
 
 
 def test_tables(saved, run):

@@ -1,8 +1,9 @@
 """Timing variants against each other: interleaved, so that a slow minute of the machine hits all alike.
 
-Law: in every round each variant runs once, in an order drawn anew; what is reported is the median over the
-rounds and its spread. Nothing else runs in the timed region: the garbage collector is off, and results are
-waited for.
+Law: in every round each variant has one turn, in an order drawn anew; what is reported is the median over the
+rounds and its spread. A turn starts with a call that is not timed: what is measured is a call among others of its
+kind, as in a training loop, and not the first one after another library's code has filled the caches. Nothing else
+runs in the timed region: the garbage collector is off, and results are waited for.
 Knows callables and clocks; knows nothing of what is timed.
 """
 
@@ -71,7 +72,7 @@ def interleaved(
     seed: int = 0,
     on_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Timings]:
-    """Time every variant `rounds` times, `calls` calls at a time, after `warmup` calls that compile.
+    """Time every variant `rounds` times, `calls` calls a turn, after `warmup` calls that compile.
 
     Each step returns what must be waited for; it is waited for once, at the end of its `calls` calls.
     """
@@ -90,8 +91,9 @@ def interleaved(
 
 
 def _time(step: Step, calls: int) -> tuple[float, float]:
-    """Seconds per call: of the wall clock, and of this thread's processor time."""
+    """Seconds per call, one before them not counted: of the wall clock, and of this thread's processor time."""
     with _no_collector():
+        jax.block_until_ready(step())
         wall, host = time.perf_counter(), time.thread_time()
         for _ in range(calls):
             result = step()

@@ -18,7 +18,7 @@ from nnx_core.graph.objects import Object
 from nnx_core.graph.pack import AttributePlace, Leaves, Packer, Place, Refs
 from nnx_core.graph.structure import GraphDef
 from nnx_core.state import State
-from nnx_core.variables import Variable, get_raw
+from nnx_core.variables import Variable
 
 
 class Plan:
@@ -81,7 +81,7 @@ class Plan:
         """The leaves of each group as they are now; `loose` are those that no object owns, in order."""
         groups: list[Leaves] = []
         for sources, only_variables in zip(self._sources, self._all_variables, strict=True):
-            values = list(map(get_raw, sources)) if only_variables else [self._read(s) for s in sources]
+            values = [v._raw_value for v in sources] if only_variables else [self._read(s) for s in sources]
             groups.append((values, []))
         if len(groups) == 1:
             return [(groups[0][0], loose)]

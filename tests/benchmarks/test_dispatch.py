@@ -108,10 +108,11 @@ def test_the_timer_runs_every_variant_in_every_round_with_the_collector_off():
         on_round=lambda: rounds.append(len(calls)),
     )
     assert calls[:3] == ["a", "b", "c"], "each is warmed up first"
-    in_rounds = [calls[3 + 6 * i : 9 + 6 * i] for i in range(8)]
-    assert all(sorted(names) == list("aabbcc") for names in in_rounds)
+    in_rounds = [calls[3 + 9 * i : 12 + 9 * i] for i in range(8)]  # one call that is not timed, and two that are
+    assert all(sorted(names) == list("aaabbbccc") for names in in_rounds)
+    assert all(names[i] == names[i + 1] == names[i + 2] for names in in_rounds for i in (0, 3, 6))
     assert len({tuple(names) for names in in_rounds}) > 1, "the order never changed"
-    assert rounds == [9 + 6 * i for i in range(8)]
+    assert rounds == [12 + 9 * i for i in range(8)]
     assert not any(collector_on[3:])
     assert gc.isenabled()
     clocks = [clock for timing in timings.values() for clock in (timing.wall, timing.host)]

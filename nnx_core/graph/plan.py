@@ -51,7 +51,7 @@ class Plan:
         tracked = [x for x in packer.refs.objects if isinstance(x, Object)] + packer.states
         self._objects = [(weakref.ref(x), track(x)) for x in tracked]
         self._containers = [self._container(packer.refs.objects[i], key) for i, key in packer.containers]
-        self._sources = packer.sources
+        self._sources: list[list[Any]] = packer.sources  # Variables, and places of arrays on objects
         self._all_variables = [all(isinstance(s, Variable) for s in group) for group in packer.sources]
         places = [s for group in packer.sources for s in group if isinstance(s, AttributePlace)]
         self.cacheable = all(s.findable for s in places)

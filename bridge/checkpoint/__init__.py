@@ -42,7 +42,6 @@ from bridge.checkpoint.orbax import (
     read_tree,
 )
 from bridge.checkpoint.plan import CollectionClashError, ConversionReport, Plan, UnknownCollectionsError, make_plan
-from bridge.checkpoint.restore import RestoreReport, load_train_state
 from bridge.checkpoint.rules import Rule, RuleResult, Rules, RulesError, apply_rules, read_rules
 from bridge.checkpoint.save import save_as_linen
 from bridge.checkpoint.slots import SlotError
@@ -54,7 +53,7 @@ __all__ = [
     "Conversion", "ConvertReport", "DiffReport", "Difference", "LossyConversionError", "VerificationError",
     "VerifyReport", "convert", "diff", "open_conversion", "verify",
     # into a model, out of one
-    "RestoreReport", "ShardingError", "load_into", "load_train_state", "save_as_linen",
+    "ShardingError", "load_into", "save_as_linen",
     # in memory
     "nnx_to_train_state", "state_to_variables", "train_state_to_nnx", "train_state_to_states", "variables_to_state",
     # what goes where

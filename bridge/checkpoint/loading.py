@@ -8,7 +8,8 @@ Knows plans, shardings and Variables; knows nothing of file formats or layouts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, Sharding
 
-from bridge._errors import BridgeError, CheckpointLayoutError, show_path
+from bridge._errors import BridgeError, CheckpointLayoutError, VariablesMismatchError, show_path
 from bridge.checkpoint import layout
 from bridge.checkpoint.canonical import VALUE
 from bridge.checkpoint.conversion import open_conversion
@@ -103,9 +104,12 @@ def load_into(
     (2, 6.0)
     """
     wanted = of_training(model, optimizer)
-    with open_conversion(
-        path, to="nnx", rules=rules, target=wanted, source_format=format, step=step, item=item, kind=kind, rng=rng
-    ) as conversion:
+    with (
+        _explained(wanted),
+        open_conversion(
+            path, to="nnx", rules=rules, target=wanted, source_format=format, step=step, item=item, kind=kind, rng=rng
+        ) as conversion,
+    ):
         made = {at: op for at, op in conversion.plan.made.items() if not is_own(op, wanted.values[at])}
         _require_values(wanted, made, conversion.source.path)
         _require_writable(wanted)
@@ -117,6 +121,19 @@ def load_into(
 
 
 # ---- checks, before an array is read --------------------------------------------------------------------------
+
+
+@contextmanager
+def _explained(wanted: Live) -> Iterator[None]:
+    """Says of a mismatch that it comes of an optimizer for which the checkpoint has nothing."""
+    try:
+        yield
+    except VariablesMismatchError as error:
+        slots = [at for at in wanted.values if at[:2] == ("optimizer", "opt_state")]
+        missing, unexpected = (sum(at[0] == "opt_state" for at in paths) for paths in (error.missing, error.unexpected))
+        if slots and missing == len(slots) and not unexpected:
+            error.add_note("The checkpoint has no optimizer state: leave the optimizer out to load the weights alone.")
+        raise
 
 
 def _require_values(wanted: Live, made: Mapping[Path, Op], source: object) -> None:

@@ -92,14 +92,14 @@ def wrapped(directory: Path, dropout_rate: float = DROPOUT_RATE) -> nnx.Module:
     """The Linen model inside ToNNX, its values read from the checkpoint."""
     model = bridge.ToNNX(linen_model.Cnn(dropout_rate), rngs=nnx.Rngs(0))
     bridge.lazy_init(model, np.zeros(linen_model.IMAGE_SHAPE, np.float32), train=False)
-    checkpoint.load_train_state(directory, model)
+    checkpoint.load_into(model, directory)
     return model
 
 
 def native(directory: Path, dropout_rate: float = DROPOUT_RATE) -> nnx.Module:
     """The same network written in nnx_core, its values read from the checkpoint."""
     model = DigitsNet(dropout_rate, rngs=nnx.Rngs(0))
-    checkpoint.load_train_state(directory, model, rename=RENAME)
+    checkpoint.load_into(model, directory, checkpoint.Rules.from_rename(RENAME))
     return model
 
 
@@ -195,7 +195,7 @@ def continue_native(directory: Path, tx: optax.GradientTransformation, steps: It
     """Train on from the checkpoint in native nnx_core, optimizer state and step included, dropout off."""
     model = DigitsNet(dropout_rate=0.0, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    checkpoint.load_train_state(directory, model, optimizer, rename=RENAME)
+    checkpoint.load_into(model, directory, checkpoint.Rules.from_rename(RENAME), optimizer=optimizer)
     losses = [float(native_model.train_step(model, optimizer, images, labels)) for images, labels in steps]
     trained = nnx.to_pure_dict(nnx.state(optimizer))
     return Continued(

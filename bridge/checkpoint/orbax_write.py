@@ -381,9 +381,9 @@ def _exists(path: FilePath) -> CheckpointExistsError:
 
 
 def _cause(error: Exception) -> str:
-    """What the operating system said, which tensorstore puts last, before `os_error_code`; or all of it."""
-    found = re.search(r": ([^:]*) \[os_error_code=", str(error))
-    return found[1] if found else first_words(error)
+    """What the operating system said, which tensorstore puts last, before ` [name='...']`s; or the first words."""
+    found = re.search(r": ([^:]*?) \[\w+='", str(error))
+    return found[1] if found and "[os_error_code='" in str(error) else first_words(error)
 
 
 def _write_file(path: FilePath, content: str) -> None:

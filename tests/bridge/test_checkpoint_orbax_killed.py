@@ -244,6 +244,31 @@ def test_a_full_disk_is_a_clear_error(tmp_path):
     assert_trees_equal(read_tree(tmp_path / "ck"), content(size=400))
 
 
+@pytest.mark.parametrize("limit", [20, 20_000], ids=["opening an array", "writing one"])
+def test_the_reason_is_shown_however_long_the_path(tmp_path, limit):
+    script = textwrap.dedent("""
+        import resource, signal, sys
+        import numpy as np
+        import tensorstore
+        from bridge.checkpoint.orbax_write import _cause
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+        store = {"driver": "ocdbt", "base": f"file://{sys.argv[1]}/", "path": "kernel/"}
+        spec = {"driver": "zarr3", "kvstore": store}
+        values = np.random.default_rng(0).random((256, 256), np.float32)
+        try:
+            array = tensorstore.open(spec, create=True, dtype=tensorstore.float32, shape=values.shape).result()
+            array.write(values).result()
+        except ValueError as error:
+            print(_cause(error))
+    """)
+    folder = tmp_path / ("x" * 200) / ("y" * 200)
+    done = subprocess.run(
+        [sys.executable, "-c", script, folder, str(limit)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "File too large\n", done.stdout + done.stderr
+
+
 def test_a_small_disk(tmp_path, capfd):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -160,7 +160,7 @@ def _in_memory(_: Path, __: Path, leaves: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from bridge.checkpoint.memory import state_to_variables, variables_to_state
+    from bridge.checkpoint.in_memory import state_to_variables, variables_to_state
 
     params = {f"Dense_{i}": {"kernel": jnp.ones((64, 64)) * i} for i in range(leaves)}
     state, _ = variables_to_state({"params": params})

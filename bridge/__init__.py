@@ -3,25 +3,19 @@
 The public list, nothing else: the names of flax.nnx.bridge, and what migration needs beyond them.
 """
 
-from bridge import interop, module
-from bridge._compat_paths import (
-    initializers,
-    to_linen_var,
-    to_nnx_var,
-    variables,
-    with_partitioning,
-    wrappers,
-)
-from bridge.context import current_linen_module, is_linen_initializing
+from bridge import interop, variables
+from bridge._compat_paths import initializers, module, wrappers
 from bridge.functional import Functional, functional
 from bridge.interop import linen_in_bridge_mdl, nnx_in_bridge_mdl
-from bridge.load import LoadReport, load_variables, variables_of
-from bridge.mapping import linen_vars_to_nnx_attrs, nnx_attrs_to_linen_vars
-from bridge.metadata import NNXMeta, to_linen_value, to_nnx_variable
-from bridge.module import AttrPriority, Module, Scope, compact, current_context, current_module
-from bridge.sidecar import join_metadata, split_metadata
-from bridge.to_linen import ToLinen, to_linen, to_linen_class
-from bridge.to_nnx import ToNNX, lazy_init
+from bridge.linen_in_nnx.wrapper import ToNNX, lazy_init
+from bridge.modules.module import AttrPriority, Module, Scope, compact, current_context, current_module
+from bridge.nnx_in_linen.host import current_linen_module, is_linen_initializing
+from bridge.nnx_in_linen.wrapper import ToLinen, to_linen, to_linen_class
+from bridge.variables import to_linen_var, to_nnx_var, with_partitioning
+from bridge.variables.load import LoadReport, load_variables, variables_of
+from bridge.variables.mapping import linen_vars_to_nnx_attrs, nnx_attrs_to_linen_vars
+from bridge.variables.metadata import NNXMeta, to_linen_value, to_nnx_variable
+from bridge.variables.sidecar import join_metadata, split_metadata
 
 __all__ = [
     # wrappers

@@ -1,6 +1,6 @@
 """`python -m bridge` is the command `linen-nnx`."""
 
-from bridge.cli import main
+from bridge.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -201,3 +201,21 @@ def _with_hints(missing: list[Path], unexpected: list[Path]) -> list[str]:
         close = near_misses(show_path(path), candidates)
         lines.append(f"  {show_path(path)}" + (f"   (did you mean {' or '.join(close)}?)" if close else ""))
     return lines
+
+
+class UnboundModuleError(BridgeError, ValueError):
+    """A module of `bridge.Module` was used that has no variables to work with.
+
+    Attributes:
+      kind: the class of that module.
+    """
+
+    def __init__(self, kind: type, what: str):
+        self.kind, module = kind, kind.__name__
+        super().__init__(
+            f"{what} of {module}, which is not bound to variables.\n"
+            "  expected: a module inside init or apply, made in `setup()` or in a method with `@compact`\n"
+            "  found: a module on its own\n"
+            f"Call {module}(...).init(rngs, ...) and .apply(variables, ...); to keep it in an NNX module, give it its"
+            " variables: .bind(variables)."
+        )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import nnx_core as nnx
-from bridge._module_errors import NotReadyError
+from bridge.modules._errors import NotReadyError
 
 M = TypeVar("M", bound=nnx.Module)
 

@@ -13,10 +13,10 @@ from typing import Any
 from flax import linen as nn
 
 import nnx_core as nnx
-from bridge._module_errors import OutsideBridgeModuleError
-from bridge.module_scope import ModuleStackEntry, current_context
-from bridge.module_variables import abstract
-from bridge.to_nnx import ToNNX
+from bridge.linen_in_nnx.wrapper import ToNNX
+from bridge.modules._errors import OutsideBridgeModuleError
+from bridge.modules.scope import ModuleStackEntry, current_context
+from bridge.modules.waiting import abstract
 
 
 def nnx_in_bridge_mdl(factory: Callable[[nnx.Rngs], nnx.Module], name: str | None = None) -> nnx.Module:
@@ -32,7 +32,7 @@ def nnx_in_bridge_mdl(factory: Callable[[nnx.Rngs], nnx.Module], name: str | Non
       ScopeParamNotFoundError, ScopeParamShapeError: (flax.errors) if the variables given do not fit.
 
     >>> import nnx_core as nnx, jax, jax.numpy as jnp
-    >>> from bridge.module import Module, compact
+    >>> from bridge.modules.module import Module, compact
     >>> class Head(Module):
     ...     @compact
     ...     def __call__(self, x):
@@ -59,7 +59,7 @@ def linen_in_bridge_mdl(linen_module: nn.Module, name: str | None = None) -> nnx
 
     >>> from flax import linen as nn
     >>> import jax, jax.numpy as jnp
-    >>> from bridge.module import Module, compact
+    >>> from bridge.modules.module import Module, compact
     >>> class Head(Module):
     ...     @compact
     ...     def __call__(self, x):

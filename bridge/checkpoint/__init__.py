@@ -6,7 +6,6 @@ and what users call: `memory`, `conversion`, `loading`, `save`, `comparison`, `v
 dependency a file.
 """
 
-from bridge.checkpoint.commute import probe
 from bridge.checkpoint.comparison import Difference, DiffReport, diff
 from bridge.checkpoint.conversion import (
     Conversion,
@@ -15,37 +14,46 @@ from bridge.checkpoint.conversion import (
     convert,
     open_conversion,
 )
-from bridge.checkpoint.derivation import DerivationError, Derived, UnknownPathError, UnsureDerivationWarning, derive
-from bridge.checkpoint.derived_rules import UnsayableRuleError
-from bridge.checkpoint.files import Sink, Source, Tree, open_sink, open_source
-from bridge.checkpoint.forward import ForwardMismatchError, ForwardReport, RandomCallError, compare_forward
-from bridge.checkpoint.layout import Kind, Layout, Leaf
-from bridge.checkpoint.loading import ShardingError, load_into
-from bridge.checkpoint.memory import (
+from bridge.checkpoint.derivation.derive import (
+    DerivationError,
+    Derived,
+    UnknownPathError,
+    UnsureDerivationWarning,
+    derive,
+)
+from bridge.checkpoint.derivation.forward import ForwardMismatchError, ForwardReport, RandomCallError, compare_forward
+from bridge.checkpoint.derivation.to_rules import UnsayableRuleError
+from bridge.checkpoint.formats.open import open_sink, open_source
+from bridge.checkpoint.formats.orbax.read import (
+    CheckpointInfo,
+    read_metadata,
+    read_train_state,
+    read_tree,
+)
+from bridge.checkpoint.formats.protocol import Sink, Source
+from bridge.checkpoint.in_memory import (
     nnx_to_train_state,
     state_to_variables,
     train_state_to_nnx,
     train_state_to_states,
     variables_to_state,
 )
-from bridge.checkpoint.opt_state import (
+from bridge.checkpoint.loading import ShardingError, load_into
+from bridge.checkpoint.plan.commute import probe
+from bridge.checkpoint.plan.plan import CollectionClashError, ConversionReport, Plan, UnknownCollectionsError, make_plan
+from bridge.checkpoint.plan.slots import SlotError
+from bridge.checkpoint.rules.apply import Rule, RuleResult, Rules, RulesError, apply_rules, read_rules
+from bridge.checkpoint.save import save_as_linen
+from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
+from bridge.checkpoint.tree.opt_state import (
     param_shapes,
     rename_params,
     restore_into_structure,
     to_linen_layout,
     to_nnx_layout,
 )
-from bridge.checkpoint.orbax import (
-    CheckpointInfo,
-    read_metadata,
-    read_train_state,
-    read_tree,
-)
-from bridge.checkpoint.plan import CollectionClashError, ConversionReport, Plan, UnknownCollectionsError, make_plan
-from bridge.checkpoint.rules import Rule, RuleResult, Rules, RulesError, apply_rules, read_rules
-from bridge.checkpoint.save import save_as_linen
-from bridge.checkpoint.slots import SlotError
-from bridge.checkpoint.train_state import LinenTrainState
+from bridge.checkpoint.tree.train_state import LinenTrainState
+from bridge.checkpoint.tree.tree import Tree
 from bridge.checkpoint.verification import VerificationError, VerifyReport, verify
 
 __all__ = [

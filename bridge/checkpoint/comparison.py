@@ -17,13 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from bridge.checkpoint import layout, memo
-from bridge.checkpoint.canonical import Form, Parts, Role, take_apart
-from bridge.checkpoint.files import Source, open_source
-from bridge.checkpoint.layout import Kind, Layout, Leaf, Path
-from bridge.checkpoint.ops import Op, Read
-from bridge.checkpoint.plan import make_plan
+from bridge._types import Path
+from bridge.checkpoint.formats.open import open_source
+from bridge.checkpoint.formats.protocol import Source
+from bridge.checkpoint.plan import note as memo
+from bridge.checkpoint.plan.plan import make_plan
 from bridge.checkpoint.stream import Batch, Progress, batches, host
+from bridge.checkpoint.tree import layout
+from bridge.checkpoint.tree.canonical import Form, Parts, Role, take_apart
+from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
+from bridge.checkpoint.tree.ops import Op, Read
 from bridge.checkpoint.verification import MAX_MEMORY
 
 # Elements that are compared at once: their float64 copies are small beside the leaves.

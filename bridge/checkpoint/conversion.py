@@ -18,12 +18,14 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointExistsError, cut_short, show_path
-from bridge.checkpoint import layout
-from bridge.checkpoint.canonical import Known
-from bridge.checkpoint.files import Sink, Source, open_sink, open_source
-from bridge.checkpoint.layout import Kind, Layout, Path
-from bridge.checkpoint.plan import Plan, make_plan
+from bridge._types import Path
+from bridge.checkpoint.formats.open import open_sink, open_source
+from bridge.checkpoint.formats.protocol import Sink, Source
+from bridge.checkpoint.plan.plan import Plan, make_plan
 from bridge.checkpoint.stream import Progress, batches, by_source, values
+from bridge.checkpoint.tree import layout
+from bridge.checkpoint.tree.canonical import Known
+from bridge.checkpoint.tree.layout import Kind, Layout
 from bridge.checkpoint.verification import HASHES, MAX_MEMORY, VerificationError, hash_table, verify_source
 
 # Shares of the memory: a batch that is made, the one before it that is written, and two for what formats need for both

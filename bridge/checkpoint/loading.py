@@ -19,15 +19,16 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, Sharding
 
 from bridge._errors import BridgeError, CheckpointLayoutError, VariablesMismatchError, show_path
-from bridge.checkpoint import layout
-from bridge.checkpoint.canonical import VALUE
+from bridge._types import Path, Shape
 from bridge.checkpoint.conversion import open_conversion
-from bridge.checkpoint.goal import is_own
-from bridge.checkpoint.layout import Kind, Path
-from bridge.checkpoint.live import Live, of_training, raw_value, write
-from bridge.checkpoint.ops import Op, Reader, Region
-from bridge.checkpoint.plan import ConversionReport
+from bridge.checkpoint.plan.plan import ConversionReport
+from bridge.checkpoint.plan.target import is_own
 from bridge.checkpoint.stream import by_source
+from bridge.checkpoint.tree import layout
+from bridge.checkpoint.tree.canonical import VALUE
+from bridge.checkpoint.tree.from_objects import Live, of_training, raw_value, write
+from bridge.checkpoint.tree.layout import Kind
+from bridge.checkpoint.tree.ops import Op, Reader, Region
 
 #: (start, stop) for each axis.
 _Bounds = tuple[tuple[int, int], ...]
@@ -97,7 +98,7 @@ def load_into(
     >>> file = tempfile.mkdtemp() + "/linen.safetensors"
     >>> dense = {"params/Dense_0/kernel": np.ones((2, 3), "float32"), "params/Dense_0/bias": np.zeros(3, "float32")}
     >>> safetensors.numpy.save_file(dense, file)
-    >>> from bridge.checkpoint.rules import Rules
+    >>> from bridge.checkpoint.rules.apply import Rules
     >>> model = nnx.eval_shape(lambda: nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
     >>> report = load_into(model, file, Rules.from_rename({"Dense_0": "layers/0"}))
     >>> len(report.rows), float(model.layers[0].kernel.sum())
@@ -228,7 +229,7 @@ def _shard_reader(op: Op, sharding: Sharding, read: Reader) -> Callable[[Any], A
     return shard
 
 
-def _bounds(index: Any, shape: layout.Shape) -> _Bounds:
+def _bounds(index: Any, shape: Shape) -> _Bounds:
     given = () if index is None else index
     return tuple((given[n] if n < len(given) else slice(None)).indices(size)[:2] for n, size in enumerate(shape))
 

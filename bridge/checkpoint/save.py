@@ -16,11 +16,11 @@ from flax import serialization
 from flax.training.train_state import TrainState
 
 from bridge._errors import CheckpointExistsError, CheckpointLayoutError, CheckpointWriteError, MissingDependencyError
-from bridge.checkpoint.files import SINK_FORMATS, open_sink
-from bridge.checkpoint.live import of_object
-from bridge.checkpoint.memory import nnx_to_train_state, state_to_variables
-from bridge.checkpoint.orbax_files import ERRORS, first_words
-from bridge.checkpoint.plan import ConversionReport
+from bridge.checkpoint.formats.open import SINK_FORMATS, open_sink
+from bridge.checkpoint.formats.orbax.files import ERRORS, first_words
+from bridge.checkpoint.in_memory import nnx_to_train_state, state_to_variables
+from bridge.checkpoint.plan.plan import ConversionReport
+from bridge.checkpoint.tree.from_objects import of_object
 
 
 def save_as_linen(

@@ -19,10 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from bridge.checkpoint import layout
-from bridge.checkpoint.layout import Leaf, Path
-from bridge.checkpoint.ops import Block, Fill, Op, Pick, Read, Reader, Region, Reshape
-from bridge.checkpoint.unfinished import pieces
+from bridge._types import Path
+from bridge.checkpoint.formats.sink import pieces
+from bridge.checkpoint.tree import layout
+from bridge.checkpoint.tree.layout import Leaf
+from bridge.checkpoint.tree.ops import Block, Fill, Op, Pick, Read, Reader, Region, Reshape
 
 #: Called with what is being done, the bytes done and the bytes in all.
 Progress = Callable[[str, int, int], None]

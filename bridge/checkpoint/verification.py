@@ -14,10 +14,11 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointLayoutError, cut_short, show_path
-from bridge.checkpoint.files import Source, open_source
-from bridge.checkpoint.layout import Path
-from bridge.checkpoint.ops import Read
+from bridge._types import Path
+from bridge.checkpoint.formats.open import open_source
+from bridge.checkpoint.formats.protocol import Source
 from bridge.checkpoint.stream import Batch, Progress, batches, leaf_hash, values
+from bridge.checkpoint.tree.ops import Read
 
 #: The key of the hashes in the metadata of a checkpoint: a list of `[keys of the path, SHA-256]`.
 HASHES = "hashes"

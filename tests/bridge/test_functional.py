@@ -7,7 +7,7 @@ from flax import nnx as flax_nnx
 
 import bridge
 import nnx_core as nnx
-from bridge._module_errors import NotReadyError
+from bridge.modules._errors import NotReadyError
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 X = jax.random.normal(jax.random.key(1), (4, 3))

@@ -25,7 +25,7 @@ from bridge import (
     to_linen,
     variables_of,
 )
-from bridge.mapping import leaves
+from bridge.variables.mapping import leaves
 from tests.tolerance import assert_trees_equal
 
 KEY = jax.random.key(0)

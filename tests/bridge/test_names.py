@@ -92,8 +92,9 @@ def test_module_paths_hold_the_same_names(path):
 
 
 def test_paths_are_aliases():
-    from bridge.variables import to_linen_var, with_partitioning
     from bridge.wrappers import Functional, ToLinen, ToNNX, lazy_init
+
+    from bridge.variables import to_linen_var, with_partitioning
 
     assert (ToNNX, ToLinen, lazy_init, Functional) == (ours.ToNNX, ours.ToLinen, ours.lazy_init, ours.Functional)
     assert (to_linen_var, with_partitioning) == (ours.to_linen_var, ours.with_partitioning)

@@ -9,10 +9,10 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import nnx_core as nnx
-from bridge._to_linen_errors import UnexpectedVariablesError
-from bridge.context import current_linen_module
-from bridge.to_linen import to_linen, to_linen_class
-from bridge.to_nnx import ToNNX, lazy_init
+from bridge.linen_in_nnx.wrapper import ToNNX, lazy_init
+from bridge.nnx_in_linen._errors import UnexpectedVariablesError
+from bridge.nnx_in_linen.host import current_linen_module
+from bridge.nnx_in_linen.wrapper import to_linen, to_linen_class
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 KEY, RNGS = jax.random.key(0), {"dropout": jax.random.key(1)}

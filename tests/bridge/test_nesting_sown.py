@@ -7,8 +7,8 @@ import pytest
 from flax import linen as nn
 
 import nnx_core as nnx
-from bridge.to_linen import to_linen
-from bridge.to_nnx import ToNNX
+from bridge.linen_in_nnx.wrapper import ToNNX
+from bridge.nnx_in_linen.wrapper import to_linen
 from tests.tolerance import assert_trees_equal
 
 KEY = jax.random.key(0)

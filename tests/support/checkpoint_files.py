@@ -15,9 +15,11 @@ import numpy as np
 from hypothesis import strategies as st
 
 from bridge._errors import BridgeError
-from bridge.checkpoint import layout
-from bridge.checkpoint.files import Source, Tree, open_sink, open_source
-from bridge.checkpoint.layout import Leaf
+from bridge.checkpoint.formats.open import open_sink, open_source
+from bridge.checkpoint.formats.protocol import Source
+from bridge.checkpoint.tree import layout
+from bridge.checkpoint.tree.layout import Leaf
+from bridge.checkpoint.tree.tree import Tree
 
 DTYPES = (
     "float32",

@@ -14,9 +14,9 @@ import optax
 from jax.sharding import AxisType, Mesh
 
 import nnx_core as nnx
+from bridge.checkpoint.formats.orbax.read import OrbaxSource
 from bridge.checkpoint.loading import load_into
-from bridge.checkpoint.orbax import OrbaxSource
-from bridge.checkpoint.rules import Rules
+from bridge.checkpoint.rules.apply import Rules
 from bridge.checkpoint.save import save_as_linen
 from nnx_core import sharding
 
@@ -29,7 +29,7 @@ def make_tx():
 
 
 class Sharded(nnx.Module):
-    """The model of tests/bridge/test_checkpoint_processes.py, its kernels over both axes of a mesh."""
+    """The model of tests/bridge/checkpoint/test_processes.py, its kernels over both axes of a mesh."""
 
     def __init__(self, rngs):
         def over(*names):
@@ -110,7 +110,7 @@ def main(port, count, index, source, known, target, dies=-1):
 
 def linen_like():
     """The TrainState that the Linen code has, abstract: no boxes, though the kernels have axis names."""
-    from tests.bridge.test_checkpoint_processes import linen_state
+    from tests.bridge.checkpoint.test_processes import linen_state
 
     return jax.eval_shape(linen_state)
 

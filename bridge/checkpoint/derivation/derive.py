@@ -1,0 +1,516 @@
+"""Rules that follow from the two models themselves: which Linen variable is which NNX Variable, and how it is made.
+
+Law: every variable of both models is paired exactly once, or stands in one error; nothing is guessed where two would do
+as well; `derived.inverse()` undoes `derived`, bit for bit. Both models are traced abstractly. Where the order of calls
+alone has decided, both are also run, on random values, or else the result and a warning say so.
+Knows modules, through their traces; knows nothing of files, optimizers or layouts of checkpoints.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+import nnx_core as nnx
+from bridge._errors import BridgeError, VariablesMismatchError, near_misses, show_path
+from bridge.checkpoint.derivation.forward import ForwardMismatchError, ForwardReport, Trial
+from bridge.checkpoint.derivation.to_rules import rules_of
+from bridge.checkpoint.rules.apply import RuleResult, Rules
+from bridge.checkpoint.tree.ops import Block, Join, Op, Pick, Read, Transpose
+from bridge.tracing.data_flow import Flow
+from bridge.tracing.pairs import Doubt, Index, Instance, Link, Pairing, Tie, is_whole, pair, permutation, raw_axis
+from bridge.tracing.pure_call import linen_call, module_of, nnx_call, streams_of
+from bridge.tracing.trace import TRANSIENT, Location, Method, Part, Path, Slot, Unit, trace_linen, trace_nnx
+
+#: A prefix of paths, without the collection: keys, or keys with `/` between them.
+Prefix = str | tuple[str, ...]
+To = Literal["nnx", "linen"]
+
+_MOST_LINES = 40
+
+#: Up to this many bytes of variables, `derive` runs both models by itself where it is unsure.
+_MOST_BYTES = 256 * 2**20
+
+#: Models that differ by rounding do so by a like amount whichever of two layers is which; swapped ones by more.
+_FAR = 10
+
+
+class DerivationError(BridgeError, ValueError):
+    """Two models whose variables cannot be paired without guessing.
+
+    Attributes:
+      linen, nnx: locations that have no counterpart.
+      ambiguous: what could be paired in two ways.
+    """
+
+    def __init__(self, linen: Sequence[Unit], nnx: Sequence[Unit], ambiguous: Sequence[Doubt] = ()):
+        self.linen, self.nnx = _locations(linen), _locations(nnx)
+        self.ambiguous = tuple(ambiguous)
+        counts = [(len(self.linen), "of Linen"), (len(self.nnx), "of NNX"), (len(self.ambiguous), "ambiguous")]
+        listed = ", ".join(f"{count} {what}" for count, what in counts if count)
+        lines = [f"the variables of the two models cannot all be paired: {listed}"]
+        lines += ["expected: each Linen variable has one counterpart in NNX", "found:"]
+        lines += _listed("in Linen, and without a counterpart in NNX:", linen, nnx)
+        lines += _listed("in NNX, and without a counterpart in Linen:", nnx, linen)
+        if ambiguous:
+            lines += ["  what their names are against:", *(f"    {doubt.text}" for doubt in ambiguous[:_MOST_LINES])]
+        super().__init__("\n".join([*lines, *_advice(linen, nnx, ambiguous)]))
+
+
+class UnknownPathError(BridgeError, LookupError):
+    """`rename` or `fresh` names a path at which a model has nothing."""
+
+    def __init__(self, path: Path, model: str, units: Iterable[Unit]):
+        self.path = path
+        known = {show_path(at[1:n]) for at in _locations(units) for n in range(2, len(at) + 1)}
+        near = near_misses(show_path(path), sorted(known)) or sorted(known)[:3]
+        super().__init__(
+            f"{show_path(path)}: not in {model}\n  expected: the path of a module or variable, without its collection\n"
+            f"  found: none there, or another entry has it already; there are {', '.join(near) or 'no others'}\n"
+            "Mend rename or fresh."
+        )
+
+
+class UnsureDerivationWarning(UserWarning):
+    """Layers were paired by the order of calls alone, and nothing has shown that they are the same ones."""
+
+    def __init__(self, unsure: Sequence[Unsure], why: str):
+        self.unsure = tuple(unsure)
+        listed = "\n".join(f"  {group}" for group in self.unsure[:_MOST_LINES])
+        super().__init__(
+            f"layers of one class and the same shapes could be swapped:\n{listed}\n  not confirmed: {why}\n"
+            "Run compare_forward, or derive(..., check=True), or say what is what: derive(..., rename=...)."
+        )
+
+
+def _locations(units: Iterable[Unit]) -> tuple[Location, ...]:
+    return tuple(dict.fromkeys(slot.part.location for unit in units for slot in unit.slots.values()))
+
+
+def _listed(title: str, units: Sequence[Unit], others: Sequence[Unit]) -> list[str]:
+    candidates = {show_path(part.location): (unit, part) for unit, part in _parts(others)}
+    lines, parts = [], _parts(units)
+    for unit, part in parts[:_MOST_LINES]:
+        line = f"    {part}, of {unit.kind}{_when(unit)}"
+        if nearest := _nearest(unit, part, candidates):
+            other, candidate = candidates[nearest]
+            line += f"; nearest: {candidate}, of {other.kind}{_when(other)}"
+        lines.append(line)
+    more = [f"    ... and {len(parts) - _MOST_LINES} more"] if len(parts) > _MOST_LINES else []
+    return [f"  {title}", *lines, *more] if lines else []
+
+
+def _parts(units: Iterable[Unit]) -> list[tuple[Unit, Part]]:
+    return list({slot.part.location: (unit, slot.part) for unit in units for slot in unit.slots.values()}.values())
+
+
+def _when(unit: Unit) -> str:
+    return ", never called" if unit.order is None else f", call {unit.order}"
+
+
+def _nearest(unit: Unit, part: Part, candidates: Mapping[str, tuple[Unit, Part]]) -> str | None:
+    """Of the same class if there is one, then of the same rank and name; the first in the order of calls."""
+
+    def score(name: str) -> tuple[bool, ...]:
+        other, candidate = candidates[name]
+        same_layer = unit.family is not None and unit.family is other.family
+        return same_layer, candidate.location[-1] == part.location[-1], candidate.shape == part.shape
+
+    best = max(candidates, key=score, default=None)
+    if best is not None and any(score(best)):
+        return best
+    return next(iter(near_misses(show_path(part.location), candidates, 1)), None)
+
+
+def _advice(linen: Sequence[Unit], nnx: Sequence[Unit], ambiguous: Sequence[Doubt]) -> list[str]:
+    lines = ["If the models are the same one, say what is what:"]
+    pairs = [(doubt.linen, doubt.nnx, doubt.is_module) for doubt in ambiguous]
+    pairs += [(_place(a), _place(b), a.family is not None) for a, b in zip(linen, nnx, strict=False)]
+    if pairs:
+        first, second, below = show_path(pairs[0][0]), show_path(pairs[0][1]), "/**" if pairs[0][2] else ""
+        lines.append(f"  derive(..., rename={{{first!r}: {second!r}}}), or in a rules file:")
+        lines.append(f'  [[rule]]\n  from = "*/{first}{below}"\n  to = "*/{second}{below}"')
+    if linen:
+        lines.append(
+            f"  derive(..., rename={{{show_path(_place(linen[0]))!r}: None}}) drops what NNX has no place for."
+        )
+    if nnx:
+        lines.append(f"  derive(..., fresh=[{show_path(_place(nnx[0]))!r}]) leaves the NNX model its own values there.")
+    return lines
+
+
+def _place(unit: Unit) -> Path:
+    """What to call a unit by: its path, or its variable's where it is not meant as a whole."""
+    return unit.path if unit.family is not None else next(iter(unit.slots.values())).part.location[1:]
+
+
+# ---- the result ----
+
+
+@dataclass(frozen=True)
+class Unsure:
+    """Layers, in the order of their calls, which neither names nor the flow of data puts in that order."""
+
+    linen: tuple[str, ...]
+    nnx: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.linen)} -> {', '.join(self.nnx)}: paired by call order alone"
+
+
+@dataclass(frozen=True)
+class Derived:
+    """How each variable of one model is made from those of the other. Takes the place of rules.
+
+    Attributes:
+      links: which variables were paired, and why.
+      dropped, fresh: Linen variables without a place in NNX, and the other way round, as the caller said.
+      to: where `apply` goes.
+      unsure: what the order of calls alone has paired, and no comparison of outputs has confirmed.
+    """
+
+    links: tuple[Link, ...]
+    dropped: tuple[Location, ...] = ()
+    fresh: tuple[Location, ...] = ()
+    to: To = "nnx"
+    unsure: tuple[Unsure, ...] = ()
+
+    def inverse(self) -> Derived:
+        """The way back."""
+        return replace(self, to="linen" if self.to == "nnx" else "nnx")
+
+    @functools.cached_property
+    def made(self) -> dict[Location, Op]:
+        """Target location -> how it is made from source locations."""
+        makers: dict[Location, list[Link]] = {}
+        for link in self.links:
+            makers.setdefault((link.nnx if self.to == "nnx" else link.linen).part.location, []).append(link)
+        make = _nnx_op if self.to == "nnx" else _linen_op
+        return {at: make(links) for at, links in makers.items()}
+
+    def apply(self, leaves: Mapping[Location, Op]) -> RuleResult:
+        """The leaves of the target.
+
+        Args:
+          leaves: those of the source, all of a collection or none of it.
+
+        Raises:
+          VariablesMismatchError: leaves that the source model has not, or that are missing, or of another shape.
+        """
+        sides = [(link.linen.part, link.nnx.part) for link in self.links]
+        parts = {part.location: part for part in (pair[self.to == "linen"] for pair in sides)}
+        gone, new = (self.dropped, self.fresh) if self.to == "nnx" else (self.fresh, self.dropped)
+        dropped = {at: "the caller of derive said so" for at in gone if at in leaves}
+        dropped |= {at: "made anew by every call" for at in leaves if at[0] in TRANSIENT}
+        given = {at: op for at, op in leaves.items() if at not in dropped}
+        present = {at[0] for at in given}
+        missing = [at for at in parts if at not in given and at[0] in present]
+        shapes = [
+            (at, parts[at].shape, op.shape) for at, op in given.items() if at in parts and op.shape != parts[at].shape
+        ]
+        unexpected = [at for at in given if at not in parts]
+        if missing or unexpected or shapes:
+            model = "the Linen model" if self.to == "nnx" else "the NNX model"
+            raise VariablesMismatchError(missing, unexpected, shapes, source="the checkpoint", target=model)
+        made = {at: op.on(given.__getitem__) for at, op in self.made.items() if next(op.sources())[0] in present}
+        return RuleResult(made, dropped, tuple(new))
+
+    def rules(self) -> Rules:
+        """The same as rules, to be edited and kept; `Rules.then` puts others before them.
+
+        Raises:
+          UnsayableRuleError: layers are stacked in a way, or have names, for which there is no rule.
+          RulesError: `to` is "linen" and something is dropped or fresh.
+        """
+        forward = rules_of(self.links, self.dropped, self.fresh)
+        return forward if self.to == "nnx" else forward.inverse()
+
+    def to_toml(self) -> str:
+        """The text of a rules file, which `read_rules` takes. Raises what `rules` does."""
+        return self.rules().to_toml()
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """(Linen path, NNX path, how they were paired and the shape), a row for each pair."""
+        return [
+            (_shown(x.linen, x.linen_index), _shown(x.nnx, x.nnx_index), f"{x.how} {x.linen.shape}") for x in self.links
+        ]
+
+    def __str__(self) -> str:
+        rows = [("Linen", "NNX", "paired by"), *self.table()]
+        rows += [(show_path(at), "-", "dropped") for at in self.dropped]
+        rows += [("-", show_path(at), "of the NNX model") for at in self.fresh]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {how}" for a, b, how in rows]
+        return "\n".join([*lines, *(f"{group}: check with compare_forward" for group in self.unsure)])
+
+
+def _shown(slot: Slot, index: Index) -> str:
+    at = "".join(f"[{n}]" for n in index)
+    part = f" part {slot.index} of {slot.count}" if slot.count > 1 else ""
+    return f"{show_path(slot.part.location)}{at}{part}"
+
+
+# ---- expressions ----
+
+
+def _nnx_op(links: Sequence[Link]) -> Op:
+    """One Variable, from the variables of Linen that are its layers and its gates."""
+    target = links[0].nnx.part
+    layers: dict[Index, list[Link]] = {}
+    for link in sorted(links, key=lambda link: link.nnx.index):
+        layers.setdefault(link.nnx_index, []).append(link)
+    if is_whole(links):
+        gates = next(iter(layers.values()))
+        reads = [_read(link.linen.part) for link in gates]
+        return _moved(_joined(reads, gates[0].nnx, gates[0].linen.part), gates[0].linen.part, target)
+
+    def layer(index: Index) -> Op:
+        return _joined([_picked(link.linen.part, link.linen_index) for link in layers[index]], layers[index][0].nnx)
+
+    return _stacked(target, layer)
+
+
+def _linen_op(links: Sequence[Link]) -> Op:
+    """One variable of Linen, from the Variables that are its layers, or have it as a gate."""
+    target, slot = links[0].linen.part, links[0].nnx
+    if is_whole(links):
+        return _moved(_gate(_read(slot.part), slot, slot.part), slot.part, target)
+    layers = {link.linen_index: link for link in links}
+
+    def layer(index: Index) -> Op:
+        return _gate(_picked(layers[index].nnx.part, layers[index].nnx_index), layers[index].nnx)
+
+    return _stacked(target, layer)
+
+
+def _read(part: Part) -> Op:
+    return Read(part.location, part.shape, part.dtype)
+
+
+def _joined(ops: Sequence[Op], slot: Slot, stacked: Part | None = None) -> Op:
+    """All gates of `slot`; `stacked` is what they are layers of."""
+    if len(ops) == 1:
+        return ops[0]
+    return Join(tuple(ops), slot.axis if stacked is None else raw_axis(stacked, slot.axis))
+
+
+def _gate(op: Op, slot: Slot, stacked: Part | None = None) -> Op:
+    if slot.count == 1:
+        return op
+    axis = slot.axis if stacked is None else raw_axis(stacked, slot.axis)
+    size = op.shape[axis] // slot.count
+    return Block(op, axis, slot.index * size, (slot.index + 1) * size)
+
+
+def _moved(op: Op, source: Part, target: Part) -> Op:
+    axes = permutation(source, target)
+    return op if axes == tuple(range(len(axes))) else Transpose(op, axes)
+
+
+def _picked(part: Part, index: Index) -> Op:
+    op = _read(part)
+    for axis, n in zip(part.axes, index, strict=True):
+        op = Pick(op, axis, n)
+    return op
+
+
+def _stacked(target: Part, layer: Callable[[Index], Op], index: Index = ()) -> Op:
+    if len(index) == len(target.axes):
+        return layer(index)
+    parts = (_stacked(target, layer, (*index, n)) for n in range(target.sizes[len(index)]))
+    return Join(tuple(parts), target.axes[len(index)], stack=True)
+
+
+# ---- deriving ----
+
+
+def derive(
+    linen_module: nn.Module,
+    nnx_module: nnx.Module | Callable[[nnx.Rngs], nnx.Module],
+    *inputs: Any,
+    rngs: Any = None,
+    method: Method | tuple[Method, Method] = "__call__",
+    rename: Mapping[Prefix, Prefix | None] | None = None,
+    fresh: Iterable[Prefix] = (),
+    check: bool | None = None,
+    **kwargs: Any,
+) -> Derived:
+    """How the variables of a Linen model become those of an NNX model, and back.
+
+    Both models are called abstractly, and their layers paired by class, shapes and the order of first calls: layers of
+    one class and the same shapes are the same ones in the same order. Names decide where a layer is never called, and
+    must not contradict the order elsewhere; names that Linen gives by itself (`Dense_0`) say nothing. A module that
+    is called several times counts once. Layers in a stack (nn.scan, nn.vmap; nnx.scan, nnx.vmap) are the same as
+    that many layers one by one. Variables of modules of the user's own may have any names, if their shapes differ.
+
+    Two branches of one shape without names, called in another order, would be taken for one another. So neighbours in
+    the order of calls are unsure unless both models' names tell them apart, or one needs the other's output in both
+    models (which a second abstract trace of each shows). What is unsure is checked: both models run once, compiled,
+    what `compare_forward` demands must hold, and the outputs must be further off with the two swapped; a swap that no
+    output shows stays unsure. Nothing else is ever computed.
+
+    Args:
+      linen_module: unbound.
+      nnx_module: real or abstract, or a function of `nnx.Rngs` that makes it, which runs abstractly. Not changed.
+      *inputs, **kwargs: of the call: arrays, `jax.ShapeDtypeStruct`s, flags.
+      rngs: for Linen's init, as `module.init` takes them.
+      method: the name of the method to call, or a function of (module, *inputs, **kwargs); or two, Linen's first.
+      rename: what is what, decided beforehand: Linen path -> NNX path of modules or variables, without the collection;
+        None for what has no place in NNX. What is below one is paired with what is below the other.
+      fresh: paths of NNX whose values Linen does not have: those of the model stay.
+      check: whether to run the models: True, always; False, never; None, where something is unsure, nothing is dropped
+        or fresh, the Linen variables have at most 256 MiB, and the models run here without drawing random numbers.
+
+    Returns:
+      What `apply`s to the leaves of Linen, `inverse()` of which to those of NNX. Its `unsure` is what was not checked,
+      with an UnsureDerivationWarning.
+
+    Raises:
+      DerivationError: variables without a counterpart, or with several; all of them.
+      UnknownPathError: `rename` or `fresh` names what there is not.
+      ForwardMismatchError: a check has found other outputs; it lists what is unsure.
+      RandomCallError: the same with check=True, for a call that draws random numbers.
+
+    >>> import jax
+    >>> class Net(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.hidden, self.out = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, use_bias=False, rngs=rngs)
+    ...
+    ...     def __call__(self, x):
+    ...         return self.out(nnx.relu(self.hidden(x)))
+    >>> x = jax.ShapeDtypeStruct((1, 8), "float32")
+    >>> print(derive(nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(8, use_bias=False)]), Net, x))
+    Linen                   NNX                   paired by
+    params/layers_0/bias    params/hidden/bias    Dense/Linear, the only ones alike (8,)
+    params/layers_0/kernel  params/hidden/kernel  Dense/Linear, the only ones alike (8, 8)
+    params/layers_2/kernel  params/out/kernel     Dense/Linear, the only ones alike (8, 8)
+    """
+    methods = method if isinstance(method, tuple) else (method, method)
+    model = module_of(nnx_module)
+    linen = trace_linen(linen_module, methods[0], rngs, inputs, kwargs)
+    ours = trace_nnx(model, methods[1], inputs, kwargs)
+    found, dropped, kept = _paired(linen, ours, rename or {}, fresh)
+    links = sorted(dict.fromkeys(found.links), key=lambda link: (link.linen.part.location, link.linen_index))
+    derived = Derived(tuple(links), dropped, kept)
+    if found.ties:
+        call = linen_call(linen_module, methods[0], rngs, inputs, kwargs)
+        theirs = Flow(linen, call, streams_of(rngs), inputs, kwargs)
+        own = Flow(ours, nnx_call(model, methods[1]), None, inputs, kwargs)
+        found.ties = [tie for tie in found.ties if not (theirs.in_order(*tie.linen) and own.in_order(*tie.nnx))]
+    derived = replace(derived, unsure=_groups(found.ties))
+    if check or (check is None and derived.unsure):
+        trial = functools.partial(Trial, linen_module, model, inputs, kwargs, rngs, method)
+        derived, why = _checked(derived, found.ties, trial, always=bool(check))
+    else:
+        why = "check=False"
+    if derived.unsure:
+        warnings.warn(UnsureDerivationWarning(derived.unsure, why), stacklevel=2)
+    return derived
+
+
+def _paired(
+    linen: Sequence[Unit], ours: Sequence[Unit], rename: Mapping[Prefix, Prefix | None], fresh: Iterable[Prefix]
+) -> tuple[Pairing, tuple[Location, ...], tuple[Location, ...]]:
+    """All pairs, and what is dropped and fresh."""
+    found, dropped, kept = Pairing(), [], []
+    for old, new in sorted(rename.items(), key=lambda item: -len(_keys(item[0]))):
+        inside, linen = _take(linen, _keys(old), "the Linen model")
+        if new is None:
+            dropped += _locations(inside)
+        else:
+            counterpart, ours = _take(ours, _keys(new), "the NNX model")
+            _add(found, pair(inside, counterpart))
+    for prefix in fresh:
+        inside, ours = _take(ours, _keys(prefix), "the NNX model")
+        kept += _locations(inside)
+    _add(found, pair(linen, ours))
+    if found.linen or found.nnx or found.ambiguous:
+        raise DerivationError(found.linen, found.nnx, found.ambiguous)
+    return found, tuple(dropped), tuple(kept)
+
+
+def _checked(derived: Derived, ties: Sequence[Tie], trial: Callable[[], Trial], always: bool) -> tuple[Derived, str]:
+    """With no more than what the outputs cannot tell apart as unsure; and why that is left."""
+    if not always:
+        parts = {link.linen.part for link in derived.links}
+        if derived.dropped or derived.fresh:
+            return derived, "the outputs differ anyway, as variables are dropped or fresh"
+        if sum(math.prod(part.shape) * jnp.dtype(part.dtype).itemsize for part in parts) > _MOST_BYTES:
+            return derived, f"the variables have more than {_MOST_BYTES >> 20} MiB"
+    try:
+        compare = trial().compare
+        off = compare(derived).worst
+        left = [tie for tie in ties if not _is_worse(compare, _swapped(derived, tie), off)]
+    except ForwardMismatchError:
+        raise
+    except Exception as error:  # a kernel for another accelerator, dropout, inputs that only the user can make
+        if always:
+            raise
+        return derived, f"the models do not run here: {error}"
+    return replace(derived, unsure=_groups(left)), "run, but the outputs are as good either way"
+
+
+def _swapped(derived: Derived, tie: Tie) -> Derived:
+    def sides(link: Link) -> tuple[Any, ...]:
+        return link.linen, link.linen_index, link.nnx, link.nnx_index
+
+    gone = set(map(sides, tie.links))
+    links = dict.fromkeys([*(link for link in derived.links if sides(link) not in gone), *tie.swapped])
+    return replace(derived, links=tuple(links))
+
+
+def _is_worse(compare: Callable[[Derived], ForwardReport], swapped: Derived, off: float) -> bool:
+    """Whether the outputs are off by far more than `off`. Deep in a model, a swap may cost less than the tolerance."""
+    try:
+        return compare(swapped).worst > _FAR * off
+    except ForwardMismatchError:
+        return True
+
+
+def _groups(ties: Iterable[Tie]) -> tuple[Unsure, ...]:
+    """Neighbours that share a layer are one group."""
+    groups: list[list[tuple[Instance, Instance]]] = []
+    for tie in ties:
+        first, second = zip(tie.linen, tie.nnx, strict=True)
+        if groups and groups[-1][-1] == first:
+            groups[-1].append(second)
+        else:
+            groups.append([first, second])
+
+    def name(instance: Instance) -> str:
+        unit, index = instance
+        return show_path(_place(unit)) + "".join(f"[{n}]" for n in index)
+
+    return tuple(Unsure(*(tuple(map(name, side)) for side in zip(*group, strict=True))) for group in groups)
+
+
+def _keys(prefix: Prefix) -> Path:
+    return tuple(prefix.split("/")) if isinstance(prefix, str) else tuple(map(str, prefix))
+
+
+def _take(units: Sequence[Unit], prefix: Path, model: str) -> tuple[list[Unit], list[Unit]]:
+    """What is at or below `prefix`, and the rest; a unit that is in part is cut in two."""
+    inside, outside = [], []
+    for unit in units:
+        below = [name for name, slot in unit.slots.items() if slot.part.location[1 : len(prefix) + 1] == prefix]
+        above = [name for name in unit.slots if name not in below]
+        inside += [unit.only(below)] if below else []
+        outside += [unit.only(above)] if above else []
+    if not inside:
+        raise UnknownPathError(prefix, model, units)
+    return inside, outside
+
+
+def _add(found: Pairing, more: Pairing) -> None:
+    found.links += more.links
+    found.linen += more.linen
+    found.nnx += more.nnx
+    found.ambiguous += more.ambiguous
+    found.ties += more.ties

@@ -1,0 +1,318 @@
+"""Both models run on the same values and inputs: whether rules lead to a model that computes the same.
+
+Law: nothing of the caller's is read or changed but the structure of the models: every variable is drawn anew, so that
+two layers of one shape that were swapped give other outputs, and the drawn ones are of the size that the author meant.
+Knows modules, rules and numbers; knows nothing of how rules are found, or of files.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+import nnx_core as nnx
+from bridge._errors import BridgeError, VariablesMismatchError
+from bridge.checkpoint.tree.layout import describe
+from bridge.checkpoint.tree.ops import Read
+from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, streams_of
+from bridge.tracing.trace import Method, is_array, parted
+
+# Largest difference over largest value of an output, by dtype, on CPU and elsewhere. One layer in another order of
+# sums differs by 1e-5 in float32 on CPU, 2e-5 on a GPU, 1e-4 on a TPU (tests/tolerance.py has the same, measured for
+# each layer), in half precision by four unit roundoffs; ten layers add up to ten times as much, four where layers
+# round to half precision. Swapped layers differ by far more. What is absent must be equal.
+_TOLERANCE = {
+    "float64": (1e-11, 1e-9),
+    "float32": (1e-4, 1e-3),
+    "float16": (8e-3, 8e-3),
+    "bfloat16": (6.4e-2, 6.4e-2),
+    "complex128": (1e-11, 1e-9),
+    "complex64": (1e-4, 1e-3),
+}
+
+_HALVES = {"bf16": "bfloat16", "f16": "float16"}  # as a program names them
+
+
+class ForwardMismatchError(BridgeError, ValueError):
+    """The two models give other outputs for the same values.
+
+    Attributes:
+      path: of the output; "" if there is only one.
+      difference, tolerance: the largest difference, and what it may be.
+    """
+
+    def __init__(self, path: str, expected: str, found: str, hint: str, difference: float, tolerance: float):
+        self.path, self.difference, self.tolerance = path, difference, tolerance
+        super().__init__(
+            f"output{path}: the two models do not compute the same\n  expected: {expected}\n  found: {found}\n{hint}"
+        )
+
+
+class RandomCallError(BridgeError, ValueError):
+    """A call draws random numbers: two models never draw the same ones, so that their outputs say nothing."""
+
+    def __init__(self, model: str):
+        super().__init__(
+            f"the call of the {model} model draws random numbers, as dropout does\n"
+            "  expected: the same output for any keys\n  found: another one with other keys\n"
+            "Compare a call without: deterministic=True, train=False, or a `method` that is so."
+        )
+
+
+@dataclass(frozen=True)
+class ForwardReport:
+    """What a comparison has shown.
+
+    Attributes:
+      differences: path of an output -> largest difference.
+      tolerances: path of an output -> what that could have been.
+      bit_equal: whether all outputs have the same bits.
+    """
+
+    differences: Mapping[str, float]
+    tolerances: Mapping[str, float]
+    bit_equal: bool
+
+    @property
+    def worst(self) -> float:
+        """The largest difference over its tolerance; at most 1."""
+        return max(_ratio(x, self.tolerances[at]) for at, x in self.differences.items())
+
+    def __str__(self) -> str:
+        if self.bit_equal:
+            return f"{len(self.differences)} outputs, bit for bit the same"
+        rows = (f"output{at}: {x:.3g} (up to {self.tolerances[at]:.3g})" for at, x in self.differences.items())
+        return "largest differences\n  " + "\n  ".join(rows)
+
+
+def compare_forward(
+    linen_module: nn.Module,
+    nnx_module: nnx.Module | Callable[[nnx.Rngs], nnx.Module],
+    rules: Any,
+    *inputs: Any,
+    rngs: Any = None,
+    method: Method | tuple[Method, Method] = "__call__",
+    seed: int = 0,
+    **kwargs: Any,
+) -> ForwardReport:
+    """Run both models, compiled, on the same random variables and inputs, and compare what they return.
+
+    Variables are as Linen's `init` makes them, but each number is multiplied by another in [0.7, 1.3). Where all are
+    the same, as in a bias, they are drawn from [0.5, 1.5) with their sign; zeros from [-0.5, 0.5), over the root of
+    the fan-in. Integers and bools are shuffled. Matrix products are in full precision. Outputs alone are compared:
+    not what a call writes.
+
+    Args:
+      linen_module, nnx_module, method, rngs, **kwargs: as for `derive`. Values of the NNX model are used only where the
+        rules say nothing of them.
+      rules: from Linen to NNX: of `derive`, of `read_rules`, ...
+      *inputs: arrays, `jax.ShapeDtypeStruct`s, which become normal numbers, or 0 and 1 for integers and bools; flags.
+      seed: of all that is random.
+
+    Returns:
+      The largest difference of each output.
+
+    Raises:
+      ForwardMismatchError: outputs differ by more than the tolerance of their dtype, or are not finite.
+      RandomCallError: they differ, and one of the models draws random numbers.
+      VariablesMismatchError: the rules do not lead to the NNX model's variables.
+
+    >>> from bridge.checkpoint.derivation.derive import derive
+    >>> theirs, x = nn.Sequential([nn.Dense(8), nn.Dense(2)]), jax.ShapeDtypeStruct((1, 4), "float32")
+    >>> def ours(rngs):
+    ...     return nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs))
+    >>> print(compare_forward(theirs, ours, derive(theirs, ours, x), x))
+    1 outputs, bit for bit the same
+    """
+    return Trial(linen_module, nnx_module, inputs, kwargs, rngs, method, seed).compare(rules)
+
+
+class Trial:
+    """Two models and the values they are run on; each is compiled once, for any number of rules."""
+
+    def __init__(
+        self,
+        linen_module: nn.Module,
+        nnx_module: nnx.Module | Callable[[nnx.Rngs], nnx.Module],
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        rngs: Any = None,
+        method: Method | tuple[Method, Method] = "__call__",
+        seed: int = 0,
+    ):
+        methods = method if isinstance(method, tuple) else (method, method)
+        self._draw = np.random.default_rng(seed)
+        self._inputs = jax.tree.map(lambda x: self._drawn(x) if is_array(x) else x, (tuple(inputs), dict(kwargs)))
+        theirs = linen_call(linen_module, methods[0], rngs, *self._inputs)
+        ours = nnx_call(module_of(nnx_module), methods[1])
+        self.values: Values = {at: self._near(x) for at, x in sorted(theirs.initial().items())}
+        self._wanted = ours.variables
+        self._own = {at: jax.tree.map(self._drawn, x) for at, x in sorted(ours.variables.items())}
+        self._keys = streams_of(rngs)
+        self._run_linen, self._run_nnx = _Compiled(theirs.run), _Compiled(ours.run)
+
+    @functools.cached_property
+    def expected(self) -> Any:
+        """What the Linen model returns."""
+        return self._run_linen(self.values, self._keys, *self._inputs)
+
+    def compare(self, rules: Any) -> ForwardReport:
+        """See `compare_forward`."""
+        if getattr(rules, "to", "nnx") == "linen":
+            rules = rules.inverse()
+        values = self._converted(rules)
+        actual = self._run_nnx(values, None, *self._inputs)
+        notes = "\n".join(map(str, getattr(rules, "unsure", ())))
+        try:
+            return _compared(actual, self.expected, self._run_linen.tolerance, notes)
+        except ForwardMismatchError:
+            self._require_no_chance(values, actual)
+            raise
+
+    def _converted(self, rules: Any) -> Values:
+        leaves = {at: Read(at, *describe(x)) for at, x in self.values.items()}
+        result = rules.apply(leaves)
+        unexpected = [at for at in result.made if at not in self._own]
+        shapes = [
+            (at, np.shape(self._own[at]), op.shape)
+            for at, op in result.made.items()
+            if at in self._own and op.shape != np.shape(self._own[at])
+        ]
+        if unexpected or shapes:
+            raise VariablesMismatchError((), unexpected, shapes, source="the rules' outcome", target="the NNX model")
+
+        def read(at: Any, region: Any = None) -> Any:
+            return self.values[at] if region is None else self.values[at][region]
+
+        return self._own | {at: op.value(read) for at, op in result.made.items()}
+
+    def _require_no_chance(self, values: Values, actual: Any) -> None:
+        """RandomCallError if other keys make other outputs."""
+        keys = {name: jax.random.fold_in(key, 1) for name, key in self._keys.items()}
+        if not _same_bits(self._run_linen(self.values, keys, *self._inputs), self.expected):
+            raise RandomCallError("Linen")
+        others = {at: _other_key(x) if _is_key(x) else x for at, x in values.items()}
+        if not _same_bits(self._run_nnx(others, None, *self._inputs), actual):
+            raise RandomCallError("NNX")
+
+    def _drawn(self, x: Any) -> Any:
+        """An array for an abstract one; anything else as it is."""
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            return x
+        if _is_key(x):
+            impls: list[Any] = []  # only a traced key tells it
+            jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), x)
+            return jax.random.split(jax.random.key(int(self._draw.integers(2**31)), impl=impls[0]), x.shape)
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return self._draw.normal(size=x.shape).astype(x.dtype)
+        return self._draw.integers(2, size=x.shape).astype(x.dtype)
+
+    def _near(self, x: Any) -> Any:
+        """Random numbers of the sizes and signs of `x`, which is what `init` makes."""
+        if _is_key(x) or not is_array(x):
+            return x
+        x = np.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return self._draw.permutation(x.ravel()).reshape(x.shape)
+        factor = self._draw.uniform(-0.5, 0.5, x.shape)
+        if x.size and not (x == x.flat[0]).all():
+            return (x * (1 + 0.6 * factor)).astype(x.dtype)
+        # Not `x * factor`: a scale of 1e-6 (CaiT, ConvNeXt) would hide the layers before it from every tolerance.
+        factor = np.where(x == 0, factor / _fan_in(x.shape) ** 0.5, np.where(x.real < 0, -1, 1) * (1 + factor))
+        return factor.astype(x.dtype)
+
+
+class _Compiled:
+    """A function of trees, compiled once; what is no array in them never changes."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function, self._compiled = function, None
+        self.tolerance = 0.0
+
+    def __call__(self, *trees: Any) -> Any:
+        call, arrays = parted(self._function, *trees)
+        if self._compiled is None:
+            with jax.default_matmul_precision("float32"):
+                traced = jax.jit(call).trace(arrays)
+                self._compiled = traced.lower().compile()
+            # Logits in float32 are no better than the bfloat16 that they were made of.
+            halves = set(re.findall(r"\b(bf16|f16)\[", str(traced.jaxpr)))
+            self.tolerance = max((_relative(_HALVES[name]) for name in halves), default=0.0)
+        return self._compiled(arrays)
+
+
+def _fan_in(shape: Sequence[int]) -> int:
+    return max(1, math.prod(shape[:-1])) if len(shape) > 1 else 1
+
+
+def _is_key(x: Any) -> bool:
+    return is_array(x) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _other_key(key: Any) -> Any:
+    return jax.random.wrap_key_data(jax.random.key_data(key) + 1, impl=jax.random.key_impl(key))
+
+
+# ---- comparing outputs ----
+
+
+def _compared(actual: Any, expected: Any, least: float, notes: str) -> ForwardReport:
+    """The report, or the error for the output that is off the most; `least` is the smallest tolerance of any."""
+    hint = "Two layers may be swapped: look at print(derived), and give derive(..., rename=...) what is what."
+    hint = f"{notes}\n{hint}" if notes else hint
+    ours, theirs = _outputs(actual), _outputs(expected)
+    shapes = [[f"{x.dtype}{list(x.shape)}" for _, x in side] for side in (theirs, ours)]
+    if [x.shape for _, x in ours] != [x.shape for _, x in theirs] or not ours:
+        found = ", ".join(shapes[1]) or "nothing"
+        raise ForwardMismatchError("", ", ".join(shapes[0]) or "arrays", found, hint, math.inf, 0.0)
+    differences, tolerances = {}, {}
+    for (path, a), (_, b) in zip(ours, theirs, strict=True):
+        differences[path], tolerances[path] = _difference(a, b, least)
+    if not any(np.isfinite(b).any() for _, b in theirs):
+        raise ForwardMismatchError("", "finite numbers", "none: nothing can be compared", hint, math.inf, 0.0)
+    worst = max(differences, key=lambda path: (_ratio(differences[path], tolerances[path]), differences[path]))
+    size, most = differences[worst], tolerances[worst]
+    if size > most:
+        wanted = f"a difference of at most {most:.3g}" if most else "no difference"
+        raise ForwardMismatchError(worst, wanted, f"one of {size:.3g}", hint, size, most)
+    return ForwardReport(differences, tolerances, _same_bits(actual, expected))
+
+
+def _ratio(difference: float, tolerance: float) -> float:
+    return difference / tolerance if tolerance else math.inf if difference else 0.0
+
+
+def _outputs(tree: Any) -> list[tuple[str, np.ndarray]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path), np.asarray(jax.random.key_data(x) if _is_key(x) else x)) for path, x in leaves]
+
+
+def _relative(dtype: str) -> float:
+    return _TOLERANCE[dtype][jax.default_backend() != "cpu"] if dtype in _TOLERANCE else 0.0
+
+
+def _difference(a: np.ndarray, b: np.ndarray, least: float) -> tuple[float, float]:
+    """The largest difference and the tolerance; an output that is finite on one side only is infinitely off."""
+    relative = [_relative(x.dtype.name) for x in (a, b)]
+    wide = "complex128" if "c" in (a.dtype.kind, b.dtype.kind) else "float64"
+    a, b = a.astype(wide), b.astype(wide)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(invalid="ignore"):
+        off = np.where(same, 0.0, np.abs(a - b))
+    off = np.where(np.isnan(off), np.inf, off)
+    size = np.abs(b, where=np.isfinite(b), out=np.zeros(b.shape)).max(initial=0.0)
+    return float(off.max(initial=0.0)), (max(*relative, least) if all(relative) else 0.0) * float(size)
+
+
+def _same_bits(one: Any, other: Any) -> bool:
+    pairs = zip(_outputs(one), _outputs(other), strict=True)
+    return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for (_, a), (_, b) in pairs)

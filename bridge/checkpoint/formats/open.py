@@ -1,0 +1,253 @@
+"""Which format a checkpoint has, and the source or sink for it.
+
+Law: the format is told from what is there or refused; the reason is said.
+Knows the formats by name, and imports one when it is used; knows nothing of Linen, NNX or optimizers.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path as FilePath
+from typing import Any
+
+from bridge._errors import (
+    BridgeError,
+    CheckpointCorruptError,
+    CheckpointLayoutError,
+    CheckpointNotFoundError,
+    near_misses,
+)
+from bridge.checkpoint.formats.protocol import UNFINISHED, Sink, Source
+from bridge.checkpoint.tree.tree import Tree
+
+#: What `open_source` reads and `open_sink` writes.
+FORMATS = ("orbax", "orbax-v1", "msgpack", "safetensors", "npz")
+SINK_FORMATS = ("orbax", "orbax-v1", "msgpack", "safetensors")
+
+_SUFFIXES = {".msgpack": "msgpack", ".safetensors": "safetensors", ".npz": "npz"}
+_INDEX = ".index.json"
+_ORBAX_MARKS = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA", "orbax.checkpoint", "_sharding")
+# `checkpoint_7`, `7`: flax.training.checkpoints without Orbax writes one msgpack file a step.
+_STEP_FILE = re.compile(r"(.*_)?(\d+)")
+# A map or an array of msgpack, or an extension, which flax makes an array of.
+_MSGPACK_FIRST = frozenset([*range(0x80, 0xA0), *range(0xC7, 0xCA), *range(0xD4, 0xD9), *range(0xDC, 0xE0)])
+
+
+def open_source(
+    path: str | FilePath,
+    *,
+    format: str | None = None,
+    step: int | None = None,
+    item: str | None = None,
+    separator: str | None = None,
+) -> Source:
+    """Open the checkpoint at `path`, of whatever format it is.
+
+    Args:
+      path: a file, an Orbax checkpoint, a folder of steps, or a folder with one `flax_model.msgpack`,
+        `model.safetensors`, or the index of several such files.
+      format: one of `FORMATS`, in place of what is detected.
+      step: the step in a folder of steps; the latest by default.
+      item: the item of a composite Orbax checkpoint.
+      separator: what joins keys in the names of a safetensors or npz file that another program wrote; by default
+        `/` if any name has one, else `.`.
+
+    Raises:
+      CheckpointNotFoundError: nothing there, or no such step or item.
+      CheckpointCorruptError: a file is missing, cut short or hostile.
+      CheckpointLayoutError: of no known format, or there are several checkpoints to choose from.
+      MissingDependencyError: the package for that format is not installed.
+
+    >>> import flax.serialization, numpy, tempfile
+    >>> path = FilePath(tempfile.mkdtemp()) / "flax_model.msgpack"
+    >>> _ = path.write_bytes(flax.serialization.to_bytes({"kernel": numpy.ones((2, 3), "float32")}))
+    >>> source = open_source(path)
+    >>> source.format, source.tree.leaves["kernel",].shape, float(source.read(("kernel",)).sum())
+    ('msgpack', (2, 3), 6.0)
+    """
+    path = FilePath(path).expanduser()
+    _require_known(format, FORMATS, path, "read")
+    try:
+        return _open(path, format, step, item, separator)
+    except OSError as error:
+        if isinstance(error, BridgeError):
+            raise
+        raise CheckpointCorruptError(
+            "the checkpoint cannot be read", path, expected="files that may be read", found=error.strerror or str(error)
+        ) from error
+
+
+def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = False) -> Sink:
+    """Begin to write a checkpoint of that `tree` to `path`.
+
+    Args:
+      path: where nothing is yet, in a folder that is there.
+      format: 'orbax' (its v0 layout), 'orbax-v1', 'msgpack' or 'safetensors'.
+      tree: what will be written. A msgpack file takes the leaves in `tree.order` only; the others in any.
+      resume: go on with what a killed run of the same conversion left; begin anew if it left nothing.
+
+    Raises:
+      CheckpointExistsError: something is at `path`.
+      CheckpointWriteError: no room, no permission, a leaf that the format cannot hold, an unfinished checkpoint that
+        is of another tree, or is there without `resume`.
+      CheckpointLayoutError: no format of that name is written.
+
+    >>> import numpy, tempfile
+    >>> from bridge.checkpoint.tree.layout import Leaf
+    >>> path, tree = (
+    ...     FilePath(tempfile.mkdtemp()) / "a.safetensors",
+    ...     Tree({("w",): Leaf(("w",), (2,), "int8", 2, "params")}),
+    ... )
+    >>> with open_sink(path, "safetensors", tree) as sink:
+    ...     sink.write({("w",): numpy.array([3, 4], "int8")})
+    ...     sink.finish({"step": 7})
+    >>> source = open_source(path)
+    >>> source.read(("w",)), source.metadata
+    (array([3, 4], dtype=int8), {'step': 7})
+    """
+    path = FilePath(path).expanduser().absolute()
+    _require_known(format, SINK_FORMATS, path, "written")
+    if format == "msgpack":
+        from bridge.checkpoint.formats.msgpack import MsgpackSink
+
+        return MsgpackSink(path, tree, resume=resume)
+    if format == "safetensors":
+        from bridge.checkpoint.formats.safetensors import SafetensorsSink
+
+        return SafetensorsSink(path, tree, resume=resume)
+    from bridge.checkpoint.formats.orbax.write import OrbaxSink
+
+    return OrbaxSink(path, tree, version="v1" if format == "orbax-v1" else "v0", resume=resume)
+
+
+# --- which format -------------------------------------------------------------------------------------------
+
+
+def _open(path: FilePath, format: str | None, step: int | None, item: str | None, separator: str | None) -> Source:
+    if not path.exists():
+        raise CheckpointNotFoundError(
+            "no checkpoint", path, expected="a checkpoint", found="nothing at this path", hint=_neighbours(path)
+        )
+    file = path if path.is_file() else _file_in(path, step, format)
+    if file is None and format not in (None, "orbax", "orbax-v1"):
+        raise CheckpointNotFoundError(
+            f"no {format} file", path, expected=f"a {format} file in the folder", found=_listed(path)
+        )
+    if file is None:
+        from bridge.checkpoint.formats.orbax.read import open_orbax
+
+        return open_orbax(path, step=step, item=item)
+    found_step = None
+    if file is not path and (match := _STEP_FILE.fullmatch(file.name)):
+        found_step = int(match[2])
+    if (step is not None and step != found_step) or item is not None:
+        wanted = f"item {item!r}" if item is not None else f"step {step}"
+        raise CheckpointNotFoundError(f"no {wanted}", file, expected="a folder of them", found="one file")
+    source = _open_file(file.absolute(), format, separator)
+    source.step = found_step
+    return source
+
+
+def _require_known(format: str | None, known: tuple[str, ...], path: FilePath, what: str) -> None:
+    if format is not None and format not in known:
+        raise CheckpointLayoutError(
+            f"no such format is {what}",
+            path,
+            expected=", ".join(known),
+            found=repr(format),
+            hint=", ".join(f"Did you mean {close}?" for close in near_misses(format, known, 1)),
+        )
+
+
+def _file_in(folder: FilePath, step: int | None, format: str | None) -> FilePath | None:
+    """The one file in `folder` that is a checkpoint, or is the step's; None if the folder itself is Orbax's."""
+    if format in ("orbax", "orbax-v1"):
+        return None
+    if format is None and any((folder / name).exists() for name in _ORBAX_MARKS):
+        return None
+    children = sorted(folder.iterdir())
+    indices = [child for child in children if child.name.endswith(_INDEX)]
+    models = indices or [child for child in children if child.is_file() and child.suffix in _SUFFIXES]
+    models = [child for child in models if format in (None, _by_name(child))]
+    if len(models) > 1:
+        raise CheckpointLayoutError(
+            "the folder holds several checkpoints",
+            folder,
+            expected="one file, or the path of one",
+            found=", ".join(child.name for child in models[:8]),
+            hint="Give the path of the file.",
+        )
+    if models:
+        return models[0]
+    steps = {int(m[2]): child for child in children if child.is_file() and (m := _STEP_FILE.fullmatch(child.name))}
+    folders = [int(m[2]) for child in children if child.is_dir() and (m := _STEP_FILE.fullmatch(child.name))]
+    if step is not None and steps and step not in [*steps, *folders]:
+        listed = ", ".join(map(str, sorted([*steps, *folders])))
+        raise CheckpointNotFoundError(f"no step {step}", folder, expected=f"a file for step {step}", found=listed)
+    latest = max([*steps, *folders], default=None)
+    return steps.get(latest if step is None else step) if latest is not None else None
+
+
+def _open_file(file: FilePath, format: str | None, separator: str | None) -> Any:
+    kind, reason = (format, f"format={format!r} was given") if format else _detect(file)
+    if kind in ("orbax", "orbax-v1"):
+        raise CheckpointLayoutError(
+            "not an Orbax checkpoint", file, expected="a folder", found=f"a file of {file.stat().st_size} bytes"
+        )
+    if kind == "msgpack":
+        from bridge.checkpoint.formats.msgpack import open_msgpack
+
+        return open_msgpack(file, reason)
+    if kind == "safetensors":
+        from bridge.checkpoint.formats.safetensors import open_safetensors
+
+        return open_safetensors(file, reason, separator)
+    from bridge.checkpoint.formats.npz import open_npz
+
+    return open_npz(file, reason, separator)
+
+
+def _detect(file: FilePath) -> tuple[str, str]:
+    """The format of a file and the reason, from its name, else from its first bytes."""
+    with file.open("rb") as opened:
+        head = opened.read(9)
+    size = file.stat().st_size
+    if file.name.endswith((UNFINISHED, UNFINISHED + ".json")) or not size:
+        raise CheckpointCorruptError(
+            "the checkpoint was never finished" if size else "the checkpoint is damaged",
+            file,
+            expected="a finished checkpoint",
+            found=f"a file of {size} bytes",
+        )
+    if by_name := _by_name(file):
+        return by_name, f"its name ends in {file.suffix}" + (" and it is an index" if file.suffix == ".json" else "")
+    if head.startswith(b"PK"):
+        return "npz", "it begins as a zip file does"
+    if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return "safetensors", "it begins with the length of a JSON header"
+    if head[0] in _MSGPACK_FIRST:
+        return "msgpack", "its first byte begins a map or an array of msgpack"
+    raise CheckpointLayoutError(
+        "not a checkpoint",
+        file,
+        expected="a msgpack, safetensors or npz file",
+        found=f"a file of {size} bytes that begins with {head!r}",
+        hint="Say what it is: format=... (--format)",
+    )
+
+
+def _by_name(file: FilePath) -> str | None:
+    name = file.name.removesuffix(_INDEX) if file.name.endswith(_INDEX) else file.name
+    return _SUFFIXES.get(FilePath(name).suffix)
+
+
+def _listed(folder: FilePath) -> str:
+    names = sorted(child.name for child in folder.iterdir())
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "an empty folder"
+
+
+def _neighbours(path: FilePath) -> str:
+    if not path.parent.is_dir():
+        return ""
+    close = near_misses(path.name, (child.name for child in path.parent.iterdir()))
+    return f"Near it: {', '.join(close)}" if close else ""

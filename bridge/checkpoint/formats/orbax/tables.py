@@ -1,0 +1,204 @@
+"""The tables that Orbax keeps beside the arrays of a checkpoint, as JSON.
+
+Law: for the same tree they say what Orbax's own would: name and type of each key, type of each leaf, generators of
+random keys, texts. Tests hold them equal.
+Knows rows and trees; writes nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import numpy as np
+
+from bridge._errors import CheckpointWriteError, show_path
+from bridge._types import Path, Shape
+from bridge.checkpoint.tree.tree import Tree
+
+HANDLERS = {
+    "v0": "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler",
+    "v1": "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler",
+}
+# Arrays are stored in chunks of at most this size, along their first axes: each is compressed by itself, and a reader
+# of one layer of a stack reads that layer.
+_CHUNK = 8 << 20
+# Restored by Orbax as jax.Arrays, these would become 32 bits wide unless x64 is on.
+_WIDE = ("int64", "uint64", "float64", "complex128")
+_SEQUENCE, _DICT = 1, 2  # Orbax's key_type
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the tables say of one leaf on disk: a line of the journal.
+
+    `kind` is Orbax's name of the type; `impl` the generator of typed random keys; `text` the content of a string.
+    """
+
+    path: Path
+    kind: str
+    shape: Shape = ()
+    chunk: Shape = ()
+    impl: str | None = None
+    text: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Orbax's name of the array: the keys joined by dots."""
+        return ".".join(self.path)
+
+
+def row_of(path: Path, value: Any) -> Row:
+    """The row of a leaf: array, typed random keys, Python or numpy number, string."""
+    if isinstance(value, str):
+        return Row(path, "string", text=value)
+    if isinstance(value, bool | int | float | complex | np.generic):
+        return Row(path, "scalar")
+    impl = None
+    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        impl, value = str(jax.random.key_impl(value)), jax.random.key_data(value)
+    wide = value.dtype.name in _WIDE and not isinstance(value, jax.Array)
+    shape = tuple(value.shape)
+    return Row(path, "np.ndarray" if wide else "jax.Array", shape, _chunk(shape, value.dtype.itemsize), impl)
+
+
+def line_of(row: Row) -> str:
+    """The row as a line of a journal."""
+    return json.dumps(asdict(row))
+
+
+def row_of_line(line: dict[str, Any]) -> Row:
+    """The row that `line_of` made the line from."""
+    lists = {name: tuple(line.pop(name)) for name in ("path", "shape", "chunk")}
+    return Row(**lists, **line)
+
+
+def check_names(path: FilePath, tree: Tree) -> None:
+    """Orbax joins keys with dots: of `a.b` and `a`/`b` only one would be on disk, and the other lost.
+
+    Raises CheckpointWriteError, which names `path`.
+    """
+    taken: dict[str, Path] = {}
+    for leaf in tree.leaves:
+        name = ".".join(leaf)
+        first = taken.setdefault(name, leaf)
+        if first != leaf:
+            raise CheckpointWriteError(
+                "Orbax cannot tell two leaves apart",
+                path,
+                expected="one name for each leaf, its keys joined by dots",
+                found=f"{show_path(first)} and {show_path(leaf)} are both {name!r}",
+                hint="Rename one of them with a rule.",
+            )
+        if not name or name.startswith("/") or ".." in name.split("/"):
+            raise CheckpointWriteError(
+                "Orbax cannot store a leaf of this name",
+                path,
+                expected="at least one key, and none that points out of the checkpoint",
+                found=repr(leaf),
+                hint="Rename it with a rule.",
+            )
+
+
+def save_tables(
+    path: FilePath, version: str, item: str | None, metadata: dict[str, Any], started: int
+) -> dict[str, str]:
+    """The files in the checkpoint's folder that tell of the save, by name.
+
+    Args:
+        path: where the checkpoint will be.
+        version, item: as for `OrbaxSink`.
+        metadata: JSON types, Orbax's custom metadata.
+        started: when the save began, in nanoseconds since 1970.
+    """
+    saved = {
+        "item_handlers": {item: HANDLERS[version]} if item else HANDLERS[version],
+        "metrics": {},
+        "performance_metrics": {},
+        "init_timestamp_nsecs": started,
+        "commit_timestamp_nsecs": time.time_ns(),
+        "custom_metadata": metadata,
+    }
+    files = {
+        "_CHECKPOINT_METADATA": json.dumps(saved),
+        "commit_success.txt": f"Checkpoint commit was successful to {path}",
+    }
+    return files | ({"orbax.checkpoint": ""} if version == "v1" else {})
+
+
+def item_tables(tree: Tree, rows: Sequence[Row], version: str) -> dict[str, str]:
+    """The files beside the arrays, by name; `rows` are those of all leaves of `tree`."""
+    table = {
+        "tree_metadata": dict(_entries(tree, rows)),
+        "use_ocdbt": True,
+        "use_zarr3": version == "v1",
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    on_device = [row for row in rows if row.kind == "jax.Array"]
+    device = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": str(jax.local_devices()[0])})
+    files = {
+        "_METADATA": json.dumps(table),
+        "_sharding": json.dumps({base64.b64encode(row.name.encode()).decode(): device for row in on_device}),
+        "array_metadatas/process_0": json.dumps({"array_metadatas": [*map(_array, on_device)]}),
+    }
+    texts = {row.name: row.text for row in rows if row.text is not None}
+    return files | ({"_strings.json": json.dumps(_by_pointer(texts))} if texts else {})
+
+
+def _entries(tree: Tree, rows: Iterable[Row]) -> Iterable[tuple[str, dict[str, Any]]]:
+    for row in rows:
+        value: dict[str, Any] = {"value_type": row.kind, "skip_deserialize": False}
+        if row.kind == "jax.Array":
+            value["write_shape"] = row.shape
+        yield str(row.path), {"key_metadata": _keys(tree, row.path), "value_metadata": value}
+    for path, kind in tree.empty.items():
+        value = {"value_type": kind, "skip_deserialize": True}
+        yield str(path), {"key_metadata": _keys(tree, path), "value_metadata": value}
+
+
+def _keys(tree: Tree, path: Path) -> list[dict[str, Any]]:
+    kinds = (_SEQUENCE if path[:depth] in tree.sequences else _DICT for depth in range(len(path)))
+    return [{"key": key, "key_type": kind} for key, kind in zip(path, kinds, strict=True)]
+
+
+def _chunk(shape: Shape, itemsize: int) -> Shape:
+    """The shape of a chunk: the whole array, or as much of its first axes as fits into _CHUNK."""
+    chunk = list(shape)
+    for axis in range(len(shape)):
+        rest = math.prod(chunk[axis + 1 :]) * itemsize
+        chunk[axis] = max(1, min(shape[axis], _CHUNK // max(rest, 1)))
+        if chunk[axis] * rest <= _CHUNK and chunk[axis] > 1:
+            break
+    return tuple(chunk)
+
+
+def _array(row: Row) -> dict[str, Any]:
+    extra = {"random_key_impl": row.impl} if row.impl else None
+    return {
+        "array_metadata": {
+            "param_name": row.name,
+            "write_shape": row.shape,
+            "chunk_shape": row.chunk,
+            "ext_metadata": extra,
+        }
+    }
+
+
+def _by_pointer(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Texts by name as Orbax stores them: the name is a JSON pointer, which `/` splits."""
+    table: dict[str, Any] = {}
+    for name, text in texts.items():
+        *folders, last = name.split("/")
+        node = table
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = text
+    return table

@@ -1,0 +1,56 @@
+"""What a checkpoint file is to the converter: a source that is read leaf by leaf, a sink that is written in batches.
+
+Law of a source: opening it reads metadata only; what it reads has exactly the form that its `tree` tells; whatever
+is missing, cut short or hostile is a CheckpointError, and nothing is ever unpickled.
+Law of a sink: until `finish` returns, nothing at its path looks like a finished checkpoint; a batch is on disk when
+`write` returns, so that a killed run can go on from `done`.
+Knows trees of leaves; knows no format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any, Protocol
+
+from bridge._types import Path
+from bridge.checkpoint.tree.ops import Region
+from bridge.checkpoint.tree.tree import Tree
+
+#: What the name of a file ends in until it is whole.
+UNFINISHED = ".unfinished"
+
+
+class Source(Protocol):
+    """An opened checkpoint. Safe to read from several threads."""
+
+    path: FilePath  #: the folder or file with the arrays
+    format: str  #: 'orbax', 'orbax-v1', 'msgpack', 'safetensors' or 'npz'
+    reason: str  #: why it is taken for that format, in words
+    tree: Tree
+    step: int | None
+    item: str | None
+    metadata: Mapping[str, Any]  #: what its writer stored beside the arrays (JSON types)
+
+    def read(self, path: Path, region: Region | None = None) -> Any:
+        """A leaf, or a region of it: numpy array of the stored dtype; a Python number or string as saved; typed
+        random keys as such. Raises CheckpointCorruptError."""
+
+    def close(self) -> None:
+        """Let go of files."""
+
+
+class Sink(Protocol):
+    """A checkpoint that is being written. Use as a context manager: an exception leaves it unfinished, resumable."""
+
+    done: frozenset[Path]  #: leaves that an earlier run, killed, had written whole
+
+    def write(self, leaves: Mapping[Path, Any]) -> None:
+        """Write some leaves of the tree, each once. Raises CheckpointWriteError (disk full, ...)."""
+
+    def finish(self, metadata: Mapping[str, Any]) -> None:
+        """Put the checkpoint in its place, in one atomic step, with `metadata` (JSON types) beside the arrays."""
+
+    def __enter__(self) -> Sink: ...
+
+    def __exit__(self, *error: object) -> None: ...

@@ -1,0 +1,332 @@
+"""Arrays that lie in a file as they lie in memory: where each begins, and reading one or a part of it.
+
+Law: `Stored.read(region)` equals `Stored.read()[region]` and touches only the rows between the region's first and
+last; an array in one piece is a read-only view of the file, whose pages leave memory with it; nothing is read past
+the end of a file, nothing is allocated that the file does not hold.
+Knows offsets, number types and trees; knows nothing of what a format writes between the arrays.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bridge._errors import CheckpointCorruptError, CheckpointLayoutError, show_path
+from bridge._types import Path, Shape
+from bridge.checkpoint.tree import layout
+from bridge.checkpoint.tree.layout import Leaf
+from bridge.checkpoint.tree.ops import Region
+from bridge.checkpoint.tree.tree import Tree
+
+# Below this an array is copied out of the file: the kernel maps 16 pages around each touched one, which for many
+# small arrays is more memory than they are.
+_MAP_BYTES = 1 << 16
+_MOST_DIMENSIONS = 64  # numpy's own limit
+_LARGEST = 1 << 62
+
+
+def damaged(file: FilePath, *, expected: str, found: str) -> CheckpointCorruptError:
+    """The one error for a file that is not what its format says."""
+    return CheckpointCorruptError("the checkpoint is damaged", file, expected=expected, found=found)
+
+
+# --- number types -------------------------------------------------------------------------------------------
+
+
+def number_type(name: str) -> np.dtype | None:
+    """The number type of that name, of numpy or ml_dtypes; None for any other text.
+
+    >>> number_type("bfloat16").itemsize, number_type("object"), number_type("i4,i4")
+    (2, None, None)
+    """
+    if len(name) > 32:
+        return None
+    try:
+        dtype = np.dtype(name)
+    except (TypeError, ValueError, SyntaxError):
+        return None
+    numeric = dtype.kind == "b" or jnp.issubdtype(dtype, np.number)
+    return dtype if numeric and dtype.name == name else None
+
+
+def array_bytes(shape: Sequence[Any], dtype: np.dtype) -> int | None:
+    """Bytes of an array, None if no array has that shape.
+
+    >>> array_bytes((2, 3), np.dtype("float32")), array_bytes((-1,), np.dtype("int8"))
+    (24, None)
+    """
+    if len(shape) > _MOST_DIMENSIONS or any(type(size) is not int or size < 0 for size in shape):
+        return None
+    if math.prod(size or 1 for size in shape) * dtype.itemsize > _LARGEST:
+        return None
+    return math.prod(shape) * dtype.itemsize
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+class ArrayFile:
+    """An open file, mapped into memory once. Views of it stay good after `close`."""
+
+    def __init__(self, path: FilePath):
+        self.path = path
+        self._file = os.open(path, os.O_RDONLY)
+        self._close = weakref.finalize(self, os.close, self._file)
+        self.size = os.fstat(self._file).st_size
+        self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ) if self.size else None
+
+    def copy(self, offset: int, length: int) -> bytes:
+        """A copy of some bytes."""
+        out = np.empty(length, np.uint8)
+        self._copy(offset, out)
+        return out.tobytes()
+
+    def bytes(self, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+        """The bytes of these (offset, length) one after the other, read-only; one long span without a copy."""
+        if self._map is None or os.fstat(self._file).st_size < self.size:  # a view past the end is a SIGBUS
+            raise damaged(self.path, expected=f"{self.size} bytes, as when it was opened", found="a shorter file")
+        if len(spans) == 1 and spans[0][1] >= _MAP_BYTES:
+            return self._view(*spans[0])
+        out = np.empty(sum(length for _, length in spans), np.uint8)
+        at = 0
+        for offset, length in spans:
+            self._copy(offset, out[at : at + length])
+            at += length
+        out.flags.writeable = False
+        return out
+
+    def _view(self, offset: int, length: int) -> np.ndarray:
+        array = np.frombuffer(self._map, np.uint8, length, offset)
+        start = offset - offset % mmap.PAGESIZE
+        weakref.finalize(array, self._map.madvise, mmap.MADV_DONTNEED, start, offset + length - start).atexit = False
+        return array
+
+    def _copy(self, offset: int, out: np.ndarray) -> None:
+        at = 0
+        while at < out.size:
+            count = os.preadv(self._file, [out[at:]], offset + at)
+            if not count:
+                raise damaged(self.path, expected=f"{out.size} bytes at {offset}", found=f"{at} bytes")
+            at += count
+
+    def close(self) -> None:
+        """Let go of the file; its pages stay mapped while an array needs them."""
+        self._map = None
+        self._close()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array in a file: `spans` are (offset, length) of its bytes in row-major order, mostly one."""
+
+    file: ArrayFile
+    spans: tuple[tuple[int, int], ...]
+    shape: Shape
+    dtype: np.dtype
+
+    def read(self, region: Region | None = None) -> np.ndarray:
+        """The array, or a region of it, read-only."""
+        first, block, rest = rows(self.shape, region)
+        size = math.prod(block)
+        if not size:
+            return np.empty(block, self.dtype)[(*rest, ...)]
+        begin = first * self.dtype.itemsize
+        found = self.file.bytes(list(_cut(self.spans, begin, begin + size * self.dtype.itemsize)))
+        return found.view(self.dtype).reshape(block)[(*rest, ...)]  # `...`: an array, also without axes
+
+
+def rows(shape: Shape, region: Region | None) -> tuple[int, Shape, Region]:
+    """The smallest run of elements that holds `region`: index of its first, its shape, and the region in that.
+
+    >>> rows((4, 6, 5), (slice(2, 3), slice(1, 3), slice(0, 5)))
+    (65, (1, 2, 5), (slice(None, None, None), slice(None, None, None), slice(0, 5, None)))
+    """
+    if region is None or not shape:
+        return 0, shape, ()
+    first, stride, axis, count = 0, math.prod(shape), -1, 1
+    while axis + 1 < len(shape) and count == 1:
+        axis += 1
+        start, stop, _ = region[axis].indices(shape[axis])
+        count = max(stop - start, 0)
+        stride //= shape[axis] or 1
+        first += start * stride
+    block = (*(1,) * axis, count, *shape[axis + 1 :])
+    return first, block, (*(slice(None),) * (axis + 1), *region[axis + 1 :])
+
+
+def _cut(spans: Iterable[tuple[int, int]], begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Those parts of `spans` that hold the bytes begin:end of them all together."""
+    at = 0
+    for offset, length in spans:
+        start, stop = max(begin - at, 0), min(end - at, length)
+        if start < stop:
+            yield offset + start, stop - start
+        at += length
+
+
+# --- sources ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FileSource:
+    """A `files.Source` whose arrays are `Stored` and whose numbers and strings are known since it was opened."""
+
+    path: FilePath
+    format: str
+    reason: str
+    tree: Tree
+    stored: Mapping[Path, Stored]
+    values: Mapping[Path, Any] = field(default_factory=dict)
+    #: what makes the saved value of an array: a Python number, a numpy scalar
+    finish: Mapping[Path, Callable[[np.ndarray], Any]] = field(default_factory=dict)
+    names: Mapping[Path, str] = field(default_factory=dict)  #: what the format itself calls each array
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    step: int | None = None
+    item: str | None = None
+
+    def read(self, path: Path, region: Region | None = None) -> Any:
+        """A leaf or a region of it; arrays are read-only and mostly views of the file."""
+        if path in self.values:
+            return self.values[path]
+        array = self.stored[path].read(region)
+        return self.finish[path](array) if path in self.finish else array
+
+    def close(self) -> None:
+        """Let go of the files; arrays that were read stay good."""
+        for file in {id(stored.file): stored.file for stored in self.stored.values()}.values():
+            file.close()
+
+
+def make_tree(
+    file: FilePath,
+    kinds: Mapping[Path, tuple[Shape, str, int]],
+    empty: Mapping[Path, str] | None = None,
+    sequences: Iterable[Path] = (),
+) -> Tree:
+    """The tree of leaves given as (shape, dtype, bytes); CheckpointCorruptError if one lies below another."""
+    empty, sequences = dict(empty or {}), frozenset(sequences)
+    try:
+        layout.nest(dict.fromkeys([*kinds, *empty]), sequences)
+    except layout.TreeStructureError as error:
+        raise damaged(
+            file, expected="names that form one tree, split where keys are joined", found=str(error)
+        ) from error
+    kind = layout.detect([*kinds, *empty]).kind
+    leaves = {
+        path: Leaf(path, shape, dtype, size, layout.collection_of(path, kind))
+        for path, (shape, dtype, size) in kinds.items()
+    }
+    return Tree(leaves, empty, sequences)
+
+
+def kinds_of(stored: Mapping[Path, Stored], values: Mapping[Path, Any]) -> dict[Path, tuple[Shape, str, int]]:
+    """Shape, dtype name and size in memory of each leaf."""
+    kinds = {}
+    for path, array in stored.items():
+        kinds[path] = (array.shape, array.dtype.name, sum(length for _, length in array.spans))
+    for path, value in values.items():
+        shape, dtype = layout.describe(value)
+        kinds[path] = (shape, dtype, len(value.encode()) if isinstance(value, str) else np.dtype(dtype).itemsize)
+    return kinds
+
+
+def split_names(names: Iterable[str], separator: str | None = None) -> dict[str, Path]:
+    """Names of another program's file as paths: split at `/` if any name has one, else at `.`.
+
+    >>> split_names(["params/layers.0/kernel", "step"])
+    {'params/layers.0/kernel': ('params', 'layers.0', 'kernel'), 'step': ('step',)}
+    >>> split_names(["layers.0.kernel"])
+    {'layers.0.kernel': ('layers', '0', 'kernel')}
+    """
+    names = list(names)
+    separator = separator or separator_of(names)
+    return {name: tuple(name.split(separator)) for name in names}
+
+
+def separator_of(names: Iterable[str]) -> str:
+    """What joins keys in names that another program wrote."""
+    return "/" if any("/" in name for name in names) else "."
+
+
+# --- one checkpoint in several files ------------------------------------------------------------------------
+
+
+def open_shards(index: FilePath, format: str, open_one: Callable[[FilePath], FileSource]) -> FileSource:
+    """The files that a `*.index.json` of Hugging Face lists, as one source.
+
+    Args:
+      index: `{"metadata": {...}, "weight_map": {name of a leaf: file beside the index}}`.
+      open_one: opens one of the files.
+
+    Raises:
+      CheckpointCorruptError: the index is no such table, a file is missing, or one holds other leaves than it says.
+    """
+    table, metadata = read_index(index)
+    parts: dict[str, FileSource] = {}
+    for name in dict.fromkeys(table.values()):
+        if not (index.parent / name).is_file():
+            raise damaged(index, expected=f"the file {name} beside it", found="no such file")
+        parts[name] = open_one(index.parent / name)
+        listed = {leaf for leaf, file in table.items() if file == name}
+        held = set(parts[name].names.values())
+        if listed != held:
+            wrong = min(listed ^ held)
+            where = "the index alone" if wrong in listed else "the file alone"
+            raise damaged(
+                index, expected=f"the leaves of {name} as the index lists them", found=f"{wrong!r} in {where}"
+            )
+    kinds, empty, stored, values, finish = {}, {}, {}, {}, {}
+    for part in parts.values():
+        if twice := kinds.keys() & part.tree.leaves.keys():
+            raise damaged(index, expected="each leaf in one file", found=f"{show_path(min(twice))} in two")
+        kinds |= {path: (leaf.shape, leaf.dtype, leaf.nbytes) for path, leaf in part.tree.leaves.items()}
+        empty |= part.tree.empty
+        stored, values, finish = {**stored, **part.stored}, {**values, **part.values}, {**finish, **part.finish}
+    return FileSource(
+        path=index,
+        format=format,
+        reason=f"an index of {len(parts)} {format} files",
+        tree=make_tree(index, kinds, {path: mark for path, mark in empty.items() if path not in kinds}),
+        stored=stored,
+        values=values,
+        finish=finish,
+        metadata=metadata,
+    )
+
+
+def read_index(index: FilePath) -> tuple[dict[str, str], dict[str, Any]]:
+    """Name of each leaf -> the file it is in, and the metadata beside it."""
+    content = read_json(index)
+    table, metadata = content.get("weight_map"), content.get("metadata") or {}
+    if not isinstance(table, dict) or not table or not isinstance(metadata, dict):
+        raise damaged(index, expected="a 'weight_map' from leaves to files", found=f"the keys {sorted(content)[:6]}")
+    for name in table.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise damaged(index, expected="names of files beside the index", found=repr(name)[:200])
+    return table, metadata
+
+
+def read_json(file: FilePath) -> dict[str, Any]:
+    """The JSON object in `file`; CheckpointCorruptError if there is none."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise damaged(file, expected="a JSON object", found=f"{type(error).__name__}: {error}"[:300]) from error
+    if not isinstance(content, dict):
+        raise damaged(file, expected="a JSON object", found=type(content).__name__)
+    return content
+
+
+def unsupported(file: FilePath, expected: str, found: str, hint: str = "") -> CheckpointLayoutError:
+    """For what is whole and of that format, and yet not read."""
+    return CheckpointLayoutError("the checkpoint is not read", file, expected=expected, found=found, hint=hint)

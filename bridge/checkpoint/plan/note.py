@@ -1,0 +1,133 @@
+"""What a converted checkpoint notes about itself, so that the way back is exact: JSON beside the arrays.
+
+Linen's layout says things that NNX's has no place for (entries without content, boxes, Python's own step), and NNX's
+some that Linen's has none for (where model and optimizer are). The note carries them.
+Law: `read(write(memo)) == memo`, and what is no note of ours, or a damaged one, is never half believed.
+Knows forms and paths; knows nothing of arrays or conversions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bridge._errors import CheckpointCorruptError
+from bridge._types import Path
+from bridge.checkpoint.tree.canonical import Form, Known, Location
+from bridge.checkpoint.tree.layout import Kind
+
+#: The key of the note in a checkpoint's metadata.
+NOTE = "linen_nnx_bridge"
+
+
+@dataclass(frozen=True)
+class LinenMemo:
+    """Linen's side.
+
+    Attributes:
+      form: where it kept things.
+      empty: its entries without content, but for masked params, by path.
+      sequences: its nodes that are lists.
+      step: dtype of its step.
+    """
+
+    form: Form
+    empty: Mapping[Path, str] = field(default_factory=dict)
+    sequences: frozenset[Path] = frozenset()
+    step: str = "int32"
+
+
+@dataclass(frozen=True)
+class Memo:
+    """A note.
+
+    Attributes:
+      kind: the layout of the checkpoint that it is beside.
+      collections: NNX: path in the model -> collection, of all that is no param.
+      linen: how the Linen checkpoint was that this one was made from, or that one from which ...
+      nnx: likewise.
+    """
+
+    kind: Kind = Kind.UNKNOWN
+    collections: Mapping[Path, str] = field(default_factory=dict)
+    linen: LinenMemo | None = None
+    nnx: Form | None = None
+
+    @property
+    def known(self) -> Known:
+        """What it says about a tree that it is beside. Random streams are told from their dtype."""
+        if self.kind is Kind.UNKNOWN:
+            return Known()
+        boxed = self.linen.form.boxed if self.linen else None
+        return Known(self.collections, "params", boxed=boxed)
+
+
+def write(memo: Memo) -> dict[str, Any]:
+    """The note as metadata, of JSON types.
+
+    >>> read(write(Memo(Kind.NNX_STATE, {("bn", "mean"): "batch_stats"}))).collections
+    {('bn', 'mean'): 'batch_stats'}
+    """
+    collections: dict[str, list[list[str]]] = {}
+    for path, name in memo.collections.items():
+        if name != "params":
+            collections.setdefault(name, []).append(list(path))
+    note: dict[str, Any] = {"version": 1, "layout": memo.kind.value, "collections": collections}
+    if memo.linen is not None:
+        note["linen"] = {
+            "layout": memo.linen.form.kind.value,
+            "boxed": _paths(memo.linen.form.boxed),
+            "empty": [[list(path), kind] for path, kind in memo.linen.empty.items()],
+            "sequences": _paths(memo.linen.sequences),
+            "step": memo.linen.step,
+        }
+    if memo.nnx is not None:
+        form = memo.nnx
+        note["nnx"] = {"layout": form.kind.value, "model": list(form.model), "optimizer": list(form.optimizer)}
+    return {NOTE: note}
+
+
+def _paths(paths: Any) -> list[list[str]]:
+    return sorted(list(path) for path in paths)
+
+
+def read(metadata: Mapping[str, Any], place: object = "(metadata)") -> Memo:
+    """The note in a checkpoint's metadata; an empty one if there is none.
+
+    Raises:
+      CheckpointCorruptError: there is one that nobody can have written.
+    """
+    if NOTE not in metadata:
+        return Memo()
+    try:
+        return _read(metadata[NOTE])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointCorruptError(
+            "the metadata of the checkpoint is damaged",
+            place,
+            expected=f"the note {NOTE!r} as the converter writes it",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+
+
+def _read(note: Mapping[str, Any]) -> Memo:
+    if note["version"] != 1:
+        raise ValueError(f"version {note['version']!r}")
+    collections = {_path(path): str(name) for name, paths in note["collections"].items() for path in paths}
+    linen = nnx = None
+    if "linen" in note:
+        said = note["linen"]
+        form = Form(Kind(said["layout"]), boxed=frozenset(map(_path, said["boxed"])))
+        empty = {_path(path): str(kind) for path, kind in said["empty"]}
+        linen = LinenMemo(form, empty, frozenset(map(_path, said["sequences"])), str(said["step"]))
+    if "nnx" in note:
+        said = note["nnx"]
+        nnx = Form(Kind(said["layout"]), _path(said["model"]), _path(said["optimizer"]))
+    return Memo(Kind(note["layout"]), collections, linen, nnx)
+
+
+def _path(keys: Any) -> Location:
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise TypeError(f"{keys!r} is no path")
+    return tuple(keys)

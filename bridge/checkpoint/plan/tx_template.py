@@ -1,0 +1,76 @@
+"""What `tx.init` says about an optimizer state: its slots, and where Linen keeps entries without content.
+
+Law: nothing is computed; a state that fits has the template's leaves and no others, shapes and dtypes included.
+Knows optax's interface and keys; knows nothing of files or conversions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from bridge._errors import VariablesMismatchError
+from bridge._types import Path, Shape
+from bridge.checkpoint.plan.target import show
+from bridge.checkpoint.tree import layout, opt_state
+from bridge.checkpoint.tree.canonical import Form, Key, Location, Role
+from bridge.checkpoint.tree.from_objects import of_object
+from bridge.checkpoint.tree.ops import Op
+
+
+@dataclass(frozen=True)
+class Template:
+    """An abstract optimizer state.
+
+    Attributes:
+      forms: key -> (shape, dtype).
+      empty, sequences: entries without content, but for masked params, and lists: paths in a Linen tree.
+    """
+
+    forms: Mapping[Key, tuple[Shape, str]]
+    empty: Mapping[Path, str]
+    sequences: frozenset[Path]
+
+    def require(self, made: Mapping[Key, Op]) -> None:
+        """Raise VariablesMismatchError unless the optimizer state that is made is this one."""
+        have = {key: op for key, op in made.items() if key.role is Role.OPTIMIZER}
+        both = [key for key in self.forms if key in have]
+        shapes = [(show(key), self.forms[key][0], have[key].shape) for key in both]
+        dtypes = [(show(key), self.forms[key][1], have[key].dtype) for key in both]
+        shapes = [row for row in shapes if row[1] != row[2]]
+        dtypes = [row for row in dtypes if row[1] != row[2]]
+        missing = [show(key) for key in self.forms if key not in have]
+        unexpected = [show(key) for key in have if key not in self.forms]
+        if missing or unexpected or shapes or dtypes:
+            raise VariablesMismatchError(
+                missing, unexpected, shapes, dtypes, source="the converted optimizer state", target="the state of tx"
+            )
+
+
+def template_of(tx: Any, params: Mapping[Location, Op], form: Form) -> Template:
+    """The state of an optax transformation for these params, under the names that `form` has for them.
+
+    >>> import optax
+    >>> from bridge.checkpoint.tree.ops import Read
+    >>> read = Read(("w",), (3,), "float32")
+    >>> template = template_of(optax.adam(0.1), {("params", "w"): read}, Form(layout.Kind.LINEN_TRAIN_STATE))
+    >>> sorted(show(key) for key in template.forms), dict(template.empty)
+    ([('opt_state', '0', 'count'), ('opt_state', '0', 'mu', 'w'), ('opt_state', '0', 'nu', 'w')], \
+{('opt_state', '1'): 'None'})
+    """
+    abstract = {form.variable(at): jax.ShapeDtypeStruct(op.shape, op.dtype) for at, op in params.items()}
+    names = {form.variable(at): at for at in params}
+    live = of_object(jax.eval_shape(tx.init, layout.nest(abstract)))
+    state = layout.nest({**live.values, **dict.fromkeys(live.tree.empty)})
+    forms: dict[Key, tuple[Shape, str]] = {}
+    empty: dict[Path, str] = {}
+    for path, place in opt_state.places(state, {at: x.shape for at, x in abstract.items()}).items():
+        location = names[place.param] if place.param else None
+        if path in live.values:
+            forms[Key(Role.OPTIMIZER, place.prefix, location, place.tail)] = layout.describe(live.values[path])
+        elif location is None:
+            empty[("opt_state", *path)] = live.tree.empty[path]
+    return Template(forms, empty, frozenset(("opt_state", *path) for path in live.tree.sequences))

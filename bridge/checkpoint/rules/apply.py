@@ -1,0 +1,509 @@
+r"""Rules: how leaves are renamed, dropped, made anew and reworked on their way into another layout. In TOML or Python.
+
+  default = "keep"                                    # leaves that no rule matches: "keep" as they are, or "error"
+
+  [[rule]]                                            # any number; the first one that matches a leaf takes it
+  from = "params/encoder/layers_(\\d+)/kernel"        # a pattern of locations: the collection first (see patterns.py)
+  to = "params/encoder/layers/\\1/linear/kernel"      # a template for the new location
+  [[rule]]
+  from = ["params/gru/ir/kernel", "params/gru/iz/kernel", "params/gru/in/kernel"]
+  to = "params/gru/dense_i/kernel"
+  concat = -1                                         # several into one, in this order; groups bind alike in all
+
+A rule has `from` and `to`, or `from` and `drop = true`, or `from` and `keep = true` (same place), or `to` and `new`.
+`optional = true`: it may match nothing. What is done to the values, in this order whatever order it is written in:
+  concat = AXIS      `from` is a list of patterns, one for each part; the parts are equal, or `sizes` says how large
+  stack = AXIS       the leaves that differ in the one group which `to` leaves out, a number 0, 1, ...: a new axis
+  transpose = AXES   reshape = SIZES (one may be -1)   cast = "bfloat16"
+  unstack = AXIS     one leaf for each index along it, which goes; `{i}` in `to` is the index
+  split = AXIS       `to` is a list of templates, one for each part; equal ones, or of `sizes`
+`new = {value = 0.0, shape = [4], dtype = "float32"}` makes a leaf at the location `to`; `new = "target"` takes those
+that the pattern `to` matches from the target model, where no other rule makes them.
+
+Law: every rule takes a leaf (or is optional), every leaf is taken once and whole, every target is made once and none
+lies inside another; one error lists whatever breaks that. `rules` undo what `rules.inverse()` makes, or it raises.
+Knows locations and expressions; knows nothing of arrays, files, optimizers or modules.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from bridge._errors import near_misses, show_path
+from bridge.checkpoint.rules.patterns import (
+    MANY,
+    ONE,
+    Location,
+    Match,
+    Pattern,
+    PatternError,
+    escape,
+    escape_template,
+)
+from bridge.checkpoint.rules.rule import TOML_NAMES, Problem, Rule, RulesError, field_lines, to_toml
+from bridge.checkpoint.tree.ops import Block, Cast, Fill, Join, Op, OpError, Read, Reshape, Transpose, unstack
+
+# difflib compares each rule that matches nothing with each path; past this many pairs a hint costs seconds.
+_MOST_COMPARISONS = 20_000
+
+
+# --- a list of rules ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Rules in order. `default`: whether leaves that none matches are kept as they are, or an error.
+
+    >>> from bridge.checkpoint.tree.ops import Read
+    >>> rules = Rules([Rule("params/Dense_0/**", "params/hidden/**")])
+    >>> rules.apply({("params", "Dense_0", "bias"): Read(("x",), (4,), "float32")}).made
+    {('params', 'hidden', 'bias'): Read(path=('x',), shape=(4,), dtype='float32')}
+    """
+
+    rules: Sequence[Rule] = ()
+    default: Literal["keep", "error"] = "keep"
+    name: str = field(default="the rules", compare=False)
+    undoes: Rules | None = field(default=None, compare=False, repr=False)  #: of which these are the inverse
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        if self.default not in ("keep", "error"):
+            raise RulesError([Problem('default = "keep" or "error"', f"default = {self.default!r}")], self.name)
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], name: str = "the rules") -> Rules:
+        """From what a TOML file holds.
+
+        Raises:
+            RulesError: unknown keys, wrong types, rules that cannot be used: all of them, with their numbers.
+
+        >>> Rules.from_table({"rule": [{"from": "params/a", "drop": True}]}).rules[0].drop
+        True
+        """
+        problems = [
+            Problem("the keys 'default' and 'rule'", repr(key)) for key in table if key not in ("default", "rule")
+        ]
+        listed = table.get("rule", [])
+        if not isinstance(listed, list) or not all(isinstance(row, Mapping) for row in listed):
+            problems.append(Problem("rules, each below [[rule]]", f"rule = {listed!r}"))
+            listed = []
+        rules: list[Rule] = []
+        for number, row in enumerate(listed, start=1):
+            try:
+                rules.append(_rule_from(row))
+            except RulesError as error:
+                problems += [replace(problem, rule=number) for problem in error.problems]
+        if problems:
+            raise RulesError(problems, name)
+        return cls(rules, table.get("default", "keep"), name)
+
+    @classmethod
+    def from_rename(cls, rename: Mapping[str | tuple[Any, ...], str | tuple[Any, ...]]) -> Rules:
+        """From path prefixes (without a collection), as `load_variables` takes them: the longest that fits wins.
+
+        >>> print(Rules.from_rename({"Dense_0": "hidden"}).rules[0])
+        from = "*/Dense_0/**", to = "*/hidden/**"
+        """
+        pairs = sorted(((_prefix(old), _prefix(new)) for old, new in rename.items()), key=lambda pair: -len(pair[0]))
+        return cls(
+            [Rule([ONE, *map(escape, old), MANY], [ONE, *map(escape_template, new), MANY]) for old, new in pairs],
+            name="rename",
+        )
+
+    def then(self, later: Rules) -> Rules:
+        """These rules, and for the leaves that they leave those of `later`, which may match nothing.
+
+        >>> Rules([Rule("a", "b")]).then(Rules([Rule("c", "d")], default="error")).default
+        'error'
+        """
+        return Rules([*self.rules, *(replace(rule, optional=True) for rule in later.rules)], later.default, self.name)
+
+    def inverse(self) -> Rules:
+        """The rules that lead back, the most literal ones first: one file serves both directions.
+
+        Names of layers are written without leading zeros. What the inverse makes is checked when it is applied.
+
+        Raises:
+            RulesError: lists every rule that drops, casts, reshapes, makes something new or forgets part of a name.
+
+        >>> print(Rules([Rule("params/a/kernel", "params/b/kernel", transpose=[1, 0])]).inverse().rules[0])
+        from = "params/b/kernel", to = "params/a/kernel", transpose = [1, 0]
+        """
+        back, problems = [], []
+        for number, rule in enumerate(self.rules, start=1):
+            try:
+                back.append(rule.inverse())
+            except PatternError as error:
+                problems.append(Problem("a rule that can be undone", error.problem, number, str(rule)))
+        if problems:
+            raise RulesError(problems, f"{self.name}, inverted")
+        return Rules(sorted(back, key=_vagueness), self.default, f"{self.name}, inverted", undoes=self)
+
+    def apply(self, leaves: Mapping[Location, Op], target: Iterable[Location] | None = None) -> RuleResult:
+        """See `apply_rules`."""
+        return apply_rules(self, leaves, target)
+
+    def to_toml(self) -> str:
+        """As a file that `read_rules` takes.
+
+        >>> print(Rules([Rule("params/a", drop=True)]).to_toml())
+        default = "keep"
+        <BLANKLINE>
+        [[rule]]
+        from = "params/a"
+        drop = true
+        <BLANKLINE>
+        """
+        blocks = [f"default = {to_toml(self.default)}\n"]
+        blocks += ["[[rule]]\n" + "\n".join(field_lines(rule)) + "\n" for rule in self.rules]
+        return "\n".join(blocks)
+
+
+@dataclass(frozen=True)
+class RuleResult:
+    """What rules have made of leaves.
+
+    Attributes:
+      made: how each leaf of the target is made, in the order of the leaves it is made from.
+      dropped: leaves without a place in the target, and why.
+      new: locations whose value is the one that the target model has.
+    """
+
+    made: dict[Location, Op] = field(default_factory=dict)
+    dropped: dict[Location, str] = field(default_factory=dict)
+    new: tuple[Location, ...] = ()
+
+
+def read_rules(path: str | FilePath) -> Rules:
+    r"""Rules from a TOML file; its form is at the head of this module.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The rules, checked as far as they can be without a checkpoint.
+
+    Raises:
+        RulesError: the file cannot be read, is no TOML, or holds rules that cannot be used.
+
+    >>> import tempfile, pathlib
+    >>> file = pathlib.Path(tempfile.mkdtemp(), "rules.toml")
+    >>> _ = file.write_text('[[rule]]\nfrom = "params/Dense_0/**"\nto = "params/hidden/**"\n')
+    >>> print(*read_rules(file).rules)
+    from = "params/Dense_0/**", to = "params/hidden/**"
+    """
+    try:
+        table = tomllib.loads(FilePath(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:  # no TOML and no UTF-8 are ValueErrors
+        raise RulesError([Problem("a TOML file of rules", str(error))], str(path)) from None
+    return Rules.from_table(table, str(path))
+
+
+def _rule_from(row: Mapping[str, Any]) -> Rule:
+    names = {TOML_NAMES.get(f.name, f.name): f.name for f in fields(Rule) if f.init}
+    if unknown := [key for key in row if key not in names]:
+        near = near_misses(unknown[0], names)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise RulesError([Problem(f"the keys {', '.join(names)}", f"{unknown[0]!r}{hint}", about=to_toml(row))])
+    return Rule(**{names[key]: value for key, value in row.items()})
+
+
+def _prefix(keys: str | tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(filter(None, keys.split("/"))) if isinstance(keys, str) else tuple(map(str, keys))
+
+
+def _vagueness(rule: Rule) -> tuple[int, int]:
+    keys = rule.patterns[0].keys
+    return keys.count(MANY), sum(Pattern((key,)).literal is None for key in keys)
+
+
+# --- applying them ------------------------------------------------------------------------------------------
+
+
+def apply_rules(rules: Rules, leaves: Mapping[Location, Op], target: Iterable[Location] | None = None) -> RuleResult:
+    """What becomes of leaves.
+
+    Args:
+        rules: in order.
+        leaves: how each leaf is made; it is usually just a `Read`, and stays the very same where it is only renamed.
+        target: the locations of the target model; a rule with `new = "target"` and a pattern needs them.
+
+    Returns:
+        See `RuleResult`.
+
+    Raises:
+        RulesError: lists every rule that takes nothing or does not fit what it takes, every leaf that none takes where
+            that is an error, every target that is made twice or lies inside another.
+
+    >>> gates = {("params", name): Read((name,), (2, 3), "float32") for name in ("ir", "iz")}
+    >>> rule = Rule(["params/ir", "params/iz"], "params/dense_i", concat=-1)
+    >>> apply_rules(Rules([rule]), gates).made[("params", "dense_i")].shape
+    (2, 6)
+    """
+    run = _Run(rules, leaves)
+    run.take()
+    for number, rule in enumerate(rules.rules, start=1):
+        try:
+            run.apply(number, rule)
+        except PatternError as error:
+            run.complain(number, "leaves that the rule fits", error.problem)
+        except OpError as error:
+            run.complain(number, "leaves that the rule fits", "; ".join(map(str.strip, str(error).splitlines()[:-1])))
+    run.place()
+    run.renew(None if target is None else list(target))
+    run.require_ways_of_their_own()
+    if not run.problems and rules.undoes is not None:
+        run.require_way_back(rules.undoes)
+    if run.problems:
+        raise RulesError(run.problems, rules.name)
+    return run.result
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A leaf that a rule has taken, by which of its patterns; `order` is the leaf's place among all."""
+
+    order: int
+    part: int
+    match: Match
+    location: Location
+    op: Op
+
+
+class _Run:
+    """One application: what is found, and what is wrong with it."""
+
+    def __init__(self, rules: Rules, leaves: Mapping[Location, Op]):
+        self.rules, self.leaves = rules, leaves
+        self.taken: list[list[_Taken]] = [[] for _ in rules.rules]
+        self.outputs: list[tuple[int, int | None, Location, Op]] = []  # order, rule, target, how
+        self.made_by: dict[Location, int | None] = {}
+        self.result = RuleResult()
+        self.problems: list[Problem] = []
+
+    def complain(self, number: int | None, expected: str, found: str) -> None:
+        about = "" if number is None else str(self.rules.rules[number - 1])
+        self.problems.append(Problem(expected, found, number, about))
+
+    def take(self) -> None:
+        """Give each leaf to the first rule that matches it."""
+        find = _finder(self.rules.rules)
+        left = []
+        for order, (location, op) in enumerate(self.leaves.items()):
+            for index, part, pattern in find(location):
+                if (match := pattern.match(location)) is not None:
+                    self.taken[index].append(_Taken(order, part, match, location, op))
+                    break
+            else:
+                left.append(location)
+                self.outputs.append((order, None, location, op))
+        for number, rule in enumerate(self.rules.rules, start=1):
+            if rule.patterns and not rule.optional and not self.taken[number - 1]:
+                self.complain(number, "at least one leaf that it takes", self._why_nothing(rule))
+        if left and self.rules.default == "error":
+            shown = ", ".join(map(show_path, left[:10])) + (f" and {len(left) - 10} more" if len(left) > 10 else "")
+            self.complain(None, 'a rule for each leaf, or default = "keep"', f"none for {shown}")
+
+    def _why_nothing(self, rule: Rule) -> str:
+        for number, taken in enumerate(self.taken, start=1):
+            for leaf in taken:
+                if any(pattern.match(leaf.location) for pattern in rule.patterns):
+                    return f"none that is left: rule {number}, which comes before, takes {show_path(leaf.location)}"
+        shapes = {re.sub(r"\d+", "0", show_path(at)): show_path(at) for at in self.leaves}  # one of each layer
+        wanted = re.sub(r"\(?\\d[+*]?\)?", "0", str(rule.patterns[0]))
+        close = near_misses(wanted, shapes) if len(shapes) * len(self.rules.rules) <= _MOST_COMPARISONS else []
+        hint = f" (did you mean {' or '.join(shapes[shape] for shape in close)}?)" if close else ""
+        if any(Pattern((ONE, *pattern.keys)).match(at) for pattern in rule.patterns for at in self.leaves):
+            hint = " (a location begins with its collection: 'params/...', or '*/...' for any)"
+        return f"none of {len(self.leaves)} leaves{hint}"
+
+    def apply(self, number: int, rule: Rule) -> None:
+        """Outputs of one rule; PatternError or OpError if it does not fit what it has taken."""
+        taken = self.taken[number - 1]
+        if rule.drop:
+            self.result.dropped.update({leaf.location: f"rule {number} drops it" for leaf in taken})
+            return
+        for first, op in _combined(rule, taken):
+            op = _reworked(rule, op)
+            if rule.keep:
+                self.outputs.append((first.order, number, first.location, op))
+                continue
+            for index, layer in enumerate(_unstacked(rule, op)):
+                for template, part in zip(rule.templates, _split(rule, layer), strict=True):
+                    self.outputs.append((first.order, number, template.fill(first.match, index), part))
+
+    def place(self) -> None:
+        """Put outputs at their targets, in the order of the leaves."""
+        for _, number, location, op in sorted(self.outputs, key=lambda output: output[0]):
+            if location in self.made_by:
+                one, two = self._says(self.made_by[location], location), self._says(number, location, op)
+                self.complain(number, f"one leaf for {show_path(location)}", f"{one} makes it, and {two}")
+                continue
+            self.made_by[location] = number
+            self.result.made[location] = op
+
+    def _says(self, number: int | None, location: Location, op: Op | None = None) -> str:
+        who = "a leaf that no rule takes" if number is None else f"rule {number}"
+        sources = [show_path(at) for at in dict.fromkeys((op or self.result.made[location]).sources())]
+        return f"{who} (from {', '.join(sources[:3])}{', ...' if len(sources) > 3 else ''})"
+
+    def renew(self, target: list[Location] | None) -> None:
+        """Leaves that come from no leaf."""
+        found: list[Location] = []
+        for number, rule in enumerate(self.rules.rules, start=1):
+            if rule.new is None:
+                continue
+            at = rule.new_at
+            if isinstance(rule.new, Mapping) and at.literal in self.result.made:
+                self.complain(
+                    number, "a location that nothing else makes", self._says(self.made_by[at.literal], at.literal)
+                )
+            elif isinstance(rule.new, Mapping):
+                self.made_by[at.literal] = number
+                self.result.made[at.literal] = _filled(rule.new)
+            elif target is None and at.literal is None:
+                self.complain(number, "a target model, in which the pattern is looked for", "none")
+            else:
+                among = [at.literal] if target is None else target
+                wanted = [x for x in among if x not in self.result.made and x not in found and at.match(x)]
+                if not wanted and not rule.optional:
+                    self.complain(number, "leaves of the target that no rule makes", "none that match")
+                found += wanted
+        self.result = replace(self.result, new=tuple(found))
+
+    def require_ways_of_their_own(self) -> None:
+        """No target lies inside another."""
+        everything = {*self.result.made, *self.result.new}
+        for location in everything:
+            for outer in (location[:n] for n in range(1, len(location)) if location[:n] in everything):
+                self.complain(
+                    self.made_by.get(location) or self.made_by.get(outer),
+                    "no leaf inside another",
+                    f"{show_path(outer)} and {show_path(location)}",
+                )
+
+    def require_way_back(self, forward: Rules) -> None:
+        """The rules that these undo make of the result the very leaves that were given."""
+        made = self.result.made
+        try:
+            back = forward.apply({at: Read(at, op.shape, op.dtype) for at, op in made.items()}).made
+        except RulesError as error:
+            self.complain(None, f"what {forward.name} can be applied to", str(error.problems[0].found))
+            return
+        come_from = {at: {x for target in op.sources() for x in made[target].sources()} for at, op in back.items()}
+        for at, op in self.leaves.items():
+            if not come_from.get(at, set()).issuperset(op.sources()):
+                others = [show_path(b) for b, sources in come_from.items() if not sources.isdisjoint(op.sources())]
+                expected = f"{show_path(at)} itself when {forward.name} is applied to what it becomes"
+                self.complain(None, expected, f"{', '.join(others) or 'nothing'}: it can be read in several ways")
+
+
+def _finder(rules: Sequence[Rule]) -> Callable[[Location], Iterable[tuple[int, int, Pattern]]]:
+    """The patterns that may match a location: `(index of the rule, index of its part, pattern)`, in order.
+
+    Each is filed under the literal key that the fewest have; trying all rules on all leaves costs seconds.
+    """
+    everything = [(i, part, pattern) for i, rule in enumerate(rules) for part, pattern in enumerate(rule.patterns)]
+    shared = Counter(literal for _, _, pattern in everything for literal in pattern.literals())
+    filed: dict[tuple[int | None, str] | None, list[tuple[int, int, Pattern]]] = {}
+    for entry in everything:
+        rarest = min(entry[2].literals(), key=lambda literal: shared[literal], default=None)
+        filed.setdefault(rarest, []).append(entry)
+
+    def find(location: Location) -> list[tuple[int, int, Pattern]]:
+        length = len(location)
+        at = {(n, key) for n, key in enumerate(location)} | {(n - length, key) for n, key in enumerate(location)}
+        forms = [None, *at, *((None, key) for key in set(location))]
+        return sorted((e for form in forms for e in filed.get(form, ())), key=lambda entry: entry[:2])
+
+    return find
+
+
+# --- values -------------------------------------------------------------------------------------------------
+
+
+def _combined(rule: Rule, taken: Sequence[_Taken]) -> Iterator[tuple[_Taken, Op]]:
+    """What a rule makes one of: the first leaf of each, and all as one."""
+    if rule.concat is None and rule.stack is None:
+        yield from ((leaf, leaf.op) for leaf in taken)
+        return
+    alike: dict[tuple[Any, ...], dict[int, dict[int, _Taken]]] = {}
+    for leaf in taken:
+        groups = list(leaf.match.groups)
+        index = _index(leaf, groups.pop(rule.index_group - 1)) if rule.index_group is not None else 0
+        parts = alike.setdefault((tuple(groups), leaf.match.wild), {}).setdefault(index, {})
+        if leaf.part in parts:
+            both = f"{show_path(parts[leaf.part].location)} and {show_path(leaf.location)}"
+            raise PatternError(f"two leaves for one place: {both}")
+        parts[leaf.part] = leaf
+    for layers in alike.values():
+        first = min((leaf for parts in layers.values() for leaf in parts.values()), key=lambda leaf: leaf.order)
+        if gaps := [str(n) for n in range(max(layers) + 1) if n not in layers]:
+            raise PatternError(f"no layer {', '.join(gaps[:5])} beside {show_path(first.location)}")
+        joined = tuple(_concatenated(rule, layers[index]) for index in range(len(layers)))
+        yield first, joined[0] if rule.stack is None else Join(joined, rule.stack, stack=True)
+
+
+def _index(leaf: _Taken, text: str) -> int:
+    if not re.fullmatch(r"[0-9]+", text):
+        raise PatternError(f"the index {text!r} of {show_path(leaf.location)}, which is no number")
+    return int(text)
+
+
+def _concatenated(rule: Rule, parts: Mapping[int, _Taken]) -> Op:
+    """The parts of one leaf as one; equal parts, or else whoever splits it again would cut it elsewhere."""
+    if rule.concat is None:
+        return parts[0].op
+    if absent := [str(pattern) for part, pattern in enumerate(rule.patterns) if part not in parts]:
+        raise PatternError(
+            f"no {' and no '.join(absent)} that goes with {show_path(next(iter(parts.values())).location)}"
+        )
+    ordered = [parts[part] for part in range(len(rule.patterns))]
+    whole = Join(tuple(leaf.op for leaf in ordered), rule.concat)
+    found = [leaf.op.shape[whole.axis] for leaf in ordered]
+    if found != list(rule.sizes or found[:1] * len(found)):
+        wanted = f"sizes = {list(rule.sizes)}" if rule.sizes else "equal parts, where the rule says no sizes"
+        raise PatternError(f"{show_path(ordered[0].location)} and the others have sizes {found}: not {wanted}")
+    return whole
+
+
+def _reworked(rule: Rule, op: Op) -> Op:
+    if rule.transpose is not None:
+        op = Transpose(op, tuple(rule.transpose))
+    if rule.reshape is not None:
+        op = Reshape(op, tuple(rule.reshape))
+    return op if rule.cast is None or op.dtype == str(jnp.dtype(rule.cast)) else Cast(op, rule.cast)
+
+
+def _unstacked(rule: Rule, op: Op) -> Sequence[Op]:
+    if rule.unstack is None:
+        return [op]
+    if not -len(op.shape) <= rule.unstack < len(op.shape):
+        raise PatternError(f"{show_path(next(op.sources()))} of shape {op.shape}: no axis {rule.unstack}")
+    return unstack(op, rule.unstack)
+
+
+def _split(rule: Rule, op: Op) -> list[Op]:
+    if rule.split is None:
+        return [op]
+    count, rank = len(rule.templates), len(op.shape)
+    length = op.shape[rule.split] if -rank <= rule.split < rank else 0
+    sizes = rule.sizes or [length // count] * count
+    if sum(sizes) != length or not length:
+        parts = f"sizes = {list(rule.sizes)}" if rule.sizes else f"{count} equal parts"
+        raise PatternError(f"{show_path(next(op.sources()))} of shape {op.shape} along axis {rule.split}: not {parts}")
+    starts = [sum(sizes[:part]) for part in range(count)]
+    return [Block(op, rule.split, start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _filled(new: Mapping[str, Any]) -> Fill:
+    return Fill(np.full(tuple(new["shape"]), new["value"], jnp.dtype(new["dtype"])))

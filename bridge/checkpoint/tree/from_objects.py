@@ -1,0 +1,235 @@
+"""Objects in memory as trees of leaves: models, States, optimizers, TrainStates, variables, concrete or abstract.
+
+Law: `of_object(x).values` has every array of `x` once, itself and not a copy, at the path that Orbax gives it on disk.
+What only types tell (collections, random streams, boxes) is in `known`, so that nothing has to be told from names.
+Knows objects and their types; knows nothing of files or conversions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from flax.core import meta
+
+import nnx_core as nnx
+from bridge._types import Path, Shape
+from bridge.checkpoint.tree import layout
+from bridge.checkpoint.tree.canonical import VALUE, Known, Location, Parts, take_apart
+from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
+from bridge.checkpoint.tree.tree import Tree
+from bridge.variables.kinds import collection_of
+
+
+@dataclass(frozen=True)
+class Live:
+    """An object as a tree.
+
+    Attributes:
+      tree: its leaves, without values.
+      values: path -> array, abstract array, number or, for what is no array, whatever it is.
+      variables: path of a Variable in `tree` (without `value`) -> the Variable, of nnx_core or flax.nnx.
+      boxes: path of a box (without `value`) -> the box.
+      layout: the layout the tree has.
+      known: what the types tell.
+    """
+
+    tree: Tree
+    values: Mapping[Path, Any]
+    variables: Mapping[Path, Any]
+    boxes: Mapping[Path, Any]
+    layout: Layout
+    known: Known
+
+    def parts(self) -> Parts:
+        """What each leaf is."""
+        return take_apart(self.tree, self.layout, self.known)
+
+
+def of_object(thing: Any, found: Layout | None = None) -> Live:
+    """A model, a State, a TrainState, a dict or tuple of them, variables, ...: whatever a checkpoint may be made of.
+
+    `found` is its layout, if it is known; a model may well have attributes called `model` and `optimizer`.
+
+    >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    >>> live = of_object(model)
+    >>> live.layout.kind, list(live.tree.leaves)
+    (<Kind.NNX_STATE: 'nnx.State'>, [('bias', 'value'), ('kernel', 'value')])
+    """
+    walk = _Walk()
+    walk.visit((), thing)
+    tree = Tree({path: _leaf(path, x) for path, x in walk.values.items()}, walk.empty, frozenset(walk.sequences))
+    if walk.variables:
+        return Live(tree, walk.values, walk.variables, walk.boxes, *_nnx(tree, walk.variables, found))
+    found = found or layout.detect([*tree.leaves, *tree.empty])
+    found = Layout(found.kind, found.reason, frozenset(walk.boxes))
+    return Live(tree, walk.values, {}, walk.boxes, found, Known(boxed=_locations(walk.boxes, found.kind)))
+
+
+def of_training(model: Any, optimizer: Any = None) -> Live:
+    """A model, or a model and its optimizer; the model may well have attributes called `model` and `optimizer`."""
+    if optimizer is None:
+        return of_object(state_of(model), Layout(Kind.NNX_STATE, "it is a model or its State"))
+    both = {"model": state_of(model), "optimizer": state_of(optimizer)}
+    return of_object(both, Layout(Kind.NNX_TRAINING, "it is a model and its optimizer"))
+
+
+def of_leaves(leaves: Mapping[Path, Any], kind: Kind, known: Known) -> Live:
+    """A flat tree whose layout is known; its values count as leaves, whatever they are."""
+    tree = Tree({path: _leaf(path, x) for path, x in leaves.items()})
+    return Live(tree, leaves, {}, {}, Layout(kind, "as it was given"), known)
+
+
+def _leaf(path: Path, value: Any) -> Leaf:
+    shape, dtype = describe(value)
+    nbytes = getattr(value, "nbytes", 0) if isinstance(value, jax.Array | np.ndarray) else 0
+    return Leaf(path, shape, dtype, nbytes, "-")
+
+
+def describe(value: Any) -> tuple[Shape, str]:
+    """Shape and dtype; of a pytree or another object, which can only be renamed, `()` and 'object'."""
+    if isinstance(value, str | bool | int | float | complex) or (hasattr(value, "shape") and hasattr(value, "dtype")):
+        return layout.describe(value)
+    return (), "object"
+
+
+@dataclass
+class _Walk:
+    """What is found on the way through an object."""
+
+    values: dict[Path, Any] = field(default_factory=dict)
+    empty: dict[Path, str] = field(default_factory=dict)
+    sequences: list[Path] = field(default_factory=list)
+    variables: dict[Path, Any] = field(default_factory=dict)
+    boxes: dict[Path, Any] = field(default_factory=dict)
+
+    def visit(self, path: Path, node: Any) -> None:
+        if is_variable(node):
+            self._visit_variable(path, node)
+        elif (state := flat_state(node)) is not None:
+            for keys, variable in state:
+                self.visit((*path, *map(str, keys)), variable)
+        elif isinstance(node, meta.AxisMetadata):
+            self.boxes[path] = node
+            self.visit((*path, VALUE), node.unbox())
+        elif layout.is_empty(node):
+            self.empty[path] = _empty_name(node)
+        elif isinstance(node, jax.Array | jax.ShapeDtypeStruct) or (below := layout.children(node)) is None:
+            self.values[path] = node
+        else:
+            if isinstance(node, list) or (isinstance(node, tuple) and not hasattr(node, "_fields")):
+                self.sequences.append(path)
+            for key, child in below:
+                self.visit((*path, key), child)
+
+    def _visit_variable(self, path: Path, variable: Any) -> None:
+        self.variables[path] = variable
+        value = raw_value(variable)
+        is_optimizer = any(base.__name__ == "OptState" for base in type(variable).__mro__)
+        if value is None or type(value).__name__ == "MaskedNode":
+            self.empty[(*path, VALUE)] = "None"
+        elif is_optimizer:  # an optimizer may keep several arrays of one param
+            self.visit((*path, VALUE), value)
+        else:
+            self.values[(*path, VALUE)] = value
+
+
+def is_variable(x: Any) -> bool:
+    """Whether `x` is a Variable of nnx_core or of flax.nnx, which is not imported for that."""
+    if isinstance(x, nnx.Variable):
+        return True
+    return _is_flax(x) and hasattr(x, "get_raw_value") and hasattr(x, "get_metadata")
+
+
+def _is_flax(x: Any) -> bool:
+    return any(base.__module__.startswith("flax.nnx") for base in type(x).__mro__)
+
+
+def state_of(node: Any) -> Any:
+    """The State of a module or an optimizer, of nnx_core or flax.nnx; anything else as it is."""
+    if isinstance(node, nnx.Object):
+        return nnx.state(node)
+    if not _is_flax(node) or isinstance(node, Mapping):
+        return node
+    from flax import nnx as flax_nnx
+
+    return flax_nnx.state(node)
+
+
+def flat_state(node: Any) -> list[tuple[tuple[Hashable, ...], Any]] | None:
+    """(path, Variable) of a module, an optimizer or a State; None of anything else."""
+    if isinstance(node, nnx.Object | nnx.State):
+        return list(nnx.to_flat_state(state_of(node)))
+    if not _is_flax(node):
+        return None
+    from flax import nnx as flax_nnx
+
+    return list(flax_nnx.to_flat_state(state_of(node)))
+
+
+def map_state(f: Callable[[tuple[Hashable, ...], Any], Any], node: Any) -> Any:
+    """The State of a module, an optimizer or a State with `f(path, variable)` for each Variable."""
+    if not _is_flax(node):
+        return nnx.map_state(f, state_of(node))
+    from flax import nnx as flax_nnx
+
+    return flax_nnx.map_state(f, state_of(node))
+
+
+def raw_value(variable: Any) -> Any:
+    """The value of a Variable, read out of its `jax.Ref` if it lives in one."""
+    value = variable.get_raw_value()
+    return value[...] if getattr(variable, "has_ref", False) else value
+
+
+def write(variable: Any, value: Any) -> None:
+    """Write a value, into the `jax.Ref` if there is one."""
+    if getattr(variable, "has_ref", False):
+        variable.get_raw_value()[...] = value
+    else:
+        variable.set_raw_value(value)
+
+
+def _empty_name(node: Any) -> str:
+    if isinstance(node, Mapping):
+        return "Dict"
+    if isinstance(node, list):
+        return "List"
+    return "Tuple" if type(node) is tuple else "None"
+
+
+def _nnx(tree: Tree, variables: Mapping[Path, Any], found: Layout | None) -> tuple[Layout, Known]:
+    """Layout and knowledge from the Variables' types."""
+    found = found or layout.detect([*tree.leaves, *tree.empty])
+    if found.kind is not Kind.NNX_TRAINING:
+        found = Layout(Kind.NNX_STATE, "it has Variables")
+    root = take_apart(tree, found, Known({}, streams=frozenset())).form.model
+    inside = {path[len(root) :]: x for path, x in variables.items() if path[: len(root)] == root}
+    collections = {path: collection_name(type(x)) for path, x in inside.items()}
+    streams = frozenset(path for path, x in inside.items() if _is_a(type(x), "RngState"))
+    return found, Known(collections, streams=streams)
+
+
+def collection_name(kind: type) -> str:
+    """The collection of a Variable type; a type of flax.nnx has that of nnx_core's type of the same name."""
+    ours = next((getattr(nnx, base.__name__, None) for base in kind.__mro__ if _is_ours_too(base)), None)
+    return collection_of(kind if issubclass(kind, nnx.Variable) or ours is None else ours)
+
+
+def _is_ours_too(base: type) -> bool:
+    ours = getattr(nnx, base.__name__, None)
+    return isinstance(ours, type) and issubclass(ours, nnx.Variable)
+
+
+def _is_a(kind: type, name: str) -> bool:
+    return any(base.__name__ == name for base in kind.__mro__)
+
+
+def _locations(boxed: Iterable[Path], kind: Kind) -> frozenset[Location]:
+    if kind is Kind.PARAMS_ONLY:
+        return frozenset(("params", *path) for path in boxed)
+    drop = 1 if kind is Kind.LINEN_NESTED_TRAIN_STATE else 0
+    return frozenset(path[drop:] for path in boxed)

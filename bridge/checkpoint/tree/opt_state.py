@@ -1,0 +1,375 @@
+"""Optimizer states cross between naming schemes by one rule, which knows neither the optimizer nor `tx`.
+
+The rule. Let P be the key paths of the params. A dict in the optimizer state is *params-like* if every leaf
+below it, masked ones included, has a path (from that dict) that starts with a member of P. Take the largest
+such nodes. Each leaf in them is `prefix + param_path + tail`: the param path is renamed as the weights are,
+prefix and tail stay (SM3 keeps one entry for each axis below a param: a tail). Everything else (count,
+hyperparams, random keys) is copied. Paths decide, not shapes: Adafactor's rows and NovoGrad's scalars are
+params-like too. Shapes only refute: where a param at the root has the name of a counter.
+
+Law: mapping by a one-to-one renaming and back by its inverse is the identity, to the bit, for every optax
+transformation.
+Knows nested containers and key paths; knows nothing of files, of optax or of modules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bridge._errors import CheckpointLayoutError, OptStateOrderError, RenameClashError
+from bridge._types import Path, Shape
+from bridge.checkpoint.tree import layout
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a leaf of an optimizer state belongs. `param` is None for a leaf that belongs to no param."""
+
+    prefix: Path
+    param: Path | None = None
+    tail: Path = ()
+
+    @property
+    def path(self) -> Path:
+        """The whole path: prefix, param and tail joined."""
+        return self.prefix + (self.param or ()) + self.tail
+
+
+def param_shapes(params: Any) -> dict[Path, Shape]:
+    """`{key path: shape}` of a tree of params: arrays, abstract arrays or `layout.Leaf`s.
+
+    A box counts as its content. Boxes that came from disk are plain dicts `{'value': array}`; take them off
+    first (`layout.unbox`).
+
+    >>> import numpy as np
+    >>> param_shapes({"Dense_0": {"kernel": np.zeros((3, 4))}})
+    {('Dense_0', 'kernel'): (3, 4)}
+    """
+    shapes: dict[Path, Shape] = {}
+
+    def visit(path: Path, node: Any) -> None:
+        if isinstance(node, Mapping | list | tuple):
+            for key, child in layout.children(node) or ():
+                visit((*path, key), child)
+            return
+        leaves = [leaf for leaf in layout.flatten(node).values() if not layout.is_empty(leaf)]
+        if leaves:
+            shapes[path] = layout.describe(leaves[0])[0]
+
+    visit((), params)
+    return shapes
+
+
+def to_raw(opt_state: Any) -> Any:
+    """A live optax state as Orbax gives it back: dicts for namedtuples, lists for tuples, None if empty.
+
+    Leaves are not copied. A raw tree comes back equal.
+
+    >>> import optax, numpy as np
+    >>> sorted(to_raw(optax.chain(optax.trace(0.9), optax.identity()).init({"w": np.zeros(2)}))[0])
+    ['trace']
+    """
+    below = layout.children(opt_state)
+    if below is None:
+        return None if layout.is_empty(opt_state) else opt_state
+    parts = [(key, to_raw(child)) for key, child in below]
+    if isinstance(opt_state, list) or (isinstance(opt_state, tuple) and not hasattr(opt_state, "_fields")):
+        return [child for _, child in parts]
+    return dict(parts)
+
+
+# --- the rule -----------------------------------------------------------------------------------------------
+
+
+def find_param_nodes(opt_state: Any, params: Mapping[Path, Shape]) -> list[Path]:
+    """Paths of the largest params-like nodes, in the tree's order.
+
+    Args:
+        opt_state: any nested containers: a live optax state, or a raw tree from a checkpoint.
+        params: path -> shape of every param that the optimizer was initialised with (`param_shapes`).
+
+    >>> raw = [{"count": 0, "mu": {"w": 0.0}, "nu": {"w": 0.0}}, None]
+    >>> find_param_nodes(raw, {("w",): ()})
+    [('0', 'mu'), ('0', 'nu')]
+    """
+    _require_named(params)
+    first_keys = frozenset(path[0] for path in params)
+    return [path for path, _ in _param_nodes((), opt_state, params, first_keys)]
+
+
+def places(opt_state: Any, params: Mapping[Path, Shape]) -> dict[Path, Place]:
+    """For the path of every leaf and empty container of `opt_state`, where it belongs.
+
+    >>> places({"count": 0, "mu": {"w": 0.0}}, {("w",): ()})[("mu", "w")]
+    Place(prefix=('mu',), param=('w',), tail=())
+    """
+    nodes = set(find_param_nodes(opt_state, params))
+    found = {}
+    for path in layout.flatten(opt_state):
+        cut = next((depth for depth in range(len(path) + 1) if path[:depth] in nodes), None)
+        found[path] = Place(path) if cut is None else _split(path[:cut], path[cut:], params)
+    return found
+
+
+def _split(prefix: Path, rest: Path, params: Mapping[Path, Shape]) -> Place:
+    length = _start_length(rest, params)
+    return Place(prefix, rest[:length], rest[length:])
+
+
+def _start_length(path: Path, params: Mapping[Path, Shape]) -> int:
+    """How many keys of `path` make a param's path, 0 if none: no param's path starts another's."""
+    return next((length for length in range(1, len(path) + 1) if path[:length] in params), 0)
+
+
+def _param_nodes(
+    path: Path, node: Any, params: Mapping[Path, Shape], first_keys: frozenset[str]
+) -> Iterator[tuple[Path, frozenset[Path]]]:
+    """Paths of the params-like nodes in `node`, each with the params it covers."""
+    below = layout.children(node) or []
+    deeper = (found for key, child in below for found in _param_nodes((*path, key), child, params, first_keys))
+    looks_like = isinstance(node, Mapping) and any(key in first_keys for key, _ in below)
+    covered = _covered(node, params) if looks_like else frozenset()
+    if covered and _all_have_tails(node, params):
+        # A slot or a label can have the name of a param at the root: {'trace': {'trace': x, 'w': y}}. Then
+        # every leaf seems to hang below that param, and the true node, which covers as many params or more,
+        # is further down.
+        inside = list(deeper)
+        yield from inside if any(len(found) >= len(covered) for _, found in inside) else [(path, covered)]
+    elif covered:
+        yield path, covered
+    else:
+        yield from deeper
+
+
+def _covered(node: Any, params: Mapping[Path, Shape]) -> frozenset[Path]:
+    """The params that have a leaf in `node`; none if `node` is not params-like."""
+    covered: set[Path] = set()
+    same_shape, kinds = False, set()
+    for path, leaf in layout.flatten(node).items():
+        length = _start_length(path, params)
+        if not length and layout.is_empty(leaf):
+            continue  # an empty submodule: params have it too, without a param
+        if not length:
+            return frozenset()
+        covered.add(path[:length])
+        if not layout.is_empty(leaf):
+            shape, dtype = layout.describe(leaf)
+            same_shape = same_shape or shape == params[path[:length]]
+            kinds.add("counter" if shape == () and "int" in dtype else "other")
+    # A param at the root that is called `count` makes {count: 7} of a schedule look like params. It is not if
+    # it covers some params only, or counts, and nothing in it has the shape of a param.
+    refuted = not same_shape and (len(covered) < len(params) or kinds == {"counter"})
+    return frozenset() if refuted else frozenset(covered)
+
+
+def _all_have_tails(node: Any, params: Mapping[Path, Shape]) -> bool:
+    return all(path not in params for path, leaf in layout.flatten(node).items() if not layout.is_empty(leaf))
+
+
+def _require_named(params: Mapping[Path, Shape]) -> None:
+    if () in params:
+        raise CheckpointLayoutError(
+            "optimizer states are mapped by the names of params",
+            "(params)",
+            expected="a dict of params",
+            found="a single array without a name",
+        )
+
+
+# --- mapping ------------------------------------------------------------------------------------------------
+
+
+def rename_params(opt_state: Any, params: Mapping[Path, Shape], rename: Callable[[Path], Path]) -> Any:
+    """`opt_state` with every param path replaced by `rename(param_path)`; prefix, tail and all else stay.
+
+    Args:
+        opt_state: a live optax state or a raw tree. Containers outside the params-like nodes keep their type,
+            inside they are dicts, as Linen's params are. Leaves are not copied.
+        params: path -> shape, under its *old* name, of every param that the optimizer was initialised with.
+        rename: old param path -> new param path, one to one.
+
+    Raises:
+        RenameClashError: two params are given one name, or one name is the start of another.
+        OptStateOrderError: the state holds flat vectors over all params and their order would change.
+    """
+    renamed = {path: tuple(rename(path)) for path in params}
+    _require_one_to_one(renamed)
+    _require_order(opt_state, params, renamed)
+    nodes = set(find_param_nodes(opt_state, params))
+
+    def visit(path: Path, node: Any) -> Any:
+        if path in nodes:
+            return _rename_node(node, params, renamed)
+        below = layout.children(node)
+        if below is None:
+            return node
+        return layout.rebuild(node, [visit((*path, key), child) for key, child in below])
+
+    return visit((), opt_state)
+
+
+def _rename_node(node: Any, params: Mapping[Path, Shape], renamed: Mapping[Path, Path]) -> Any:
+    """One params-like node under new names. What hangs below a param (a tail) keeps its own containers."""
+    moved: dict[Path, Any] = {}
+
+    def collect(path: Path, below: Any) -> None:
+        if path in params:
+            moved[renamed[path]] = below
+            return
+        if layout.is_empty(below):
+            moved[path] = below
+        for key, child in layout.children(below) or ():
+            collect((*path, key), child)
+
+    collect((), node)
+    nested = layout.nest(moved)
+    kind: Any = type(node)
+    return nested if kind is dict else kind(nested)
+
+
+def _require_one_to_one(renamed: Mapping[Path, Path]) -> None:
+    taken: dict[Path, Path] = {}
+    for old, new in renamed.items():
+        if taken.setdefault(new, old) != old:
+            raise RenameClashError(taken[new], new, old, new)
+    for old, new in renamed.items():
+        for length in range(len(new)):
+            if new[:length] in taken:
+                raise RenameClashError(taken[new[:length]], new[:length], old, new)
+
+
+def order_dependent(opt_state: Any, params: Mapping[Path, Shape]) -> list[Path]:
+    """Paths of 1-D leaves over *all* params in key order, as `optax.flatten` keeps them."""
+    total = sum(math.prod(shape) for shape in params.values())
+    nodes = places(opt_state, params)
+    flat = layout.flatten(opt_state)
+    loose = [path for path, place in nodes.items() if place.param is None and not layout.is_empty(flat[path])]
+    return [path for path in loose if total > 1 and layout.describe(flat[path])[0] == (total,)]
+
+
+def _require_order(opt_state: Any, params: Mapping[Path, Shape], renamed: Mapping[Path, Path]) -> None:
+    new_order = sorted(params, key=lambda path: renamed[path])
+    if new_order != sorted(params):
+        vectors = order_dependent(opt_state, params)
+        if vectors:
+            raise OptStateOrderError(vectors)
+
+
+# --- Linen's and NNX's top level ----------------------------------------------------------------------------
+
+
+def to_nnx_layout(opt_state: Any, params: Mapping[Path, Shape]) -> dict[Any, Any]:
+    """A raw Linen tree as NNX keeps it: int keys for list indices, no EmptyState, None for a masked param.
+
+    The two Nones look alike on disk and differ in meaning: below a param's path it is a masked param and
+    stays, anywhere else it is a state without content and goes.
+
+    >>> to_nnx_layout([{"count": 0, "mu": {"w": 0.5, "b": None}}, None], {("w",): (), ("b",): ()})
+    {0: {'count': 0, 'mu': {'w': 0.5, 'b': None}}}
+    """
+    raw = to_raw(opt_state)
+    belongs = places(raw, params)
+
+    def visit(path: Path, node: Any) -> Any:
+        if isinstance(node, list):
+            pairs: list[tuple[Any, Any]] = list(enumerate(node))
+        elif isinstance(node, dict):
+            pairs = list(node.items())
+        else:
+            return node
+        return {key: visit((*path, str(key)), child) for key, child in pairs if not dropped((*path, str(key)), child)}
+
+    def dropped(path: Path, node: Any) -> bool:
+        return node is None and belongs[path].param is None
+
+    return visit((), raw) or {}
+
+
+def to_linen_layout(opt_state: Any, template: Any = None) -> Any:
+    """The inverse: lists for int keys, None where NNX has no entry for an EmptyState.
+
+    Args:
+        opt_state: a tree with int keys (or their text, as Orbax stores them).
+        template: an optimizer state of the wanted structure (`jax.eval_shape(tx.init, params)` will do).
+            Without it the gaps between int keys are filled, but EmptyStates at the *end* of a chain are not
+            known and not added.
+
+    >>> to_linen_layout({1: {"mu": {"w": 0.5}}})
+    [None, {'mu': {'w': 0.5}}]
+    """
+    if template is not None:
+        return _like(to_raw(template), opt_state)
+    if isinstance(opt_state, Mapping):
+        parts = {key: to_linen_layout(child) for key, child in opt_state.items()}
+        if parts and all(str(key).isdecimal() for key in parts):
+            by_index = {int(key): child for key, child in parts.items()}
+            return [by_index.get(index) for index in range(max(by_index) + 1)]
+        return parts
+    if isinstance(opt_state, list):
+        return [to_linen_layout(child) for child in opt_state]
+    return opt_state
+
+
+def _like(template: Any, node: Any) -> Any:
+    """`node` with the lists and Nones of the raw `template`; keys that it lacks stay, to be reported."""
+    if not isinstance(template, dict | list) or not isinstance(node, Mapping | list):
+        return node if layout.children(node) is None else to_linen_layout(node)
+    below = {str(key): child for key, child in (layout.children(node) or ())}
+    wanted = dict(layout.children(template) or ())
+    merged = {key: _like(child, below[key]) for key, child in wanted.items() if key in below}
+    merged |= {key: child for key, child in wanted.items() if key not in below and _holds_nothing(child)}
+    merged |= {key: to_linen_layout(child) for key, child in below.items() if key not in wanted}
+    if isinstance(template, list) and set(merged) == set(wanted):
+        return [merged[key] for key in wanted]
+    return {key: merged[key] for key in [*wanted, *merged] if key in merged}
+
+
+def _holds_nothing(tree: Any) -> bool:
+    return all(layout.is_empty(leaf) for leaf in layout.flatten(tree).values())
+
+
+def restore_into_structure(template: Any, raw: Any, *, source: str = "checkpoint") -> Any:
+    """`raw`'s leaves in `template`'s containers: what `tx.update` takes, from what Orbax gives.
+
+    Args:
+        template: the state that `tx.init(params)` gives, or `jax.eval_shape(tx.init, params)`.
+        raw: dicts, lists, None and arrays; int keys or lists, with or without entries for empty states.
+
+    Returns:
+        The template's namedtuples with `raw`'s leaves, as `jax.Array`s where the template has (abstract)
+        arrays.
+
+    Raises:
+        VariablesMismatchError: lists every missing, unexpected, wrong-shape and wrong-dtype path. A param
+            that is masked on one side only is one of them.
+
+    >>> import optax, jax.numpy as jnp
+    >>> tx = optax.adam(1e-3)
+    >>> state = tx.init({"w": jnp.ones(3)})
+    >>> type(restore_into_structure(state, to_raw(state))[0]).__name__
+    'ScaleByAdamState'
+    """
+    layout.require_match(template, raw, source=source, target="the optimizer state")
+    return fill(template, raw)
+
+
+def fill(template: Any, raw: Any) -> Any:
+    """`template` with the leaves of `raw` at the same paths; both must have passed `layout.require_match`."""
+    found = layout.flatten(raw)
+    return layout.map_leaves(lambda path, leaf: _as_leaf(leaf, found[path]), template)
+
+
+def _as_leaf(template: Any, value: Any) -> Any:
+    """`value` as a jax.Array if the template is one (or abstract); numbers take the template's dtype."""
+    import jax
+
+    if isinstance(template, bool | int | float | complex):
+        return value.item() if hasattr(value, "item") else value
+    if isinstance(template, jax.Array | jax.ShapeDtypeStruct) and not isinstance(value, jax.Array):
+        array = jax.numpy.asarray(value, dtype=template.dtype)
+        placed = template.sharding is not None and getattr(template, "committed", True)
+        return jax.device_put(array, template.sharding) if placed else array
+    return value

@@ -1,0 +1,77 @@
+"""A checkpoint without its values: leaves, entries without content, and which nodes are lists.
+
+Law: a tree has one order, node by node, in which a file that is written from start to end has its leaves.
+Knows leaves by path; knows no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from bridge._types import Path
+from bridge.checkpoint.tree.layout import Leaf
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A checkpoint without its values.
+
+    Attributes:
+      leaves: every array, number and string by path, in the tree's order.
+      empty: entries without content, path -> 'None', 'Dict', 'List' or 'Tuple'.
+      sequences: paths of the nodes that are lists or tuples; every other node is a dict.
+    """
+
+    leaves: Mapping[Path, Leaf]
+    empty: Mapping[Path, str] = field(default_factory=dict)
+    sequences: frozenset[Path] = frozenset()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves in memory."""
+        return sum(leaf.nbytes for leaf in self.leaves.values())
+
+    @cached_property
+    def order(self) -> tuple[Path, ...]:
+        """The leaves in their order, but node by node: so a file that is written from start to end has them.
+
+        >>> paths = [("b", "x"), ("a",), ("b", "y")]
+        >>> Tree({path: Leaf(path, (), "int8", 1, "params") for path in paths}).order
+        (('b', 'x'), ('b', 'y'), ('a',))
+        """
+        return tuple(path for path in depth_first(self) if path in self.leaves)
+
+
+def depth_first(tree: Tree) -> list[Path]:
+    """Leaves and empty entries node by node: the nodes as they come in `tree`."""
+    if () in tree.leaves or () in tree.empty:
+        return [()]
+    root: dict[str, Any] = {}
+    for path in [*tree.leaves, *tree.empty]:
+        node = root
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = None
+    found: list[Path] = []
+
+    def visit(node: dict[str, Any], path: Path) -> None:
+        for key in _ordered(node, [key for key in node if (*path, key) not in tree.empty]):
+            child = node[key]
+            if child:
+                visit(child, (*path, key))
+            else:
+                found.append((*path, key))
+
+    visit(root, ())
+    return found
+
+
+def _ordered(keys: Iterable[str], full: list[str]) -> list[str]:
+    """Where empty entries stood among the `full` ones, a Tree does not tell: indices and sorted keys do."""
+    keys = list(keys)
+    if all(key.isascii() and key.isdecimal() for key in keys) and full == sorted(full, key=int):
+        return sorted(keys, key=int)
+    return sorted(keys) if full == sorted(full) else keys

@@ -1,0 +1,196 @@
+"""`linen-nnx convert`: a checkpoint from Linen's layout to NNX's, or back.
+
+Law: what will be made of what is known, shown and checked before the first array is read; with `--json` stdout holds
+one JSON document; the exit code is 0 only if nothing was lost or changed that nobody spoke of.
+"""
+
+from __future__ import annotations
+
+import enum
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bridge._errors import show_path
+from bridge.cli.inspect import describe_source, print_source
+from bridge.cli.models import check_of, read_models, target_of, transformation, write_rules
+from bridge.cli.show import console, human_bytes, plain, print_json, progress_bar, table
+from bridge.cli.words import parse_bytes, parse_rng
+
+if TYPE_CHECKING:
+    from bridge.checkpoint.conversion import Conversion, ConvertReport
+
+_LOSSY, _INTERRUPTED = 1, 130
+
+
+class To(enum.StrEnum):
+    """The layouts to convert to."""
+
+    NNX = "nnx"
+    LINEN = "linen"
+
+
+class TargetFormat(enum.StrEnum):
+    """The formats that can be written."""
+
+    ORBAX = "orbax"
+    ORBAX_V1 = "orbax-v1"
+    SAFETENSORS = "safetensors"
+    MSGPACK = "msgpack"
+
+
+class SourceFormat(enum.StrEnum):
+    """The formats that can be read."""
+
+    ORBAX = "orbax"
+    ORBAX_V1 = "orbax-v1"
+    SAFETENSORS = "safetensors"
+    MSGPACK = "msgpack"
+    NPZ = "npz"
+
+
+class LayoutName(enum.StrEnum):
+    """The layouts of `bridge.checkpoint.Kind`, as words; the same names."""
+
+    LINEN_TRAIN_STATE = "linen-train-state"
+    LINEN_NESTED_TRAIN_STATE = "linen-nested-train-state"
+    LINEN_VARIABLES = "linen-variables"
+    PARAMS_ONLY = "params-only"
+    NNX_STATE = "nnx-state"
+    NNX_TRAINING = "nnx-training"
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint of any format. It is not touched.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Where the result goes; must not exist.")],
+    to: Annotated[To, typer.Option(help="The layout to write.")],
+    rules: Annotated[Path | None, typer.Option(help="TOML file: new names, and what is done to values.")] = None,
+    inverse: Annotated[bool, typer.Option("--inverse", help="The rules lead from DST to SRC: turn them.")] = False,
+    save_rules: Annotated[Path | None, typer.Option(help="Write derived rules there, from Linen to NNX.")] = None,
+    linen: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The Linen module, to derive rules from.")] = "",
+    nnx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The NNX module; the result must fit it.")] = "",
+    inputs: Annotated[list[str], typer.Option("--input", help="An input of both models, as 2,28,28,1:float32.")] = [],  # noqa: B006
+    keywords: Annotated[list[str], typer.Option("--keyword", help="A keyword of both, as train=False.")] = [],  # noqa: B006
+    target_format: Annotated[TargetFormat, typer.Option("--format", help="What to write.")] = TargetFormat.ORBAX,
+    source_format: Annotated[SourceFormat | None, typer.Option(help="What SRC is, instead of detecting it.")] = None,
+    layout: Annotated[LayoutName | None, typer.Option(help="The layout of SRC, instead of detecting it.")] = None,
+    step: Annotated[int | None, typer.Option(help="The step; the latest by default.")] = None,
+    item: Annotated[str | None, typer.Option(help="The item of a composite checkpoint.")] = None,
+    max_memory: Annotated[str, typer.Option(metavar="SIZE", help="Leaves in memory at once, as 512MiB.")] = "2GiB",
+    rng: Annotated[str, typer.Option(metavar="drop|keep|seed=N", help="What becomes of random streams.")] = "drop",
+    tx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The optax transformation, for checks.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed run has left.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, from metadata only.")] = False,
+    lossy: Annotated[bool, typer.Option("--lossy", help="Go on although something is lost or changed.")] = False,
+    verify_forward: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="Called last, with SRC and DST.")] = "",
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result again.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+) -> None:
+    """Convert a checkpoint between Linen's and NNX's layout. Exit codes: 0 clean, 1 lossy or failed, 3 not verified."""
+    from bridge.checkpoint.conversion import plan_conversion
+    from bridge.checkpoint.formats.open import open_source
+    from bridge.checkpoint.stream import share_freed_memory
+    from bridge.checkpoint.tree.layout import Kind
+
+    share_freed_memory()
+    models = read_models(to.value, rules, inverse, linen, nnx, inputs, keywords)
+    if save_rules is not None:
+        write_rules(models.derived, save_rules)
+    memory, check = parse_bytes(max_memory), check_of(verify_forward)
+    options = {"rng": parse_rng(rng), "tx": transformation(tx), "target_format": target_format.value}
+    options |= {"rules": models.rules, "known": models.known, "kind": layout and Kind[layout.name]}
+    with closing(open_source(source, format=source_format and source_format.value, step=step, item=item)) as opened:
+        if to is To.NNX and models.model is not None:
+            options["target"] = target_of(models.model, options["tx"], options["rng"], opened.tree)
+        conversion = plan_conversion(opened, to=to.value, **options)
+        losses = [] if lossy else conversion.losses
+        shown = _Show(conversion, target, losses, dry_run=dry_run)
+        if not (quiet or as_json):
+            shown.before()
+        report = None
+        if not dry_run:
+            steps = {"max_memory": memory, "resume": resume, "verify": not no_verify, "check": check, "lossy": lossy}
+            report = _run(conversion, target, quiet=quiet or as_json, **steps)
+        if as_json:
+            print_json(shown.document(report))
+        elif report is not None and not quiet:
+            shown.after(report)
+    raise typer.Exit(_LOSSY if losses else 0)
+
+
+def _run(conversion: Conversion, target: Path, *, quiet: bool, **options: Any) -> ConvertReport:
+    try:
+        with progress_bar(quiet=quiet) as progress:
+            return conversion.run(target, progress=progress, **options)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: nothing at {target}. Go on with the same command and --resume.", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+
+
+# --- showing ------------------------------------------------------------------------------------------------
+
+
+class _Show:
+    """What the command prints about one conversion, as text or as one JSON document."""
+
+    def __init__(self, conversion: Conversion, target: Path, losses: list[str], *, dry_run: bool):
+        self.conversion, self.plan, self.dry_run = conversion, conversion.plan, dry_run
+        self.target, self.losses = target, losses
+        self.rows = self.plan.rows()
+
+    def before(self) -> None:
+        """Source and target; for a dry run the table too, since it is all there is to see."""
+        sources = [", ".join(show_path(path) for path in row["sources"]) for row in self.rows]
+        targets = [show_path(row["target"]) for row in self.rows]
+        texts = (sources, targets, [row["op"] for row in self.rows])
+        screen = console(sum(max(map(len, column), default=0) for column in texts))
+        print_source(screen, self.conversion.source, self.conversion.layout)
+        screen.print(plain(f"target: {self.target} ({self.conversion.target_format}, {self.plan.target_layout.value})"))
+        if self.dry_run:
+            listed = table("source", "target", "shape", "dtype", "op", "bytes", right=("bytes",))
+            for row, source, made in zip(self.rows, sources, targets, strict=True):
+                last = (tuple(row["shape"]), row["dtype"], row["op"], human_bytes(row["nbytes"]))
+                listed.add_row(*map(plain, (source, made, *last)))
+            screen.print(listed)
+        dropped = [f"dropped: {show_path(path)}: {why}" for path, why in self.plan.dropped.items()]
+        warned = [f"warning: {text}" for text in self.plan.warnings]
+        for text in (*dropped, *warned, *(f"note: {text}" for text in self.plan.notes)):
+            screen.print(plain(text), soft_wrap=True)
+        screen.print(plain(self.plan.summary()), soft_wrap=True)
+        if self.dry_run and self.losses:
+            screen.print("Something would be lost or changed that no rule speaks of: see above. Exit code 1.")
+
+    def after(self, report: ConvertReport) -> None:
+        speed = human_bytes(int(report.nbytes / max(report.seconds, 1e-9)))
+        resumed = f", {report.resumed} leaves from an earlier run" if report.resumed else ""
+        done = "written and verified" if report.verified else "written"
+        typer.echo(f"{done}: {report.target} in {report.seconds:.1f} s, {speed}/s{resumed}")
+
+    def document(self, report: ConvertReport | None) -> dict[str, Any]:
+        """The same, and every row, as JSON types."""
+        result = None
+        if report is not None:
+            result = {"verified": report.verified, "resumed": report.resumed, "seconds": report.seconds}
+        return {
+            "source": describe_source(self.conversion.source, self.conversion.layout),
+            "target": {
+                "path": str(self.target),
+                "format": self.conversion.target_format,
+                "layout": self.plan.target_layout.value,
+                "nbytes": self.plan.target.nbytes,
+            },
+            "dry_run": self.dry_run,
+            "leaves": self.rows,
+            "dropped": [
+                {"path": list(path), "reason": why, "asked": path in self.plan.asked}
+                for path, why in self.plan.dropped.items()
+            ],
+            "warnings": list(self.plan.warnings),
+            "notes": list(self.plan.notes),
+            "losses": self.losses,
+            "result": result,
+            "exit_code": _LOSSY if self.losses else 0,
+        }

@@ -1,0 +1,156 @@
+"""What `linen-nnx convert` is told of models: rules, the two modules, the optimizer, a check of the user's.
+
+Law: what is wrong usage is told as that, before a checkpoint is opened; the user's code fails without a traceback.
+Knows words and models; what is made of them is the business of `bridge.checkpoint`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from bridge.cli.words import load_attribute, parse_input, parse_keyword, users_code
+
+if TYPE_CHECKING:
+    from bridge.checkpoint.derivation.derive import Derived
+    from bridge.checkpoint.tree.tree import Tree
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a rules file and the models say.
+
+    Attributes:
+      rules: for the conversion: those of the file first, then what was derived.
+      known: the collections that the NNX module tells, for a checkpoint of NNX.
+      model: the NNX module.
+      derived: from Linen to NNX.
+    """
+
+    rules: Any = None
+    known: Any = None
+    model: Any = None
+    derived: Derived | None = None
+
+
+def read_models(
+    to: str, rules: Path | None, inverse: bool, linen: str, nnx: str, inputs: list[str], keywords: list[str]
+) -> Models:
+    """What the options of the same names say; `to` is 'nnx' or 'linen'."""
+    from bridge.checkpoint.rules.apply import read_rules
+    from bridge.checkpoint.tree.from_objects import of_object
+
+    if linen and not (nnx and inputs):
+        raise typer.BadParameter("--linen needs --nnx and at least one --input: rules are derived from both models")
+    if (inputs or keywords) and not linen:
+        raise typer.BadParameter("--input and --keyword are for --linen and --nnx: both are called with them")
+    if inverse and rules is None:
+        raise typer.BadParameter("--inverse needs --rules: it turns them round")
+    written = None if rules is None else read_rules(rules)
+    if written is not None and inverse:
+        written = written.inverse()
+    model = _nnx_model(nnx) if nnx else None
+    known = of_object(model).known if to == "linen" and model is not None else None
+    if not linen:
+        return Models(written, known, model)
+    derived = _derived(linen, model, [parse_input(text) for text in inputs], dict(map(parse_keyword, keywords)))
+    direction = derived if to == "nnx" else derived.inverse()
+    return Models(direction if written is None else written.then(direction.rules()), known, model, derived)
+
+
+def write_rules(derived: Derived | None, file: Path) -> None:
+    """The file that `--save-rules` names."""
+    if derived is None:
+        raise typer.BadParameter("--save-rules needs --linen, --nnx and --input: there are no derived rules without")
+    if file.exists():
+        raise typer.BadParameter(f"--save-rules: there is something at {file}, and nothing is ever written over")
+    text = derived.to_toml()
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise typer.BadParameter(f"--save-rules: {error}") from None
+
+
+def _derived(linen: str, model: Any, inputs: list[Any], keywords: dict[str, Any]) -> Derived:
+    from flax import linen as nn
+
+    from bridge.checkpoint.derivation.derive import derive
+
+    module = load_attribute(linen)
+    if callable(module) and not isinstance(module, nn.Module):
+        with users_code(f"{linen!r} is no Linen module and cannot be called without arguments"):
+            module = module()
+    if not isinstance(module, nn.Module):
+        raise typer.BadParameter(f"{linen!r} is no Linen module, and no function that makes one")
+    with users_code("the models cannot be called with these inputs"):
+        return derive(module, model, *inputs, **keywords)
+
+
+def _nnx_model(reference: str) -> Any:
+    """The NNX module that `--nnx` names, abstract if it is made here: a class or a function that takes `rngs`."""
+    import inspect
+
+    import nnx_core
+
+    found = load_attribute(reference)
+    if callable(found) and not isinstance(found, nnx_core.Module):
+        with users_code(f"{reference!r} cannot be made, abstractly, from `rngs` or from nothing"):
+            make, takes = found, inspect.signature(found).parameters
+            found = nnx_core.eval_shape(lambda: make(rngs=nnx_core.Rngs(0)) if "rngs" in takes else make())
+    if not isinstance(found, nnx_core.Module):
+        raise typer.BadParameter(f"{reference!r} is no NNX module, and no class or function (of rngs) that makes one")
+    return found
+
+
+def target_of(model: Any, tx: Any, rng: str | int, source: Tree) -> Any:
+    """What the result must fit: the model, and with `--tx` its optimizer. None where only `--tx` could tell.
+
+    Random streams are part of it if `--rng` says where they come from: a Linen checkpoint has none.
+    """
+    import nnx_core
+    from bridge.checkpoint.tree import layout
+
+    paths = [*source.leaves, *source.empty]
+    tops = {path[0] for path in paths if path}
+    trains = layout.detect(paths).kind is layout.Kind.NNX_TRAINING or bool(tops & {"opt_state", "step"})
+    if trains and tx is None:
+        return None
+    state = nnx_core.state(model, nnx_core.Not(nnx_core.RngState) if rng == "drop" else ...)
+    if not trains:
+        return state
+    optimizer = nnx_core.eval_shape(lambda model: nnx_core.Optimizer(model, tx, wrt=nnx_core.Param), model)
+    return {"model": state, "optimizer": nnx_core.state(optimizer)}
+
+
+def check_of(reference: str) -> Any:
+    """What `--verify-forward` names: a function of two paths. Whatever it raises is a check that failed."""
+    if not reference:
+        return None
+    found = load_attribute(reference)
+    if not callable(found):
+        raise typer.BadParameter(f"{reference!r} is no function of two paths, SRC and DST")
+
+    def check(source: Path, target: Path) -> object:
+        try:
+            return found(source, target)
+        except Exception as error:
+            raise AssertionError(f"{type(error).__name__}: {error}") from error
+
+    check.__qualname__ = reference
+    return check
+
+
+def transformation(reference: str) -> Any:
+    """What `--tx` names: an optax transformation, or a function without arguments that makes one."""
+    if not reference:
+        return None
+    found = load_attribute(reference)
+    if callable(found):
+        with users_code(f"{reference!r} cannot be called without arguments"):
+            found = found()
+    if not (hasattr(found, "init") and hasattr(found, "update")):
+        raise typer.BadParameter(f"{reference!r} is no optax transformation: it has no init and update")
+    return found

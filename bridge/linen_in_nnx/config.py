@@ -1,0 +1,163 @@
+"""A Linen module as configuration: compared by its fields, and its training flags found wherever they are.
+
+Law: two are equal iff they wrap equal modules in the same way, whatever the fields hold (lists, dicts, arrays),
+so a compiled function is found again; they are hashable and never change.
+Knows Linen modules and their fields; knows nothing of variables or graphs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from bridge.variables.hashable import fields_of, frozen
+
+#: Flags of Linen modules that say whether they train, and what they say then.
+WHEN_TRAINING = {"deterministic": False, "use_running_average": False, "train": True, "training": True}
+_OF_NNX = ("deterministic", "use_running_average")  # what `train()` and `eval()` of NNX set
+
+
+class Wrapped:
+    """A Linen module and how it is wrapped; immutable and hashable, so that it can be part of the graph's structure.
+
+    Args:
+      module: the module, unbound.
+      exact: whether it gets the keys of the streams themselves.
+      defaults: arguments of calls that do not give them: flags that are no fields.
+      key: under which key this object is in the graph.
+      attributes: (key in the graph, name) of each plain attribute of the wrapper.
+    """
+
+    __slots__ = ("_frozen", "attributes", "defaults", "exact", "key", "module")
+
+    def __init__(
+        self,
+        module: nn.Module,
+        exact: bool = False,
+        defaults: tuple[tuple[str, Any], ...] = (),
+        key: str = "",
+        attributes: tuple[tuple[str, str], ...] = (),
+    ):
+        self.module, self.exact, self.defaults = module, exact, defaults
+        self.key, self.attributes = key, attributes
+        self._frozen: Any = None
+
+    def replace(self, **changes: Any) -> Wrapped:
+        """One with other fields."""
+        fields = ("module", "exact", "defaults", "key", "attributes")
+        return Wrapped(**{**{name: getattr(self, name) for name in fields}, **changes})
+
+    def _key(self) -> Any:
+        if self._frozen is None:
+            self._frozen = frozen((self.module, self.exact, self.defaults, self.key, self.attributes))
+        return self._frozen
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Wrapped) and self._key() == other._key())
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Wrapped, (self.module, self.exact, self.defaults, self.key, self.attributes)
+
+    def __repr__(self) -> str:
+        return repr(self.module)
+
+    # ---- flags: fields of the module or of modules in its fields, and arguments of `__call__` ----
+
+    def has(self, name: str) -> bool:
+        """Whether `name` is a field, or a training flag that something stands for."""
+        return name in self._field_names() or bool(self._targets(name))
+
+    def get(self, name: str) -> Any:
+        """The value of the field or flag `name`; None for one that was never set."""
+        for target, same in self._targets(name):
+            value = dict(self.defaults).get(target, _flag_in(self.module, target))
+            if value is not None:
+                return value if same else not value
+        return getattr(self.module, name, None) if name in self._field_names() else None
+
+    def set(self, name: str, value: Any) -> Wrapped:
+        """With the field or flag `name` set, wherever it is."""
+        wrapped = self
+        for target, same in self._targets(name) or [(name, True)]:
+            wrapped = wrapped._set_one(target, value if same or value is None else not value)
+        # `train()` of a container sets one of NNX's flags after the other; once both agree it is a mode.
+        if name in _OF_NNX and all(self._knows(flag) and wrapped.get(flag) is value for flag in _OF_NNX):
+            for flag in filter(self._knows, ("train", "training")):
+                wrapped = wrapped._set_one(flag, not value)
+        return wrapped
+
+    def _set_one(self, name: str, value: Any) -> Wrapped:
+        # A flag that may come with each call stays one, where the constructor left it open: modules such as
+        # nn.BatchNorm refuse to be told twice.
+        if name in _call_parameters(self.module) and _flag_in(self.module, name) is None:
+            return self.replace(defaults=tuple({**dict(self.defaults), name: value}.items()))
+        return self.replace(module=_with_field(self.module, name, value))
+
+    def _field_names(self) -> set[str]:
+        return {f.name for f in fields_of(self.module)} - {"name"}
+
+    def _targets(self, name: str) -> list[tuple[str, bool]]:
+        """Which flags stand for the flag `name`, and whether they mean the same or the opposite."""
+        if name not in WHEN_TRAINING:
+            return []
+        if self._knows(name):
+            return [(name, True)]
+        return [(n, False) for n in ("train", "training") if name in _OF_NNX and self._knows(n)]
+
+    def _knows(self, flag: str) -> bool:
+        return flag in _call_parameters(self.module) or any(
+            flag in {f.name for f in fields_of(m)} for m in _modules_in(self.module)
+        )
+
+
+def _call_parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    method = inspect.getattr_static(type(module), "__call__", None)
+    return inspect.signature(method).parameters if inspect.isfunction(method) else {}
+
+
+def open_flags(
+    method: Callable[..., Any], defaults: tuple[tuple[str, Any], ...], args: Any, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Those of `defaults` that `method` takes and this call does not give."""
+    signature = inspect.signature(method)
+    given = signature.bind_partial(None, *args, **kwargs).arguments
+    return {name: x for name, x in defaults if name in signature.parameters and name not in given}
+
+
+def _modules_in(x: Any) -> Iterator[nn.Module]:
+    """`x` and every Linen module in its fields, however deep."""
+    if isinstance(x, nn.Module):
+        yield x
+        for field in fields_of(x):
+            yield from _modules_in(getattr(x, field.name))
+    elif isinstance(x, list | tuple | Mapping):
+        for child in x.values() if isinstance(x, Mapping) else x:
+            yield from _modules_in(child)
+
+
+def _flag_in(module: nn.Module, flag: str) -> Any:
+    return next((v for m in _modules_in(module) if (v := getattr(m, flag, None)) is not None and not callable(v)), None)
+
+
+def _with_field(x: Any, name: str, value: Any) -> Any:
+    """A copy of `x` with the field `name` set in every module that has it; `x` itself where none has."""
+    if isinstance(x, nn.Module):
+        old = {f.name: getattr(x, f.name) for f in fields_of(x)}
+        new = {key: value if key == name else _with_field(child, name, value) for key, child in old.items()}
+        changes = {key: child for key, child in new.items() if child is not old[key]}
+        return x.clone(**changes) if changes else x
+    if isinstance(x, Mapping):
+        children = {key: _with_field(child, name, value) for key, child in x.items()}
+        return type(x)(children) if any(children[key] is not x[key] for key in x) else x
+    if isinstance(x, list | tuple):
+        items = [_with_field(child, name, value) for child in x]
+        if all(a is b for a, b in zip(items, x, strict=True)):
+            return x
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+    return x

@@ -1,0 +1,103 @@
+"""A model as a pure function of its variables, by location: both APIs in one form.
+
+Law: `run(values, ...)` returns what the model's own call returns on these values, and changes neither the model nor
+`values`. What the call writes is left out.
+Knows modules; knows nothing of the other model, of rules or of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import core
+from flax import linen as nn
+from flax.core import meta
+
+import nnx_core as nnx
+from bridge.tracing.trace import TRANSIENT, Location, Method, parted
+from bridge.variables.kinds import collection_of
+from bridge.variables.mapping import EMPTY, leaves, tree_of
+
+Values = Mapping[Location, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model.
+
+    Attributes:
+      variables: what the model has: arrays, or abstract ones. Of NNX also its random streams.
+      run: (values, keys of random streams, args, kwargs) -> output; NNX takes its keys from its own streams.
+      initial: () -> values as the model's author starts with them; computes.
+    """
+
+    variables: Values
+    run: Callable[[Values, Any, Any, Any], Any]
+    initial: Callable[[], Values]
+
+
+def streams_of(rngs: Any) -> Mapping[str, Any]:
+    """Linen's streams from what `module.init` takes.
+
+    >>> list(streams_of(None))
+    ['params']
+    """
+    if isinstance(rngs, Mapping):
+        return rngs
+    return {"params": jax.random.key(0) if rngs is None else rngs}
+
+
+def linen_call(module: nn.Module, method: Method, rngs: Any, args: Any, kwargs: Any) -> Call:
+    """The call of an unbound Linen module; it reads params, and may write other collections.
+
+    >>> call = linen_call(nn.Dense(2), "__call__", None, (jax.ShapeDtypeStruct((1, 3), "float32"),), {})
+    >>> {at: x.shape for at, x in sorted(call.variables.items())}
+    {('params', 'bias'): (2,), ('params', 'kernel'): (3, 2)}
+    """
+    function = getattr(type(module), method) if isinstance(method, str) else method
+    streams = streams_of(rngs)
+
+    def init(args: Any, kwargs: Any) -> Any:
+        variables = module.init(streams, *args, **kwargs, method=function)
+        return {name: tree for name, tree in variables.items() if name not in TRANSIENT}
+
+    def flat(variables: Any) -> Values:
+        return {at: meta.unbox(x) for at, x in leaves(variables) if x is not EMPTY}
+
+    def run(values: Values, keys: Any, args: Any, kwargs: Any) -> Any:
+        mutable = core.DenyList(("params", *TRANSIENT))
+        variables = tree_of(values.items())
+        return module.apply(variables, *args, **kwargs, method=function, mutable=mutable, rngs=keys)[0]
+
+    traced, arrays = parted(init, args, kwargs)
+    return Call(flat(jax.eval_shape(traced, arrays)), run, lambda: flat(jax.jit(traced)(arrays)))
+
+
+def nnx_call(module: nnx.Module, method: Method) -> Call:
+    """The call of an NNX module, real or abstract.
+
+    >>> call = nnx_call(nnx.eval_shape(lambda: nnx.Linear(3, 2, rngs=nnx.Rngs(0))), "__call__")
+    >>> {at: x.shape for at, x in sorted(call.variables.items())}
+    {('params', 'bias'): (2,), ('params', 'kernel'): (3, 2)}
+    """
+    graphdef, state = nnx.split(module)
+    variables = {_location(path, x): x.get_raw_value() for path, x in nnx.to_flat_state(state)}
+
+    def run(values: Values, keys: Any, args: Any, kwargs: Any) -> Any:
+        filled = nnx.map_state(lambda path, x: x.replace(values.get(_location(path, x), x.get_raw_value())), state)
+        model = nnx.merge(graphdef, filled)
+        return getattr(model, method)(*args, **kwargs) if isinstance(method, str) else method(model, *args, **kwargs)
+
+    return Call(variables, run, lambda: variables)
+
+
+def module_of(made: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    """The module itself, or what a function makes of `nnx.Rngs`, abstractly."""
+    return made if isinstance(made, nnx.Module) else nnx.eval_shape(lambda: made(nnx.Rngs(0)))
+
+
+def _location(path: Any, variable: nnx.Variable[Any]) -> Location:
+    return (collection_of(type(variable)), *map(str, path))

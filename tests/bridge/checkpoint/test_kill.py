@@ -1,0 +1,63 @@
+"""A conversion that is killed at random points, three times in a row, and resumed: as if nothing had happened."""
+
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from bridge.checkpoint.conversion import convert
+from bridge.checkpoint.verification import verify
+from tests.support import checkpoint_run as run
+from tests.tolerance import assert_trees_equal
+
+LEAVES, BATCHES = 24, 12
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+
+#: Says on a line of its own whenever a batch is made, and how many leaves it found written by an earlier run.
+SCRIPT = """
+import sys
+from bridge.checkpoint.conversion import convert
+source, target, format = sys.argv[1:]
+def tell(doing, done, total):
+    print(doing, done, flush=True)
+report = convert(source, target, to="nnx", target_format=format, max_memory=3 << 20, resume=True, progress=tell)
+print("resumed", report.resumed, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    numbers = np.random.default_rng(0)
+    params = {f"Dense_{i}": {"kernel": numbers.random((256, 512), np.float32)} for i in range(LEAVES)}
+    return run.save({"params": params}, tmp_path_factory.mktemp("source") / "ck", "orbax")
+
+
+def start(source, target, format):
+    command = [sys.executable, "-c", SCRIPT, str(source), str(target), format]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("format", ["orbax", "orbax-v1", "safetensors", "msgpack"])
+def test_killed_three_times_then_resumed(format, source, tmp_path):
+    chance = random.Random(format)
+    for _ in range(3):
+        process = start(source, tmp_path / "out", format)
+        for _ in range(chance.randint(2, BATCHES // 3)):
+            assert process.stdout.readline().startswith("converting"), process.stderr.read()
+        time.sleep(chance.uniform(0, 0.02))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -9
+        assert not (tmp_path / "out").exists()
+    process = start(source, tmp_path / "out", format)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert 0 < int(out.split()[-1]) < LEAVES
+    assert verify(tmp_path / "out").leaves == LEAVES
+    convert(source, tmp_path / "unkilled", to="nnx", target_format=format)
+    assert_trees_equal(run.load(tmp_path / "out", format), run.load(tmp_path / "unkilled", format))
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert [name for name in left if name.removesuffix(".metadata.json") not in ("out", "unkilled")] == []

@@ -1,0 +1,304 @@
+"""There and back is the identity, to the bit: layers, optimizers, boxes, stacks, trees that hypothesis draws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import serialization
+from flax.core import freeze
+from flax.training.train_state import TrainState
+from flax.traverse_util import flatten_dict, unflatten_dict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nnx_core as nnx
+from bridge.checkpoint.in_memory import state_to_variables, variables_to_state
+from bridge.checkpoint.plan.plan import make_plan
+from bridge.checkpoint.rules.apply import Rules
+from bridge.checkpoint.tree import layout
+from bridge.checkpoint.tree.from_objects import of_object
+from tests.bridge.checkpoint.tree.test_opt_state import OPTIMIZERS, each_optimizer, each_renameable, filled, make_params
+from tests.layers import LAYERS
+from tests.support.checkpoint_trees import clean, converted, on_disk, row_rules, same_objects
+from tests.tolerance import assert_trees_equal
+
+# The params of `make_params` in a model of NNX, and its optimizer, which is the oracle for NNX's layout.
+NAMES = {"Dense_0": "inp", "layers_0/Dense_0": "layers/0/linear", "Norm_0": "norm"}
+
+
+class Block(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.data(Leaves(kernel=(4, 4), bias=(4,)))
+
+
+class Leaves(nnx.Module):
+    def __init__(self, **shapes):
+        for name, shape in shapes.items():
+            setattr(self, name, nnx.Param(jnp.zeros(shape)))
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        self.inp = Leaves(kernel=(3, 4), bias=(4,))
+        self.layers = nnx.List([Block()])
+        self.norm = Leaves(**{"a/b.c": (4,), "count": (4,)})
+        self.norm.mean = nnx.BatchStat(jnp.zeros(4))
+
+
+def train_state_tree(name):
+    _, params, state = filled(name)
+    stats = {"Norm_0": {"mean": jnp.arange(4.0)}}
+    return on_disk({"step": jnp.int32(3), "params": params, "opt_state": state, "batch_stats": stats})
+
+
+def forms(tree):
+    live = of_object(tree)
+    return {path: (leaf.shape, leaf.dtype) for path, leaf in live.tree.leaves.items()}, dict(live.tree.empty)
+
+
+@each_optimizer
+def test_linen_nnx_linen_nnx(name):
+    tree = train_state_tree(name)
+    there, plan, metadata = converted(tree, "nnx")
+    back, plan_back, metadata_back = converted(there, "linen", metadata=metadata)
+    assert_trees_equal(back, tree)
+    again, _, _ = converted(back, "nnx", metadata=metadata_back)
+    assert_trees_equal(again, there)
+    assert clean(plan)
+    assert clean(plan_back)
+
+
+@each_optimizer
+def test_tx_tells_what_an_nnx_checkpoint_does_not(name):
+    tree = train_state_tree(name)
+    there, _, metadata = converted(tree, "nnx")
+    del metadata["linen_nnx_bridge"]["linen"]
+    back, plan, _ = converted(there, "linen", metadata=metadata, tx=OPTIMIZERS[name]())
+    assert_trees_equal(back, tree)
+    assert clean(plan)
+
+
+@each_renameable
+def test_the_nnx_layout_is_that_of_an_nnx_optimizer(name):
+    """The oracle: leaves, dtypes and masked params of `nnx.state(optimizer)` for a model of these names."""
+    model = Model()
+    oracle = {
+        "model": nnx.state(model),
+        "optimizer": nnx.state(nnx.Optimizer(model, OPTIMIZERS[name](), wrt=nnx.Param)),
+    }
+    there, _, _ = converted(train_state_tree(name), "nnx", rules=Rules.from_rename(NAMES))
+    assert forms(there) == forms(oracle)
+    make_plan(of_object(train_state_tree(name)).tree, to="nnx", rules=Rules.from_rename(NAMES), target=oracle)
+
+
+@each_renameable
+def test_nnx_linen_nnx(name):
+    model = Model()
+    optimizer = nnx.Optimizer(model, OPTIMIZERS[name](), wrt=nnx.Param)
+    live = of_object({"model": model, "optimizer": optimizer})
+    draw = np.random.default_rng(0)
+    values = {path: random_bits(draw, x) for path, x in live.values.items()}
+    tree = layout.nest({**values, **dict.fromkeys(live.tree.empty)})
+    rules = Rules.from_rename(NAMES)
+    there, plan, metadata = converted(tree, "linen", rules=rules.inverse(), known=live.known, tx=OPTIMIZERS[name]())
+    template = {
+        "step": jnp.int32(0),
+        "params": make_params(),
+        "opt_state": jax.eval_shape(OPTIMIZERS[name]().init, make_params()),
+        "batch_stats": {"Norm_0": {"mean": jnp.zeros(4)}},
+    }
+    assert forms(there) == forms(template)
+    back, _, _ = converted(there, "nnx", rules=rules, metadata=metadata)
+    assert_trees_equal(on_disk(back), on_disk(tree))
+    assert not plan.lost
+
+
+def random_bits(draw, leaf):
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key(5)
+    raw = draw.integers(0, 2 if leaf.dtype == bool else 256, leaf.size * leaf.dtype.itemsize, dtype=np.uint8)
+    return raw.view(leaf.dtype).reshape(leaf.shape)
+
+
+@each_optimizer
+def test_what_flax_serialization_writes_is_the_same_state(name):
+    """msgpack has digits for lists and {} for None: the same NNX tree, and back for either format."""
+    tx, params, state = filled(name)
+    live = {"step": jnp.int32(3), "params": params, "opt_state": state}
+    msgpack = serialization.to_state_dict(live)
+    there, _, metadata = converted(msgpack, "nnx")
+    assert_trees_equal(there, converted(on_disk(live), "nnx")[0])
+    back, _, _ = converted(there, "linen", metadata=metadata, empty="Dict")
+    assert_trees_equal(serialization.from_state_dict(live, without_lists(back)), live)
+    assert_trees_equal(without_lists(back), msgpack)
+    assert_trees_equal(converted(there, "linen", metadata=metadata, tx=tx, empty="None")[0], on_disk(live))
+
+
+def without_lists(tree):
+    if isinstance(tree, list):
+        return {str(index): without_lists(child) for index, child in enumerate(tree)}
+    return {key: without_lists(child) for key, child in tree.items()} if isinstance(tree, dict) else tree
+
+
+# ---- layers -----------------------------------------------------------------------------------------------------
+
+
+def nested(flat):
+    return unflatten_dict({tuple(key.replace("|", "/") for key in at.split("/")): x for at, x in flat.items()})
+
+
+@pytest.mark.parametrize("row", LAYERS, ids=lambda row: row.name)
+def test_every_layer_there_and_back(row):
+    variables, rules = nested(row.variables()), row_rules(row)
+    model = row.make(nnx, nnx.Rngs(0))
+    state, report = variables_to_state(variables, rules=rules, target=model)
+    back, report_back = state_to_variables(state, rules=rules.inverse())
+    assert_trees_equal(back, variables)
+    again, _ = variables_to_state(back, rules=rules, target=model)
+    assert_trees_equal(again, state)
+    assert len(report_back.rows) == len(jax.tree.leaves(variables))
+    assert not [row for row in report.dropped if not row["asked"]]
+
+
+@pytest.mark.parametrize("row", LAYERS, ids=lambda row: row.name)
+def test_every_layer_with_its_optimizer_there_and_back(row):
+    variables, rules = nested(row.variables()), row_rules(row)
+    if "params" not in variables:
+        return
+    draw = np.random.default_rng(0)
+    params, rest = variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
+    opt_state = jax.tree.map(lambda x: random_bits(draw, x), jax.eval_shape(optax.adamw(0.1).init, params))
+    tree = on_disk({"step": jnp.int32(3), "params": params, "opt_state": opt_state, **rest})
+    there, plan, metadata = converted(tree, "nnx", rules=rules, tx=optax.adamw(0.1))
+    back, plan_back, _ = converted(there, "linen", rules=rules.inverse(), metadata=metadata, tx=optax.adamw(0.1))
+    assert_trees_equal(back, tree)
+    assert clean(plan)
+    assert clean(plan_back)
+
+
+# ---- boxes, stacks, frozen dicts --------------------------------------------------------------------------------
+
+
+class Boxed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.lecun_normal()
+        x = nn.Dense(4, kernel_init=nn.with_partitioning(init, ("in", "out")), name="a")(x)
+        x = nn.Dense(4, kernel_init=nn.with_logical_partitioning(init, ("embed", "mlp")), name="b")(x)
+        return nn.BatchNorm(use_running_average=True, name="c")(x)
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.BatchNorm(use_running_average=True)(nn.Dense(4)(x)), None
+
+        axes = {"params": 1, "batch_stats": 0}
+        return nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=3)()(x, None)[0]
+
+
+class State(TrainState):
+    batch_stats: dict
+
+
+def linen_state(model, tx, wrap=lambda tree: tree):
+    variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
+    params, stats = wrap(variables["params"]), wrap(variables["batch_stats"])
+    return State.create(apply_fn=None, params=params, tx=tx, batch_stats=stats).replace(step=jnp.int32(5))
+
+
+@pytest.mark.parametrize("make", [Boxed, Scanned])
+@pytest.mark.parametrize("wrap", [lambda tree: tree, freeze], ids=["dict", "FrozenDict"])
+@pytest.mark.parametrize("name", ["adamw_clip", "masked", "sm3", "adafactor"])
+def test_boxes_stacks_and_frozen_dicts(make, wrap, name):
+    tree = on_disk(linen_state(make(), OPTIMIZERS[name](), wrap))
+    there, plan, metadata = converted(tree, "nnx")
+    back, plan_back, _ = converted(there, "linen", metadata=metadata)
+    assert_trees_equal(back, tree)
+    assert clean(plan)
+    assert clean(plan_back)
+    assert not any("value" in path[:-1] and path[-1] == "value" for path in plan.made)  # one level, not two
+
+
+def test_variables_as_params():
+    variables = Scanned().init(jax.random.key(0), jnp.ones((2, 4)))
+    state = TrainState.create(apply_fn=None, params=variables, tx=optax.adam(0.1)).replace(step=jnp.int32(5))
+    tree = on_disk(state)
+    there, _, metadata = converted(tree, "nnx")
+    assert there["optimizer"]["opt_state"]["0"]["mu"].keys() == there["model"].keys()
+    back, _, _ = converted(there, "linen", metadata=metadata)
+    assert_trees_equal(back, tree)
+
+
+def test_boxes_and_frozen_dicts_in_memory():
+    variables = Boxed().init(jax.random.key(0), jnp.ones((2, 4)))
+    state, _ = variables_to_state(freeze(variables))
+    back, _ = state_to_variables(state)
+    assert_trees_equal(back, variables)
+    assert same_objects(back, variables)
+    assert type(back["params"]["b"]["kernel"]) is nn.LogicallyPartitioned
+    assert state["a"]["kernel"].out_sharding == ("in", "out")
+
+
+# ---- trees that hypothesis draws --------------------------------------------------------------------------------
+
+KEYS = st.text(alphabet="ab/.01", min_size=1, max_size=3)
+SHAPES = st.sampled_from([(), (1,), (2,), (2, 3)])
+TREES = st.dictionaries(
+    KEYS,
+    st.recursive(SHAPES, lambda sub: st.dictionaries(KEYS, sub, min_size=1, max_size=3), max_leaves=4),
+    min_size=1,
+    max_size=3,
+)
+
+
+def arrays(shapes, first=0):
+    return jax.tree.map(
+        lambda s: np.arange(first, first + np.prod(s, dtype=int), dtype=np.float32).reshape(s),
+        shapes,
+        is_leaf=lambda s: isinstance(s, tuple),
+    )
+
+
+def boxed(tree, draw):
+    return jax.tree.map(lambda x: nn.Partitioned(x, names=(None,) * x.ndim) if draw(st.booleans()) else x, tree)
+
+
+@settings(max_examples=60)
+@given(TREES, TREES, st.sampled_from(["adam", "adafactor", "masked", "multi_transform", "novograd"]), st.data())
+def test_drawn_training_states(shapes, others, name, data):
+    params = boxed({"Layer_0": arrays(shapes)}, data.draw)
+    stats = {"Stats_0": arrays(others, 7)}  # in a module of its own, so that no two variables clash
+    draw = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: random_bits(draw, x), jax.eval_shape(OPTIMIZERS[name]().init, params))
+    extras = {"ema_params": jax.tree.map(lambda x: x + 1, params), "dropout_rng": np.uint32([1, 2])}
+    live = of_object({"step": np.int64(3), "params": params, "opt_state": state, "batch_stats": stats, **extras})
+    there, _, metadata = converted(live, "nnx", known=live.known, layout=live.layout)
+    back, _, _ = converted(there, "linen", metadata=metadata)
+    tree = on_disk({"step": np.int64(3), "params": params, "opt_state": state, "batch_stats": stats, **extras})
+    assert_trees_equal(back, tree)
+
+
+@settings(max_examples=60)
+@given(TREES, TREES)
+def test_drawn_variables_in_memory(params, stats):
+    variables = {"params": {"a": arrays(params)}, "stats": {"b": arrays(stats)}}
+    state, _ = variables_to_state(variables)
+    back, _ = state_to_variables(state)
+    assert same_objects(back, variables)
+
+
+def test_a_flat_tree_of_linen_has_one_place_for_each_variable():
+    """The names of the rows are those of Linen itself."""
+    row = next(row for row in LAYERS if row.name == "BatchNorm")
+    assert set(flatten_dict(nested(row.variables()))) == {
+        ("params", "scale"),
+        ("params", "bias"),
+        ("batch_stats", "mean"),
+        ("batch_stats", "var"),
+    }

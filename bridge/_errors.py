@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-Path = tuple[str, ...]
+from bridge._types import Path
 
 # difflib compares each missing path with each unexpected one; past this many pairs a hint costs seconds.
 _MOST_COMPARISONS = 20_000

@@ -2,5 +2,7 @@
 
 #: Keys from the root of a tree, none joined: a key may hold any character.
 Path = tuple[str, ...]
+#: Where a variable is: its collection, then the keys in it.
+Location = tuple[str, ...]
 #: Sizes of the axes of an array.
 Shape = tuple[int, ...]

@@ -151,7 +151,7 @@ class _Side:
 
 
 def _sides(a: Source, b: Source, raw: bool, rules: Any) -> tuple[_Side, _Side, str]:
-    first, second = (layout.detect([*source.tree.leaves, *source.tree.empty]) for source in (a, b))
+    first, second = a.tree.layout, b.tree.layout
     if raw or Kind.UNKNOWN in (first.kind, second.kind):
         return _as_stored(a), _as_stored(b), "by the paths as they are stored"
     parts, others = _parts(a, first), _parts(b, second)

@@ -23,7 +23,6 @@ from bridge.checkpoint.formats.open import open_sink, open_source
 from bridge.checkpoint.formats.protocol import Sink, Source
 from bridge.checkpoint.plan.plan import Plan, make_plan
 from bridge.checkpoint.stream import Progress, batches, by_source, values
-from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.canonical import Known
 from bridge.checkpoint.tree.layout import Kind, Layout
 from bridge.checkpoint.verification import HASHES, MAX_MEMORY, VerificationError, hash_table, verify_source
@@ -225,7 +224,7 @@ def plan_conversion(
         with closing(open_source("run/linen")) as source:
             print(plan_conversion(source, to="nnx").plan.summary())
     """
-    found = layout.detect([*source.tree.leaves, *source.tree.empty])
+    found = source.tree.layout
     if kind is not None:
         found = Layout(kind, "as asked for", found.boxed)
     plan = make_plan(

@@ -174,7 +174,7 @@ def batches(
       target, source: the leaves on both sides, for their sizes.
       budget: bytes.
 
-    >>> leaves = {(n,): Leaf((n,), (2,), "float32", 8, "params") for n in "abc"}
+    >>> leaves = {(n,): Leaf((n,), (2,), "float32", 8) for n in "abc"}
     >>> ops = {path: Read(path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     >>> [len(batch.leaves) for batch in batches(ops, leaves, leaves, budget=16)]
     [2, 1]

@@ -29,10 +29,9 @@ def inspect(
 ) -> None:
     """Show path, shape, dtype, bytes and collection of every leaf of a checkpoint. Reads no array."""
     from bridge.checkpoint.formats.open import open_source
-    from bridge.checkpoint.tree.layout import detect
 
     with closing(open_source(checkpoint, format=source_format, step=step, item=item)) as source:
-        found = detect([*source.tree.leaves, *source.tree.empty])
+        found = source.tree.layout
         leaves = sorted(source.tree.leaves.values(), key=lambda leaf: leaf.path)
         if as_json:
             print_json(_as_json(source, found, leaves))

@@ -111,11 +111,10 @@ def target_of(model: Any, tx: Any, rng: str | int, source: Tree) -> Any:
     Random streams are part of it if `--rng` says where they come from: a Linen checkpoint has none.
     """
     import nnx_core
-    from bridge.checkpoint.tree import layout
+    from bridge.checkpoint.tree.layout import Kind
 
-    paths = [*source.leaves, *source.empty]
-    tops = {path[0] for path in paths if path}
-    trains = layout.detect(paths).kind is layout.Kind.NNX_TRAINING or bool(tops & {"opt_state", "step"})
+    tops = {path[0] for path in [*source.leaves, *source.empty] if path}
+    trains = source.layout.kind is Kind.NNX_TRAINING or bool(tops & {"opt_state", "step"})
     if trains and tx is None:
         return None
     state = nnx_core.state(model, nnx_core.Not(nnx_core.RngState) if rng == "drop" else ...)

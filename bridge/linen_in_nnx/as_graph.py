@@ -15,9 +15,10 @@ from flax.core import meta
 
 import nnx_core as nnx
 from bridge._errors import show_path
+from bridge._types import Location
 from bridge.linen_in_nnx._errors import SubmoduleAccessError
 from bridge.linen_in_nnx.submodules import look, method_at
-from bridge.variables.mapping import Location, locations
+from bridge.variables.mapping import locations
 from bridge.variables.metadata import BOX, to_linen_value, to_nnx_variable
 from nnx_core._errors import TraceError
 from nnx_core.graph.containers import DictStorage

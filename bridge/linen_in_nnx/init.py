@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 import nnx_core as nnx
+from bridge._types import Location
 from bridge.linen_in_nnx._errors import UnknownValueError
 from bridge.linen_in_nnx.as_graph import Level, sync
-from bridge.variables.mapping import Location, nest
+from bridge.variables.mapping import nest
 from bridge.variables.metadata import to_nnx_variable
 from nnx_core._changes import touch
 from nnx_core._trace import current_trace

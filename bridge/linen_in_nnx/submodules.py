@@ -17,11 +17,9 @@ from typing import Any
 import flax.errors
 from flax import linen as nn
 
+from bridge._types import Path
 from bridge.linen_in_nnx._errors import SubmoduleAccessError
 from nnx_core.inspect.recording import part_recorder
-
-Path = tuple[str, ...]
-
 
 #: Attributes of a Linen module that say where it is bound; they do not leave it.
 BOUND = ("name", "parent", "scope", "_state", "_parent_ref", "_id")

@@ -24,6 +24,7 @@ from flax.core.scope import DenyList, in_filter, union_filters
 
 import nnx_core as nnx
 from bridge._errors import UnboundModuleError, show_path
+from bridge._types import Location
 from bridge.linen_in_nnx import init as to_nnx_init
 from bridge.linen_in_nnx._errors import (
     AlreadyInitializedError,
@@ -52,7 +53,7 @@ from bridge.linen_in_nnx.config import WHEN_TRAINING, Wrapped, open_flags
 from bridge.linen_in_nnx.rngs import Keys, RngSource
 from bridge.linen_in_nnx.submodules import Submodule, has_setup, holds_modules, look, method_at, of_class, reported
 from bridge.nnx_in_linen.host import captured_around, is_linen_initializing, made_around, mutable_around, placed
-from bridge.variables.mapping import Location, leaves, nest
+from bridge.variables.mapping import leaves, nest
 from bridge.variables.metadata import to_nnx_variable
 from nnx_core._changes import touch
 from nnx_core.graph.api import plan_of

@@ -22,6 +22,7 @@ from flax.core.scope import CollectionFilter, DenyList, in_filter
 
 import nnx_core as nnx
 from bridge._errors import UnboundModuleError
+from bridge._types import Location
 from bridge.modules.attributes import adopt, free_key, keep, park, unpark
 from bridge.modules.scope import (
     AttrPriority,
@@ -51,7 +52,7 @@ from bridge.modules.waiting import (
 )
 from bridge.nnx_in_linen.host import Host, hosted
 from bridge.variables.kinds import collection_of, variable_type
-from bridge.variables.mapping import Location, tree_of
+from bridge.variables.mapping import tree_of
 from bridge.variables.metadata import to_linen_value, to_nnx_variable
 
 __all__ = ["AttrPriority", "Module", "ModuleStackEntry", "Scope", "compact", "current_context", "current_module"]

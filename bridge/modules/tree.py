@@ -18,11 +18,12 @@ import jax
 from flax.core.scope import CollectionFilter, in_filter
 
 import nnx_core as nnx
+from bridge._types import Location
 from bridge.modules.scope import AttrPriority, Scope, modules_running
 from bridge.modules.waiting import flat, place, state_of
 from bridge.variables.hashable import frozen
 from bridge.variables.kinds import collection_of
-from bridge.variables.mapping import Location, name_of
+from bridge.variables.mapping import name_of
 from nnx_core._trace import current_trace
 from nnx_core.graph.walk import children
 

@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 import nnx_core as nnx
+from bridge._types import Location
 from bridge.nnx_in_linen.host import Host, LinenRngs, LinenStream, MissingRng, give_back_streams, hosted
 from bridge.variables.kinds import collection_of, variable_type
-from bridge.variables.mapping import EMPTY, Location, leaves, name_of, nest
+from bridge.variables.mapping import EMPTY, leaves, name_of, nest
 from bridge.variables.metadata import to_nnx_variable
 from nnx_core.graph.walk import children
 

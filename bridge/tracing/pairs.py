@@ -14,7 +14,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bridge._errors import show_path
-from bridge.tracing.trace import Part, Path, Slot, Unit
+from bridge._types import Path
+from bridge.tracing.trace import Part, Slot, Unit
 from bridge.variables.kinds import LINEN_COLLECTIONS
 
 Index = tuple[int, ...]

@@ -17,7 +17,8 @@ from flax import linen as nn
 from flax.core import meta
 
 import nnx_core as nnx
-from bridge.tracing.trace import TRANSIENT, Location, Method, parted
+from bridge._types import Location
+from bridge.tracing.trace import TRANSIENT, Method, parted
 from bridge.variables.kinds import collection_of
 from bridge.variables.mapping import EMPTY, leaves, tree_of
 

@@ -20,16 +20,13 @@ from flax.core import meta
 
 import nnx_core as nnx
 from bridge._errors import show_path
-from bridge._types import Shape
+from bridge._types import Location, Path, Shape
 from bridge.variables.kinds import collection_of
 from bridge.variables.layouts import layout_for, layout_of
 from bridge.variables.mapping import EMPTY, leaves, tree_of
 from nnx_core.inspect.census import ObjectInfo, census
 from nnx_core.inspect.recording import Recorder
 
-#: Where a variable is: its collection, then keys.
-Location = tuple[str, ...]
-Path = tuple[str, ...]
 Method = str | Callable[..., Any]
 
 #: Rebuilt by every call, in no checkpoint; in Linen and in NNX.

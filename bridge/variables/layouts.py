@@ -32,12 +32,11 @@ import numpy as np
 
 import nnx_core as nnx
 from bridge._errors import BridgeError, VariablesMismatchError, show_path
+from bridge._types import Location
 from bridge.variables.kinds import collection_of
 
 #: A path in an NNX state: attribute names, and keys or indices of containers.
 NnxPath = tuple[Any, ...]
-#: A path in Linen variables: the collection first.
-Location = tuple[str, ...]
 
 
 class LayoutError(BridgeError, ValueError):

@@ -18,13 +18,13 @@ from jax.sharding import Mesh, NamedSharding
 
 import nnx_core as nnx
 from bridge._errors import RenameClashError, VariablesMismatchError
+from bridge._types import Location, Path
 from bridge.variables.kinds import variable_type
-from bridge.variables.mapping import EMPTY, Location, leaves, locations, tree_of
+from bridge.variables.mapping import EMPTY, leaves, locations, tree_of
 from bridge.variables.metadata import to_linen_value, to_nnx_variable
 from nnx_core._errors import TraceError
 from nnx_core._trace import current_trace
 
-Path = tuple[str, ...]
 #: Path prefixes in Linen -> path prefixes in the model, the longest that fits wins; or a function of the path.
 #: A prefix is a tuple of names, or names with `/` between them. The collection is no part of a path.
 Rename = Mapping[str | tuple[Hashable, ...], str | tuple[Hashable, ...]] | Callable[[Path], tuple[Hashable, ...]]

@@ -25,11 +25,9 @@ import jax
 from flax.core import meta
 
 import nnx_core as nnx
+from bridge._types import Location
 from bridge.variables.kinds import collection_of
 from bridge.variables.metadata import to_linen_value, to_nnx_variable
-
-#: Where a value is in Linen: its collection, then the names on the way to it.
-Location = tuple[str, ...]
 
 
 @jax.tree_util.register_static

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax.core import meta
 from jax.sharding import PartitionSpec
 
-from bridge._errors import Path
+from bridge._types import Path
 from bridge.variables._errors import SidecarError, UnsayableMetadataError
 from bridge.variables.kinds import collection_of, variable_type
 from bridge.variables.mapping import leaves, tree_of

@@ -30,4 +30,4 @@ class MemorySource:
 
 def leaf_of(path, value):
     shape, dtype = describe(value)
-    return Leaf(path, shape, dtype, getattr(value, "nbytes", 8), path[0])
+    return Leaf(path, shape, dtype, getattr(value, "nbytes", 8))

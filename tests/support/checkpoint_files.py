@@ -46,7 +46,7 @@ def describe(tree) -> tuple[Tree, dict]:
     for path, value in values.items():
         shape, dtype = layout.describe(value)
         size = len(value.encode()) if isinstance(value, str) else getattr(value, "nbytes", 8)
-        leaves[path] = Leaf(path, shape, dtype, size, "params")
+        leaves[path] = Leaf(path, shape, dtype, size)
     return Tree(leaves, empty, frozenset(_sequences(tree))), values
 
 

@@ -20,6 +20,7 @@ from flax import linen as nn
 
 import nnx_core as nnx
 from bridge._errors import BridgeError, VariablesMismatchError, near_misses, show_path
+from bridge._types import Location, Path
 from bridge.checkpoint.derivation.forward import ForwardMismatchError, ForwardReport, Trial
 from bridge.checkpoint.derivation.to_rules import rules_of
 from bridge.checkpoint.rules.apply import RuleResult, Rules
@@ -27,7 +28,7 @@ from bridge.checkpoint.tree.ops import Block, Join, Op, Pick, Read, Transpose
 from bridge.tracing.data_flow import Flow
 from bridge.tracing.pairs import Doubt, Index, Instance, Link, Pairing, Tie, is_whole, pair, permutation, raw_axis
 from bridge.tracing.pure_call import linen_call, module_of, nnx_call, streams_of
-from bridge.tracing.trace import TRANSIENT, Location, Method, Part, Path, Slot, Unit, trace_linen, trace_nnx
+from bridge.tracing.trace import TRANSIENT, Method, Part, Slot, Unit, trace_linen, trace_nnx
 
 #: A prefix of paths, without the collection: keys, or keys with `/` between them.
 Prefix = str | tuple[str, ...]

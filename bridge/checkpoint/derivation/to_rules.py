@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bridge._errors import BridgeError, show_path
+from bridge._types import Location
 from bridge.checkpoint.rules.apply import Rule, Rules
 from bridge.checkpoint.rules.patterns import INDEX, ONE, Pattern, escape, escape_template
 from bridge.tracing.pairs import Link, is_whole, permutation, raw_axis
-from bridge.tracing.trace import Location
 
 
 class UnsayableRuleError(BridgeError, ValueError):

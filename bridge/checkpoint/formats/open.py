@@ -96,7 +96,7 @@ def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = F
     >>> from bridge.checkpoint.tree.layout import Leaf
     >>> path, tree = (
     ...     FilePath(tempfile.mkdtemp()) / "a.safetensors",
-    ...     Tree({("w",): Leaf(("w",), (2,), "int8", 2, "params")}),
+    ...     Tree({("w",): Leaf(("w",), (2,), "int8", 2)}),
     ... )
     >>> with open_sink(path, "safetensors", tree) as sink:
     ...     sink.write({("w",): numpy.array([3, 4], "int8")})

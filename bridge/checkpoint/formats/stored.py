@@ -221,11 +221,7 @@ def make_tree(
         raise damaged(
             file, expected="names that form one tree, split where keys are joined", found=str(error)
         ) from error
-    kind = layout.detect([*kinds, *empty]).kind
-    leaves = {
-        path: Leaf(path, shape, dtype, size, layout.collection_of(path, kind))
-        for path, (shape, dtype, size) in kinds.items()
-    }
+    leaves = {path: Leaf(path, *kind) for path, kind in kinds.items()}
     return Tree(leaves, empty, sequences)
 
 

@@ -21,10 +21,10 @@ import numpy as np
 import optax
 
 from bridge._errors import show_path
-from bridge._types import Path, Shape
+from bridge._types import Location, Path, Shape
 from bridge.checkpoint.plan.slots import SlotError, follow, read_of
 from bridge.checkpoint.tree import layout, opt_state
-from bridge.checkpoint.tree.canonical import Key, Location, Role
+from bridge.checkpoint.tree.canonical import Key, Role
 from bridge.checkpoint.tree.layout import Leaf
 from bridge.checkpoint.tree.ops import Block, Cast, Fill, Join, Op, OpError, Pick, Read, Reshape, Transpose
 
@@ -127,7 +127,7 @@ def _carry(
 
 
 def _leaf(path: Path, shape: Shape, dtype: str) -> Leaf:
-    return Leaf(path, shape, dtype, 0, "")
+    return Leaf(path, shape, dtype, 0)
 
 
 def _path(key: Key) -> Path:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bridge._errors import CheckpointCorruptError
-from bridge._types import Path
-from bridge.checkpoint.tree.canonical import Form, Known, Location
+from bridge._types import Location, Path
+from bridge.checkpoint.tree.canonical import Form, Known
 from bridge.checkpoint.tree.layout import Kind
 
 #: The key of the note in a checkpoint's metadata.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge._errors import BridgeError, CheckpointLayoutError, OptStateOrderError, cut_short, show_path
-from bridge._types import Path
+from bridge._types import Location, Path
 from bridge.checkpoint.derivation.derive import Derived
 from bridge.checkpoint.plan import empty_nodes as skeleton
 from bridge.checkpoint.plan import note as memos
@@ -27,9 +27,9 @@ from bridge.checkpoint.plan.slots import follow, read_of
 from bridge.checkpoint.plan.target import Goal, aim, fit, fresh_stream, show
 from bridge.checkpoint.plan.tx_template import Template, template_of
 from bridge.checkpoint.rules.apply import Rules
-from bridge.checkpoint.tree.canonical import STEP, UNKNOWN, VALUE, Form, Key, Known, Location, Parts, Role, take_apart
+from bridge.checkpoint.tree.canonical import STEP, UNKNOWN, VALUE, Form, Key, Known, Parts, Role, take_apart
 from bridge.checkpoint.tree.from_objects import Live, of_object
-from bridge.checkpoint.tree.layout import Kind, Layout, Leaf, collection_of, detect
+from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
 from bridge.checkpoint.tree.ops import Cast, Fill, Op, Read
 from bridge.checkpoint.tree.tree import Tree
 
@@ -168,13 +168,13 @@ class ConversionReport:
         return "\n".join([self.summary(), *made, *gone, *self.warnings, *self.notes])
 
 
-def leaf_of(path: Path, op: Op, source: Tree, collection: str) -> Leaf:
+def leaf_of(path: Path, op: Op, source: Tree) -> Leaf:
     """What the target's tree tells of a leaf made so."""
     if op.dtype == "str" or op.dtype == "object" or op.dtype.startswith("key<"):
         nbytes = sum(source.leaves[at].nbytes for at in op.sources())
     else:
         nbytes = math.prod(op.shape) * jnp.dtype(op.dtype).itemsize
-    return Leaf(path, op.shape, op.dtype, nbytes, collection)
+    return Leaf(path, op.shape, op.dtype, nbytes)
 
 
 # ---- planning ---------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def make_plan(
       RulesError: the rules do not fit.
 
     >>> from bridge.checkpoint.tree.layout import Leaf
-    >>> leaf = Leaf(("params", "Dense_0", "kernel"), (2, 3), "float32", 24, "params")
+    >>> leaf = Leaf(("params", "Dense_0", "kernel"), (2, 3), "float32", 24)
     >>> plan = make_plan(Tree({leaf.path: leaf}), to="nnx")
     >>> {path: str(op) for path, op in plan.made.items()}
     {('Dense_0', 'kernel', 'value'): 'params/Dense_0/kernel'}
@@ -232,7 +232,7 @@ def make_plan(
     if to not in ("nnx", "linen"):
         raise ValueError(f"make_plan(to={to!r}):\n  expected 'nnx' or 'linen'")
     note = memos.read(metadata or {})
-    found = layout or detect([*tree.leaves, *tree.empty])
+    found = layout or tree.layout
     goal = None
     if target is not None:
         live = target if isinstance(target, Live) else of_object(target)
@@ -492,7 +492,7 @@ class _Planner:
         else:
             made = {form.path(key): self.made[key] for key in sorted(self.made, key=_order(form))}
             shape = self._nnx_skeleton(form, made) if form.is_nnx else self._linen_skeleton(form, made, empty)
-        leaves = {path: leaf_of(path, op, self.tree, collection_of(path, form.kind)) for path, op in made.items()}
+        leaves = {path: leaf_of(path, op, self.tree) for path, op in made.items()}
         return Tree(leaves, shape.empty, shape.sequences), made
 
     def _nnx_skeleton(self, form: Form, made: Iterable[Path]) -> Skeleton:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge._errors import BridgeError, show_path
-from bridge._types import Path
-from bridge.checkpoint.tree.canonical import Key, Location, Role
+from bridge._types import Location, Path
+from bridge.checkpoint.tree.canonical import Key, Role
 from bridge.checkpoint.tree.layout import Leaf
 from bridge.checkpoint.tree.ops import Cast, Fill, Op, OpError, Read
 

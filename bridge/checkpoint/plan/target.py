@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from bridge._errors import CheckpointLayoutError, VariablesMismatchError
-from bridge._types import Path
-from bridge.checkpoint.tree.canonical import UNKNOWN, VALUE, Key, Location, Parts, Role
+from bridge._types import Location, Path
+from bridge.checkpoint.tree.canonical import UNKNOWN, VALUE, Key, Parts, Role
 from bridge.checkpoint.tree.from_objects import Live
 from bridge.checkpoint.tree.layout import Leaf
 from bridge.checkpoint.tree.ops import Fill, Op

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 
 from bridge._errors import VariablesMismatchError
-from bridge._types import Path, Shape
+from bridge._types import Location, Path, Shape
 from bridge.checkpoint.plan.target import show
 from bridge.checkpoint.tree import layout, opt_state
-from bridge.checkpoint.tree.canonical import Form, Key, Location, Role
+from bridge.checkpoint.tree.canonical import Form, Key, Role
 from bridge.checkpoint.tree.from_objects import of_object
 from bridge.checkpoint.tree.ops import Op
 

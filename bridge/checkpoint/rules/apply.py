@@ -39,16 +39,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge._errors import near_misses, show_path
-from bridge.checkpoint.rules.patterns import (
-    MANY,
-    ONE,
-    Location,
-    Match,
-    Pattern,
-    PatternError,
-    escape,
-    escape_template,
-)
+from bridge._types import Location
+from bridge.checkpoint.rules.patterns import MANY, ONE, Match, Pattern, PatternError, escape, escape_template
 from bridge.checkpoint.rules.rule import TOML_NAMES, Problem, Rule, RulesError, field_lines, to_toml
 from bridge.checkpoint.tree.ops import Block, Cast, Fill, Join, Op, OpError, Read, Reshape, Transpose, unstack
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from bridge._errors import BridgeError, show_path
+from bridge._types import Location
 
-Location = tuple[str, ...]
 #: How a pattern or template is written: keys with `/` between them, or the keys.
 Spec = str | Sequence[str]
 

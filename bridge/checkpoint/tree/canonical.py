@@ -14,15 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bridge._errors import CheckpointLayoutError
-from bridge._types import Path, Shape
+from bridge._types import Location, Path, Shape
 from bridge.checkpoint.tree import layout, opt_state
 from bridge.checkpoint.tree.layout import Kind, Layout
 from bridge.checkpoint.tree.tree import Tree
 from bridge.variables.kinds import LINEN_COLLECTIONS
 from bridge.variables.mapping import name_of
-
-#: A collection, then a path: ("params", "Dense_0", "kernel"). Boxes and `value` levels are no part of it.
-Location = tuple[str, ...]
 
 #: The collection of a variable in an NNX checkpoint, as long as nobody has said which.
 UNKNOWN = "?"
@@ -203,8 +200,9 @@ def take_apart(tree: Tree, found: Layout, known: Known | None = None) -> Parts:
       CheckpointLayoutError: nobody knows what an unknown layout holds.
 
     >>> from bridge.checkpoint.tree.layout import Leaf
-    >>> leaf = Leaf(("params", "Dense_0", "kernel"), (2, 3), "float32", 24, "params")
-    >>> parts = take_apart(Tree({leaf.path: leaf}), layout.detect([leaf.path]))
+    >>> leaf = Leaf(("params", "Dense_0", "kernel"), (2, 3), "float32", 24)
+    >>> tree = Tree({leaf.path: leaf})
+    >>> parts = take_apart(tree, tree.layout)
     >>> [key.location for key in parts.leaves]
     [('params', 'Dense_0', 'kernel')]
     """

@@ -16,9 +16,9 @@ import numpy as np
 from flax.core import meta
 
 import nnx_core as nnx
-from bridge._types import Path, Shape
+from bridge._types import Location, Path, Shape
 from bridge.checkpoint.tree import layout
-from bridge.checkpoint.tree.canonical import VALUE, Known, Location, Parts, take_apart
+from bridge.checkpoint.tree.canonical import VALUE, Known, Parts, take_apart
 from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
 from bridge.checkpoint.tree.tree import Tree
 from bridge.variables.kinds import collection_of
@@ -64,7 +64,7 @@ def of_object(thing: Any, found: Layout | None = None) -> Live:
     tree = Tree({path: _leaf(path, x) for path, x in walk.values.items()}, walk.empty, frozenset(walk.sequences))
     if walk.variables:
         return Live(tree, walk.values, walk.variables, walk.boxes, *_nnx(tree, walk.variables, found))
-    found = found or layout.detect([*tree.leaves, *tree.empty])
+    found = found or tree.layout
     found = Layout(found.kind, found.reason, frozenset(walk.boxes))
     return Live(tree, walk.values, {}, walk.boxes, found, Known(boxed=_locations(walk.boxes, found.kind)))
 
@@ -86,7 +86,7 @@ def of_leaves(leaves: Mapping[Path, Any], kind: Kind, known: Known) -> Live:
 def _leaf(path: Path, value: Any) -> Leaf:
     shape, dtype = describe(value)
     nbytes = getattr(value, "nbytes", 0) if isinstance(value, jax.Array | np.ndarray) else 0
-    return Leaf(path, shape, dtype, nbytes, "-")
+    return Leaf(path, shape, dtype, nbytes)
 
 
 def describe(value: Any) -> tuple[Shape, str]:
@@ -203,7 +203,7 @@ def _empty_name(node: Any) -> str:
 
 def _nnx(tree: Tree, variables: Mapping[Path, Any], found: Layout | None) -> tuple[Layout, Known]:
     """Layout and knowledge from the Variables' types."""
-    found = found or layout.detect([*tree.leaves, *tree.empty])
+    found = found or tree.layout
     if found.kind is not Kind.NNX_TRAINING:
         found = Layout(Kind.NNX_STATE, "it has Variables")
     root = take_apart(tree, found, Known({}, streams=frozenset())).form.model

@@ -24,14 +24,13 @@ class Leaf:
     """One array, number or string of a tree.
 
     `dtype` is a name: numpy's ('float32', 'bfloat16'), `key<fry>` for typed random keys, 'str' for text.
-    `nbytes` is the size in memory once read; `collection` as `collection_of` gives it.
+    `nbytes` is the size in memory once read.
     """
 
     path: Path
     shape: Shape
     dtype: str
     nbytes: int
-    collection: str
 
 
 class Kind(enum.Enum):

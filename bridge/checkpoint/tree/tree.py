@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from bridge._types import Path
-from bridge.checkpoint.tree.layout import Leaf
+from bridge.checkpoint.tree.layout import Layout, Leaf, detect
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Tree:
     empty: Mapping[Path, str] = field(default_factory=dict)
     sequences: frozenset[Path] = frozenset()
 
+    @cached_property
+    def layout(self) -> Layout:
+        """What the paths say that the tree is, found once."""
+        return detect([*self.leaves, *self.empty])
+
     @property
     def nbytes(self) -> int:
         """Bytes of all leaves in memory."""
@@ -39,7 +44,7 @@ class Tree:
         """The leaves in their order, but node by node: so a file that is written from start to end has them.
 
         >>> paths = [("b", "x"), ("a",), ("b", "y")]
-        >>> Tree({path: Leaf(path, (), "int8", 1, "params") for path in paths}).order
+        >>> Tree({path: Leaf(path, (), "int8", 1) for path in paths}).order
         (('b', 'x'), ('b', 'y'), ('a',))
         """
         return tuple(path for path in depth_first(self) if path in self.leaves)

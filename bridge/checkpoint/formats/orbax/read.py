@@ -93,7 +93,7 @@ def open_orbax(path: str | FilePath, step: int | None = None, item: str | None =
 
     >>> import tempfile, numpy as np
     >>> from bridge.checkpoint.formats.orbax.write import OrbaxSink
-    >>> leaf = Leaf(("params", "w"), (2,), "float32", 8, "params")
+    >>> leaf = Leaf(("params", "w"), (2,), "float32", 8)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with OrbaxSink(folder + "/ck", Tree({leaf.path: leaf})) as sink:
     ...         sink.write({leaf.path: np.ones(2, "float32")})
@@ -200,7 +200,6 @@ class OrbaxSource:
         self._key_impls = self._load_key_impls()
         self._arrays = self._open_arrays()
         self._parts = _PartCache(self._open)
-        self._layout = layout.detect(self._entries)
         self.tree = self._make_tree()
 
     def __enter__(self) -> OrbaxSource:
@@ -246,15 +245,15 @@ class OrbaxSource:
 
     def detected(self) -> Layout:
         """Linen's layout or NNX's."""
-        return self._layout
+        return self.tree.layout
 
     def info(self) -> CheckpointInfo:
         """The same in the form of `read_metadata`."""
         return CheckpointInfo(
             root=self.path,
-            layout=self._layout.kind,
-            reason=self._layout.reason,
-            boxed=self._layout.boxed,
+            layout=self.tree.layout.kind,
+            reason=self.tree.layout.reason,
+            boxed=self.tree.layout.boxed,
             step=self.step,
             item=self.item,
             leaves=tuple(sorted(self.tree.leaves.values(), key=lambda leaf: leaf.path)),
@@ -318,13 +317,12 @@ class OrbaxSource:
         )
 
     def _leaf(self, entry: _Entry) -> Leaf:
-        collection = layout.collection_of(entry.path, self._layout.kind)
         if entry.typestr == "string":
-            return Leaf(entry.path, (), "str", len(self._strings[entry.path].encode()), collection)
+            return Leaf(entry.path, (), "str", len(self._strings[entry.path].encode()))
         with reading(self.path, f"shape and number type of {show_path(entry.path)}"):
             shape, dtype = self._shape_dtype(entry)
         store = self._arrays[entry.path]
-        return Leaf(entry.path, shape, dtype, _nbytes(store.shape, store), collection)
+        return Leaf(entry.path, shape, dtype, _nbytes(store.shape, store))
 
     def _nest(self, leaves: dict[Path, Any]) -> Any:
         try:

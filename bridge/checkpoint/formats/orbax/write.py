@@ -81,7 +81,7 @@ class OrbaxSink:
     >>> import tempfile, numpy as np
     >>> from bridge.checkpoint.tree.layout import Leaf
     >>> from bridge.checkpoint.formats.orbax.read import read_tree
-    >>> leaf = Leaf(("params", "w"), (2,), "float32", 8, "params")
+    >>> leaf = Leaf(("params", "w"), (2,), "float32", 8)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with OrbaxSink(folder + "/ck", Tree({leaf.path: leaf}, empty={("opt",): "None"})) as sink:
     ...         sink.write({leaf.path: np.ones(2, "float32")})

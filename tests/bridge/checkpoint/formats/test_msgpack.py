@@ -29,6 +29,7 @@ from bridge.checkpoint.formats.msgpack import MsgpackSink
 from bridge.checkpoint.formats.open import open_sink, open_source
 from bridge.checkpoint.formats.sink import pieces
 from bridge.checkpoint.formats.stored import ArrayFile
+from bridge.checkpoint.tree.layout import collection_of
 from tests.support.checkpoint_files import DTYPES, as_dicts, describe, load, run_limited, save, survives, trees
 from tests.tolerance import assert_trees_equal
 
@@ -120,7 +121,7 @@ def test_a_train_state_and_a_legacy_folder_of_steps(tmp_path):
         with closing(open_source(tmp_path, step=step)) as source:
             assert (source.step, source.format, source.read(("step",))) == (wanted, "msgpack", wanted)
             assert source.tree.empty == {("opt_state", "1"): "Dict", ("opt_state", "2"): "Dict"}
-            assert source.tree.leaves["opt_state", "0", "mu", "kernel"].collection == "opt_state"
+            assert collection_of(("opt_state", "0", "mu", "kernel"), source.tree.layout.kind) == "opt_state"
             assert_trees_equal(source.read(("params", "kernel")), np.asarray(params["kernel"]))
 
 
@@ -494,7 +495,7 @@ from bridge._errors import CheckpointWriteError
 from bridge.checkpoint.formats.open import open_sink
 from bridge.checkpoint.tree.tree import Tree
 from bridge.checkpoint.tree.layout import Leaf
-leaves = {(n,): Leaf((n,), (40_000,), "uint8", 40_000, "params") for n in "ab"}
+leaves = {(n,): Leaf((n,), (40_000,), "uint8", 40_000) for n in "ab"}
 try:
     with open_sink(sys.argv[1], "msgpack", Tree(leaves)) as sink:
         for path in leaves:

@@ -57,7 +57,7 @@ def test_a_file_is_known_by_its_name_by_its_bytes_and_by_what_one_says(tmp_path,
             assert any(part in source.reason for part in reason.split("|"))
             assert source.path == tmp_path / name
             assert source.tree.leaves["params", "Dense_0", "kernel"] == Leaf(
-                ("params", "Dense_0", "kernel"), (2, 3), "float32", 24, "params"
+                ("params", "Dense_0", "kernel"), (2, 3), "float32", 24
             )
 
 
@@ -163,12 +163,12 @@ def test_every_format_that_is_written_is_read(tmp_path, format):
 
 def test_the_order_of_a_tree_is_its_own_node_by_node():
     def order(*paths):
-        return ["/".join(path) for path in Tree({p: Leaf(p, (), "int8", 1, "params") for p in paths}).order]
+        return ["/".join(path) for path in Tree({p: Leaf(p, (), "int8", 1) for p in paths}).order]
 
     assert order(("b", "x"), ("a",), ("b", "y")) == ["b/x", "b/y", "a"]
     assert order(("l", "10"), ("l", "9"), ("l", "1", "c")) == ["l/10", "l/9", "l/1/c"]
     assert order(()) == [""]
-    assert Tree({("a",): Leaf(("a",), (2,), "int8", 2, "-"), ("b",): Leaf(("b",), (), "int8", 1, "-")}).nbytes == 3
+    assert Tree({("a",): Leaf(("a",), (2,), "int8", 2), ("b",): Leaf(("b",), (), "int8", 1)}).nbytes == 3
 
 
 @pytest.mark.parametrize(

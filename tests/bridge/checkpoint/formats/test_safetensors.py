@@ -337,7 +337,7 @@ from bridge.checkpoint.formats.open import open_sink
 from bridge.checkpoint.tree.tree import Tree
 from bridge.checkpoint.tree.layout import Leaf
 try:
-    open_sink(sys.argv[1], "safetensors", Tree({("a",): Leaf(("a",), (80_000,), "uint8", 80_000, "params")}))
+    open_sink(sys.argv[1], "safetensors", Tree({("a",): Leaf(("a",), (80_000,), "uint8", 80_000)}))
 except CheckpointWriteError as error:
     print(error)
 """

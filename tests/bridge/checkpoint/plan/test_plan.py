@@ -490,10 +490,10 @@ def test_random_streams_come_from_the_target():
 
 def test_streams_of_several_keys_and_of_raw_ones():
     leaves = {
-        ("rngs", "a", "key", "value"): Leaf(("rngs", "a", "key", "value"), (3,), "key<fry>", 24, ""),
-        ("rngs", "a", "count", "value"): Leaf(("rngs", "a", "count", "value"), (3,), "uint32", 12, ""),
-        ("rngs", "b", "key", "value"): Leaf(("rngs", "b", "key", "value"), (2,), "uint32", 8, ""),
-        ("rngs", "b", "count", "value"): Leaf(("rngs", "b", "count", "value"), (), "uint32", 4, ""),
+        ("rngs", "a", "key", "value"): Leaf(("rngs", "a", "key", "value"), (3,), "key<fry>", 24),
+        ("rngs", "a", "count", "value"): Leaf(("rngs", "a", "count", "value"), (3,), "uint32", 12),
+        ("rngs", "b", "key", "value"): Leaf(("rngs", "b", "key", "value"), (2,), "uint32", 8),
+        ("rngs", "b", "count", "value"): Leaf(("rngs", "b", "count", "value"), (), "uint32", 4),
     }
     plan = make_plan(Tree(leaves), to="nnx", rng=1)
     assert {path: (op.shape, op.dtype) for path, op in plan.made.items()} == {

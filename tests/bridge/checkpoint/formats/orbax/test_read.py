@@ -381,7 +381,8 @@ def test_variables_nested_in_params(state, tmp_path):
     read = read_train_state(path)
     assert read.layout is Kind.LINEN_NESTED_TRAIN_STATE
     assert_same(read.variables, variables)
-    assert {leaf.collection for leaf in read_metadata(path).leaves} == {
+    info = read_metadata(path)
+    assert {layout.collection_of(leaf.path, info.layout) for leaf in info.leaves} == {
         "params",
         "batch_stats",
         "opt_state",

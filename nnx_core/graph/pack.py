@@ -516,7 +516,7 @@ def collect(packer: Packer, watch: Watch, result: Any, spec: Spec, forced: Force
         if keys[0] not in changed.get(index, ()) and value is not before and is_array(value):
             leaves[group][0].append(value)
             arrays.append((index, keys, group))
-    objects = tuple(_object_change(packer, index, watch, keys) for index, keys in changed.items())
+    objects = tuple(_object_change(packer, index, keys) for index, keys in changed.items())
     root = packer.walk(result, Place(("result",), spec, 1))
     return After(tuple(variables), tuple(arrays), objects, GraphDef(root), frozenset(idle)), leaves
 
@@ -543,7 +543,7 @@ def _changed_keys(watch: Watch) -> dict[int, dict[Hashable, None]]:
     return {index: keys for index, keys in changed.items() if keys}
 
 
-def _object_change(packer: Packer, index: int, watch: Watch, keys: dict[Hashable, None]) -> ObjectChange:
+def _object_change(packer: Packer, index: int, keys: dict[Hashable, None]) -> ObjectChange:
     obj, place = packer.refs.objects[index], packer.refs.places[index]
     items = obj._nnx_items()
     new = tuple((k, packer.attribute(index, obj, k, items[k], place)) for k in keys if k in items)

@@ -88,6 +88,7 @@ class Object:
     _nnx_plan: Any  # the walk of this object, remembered by graph.api while it holds
     _nnx_trace: object
     _nnx_version: int
+    _pytree__state: Any  # see set_state_view
     _nnx_class_marks: dict[str, str] = {}  # noqa: RUF012  # replaced, never written, by __init_subclass__
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -194,6 +195,11 @@ def create(kind: type[Any], trace: object = None) -> Any:
     _set_marks(obj, _NO_MARKS)
     _set_trace(obj, current_trace() if trace is None else trace)
     return obj
+
+
+def set_state_view(view: Any) -> None:
+    """Let `obj._pytree__state` be `view`, a descriptor. A hook: `_compat_paths` has what flax.nnx's clients expect."""
+    Object._pytree__state = view
 
 
 def _annotated_marks(cls: type) -> dict[str, str]:

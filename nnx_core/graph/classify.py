@@ -6,6 +6,7 @@ Knows types and pytrees; knows nothing of walks, indices or groups.
 
 from collections.abc import Hashable
 from numbers import Number
+from operator import is_
 from typing import Any
 
 import jax
@@ -90,6 +91,11 @@ def contents(container: Any) -> list[Any]:
             out.append(x)
     out.append(_CLOSE)
     return out
+
+
+def same_things(a: list[Any], b: list[Any]) -> bool:
+    """Whether two lists hold the same things: compared by identity, since == of arrays is an array."""
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 def _aux(treedef: Any) -> list[Any]:

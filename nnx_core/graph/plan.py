@@ -15,7 +15,7 @@ from nnx_core._changes import now, track
 from nnx_core._errors import Path
 from nnx_core.graph.classify import contents
 from nnx_core.graph.objects import Object
-from nnx_core.graph.pack import AttributePlace, Leaves, Packer, Place, Refs
+from nnx_core.graph.pack import AttributePlace, Leaves, Packer, Refs
 from nnx_core.graph.structure import GraphDef
 from nnx_core.state import State
 from nnx_core.variables import Variable
@@ -45,7 +45,7 @@ class Plan:
         self.memo: dict[Hashable, Any] = {}  # whatever can be derived from an unchanged plan
         self.loose_groups = packer.loose_groups
         self._known = [x if isinstance(x, Variable) else weakref.ref(x) for x in packer.refs.objects]
-        self._places: list[Place] = packer.refs.places
+        self._places: list[Any] = packer.refs.places  # of a walk, which has a Place for everything
         variables = [(v, track(v)) for v in packer.refs.objects if isinstance(v, Variable)]
         self._variables = variables
         tracked = [x for x in packer.refs.objects if isinstance(x, Object)] + packer.states

@@ -10,19 +10,8 @@ from typing import Any
 
 import jax
 
-from nnx_core.graph.pack import (
-    After,
-    Forced,
-    Leaves,
-    Packer,
-    Place,
-    Refs,
-    Unpacker,
-    Watch,
-    apply,
-    check_writes,
-    collect,
-)
+from nnx_core.graph.effects import After, Forced, apply, check_writes, collect
+from nnx_core.graph.pack import Leaves, Packer, Place, Refs, Unpacker, Watch
 
 _ROOT = Place((), None, 0)
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from nnx_core._errors import MetadataError, StructureError, show_paths
-from nnx_core.graph.pack import After
+from nnx_core.graph.effects import After
 from nnx_core.graph.structure import GraphDef, VariableDef, nodes
 from nnx_core.transforms.groups import distinct
 from nnx_core.transforms.lift import Lifted, Modes, by_position, dressed, name_of, optional_decorator, unbound

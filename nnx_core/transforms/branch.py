@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from nnx_core._errors import StructureError
-from nnx_core.graph.pack import After, Leaves
+from nnx_core.graph.effects import After
+from nnx_core.graph.pack import Leaves
 from nnx_core.graph.structure import GraphDef
 from nnx_core.transforms.carry import described
 from nnx_core.transforms.compile import PLAIN

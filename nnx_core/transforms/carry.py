@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nnx_core._errors import Path, StructureError, show_path
-from nnx_core.graph.pack import After
+from nnx_core.graph.effects import After
 from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, Ref, Static, VariableDef
 from nnx_core.transforms.groups import Carry
 from nnx_core.transforms.lift import name_of

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from nnx_core.graph.pack import AS_STATIC, Refs, Unpacker, apply
+from nnx_core.graph.effects import apply
+from nnx_core.graph.pack import AS_STATIC, Refs, Unpacker
 from nnx_core.graph.structure import Node
 from nnx_core.state import State
 from nnx_core.transforms.groups import FilterGroups, distinct

@@ -22,8 +22,9 @@ import numpy as np
 
 from nnx_core._errors import NnxError, Path, SpecError, StructureError, show_path
 from nnx_core.graph.classify import ARRAY, NUMBER, PYTREE, kind_of, one_level
+from nnx_core.graph.effects import After, apply
 from nnx_core.graph.objects import Object
-from nnx_core.graph.pack import AS_STATIC, After, Leaves, Packer, Place, Refs, Unpacker, apply
+from nnx_core.graph.pack import AS_STATIC, Leaves, Packer, Place, Refs, Unpacker
 from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, VariableDef, nodes
 from nnx_core.state import State
 from nnx_core.transforms.autodiff import holds_object

@@ -13,7 +13,8 @@ from typing import Any
 
 from nnx_core._trace import current_trace
 from nnx_core.graph.classify import ARRAY, DICT, NUMBER, OBJECT, SEQUENCE, STATIC, kind_of
-from nnx_core.graph.pack import AS_STATIC, After, Leaves, Refs, Unpacker, check_writes
+from nnx_core.graph.effects import After, check_writes
+from nnx_core.graph.pack import AS_STATIC, Leaves, Refs, Unpacker
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import Element, Leaf, Node, Static
 from nnx_core.state import sorted_keys

@@ -16,20 +16,9 @@ from typing import Any, NamedTuple
 
 from nnx_core._changes import now
 from nnx_core._errors import StructureUpdateError
+from nnx_core.graph.effects import After, Forced, apply, check_writes, collect
 from nnx_core.graph.objects import Object
-from nnx_core.graph.pack import (
-    After,
-    Forced,
-    Leaves,
-    Packer,
-    Place,
-    Refs,
-    Unpacker,
-    Watch,
-    apply,
-    check_writes,
-    collect,
-)
+from nnx_core.graph.pack import Leaves, Packer, Place, Refs, Unpacker, Watch
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import GraphDef, Node, require_hashable
 from nnx_core.modes import sharing_allowed, updates_allowed
@@ -96,10 +85,8 @@ class Lifted:
         always, carried = (frozenset(map(packer.group_index.__getitem__, g)) for g in (self.always, self.carried))
         after, news = collect(packer, watch, out, self.outputs, Forced(always, carried, written))
         if not self.modes.updates and after.objects:
-            raise StructureUpdateError(
-                name_of(self.f),
-                [(*refs.places[c.id].path, k) for c in after.objects for k in (*dict(c.set), *c.removed)],
-            )
+            paths = [(*refs.path(change.id), key) for change in after.objects for key in change.keys]
+            raise StructureUpdateError(name_of(self.f), paths)
         return after, *news
 
     def pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, Packer]:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from nnx_core._errors import SpecError, StructureError
-from nnx_core.graph.pack import After, Leaves
+from nnx_core.graph.effects import After
+from nnx_core.graph.pack import Leaves
 from nnx_core.graph.structure import GraphDef, Leaf, Node, VariableDef, nodes
 from nnx_core.transforms.batch import AxisMetadata, axis_options
 from nnx_core.transforms.carry import carried, require_same_carry, same_form

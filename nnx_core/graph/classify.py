@@ -4,7 +4,7 @@ Law: two readings of `contents` that are pairwise identical mean that nothing ch
 Knows types and pytrees; knows nothing of walks, indices or groups.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from numbers import Number
 from operator import is_
 from typing import Any
@@ -93,8 +93,8 @@ def contents(container: Any) -> list[Any]:
     return out
 
 
-def same_things(a: list[Any], b: list[Any]) -> bool:
-    """Whether two lists hold the same things: compared by identity, since == of arrays is an array."""
+def same_things(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two sequences hold the same things: compared by identity, since == of arrays is an array."""
     return len(a) == len(b) and all(map(is_, a, b))
 
 

@@ -27,7 +27,7 @@ from nnx_core.inspect.census import ObjectInfo
 from nnx_core.inspect.describe import ArrayRepr
 from nnx_core.inspect.recording import CallInfo
 from nnx_core.optim import ema, metrics, optimizer, train_state
-from nnx_core.transforms import autodiff, batch, branch, compile, differentials, loops, mesh, stages
+from nnx_core.transforms import autodiff, batch, branch, compile, custom_vjp, loops, mesh, stages, vjp_jvp
 from nnx_core.transforms.prefix import prefix
 from nnx_core.views import view, view_info, with_attributes
 
@@ -197,6 +197,7 @@ summary = _alias(
 )
 deprecations = _alias("deprecations", deprecated=deprecated)
 proxy_caller = _alias("proxy_caller", call=functional.call)
+differentials = _alias("transforms.differentials", vjp_jvp, custom_vjp)  # our own path of before
 training = sys.modules["nnx_core.training"] = optim
 sys.modules |= {"nnx_core.metrics": metrics, "nnx_core.optimizer": optimizer}
 sys.modules |= {f"nnx_core.training.{room.__name__.rpartition('.')[2]}": room for room in (ema, metrics, optimizer)}
@@ -206,7 +207,7 @@ cached_partial checkify clone cond custom_vjp eval_shape flatten fori_loop fork_
 graphdef iter_children iter_graph iter_modules jit jvp pmap recursive_map remat reseed scan shard_map split split_rngs
 state switch value_and_grad view view_info vjp vmap while_loop""".split()
 _ROOMS = (api, walk, functional, module, rngs, sharding, views)
-_ROOMS += (autodiff, batch, branch, compile, differentials, loops, mesh, stages)
+_ROOMS += (autodiff, batch, branch, compile, custom_vjp, loops, mesh, stages, vjp_jvp)
 compat = _alias("compat", **{name: next(getattr(r, name) for r in _ROOMS if hasattr(r, name)) for name in _COMPAT})
 
 

@@ -385,3 +385,24 @@ def test_of_a_state_or_a_variable_everything_is_differentiated():
     grad = nnx.grad(lambda v: (v[...] * 2).sum())(nnx.BatchStat(jnp.ones(2)))
     assert type(grad) is nnx.BatchStat
     assert_trees_equal(grad[...], jnp.full(2, 2.0))
+
+
+def test_of_a_state_with_arrays_and_variables():
+    state = nnx.State({"a": jnp.array([1.0, 2.0]), "b": {"c": nnx.Param(jnp.array([3.0])), "d": jnp.array(4.0)}})
+    grads = nnx.grad(lambda s: (s["a"] ** 2).sum() + (s["b"]["c"] * s["b"]["d"]).sum())(state)
+    assert isinstance(grads, nnx.State)
+    expected = {"a": jnp.array([2.0, 4.0]), "b": {"c": jnp.array([4.0]), "d": jnp.array(3.0)}}
+    assert_trees_close(nnx.to_pure_dict(grads), expected)
+    assert isinstance(grads["b"]["c"], nnx.Param)
+
+
+def test_argnums_of_a_method_count_from_either_end_without_its_object():
+    class Loss(Affine):
+        def of(self, x):
+            return loss_fn(self, x)
+
+    m = Loss()
+    kernel = m.kernel.get_value()
+    expected = jax.grad(lambda x: ((x @ kernel) ** 2).sum())(X)
+    for argnums in (0, -1, nnx.DiffState(-1, ...)):
+        assert_trees_close(nnx.grad(m.of, argnums=argnums)(X), expected)

@@ -42,8 +42,10 @@ from nnx_core.graph.classify import (
 from nnx_core.graph.objects import Object, create, is_array
 from nnx_core.graph.structure import (
     Element,
+    GraphDef,
     Leaf,
     LeafDef,
+    LeafPlace,
     Node,
     Ref,
     Static,
@@ -73,10 +75,32 @@ class _AsStatic:
 AS_STATIC = _AsStatic()
 
 
-def reader(leaves: Leaves) -> Callable[[LeafDef], Any]:
+def reader(leaves: Leaves) -> Callable[[LeafDef | LeafPlace], Any]:
     """What gives the value of each leaf of one group, if it is asked for all of them in walking order."""
     values, loose = map(iter, leaves)
     return lambda d: next(values if d.owned else loose)
+
+
+def in_order(graphdef: GraphDef, leaves: Leaves) -> list[Any]:
+    """The leaves of a graph in walking order, where there is one group."""
+    if graphdef.owns_all:
+        return leaves[0]
+    read = reader(leaves)
+    return [read(leaf) for leaf in graphdef.layout]
+
+
+def apart(graphdef: GraphDef, ordered: Iterable[Any]) -> Leaves:
+    """The inverse of `in_order`."""
+    if graphdef.owns_all:
+        return list(ordered), []
+    values: list[Any] = []
+    loose: list[Any] = []
+    for leaf, x in zip(graphdef.layout, ordered, strict=True):
+        if leaf.owned:
+            values.append(x)
+        else:
+            loose.append(x)
+    return values, loose
 
 
 class ByFilter:
@@ -382,7 +406,7 @@ def snapshot(value: Any) -> Any:
 
 
 def is_unchanged(value: Any, before: Any) -> bool:
-    """Whether `value` is what the snapshot `before` was taken of; compared by identity, as tracers have no ==."""
+    """Whether `value` is what the snapshot `before` was taken of; compared by identity: == of tracers is a tracer."""
     if value is before:
         return True
     if is_array(value) or type(before) is not tuple:

@@ -105,8 +105,15 @@ def template_of(d: Node, known: dict[int, Template]) -> Template:
     return template
 
 
-#: How one leaf is found: its path, and (index of a Variable, or None; whether an object owns it).
-Layout: TypeAlias = tuple[tuple[Path, int | None, bool], ...]
+class LeafPlace(NamedTuple):
+    """How one leaf is found: its path, the index if it is a Variable's, and whether an object owns it."""
+
+    path: Path
+    id: int | None
+    owned: bool
+
+
+Layout: TypeAlias = tuple[LeafPlace, ...]
 
 
 def nodes(element: Element, path: Path = ()) -> Iterator[tuple[Path, Element]]:
@@ -135,7 +142,7 @@ class GraphDef:
       (True, True)
     """
 
-    __slots__ = ("__weakref__", "_hash", "_layout", "root", "templates")
+    __slots__ = ("__weakref__", "_hash", "_layout", "_owns_all", "root", "templates")
     root: Element
     templates: dict[int, "Template"]  # of the Nodes in here, by identity; filled as they are needed
 
@@ -143,6 +150,7 @@ class GraphDef:
         self.root = root
         self._hash: int | None = None
         self._layout: Layout | None = None
+        self._owns_all: bool | None = None
         self.templates = {}
 
     def __class_getitem__(cls, _: Any) -> type["GraphDef"]:
@@ -161,12 +169,24 @@ class GraphDef:
     def layout(self) -> "Layout":
         """Where the leaves are, in walking order."""
         if self._layout is None:
-            layout: list[tuple[Path, int | None, bool]] = []
+            layout: list[LeafPlace] = []
             for path, d in leaf_defs(self.root):
                 index = d.id if type(d) is VariableDef else None
-                layout.append((path, index, d.owned))
+                layout.append(LeafPlace(path, index, d.owned))
             self._layout = tuple(layout)
         return self._layout
+
+    @property
+    def owns_all(self) -> bool:
+        """Whether no leaf is loose: the usual case, where the values alone are all leaves in walking order."""
+        if self._owns_all is None:
+            self._owns_all = all(leaf.owned for leaf in self.layout)
+        return self._owns_all
+
+    @property
+    def paths(self) -> list[Path]:
+        """The paths of the leaves, in walking order."""
+        return [leaf.path for leaf in self.layout]
 
     def __eq__(self, other: object) -> bool:
         if self is other:

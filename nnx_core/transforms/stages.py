@@ -12,25 +12,10 @@ import jax
 from jax.experimental import checkify as jax_checkify
 
 from nnx_core._errors import StructureUpdateError
-from nnx_core.graph.pack import Leaves, Packer, Place, Refs, Unpacker, reader
-from nnx_core.graph.structure import Element, GraphDef, Node, leaf_defs, nodes
+from nnx_core.graph.pack import Packer, Place, Refs, Unpacker, apart, in_order
+from nnx_core.graph.structure import Element, GraphDef, Node, nodes
 from nnx_core.transforms.compile import PLAIN, jit, plainly, static_at
 from nnx_core.transforms.lift import Modes, detached, dressed, name_of, optional_decorator, positions, unbound
-
-
-def _in_order(graphdef: GraphDef, leaves: Leaves) -> list[Any]:
-    """The leaves, all in one group, in walking order."""
-    read = reader(leaves)
-    return [read(d) for _, d in leaf_defs(graphdef.root)]
-
-
-def _apart(graphdef: GraphDef, in_order: Iterable[Any]) -> Leaves:
-    """The inverse of `_in_order`."""
-    values: list[Any] = []
-    loose: list[Any] = []
-    for (_, d), x in zip(leaf_defs(graphdef.root), in_order, strict=True):
-        (values if d.owned else loose).append(x)
-    return values, loose
 
 
 @optional_decorator
@@ -74,11 +59,11 @@ def make_jaxpr(
         plan, packer = lifted.pack(args, kwargs)
 
         def pure(*leaves: Any) -> list[Any]:
-            after, (_, loose) = lifted.pure(plan.graphdef, _apart(plan.graphdef, leaves))
+            after, (_, loose) = lifted.pure(plan.graphdef, apart(plan.graphdef, leaves))
             result_def, result = Unpacker((([], loose),), Refs()).build(after.result.root, None)
-            return _in_order(result_def, result)
+            return in_order(result_def, result)
 
-        return jax.make_jaxpr(pure)(*_in_order(plan.graphdef, packer.leaves[0]))
+        return jax.make_jaxpr(pure)(*in_order(plan.graphdef, packer.leaves[0]))
 
     return dressed(call, f)
 

@@ -4,6 +4,7 @@ Law: gradients are those of jax.grad with respect to the chosen leaves, each Var
 reached; everything else the function writes to its arguments is written.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -37,8 +38,8 @@ _GROUPS: tuple[Hashable, ...] = (Diff, Rest, Out)
 _Argnums = int | DiffState | Sequence[int | DiffState]
 
 
-class _Gradient:
-    """value_and_grad of one function, `f` or a method bound to `owner`.
+class _Gradient(Forms[tuple[Any, ...], Lifted]):
+    """value_and_grad of one function: for the specs of each argument a Lifted.
 
     Args:
       argnums: as the user gave them, not counting the owner.
@@ -46,24 +47,25 @@ class _Gradient:
     """
 
     def __init__(self, f: Callable[..., Any], argnums: _Argnums, has_aux: bool, options: dict[str, Any], modes: Modes):
+        super().__init__()
         self.f, self.owner = unbound(f)
         self.has_aux, self.options, self.modes = has_aux, options, modes
         self.single = not isinstance(argnums, Sequence)
         several: Sequence[int | DiffState] = argnums if isinstance(argnums, Sequence) else (argnums,)
         self.argnums = [_shifted(argnum, len(self.owner)) for argnum in several]
-        self.forms = Forms(self.make)
 
     def make(self, specs: tuple[Any, ...]) -> Lifted:
         """f with these specs of its arguments."""
-        outputs = (Out, Rest) if self.has_aux else Out
-        return Lifted(self.loss, _GROUPS, specs, outputs, modes=self.modes)
+        f, has_aux = self.f, self.has_aux
 
-    def loss(self, *args: Any) -> Any:
-        """What f returns, if it may."""
-        out = self.f(*args)
-        if self.has_aux:
-            return with_aux(self.f, out, "loss")
-        return out.get_value() if isinstance(out, Variable) else out
+        def loss(*args: Any) -> Any:
+            out = f(*args)
+            if has_aux:
+                return with_aux(f, out, "loss")
+            return out.get_value() if isinstance(out, Variable) else out
+
+        functools.update_wrapper(loss, f, updated=())
+        return Lifted(loss, _GROUPS, specs, (Out, Rest) if has_aux else Out, modes=self.modes)
 
     def specs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The spec of each argument: of objects the Params are differentiated, of anything else all leaves are."""
@@ -85,7 +87,7 @@ class _Gradient:
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         args = positional(self.f, (*self.owner, *args), kwargs)
-        lifted = self.forms[self.specs(args)]
+        lifted = self[self.specs(args)]
         gradients: list[Any] = []  # what `run` has beside what it returns
 
         def run(graphdef: GraphDef, diff: Leaves, rest: Leaves, _: Leaves) -> tuple[Any, ...]:

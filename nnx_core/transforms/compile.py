@@ -103,8 +103,8 @@ def placed(spec: Any, donated: bool) -> Any:
 _Key = tuple[int, tuple[str, ...]]
 
 
-@dataclass(eq=False)
-class _Jit:
+@dataclass(eq=False, repr=False)
+class _Jit(Forms[_Key | None, Form]):
     """One jitted function: for each form of the arguments a Lifted and its compiled `pure`.
 
     Args:
@@ -127,11 +127,10 @@ class _Jit:
     def __post_init__(self) -> None:
         #: Nothing depends on which argument it is: one form serves all calls.
         self.simple = not any((*self.static, *self.donated)) and self.in_shardings is self.out_shardings is None
-        self.forms = Forms(self.make)
 
     def form(self, args: Args, kwargs: Kwargs) -> Form:
         """What is compiled for such arguments."""
-        return self.forms[None if self.simple else (len(args), tuple(sorted(kwargs)))]
+        return self[None if self.simple else (len(args), tuple(sorted(kwargs)))]
 
     def make(self, key: _Key | None) -> Form:
         """The Form for a number of arguments and names of keywords."""
@@ -170,7 +169,7 @@ class _Jit:
 
     def clear_cache(self) -> None:
         """Forget everything compiled and planned."""
-        for lifted, run in self.forms.values():
+        for lifted, run in self.values():
             compiled: Any = run  # of `jax.jit`
             compiled.clear_cache()
             lifted.plans.clear()

@@ -81,16 +81,16 @@ def _shapes(leaves: Any) -> Any:
 _Treatment = tuple[tuple[int, ...], tuple[Any, ...]]
 
 
-class _CustomVjp:
+class _CustomVjp(Forms[_Treatment, Form]):
     """f with a backward pass of its own: for each treatment of the arguments a Lifted and a `jax.custom_vjp`."""
 
     def __init__(self, f: Callable[..., Any], nondiff: tuple[Any, ...], modes: Modes):
+        super().__init__()
         self.f, self.owner = unbound(f)
         self.nondiff, self.modes = nondiff, modes
         self.fwd: Callable[..., Any] | None = None
         self.bwd: Callable[..., Any] | None = None
         self.wants_updates = False
-        self.forms = Forms(self.make)
         self.seen: dict[Any, After] = {}  # what f did, so that what fwd does can be compared
 
     def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any], symbolic_zeros: bool = False) -> None:
@@ -104,14 +104,14 @@ class _CustomVjp:
             self.wants_updates = "updates_g" in inspect.signature(bwd).parameters
         except (TypeError, ValueError):  # a function without signature
             self.wants_updates = False
-        self.forms.clear()
+        self.clear()
         self.seen.clear()
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.fwd is None:
             raise NoRuleError(f"{name_of(self.f)} has no backward pass yet. Call {name_of(self.f)}.defvjp(fwd, bwd).")
         args = positional(self.f, (*self.owner, *args), kwargs)
-        lifted, pure = self.forms[self.treatment(args)]
+        lifted, pure = self[self.treatment(args)]
 
         def run(graphdef: GraphDef, diff: Leaves, rest: Leaves, *_: Leaves) -> tuple[Any, ...]:
             return *pure(graphdef, diff, rest), _NOTHING

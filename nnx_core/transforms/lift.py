@@ -184,15 +184,19 @@ class Form(NamedTuple):
 
 
 class Forms(dict[K, V]):
-    """For each form of the arguments (how many there are, which are static, ...) what `make` makes of it, once."""
+    """For each form of the arguments (how many there are, which are static, ...) what `make` makes of it, once.
 
-    def __init__(self, make: Callable[[K], V]):
-        super().__init__()
-        self._make = make
+    A base class, and not a dict beside a bound `make`: that would be a reference cycle, which keeps what the user's
+    function closes over.
+    """
+
+    def make(self, key: K) -> V:
+        """What this form needs."""
+        raise NotImplementedError
 
     def __missing__(self, key: K) -> V:
-        made = self[key] = self._make(key)
-        return made
+        new = self[key] = self.make(key)
+        return new
 
 
 def as_given(f: Callable[..., Any], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
@@ -212,11 +216,11 @@ def by_count(
       arrange: (f, args, kwargs) -> (args, kwargs), such as `by_position`.
     """
     function, owner = unbound(f)
-    forms = Forms(make)
+    form_of = functools.cache(make)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = arrange(function, (*owner, *args), kwargs)
-        lifted, run = forms[len(args)]
+        lifted, run = form_of(len(args))
         return lifted.call(run, args, kwargs)
 
     return dressed(call, f)

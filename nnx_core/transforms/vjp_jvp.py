@@ -33,27 +33,32 @@ from nnx_core.transforms.lift import (
 )
 
 
-class _Differential:
-    """f lifted for vjp and jvp; a bound method's object is not differentiated, but written."""
+class _Differential(Forms[int, Lifted]):
+    """f lifted for vjp and jvp, for each number of primals.
+
+    The object of a bound method is not differentiated, but written.
+    """
 
     def __init__(self, f: Callable[..., Any], has_aux: bool, modes: Modes):
+        super().__init__()
         self.f, self.owner = unbound(f)
         self.has_aux, self.modes = has_aux, modes
-        self.forms = Forms(self.make)
 
     def make(self, count: int) -> Lifted:
-        """f of `count` primals."""
-        inputs = (Rest,) * len(self.owner) + (Diff,) * count
-        return Lifted(self.of, (Diff, Rest, Out), inputs, (Rest, Rest, Out), modes=self.modes)
+        """f of `count` primals: it returns (value, aux, detached value)."""
+        f, has_aux = self.f, self.has_aux
 
-    def of(self, *args: Any) -> tuple[Any, Any, Any]:
-        """(value, aux, detached value) of f."""
-        out = self.f(*args)
-        value, aux = with_aux(self.f, out, "value") if self.has_aux else (out, None)
-        return value, aux, detached(value)
+        def with_detached(*args: Any) -> tuple[Any, Any, Any]:
+            out = f(*args)
+            value, aux = with_aux(f, out, "value") if has_aux else (out, None)
+            return value, aux, detached(value)
+
+        functools.update_wrapper(with_detached, f, updated=())
+        inputs = (Rest,) * len(self.owner) + (Diff,) * count
+        return Lifted(with_detached, (Diff, Rest, Out), inputs, (Rest, Rest, Out), modes=self.modes)
 
     def vjp(self, primals: tuple[Any, ...]) -> tuple[Any, ...]:
-        lifted = self.forms[len(primals)]
+        lifted = self[len(primals)]
         kept: list[Any] = []  # what `run` has beside what it returns
 
         def run(graphdef: GraphDef, diff: Leaves, rest: Leaves, _: Leaves) -> tuple[Any, ...]:
@@ -73,7 +78,7 @@ class _Differential:
         return (value, vjp_fn, aux) if self.has_aux else (value, vjp_fn)
 
     def jvp(self, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, ...]:
-        lifted = self.forms[len(primals)]
+        lifted = self[len(primals)]
         tangent_leaves: list[Any] = []  # what `run` has beside what it returns
 
         def run(graphdef: GraphDef, diff: Leaves, rest: Leaves, _: Leaves) -> tuple[Any, ...]:

@@ -182,12 +182,13 @@ from nnx_core.transforms.autodiff import grad, remat, value_and_grad
 from nnx_core.transforms.batch import PARTITION_NAME, transform_metadata, vmap
 from nnx_core.transforms.branch import cond, switch
 from nnx_core.transforms.compile import eval_shape, jit
-from nnx_core.transforms.differentials import custom_vjp, jvp, vjp
+from nnx_core.transforms.custom_vjp import custom_vjp
 from nnx_core.transforms.groups import Carry, DiffState, StateAxes, StateSharding
 from nnx_core.transforms.loops import fori_loop, scan, while_loop
 from nnx_core.transforms.mesh import pmap, shard_map
 from nnx_core.transforms.prefix import prefix
 from nnx_core.transforms.stages import cached_partial, checkify, jit_partial, make_jaxpr
+from nnx_core.transforms.vjp_jvp import jvp, vjp
 from nnx_core.variables import A, Variable, VariableMetadata, with_metadata
 from nnx_core.views import view, view_info, with_attributes
 
@@ -467,10 +468,8 @@ __all__ = [
     # transforms.compile
     "eval_shape",
     "jit",
-    # transforms.differentials
+    # transforms.custom_vjp
     "custom_vjp",
-    "jvp",
-    "vjp",
     # transforms.groups
     "Carry",
     "DiffState",
@@ -490,6 +489,9 @@ __all__ = [
     "checkify",
     "jit_partial",
     "make_jaxpr",
+    # transforms.vjp_jvp
+    "jvp",
+    "vjp",
     # variables
     "A",
     "Variable",

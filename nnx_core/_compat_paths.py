@@ -27,7 +27,7 @@ from nnx_core.inspect.census import ObjectInfo
 from nnx_core.inspect.describe import ArrayRepr
 from nnx_core.inspect.recording import CallInfo
 from nnx_core.optim import ema, metrics, optimizer, train_state
-from nnx_core.transforms import autodiff, batch, branch, compile, differentials, loops, mesh, stages
+from nnx_core.transforms import autodiff, batch, branch, compile, custom_vjp, loops, mesh, stages, vjp_jvp
 from nnx_core.transforms.prefix import prefix
 from nnx_core.views import view, view_info, with_attributes
 
@@ -123,36 +123,40 @@ def _alias(name: str, *sources: ModuleType, **names: Any) -> ModuleType:
     return made
 
 
-def _offer(real: ModuleType, **names: Any) -> None:
-    """Add names to a module that has one of flax.nnx's paths itself."""
-    for name, x in names.items():
-        if not hasattr(real, name):
-            setattr(real, name, x)
-
-
-def _offer_all() -> None:
-    sys.modules["nnx_core.filterlib"] = filters
-    sys.modules["nnx_core.statelib"] = state
-    sys.modules["nnx_core.rnglib"] = rngs
-    sys.modules["nnx_core.spmd"] = sharding
-    _offer(filters, filters_to_predicates=filters.to_predicates)
+def _names_of_graph() -> dict[str, Any]:
+    """What flax.nnx has in its one file `graph`: the names of most rooms in ours, and some of other rooms."""
     names: dict[str, Any] = {}
     for source in (structure, objects, walk, api, functional, context, tree):
+        # its own, and not what it imports
         names |= {n: x for n, x in _public(source).items() if getattr(x, "__module__", "").startswith("nnx_core")}
-    names |= {n: getattr(modes, n) for n in ("set_graph_mode", "set_graph_updates")}
-    names |= {"State": state.State, "Variable": variables.Variable, "NodeDef": structure.Node, "NodeRef": structure.Ref}
-    names |= {"RefMap": Refs, "IndexMap": Refs, "is_node": tree.is_graph_node, "prefix": prefix}
-    names |= {"iter_modules": module.iter_modules, "iter_module_children": module.iter_module_children}
-    names |= {"PureState": functional.PureState, "GraphState": structure.GraphState}
-    _offer(graph, **names)
-    _offer(module, view=view, view_info=view_info, with_attributes=with_attributes, capture=capture, M=M)
-    setattr(objects.Object, "_pytree__state", _StateOfObject())  # noqa: B010  # not an attribute that type knows
+    return names | {
+        "GraphState": structure.GraphState,
+        "IndexMap": Refs,
+        "NodeDef": structure.Node,
+        "NodeRef": structure.Ref,
+        "PureState": functional.PureState,
+        "RefMap": Refs,
+        "State": state.State,
+        "Variable": variables.Variable,
+        "is_node": tree.is_graph_node,
+        "iter_module_children": module.iter_module_children,
+        "iter_modules": module.iter_modules,
+        "prefix": prefix,
+        "set_graph_mode": modes.set_graph_mode,
+        "set_graph_updates": modes.set_graph_updates,
+    }
 
 
-_offer_all()
-filterlib, statelib, rnglib, spmd = filters, state, rngs, sharding
-graphlib = graph
-sys.modules["nnx_core.graphlib"] = graph
+# The hooks of the rooms below: they take these names from us, and cannot look up here.
+graph.take_names(**_names_of_graph())
+module.take_names(view=view, view_info=view_info, with_attributes=with_attributes, capture=capture, M=M)
+objects.set_state_view(_StateOfObject())
+
+filterlib = sys.modules["nnx_core.filterlib"] = filters
+statelib = sys.modules["nnx_core.statelib"] = state
+rnglib = sys.modules["nnx_core.rnglib"] = rngs
+spmd = sys.modules["nnx_core.spmd"] = sharding
+graphlib = sys.modules["nnx_core.graphlib"] = graph
 variablelib = _alias("variablelib", variables, kinds, VariableState=VariableState, var_defaults=modes.var_defaults)
 pytreelib = _alias(
     "pytreelib",
@@ -193,6 +197,7 @@ summary = _alias(
 )
 deprecations = _alias("deprecations", deprecated=deprecated)
 proxy_caller = _alias("proxy_caller", call=functional.call)
+differentials = _alias("transforms.differentials", vjp_jvp, custom_vjp)  # our own path of before
 training = sys.modules["nnx_core.training"] = optim
 sys.modules |= {"nnx_core.metrics": metrics, "nnx_core.optimizer": optimizer}
 sys.modules |= {f"nnx_core.training.{room.__name__.rpartition('.')[2]}": room for room in (ema, metrics, optimizer)}
@@ -202,7 +207,7 @@ cached_partial checkify clone cond custom_vjp eval_shape flatten fori_loop fork_
 graphdef iter_children iter_graph iter_modules jit jvp pmap recursive_map remat reseed scan shard_map split split_rngs
 state switch value_and_grad view view_info vjp vmap while_loop""".split()
 _ROOMS = (api, walk, functional, module, rngs, sharding, views)
-_ROOMS += (autodiff, batch, branch, compile, differentials, loops, mesh, stages)
+_ROOMS += (autodiff, batch, branch, compile, custom_vjp, loops, mesh, stages, vjp_jvp)
 compat = _alias("compat", **{name: next(getattr(r, name) for r in _ROOMS if hasattr(r, name)) for name in _COMPAT})
 
 

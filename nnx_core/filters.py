@@ -9,9 +9,9 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any as AnyType
 
-from nnx_core._errors import FilterError
+from nnx_core._errors import FilterError, Path
 
-PathParts = tuple[Hashable, ...]
+PathParts = Path  # flax.nnx's name
 Predicate = Callable[[PathParts, AnyType], bool]
 #: What users may write: a type, a tag, `...`/True, None/False, a predicate, a compiled regular expression of the
 #: path, or a list/tuple (any of them).
@@ -190,6 +190,9 @@ def to_predicates(filters: tuple[Filter, ...]) -> tuple[Predicate, ...]:
                 f"`...` or True can only be used as the last filter, got {filter} at index {i} of {filters}."
             )
     return tuple(map(to_predicate, filters))
+
+
+filters_to_predicates = to_predicates  # flax.nnx's name
 
 
 def first_match(predicates: tuple[Predicate, ...], path: PathParts, value: AnyType) -> int | None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from nnx_core import filters as filterlib
 from nnx_core._errors import AttributeNotFoundError, Path
+from nnx_core._late_names import late_names
 from nnx_core.graph.api import update
 from nnx_core.graph.containers import DictStorage, ListStorage
 from nnx_core.graph.functional import blank
@@ -23,6 +24,7 @@ from nnx_core.kinds import Perturbation, variable_type_from_name
 from nnx_core.variables import Variable
 
 A = TypeVar("A")
+take_names = late_names(globals())  # a hook: `_compat_paths` adds `view` and what else flax.nnx has in this file
 
 
 class Module(Object):

@@ -22,7 +22,14 @@ from nnx_core.graph.structure import GraphDef
 from nnx_core.graph.walk import recursive_map
 from nnx_core.kinds import OptVariable
 from nnx_core.state import State
-from nnx_core.variables import AXIS_NAMES, Variable, VariableMetadata, new_variable, with_metadata
+from nnx_core.variables import (
+    AXIS_NAMES,
+    Variable,
+    VariableMetadata,
+    new_variable,
+    place_new_values_with,
+    with_metadata,
+)
 
 A = TypeVar("A")
 AnyMesh: TypeAlias = Mesh | AbstractMesh
@@ -524,5 +531,4 @@ def _moved(x: Any, sharding: NamedSharding) -> Any:
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
-# Variables are rooms below and cannot look up here: their __init__ calls whatever method stands in this place.
-Variable._place = place_eagerly  # type: ignore[attr-defined]  # (value, eager_sharding=) -> value
+place_new_values_with(place_eagerly)

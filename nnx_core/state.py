@@ -11,11 +11,9 @@ import jax
 
 from nnx_core import filters as filterlib
 from nnx_core._changes import touch
-from nnx_core._errors import FilterError, StateMismatchError, show_path
+from nnx_core._errors import FilterError, Path, StateMismatchError, show_path
 from nnx_core._repr import show_fields, show_value
 from nnx_core.variables import Variable, is_ref
-
-Path = tuple[Hashable, ...]
 
 
 def sort_key(key: Hashable) -> tuple[bool, str, Any]:

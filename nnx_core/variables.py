@@ -109,15 +109,11 @@ class Variable(Generic[A]):
             value = value._raw_value
         _fill(self, value, {_OLD_KEYS.get(k, k): v for k, v in metadata.items()} if metadata else {})
         ref = var_defaults().ref if ref is None else ref
-        created = self._place(self.create_value(value), eager_sharding)
+        created = _placed(self, self.create_value(value), eager_sharding)
         _set_raw(self, jax.new_ref(created) if ref else created)
         _set_site(self, caller())
 
     # ---- value ----
-
-    def _place(self, value: A, asked: bool | None) -> A:
-        """`value`, moved to where the axis names say if that is asked for; the room `sharding` puts its own here."""
-        return value
 
     def _check_can_write(self) -> None:
         trace = self._trace_state
@@ -363,6 +359,23 @@ _set_site = Variable._site.__set__  # type: ignore[attr-defined]
 get_raw = operator.attrgetter("_raw_value")
 set_raw: Callable[[Variable[Any], Any], None] = _set_raw
 set_trace: Callable[[Variable[Any], object], None] = _set_trace
+
+
+#: How the value of a new Variable gets to its devices: (variable, value, eager_sharding=) -> value.
+PlaceValue = Callable[[Variable[Any], Any, bool | None], Any]
+
+
+def _where_it_is(variable: Variable[Any], value: Any, asked: bool | None) -> Any:
+    return value
+
+
+_placed: PlaceValue = _where_it_is
+
+
+def place_new_values_with(place: PlaceValue) -> None:
+    """Let `place` move the value of every new Variable. A hook: `sharding`, rooms above, knows meshes."""
+    global _placed
+    _placed = place
 
 
 def _fill(variable: Variable[Any], value: Any, metadata: dict[str, Any], trace: object = None) -> None:

@@ -4,7 +4,7 @@ Law: `merge(*split(g))` is isomorphic to g, with new objects and new Variables; 
 the graph's own Variables. On an unchanged object none of them walks: they share one plan, kept with the object.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -13,7 +13,7 @@ from nnx_core import filters as filterlib
 from nnx_core._changes import now
 from nnx_core._errors import FilterError, Path, StateMismatchError
 from nnx_core.graph.objects import Object, set_plan
-from nnx_core.graph.pack import Packer, Place, Refs, Unpacker, require_graph
+from nnx_core.graph.pack import Leaves, Packer, Place, Refs, Unpacker, apart, in_order, require_graph
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import GraphDef, GraphState, Layout
 from nnx_core.graph.walk import children, rebuilt, recursive_map
@@ -51,18 +51,18 @@ def _parts(node: Any, graph: bool | None, function: str) -> tuple[GraphDef, list
     if isinstance(node, Object) and sharing:
         plan = plan_of(node)
         if plan.cacheable:
-            [(values, loose)] = plan.leaves([])
-            return plan.graphdef, list(_pairs(plan, values, loose))
+            [leaves] = plan.leaves([])
+            return plan.graphdef, _pairs(plan, leaves)
     plan, packer = _walk(node, sharing)
-    [(values, loose)] = packer.leaves
-    return plan.graphdef, list(_pairs(plan, values, loose))
+    [leaves] = packer.leaves
+    return plan.graphdef, _pairs(plan, leaves)
 
 
-def _pairs(plan: Plan, values: list[Any], loose: list[Any]) -> Iterator[tuple[Path, Any]]:
-    owned, free = iter(values), iter(loose)
-    for path, index, is_owned in plan.graphdef.layout:
-        value = next(owned) if is_owned else next(free)
-        yield path, value if index is None else plan.known(index)
+def _pairs(plan: Plan, leaves: Leaves) -> list[tuple[Path, Any]]:
+    layout = plan.graphdef.layout
+    values = zip(layout, in_order(plan.graphdef, leaves), strict=True)
+    # One comprehension, since every split and state of an unchanged object comes by here.
+    return [(path, value if index is None else plan.known(index)) for (path, index, _), value in values]
 
 
 def split(node: Any, *filters: filterlib.Filter, graph: bool | None = None) -> tuple[Any, ...]:
@@ -100,8 +100,12 @@ def unpack(node: Any, *filters: filterlib.Filter, graph: bool | None = None) -> 
       (['bias', 'scale'], 'BatchNorm')
     """
     graphdef, *states = split(node, *filters, graph=graph)
-    packed = tuple(GraphState(graphdef, state) for state in states)
-    return packed[0] if len(packed) == 1 else packed
+    return _one_or_all([GraphState(graphdef, state) for state in states])
+
+
+def _one_or_all(states: list[Any]) -> Any:
+    """One State for one filter or none, a tuple for several."""
+    return states[0] if len(states) == 1 else tuple(states)
 
 
 def merge(
@@ -131,66 +135,72 @@ def merge(
         states, graphdef = (graphdef, *states), graphdef._graphdef
     if not isinstance(graphdef, GraphDef):
         raise TypeError(f"nnx.merge needs a GraphDef first, as nnx.split returns it; found {type(graphdef).__name__}.")
-    states = tuple(state._state if isinstance(state, GraphState) else state for state in states)
-    layout = graphdef.layout
-    leaves = by_path([path for path, _, _ in layout], states, require_all=True)
-    values: list[Any] = []
-    loose: list[Any] = []
-    metadata: dict[int, Any] = {}
-    for (_, index, owned), leaf in zip(layout, leaves, strict=True):
-        if isinstance(leaf, Variable):
-            if index is not None:
-                metadata[index] = leaf
-            leaf = leaf._raw_value
-        (values if owned else loose).append(leaf)
+    leaves = by_path(graphdef.paths, tuple(map(_state_of, states)), require_all=True)
     refs = Refs()
-    made = Unpacker(((values, loose),), refs, templates=graphdef.templates).build(graphdef.root, None)
-    for index, leaf in metadata.items():  # what a State says of a Variable (metadata) is newer than the structure
-        if refs.objects[index]._var_metadata != leaf._var_metadata:
-            refs.objects[index].set_metadata(leaf._var_metadata)
-    return made
+    # As `raw_value_of`, without its call: this is what a merge of many Variables does most.
+    values = [leaf._raw_value if isinstance(leaf, Variable) else leaf for leaf in leaves]
+    merged = Unpacker((apart(graphdef, values),), refs, templates=graphdef.templates).build(graphdef.root, None)
+    for place, leaf in zip(graphdef.layout, leaves, strict=True):
+        if place.id is not None and isinstance(leaf, Variable):
+            variable = refs.objects[place.id]
+            # What a State says of a Variable is newer than the structure.
+            if variable._var_metadata != leaf._var_metadata:
+                variable.set_metadata(leaf._var_metadata)
+    return merged
+
+
+def _state_of(state: Any) -> Any:
+    return state._state if isinstance(state, GraphState) else state
+
+
+def raw_value_of(leaf: Any) -> Any:
+    """The value of a leaf, which may be a Variable."""
+    return leaf._raw_value if isinstance(leaf, Variable) else leaf
 
 
 def by_path(paths: list[Path], states: tuple[Mapping[Any, Any], ...], *, require_all: bool) -> list[Any]:
     """The leaf of `states` for each of `paths` (or ABSENT); keys may be digit strings for ints."""
-    exact = _exactly_at(paths, states[0]) if len(states) == 1 else None
-    if exact is not None:
-        return exact
-    known = dict.fromkeys(paths)
-    spelled: dict[Path, Path] | None = None
-    found: dict[Path, Any] = {}
+    if len(states) == 1:
+        exact = _exactly_at(paths, states[0])
+        if exact is not None:
+            return exact
+    wanted = set(paths)
+    spelled: dict[tuple[str, ...], Path] = {}  # filled at the first path that is not there as it stands
+    leaves: dict[Path, Any] = {}
     unexpected: list[Path] = []
     for state in states:
-        for path, leaf in _leaves_at(state, known):
-            if path in known:
-                found[path] = leaf
+        for path, leaf in _leaves_at(state, wanted):
+            if path in wanted:
+                leaves[path] = leaf
                 continue
-            spelled = spelled if spelled is not None else {tuple(map(str, p)): p for p in paths}
-            at = spelled.get(tuple(map(str, path)))
-            if at is None:
+            spelled = spelled or {tuple(map(str, wanted_path)): wanted_path for wanted_path in paths}
+            respelled = spelled.get(tuple(map(str, path)))
+            if respelled is None:
                 unexpected.append(path)
             else:
-                found[at] = leaf
-    missing = [path for path in paths if path not in found] if require_all else []
+                leaves[respelled] = leaf
+    missing: list[Path] = []
+    if require_all:
+        missing = [path for path in paths if path not in leaves]
     if missing or unexpected:
         raise StateMismatchError(missing, unexpected)
-    return [found.get(path, ABSENT) for path in paths]
+    return [leaves.get(path, ABSENT) for path in paths]
 
 
 def _exactly_at(paths: list[Path], state: Any) -> list[Any] | None:
     """The leaf for each of `paths` if `state` has these paths and no others (the usual case), else None."""
     if not isinstance(state, State):
         return None
-    found = []
+    leaves: list[Any] = []
     try:
         for path in paths:
-            at: Any = state._mapping
+            level: Any = state._mapping
             for key in path:
-                at = at[key]
-            found.append(at)
+                level = level[key]
+            leaves.append(level)
     except (KeyError, TypeError, IndexError):
         return None
-    return found if _count(state._mapping) == len(paths) else None
+    return leaves if _count(state._mapping) == len(paths) else None
 
 
 def _count(mapping: dict[Any, Any]) -> int:
@@ -200,15 +210,15 @@ def _count(mapping: dict[Any, Any]) -> int:
     return total
 
 
-def _leaves_at(state: Any, known: Mapping[Path, Any]) -> Iterator[tuple[Path, Any]]:
-    """(path, leaf) of nested mappings; a mapping at a known path is a leaf: the value of a Variable."""
+def _leaves_at(state: Any, wanted: Container[Path]) -> Iterator[tuple[Path, Any]]:
+    """(path, leaf) of nested mappings; a mapping at a wanted path is a leaf: the value of a Variable."""
     if not isinstance(state, Mapping):
         yield (), state  # the State of a lone Variable or array
         return
     stack: list[tuple[Path, Any]] = [((), state)]
     while stack:
         path, x = stack.pop()
-        if isinstance(x, Mapping) and (not path or path not in known):
+        if isinstance(x, Mapping) and (not path or path not in wanted):
             inner = x._mapping if isinstance(x, State) else x
             stack.extend(((*path, key), child) for key, child in inner.items())
         else:
@@ -238,30 +248,31 @@ def update(node: Any, state: Any, /, *states: Any, strict: bool = False) -> None
     require_graph(node, "update")
     plan = plan_of(node)
     layout: Layout = plan.graphdef.layout
-    leaves = by_path([path for path, _, _ in layout], (state, *states), require_all=strict)
+    leaves = by_path(plan.graphdef.paths, (state, *states), require_all=strict)
     if strict:
         _require_same_types(plan, layout, leaves)
-    writes = [(path, index, leaf) for (path, index, _), leaf in zip(layout, leaves, strict=True) if leaf is not ABSENT]
-    for _, index, _ in writes:
-        if index is not None:
-            plan.known(index)._check_can_write()
-    for path, index, leaf in writes:
-        if index is None:
-            _put(node, path, leaf)
-        elif isinstance(leaf, Variable):
-            if leaf is not plan.known(index):
-                plan.known(index).update_from_state(leaf)
-        else:
-            plan.known(index).overwrite(leaf)
+    writes = [(place, leaf) for place, leaf in zip(layout, leaves, strict=True) if leaf is not ABSENT]
+    for place, _ in writes:  # all of them first, so that a call that raises has written nothing
+        if place.id is not None:
+            plan.known(place.id)._check_can_write()
+    for place, leaf in writes:
+        if place.id is None:
+            _put(node, place.path, leaf)
+            continue
+        variable = plan.known(place.id)
+        if not isinstance(leaf, Variable):
+            variable.overwrite(leaf)
+        elif leaf is not variable:  # `state` hands out the graph's own Variables
+            variable.update_from_state(leaf)
 
 
 def _require_same_types(plan: Plan, layout: Layout, leaves: list[Any]) -> None:
     [(values, _)] = plan.leaves([])
     different = []
     for (path, _, _), old, new in zip(layout, values, leaves, strict=True):
-        want, got = _type_text(old), _type_text(new._raw_value if isinstance(new, Variable) else new)
-        if want != got:
-            different.append((path, want, got))
+        expected, found = _type_text(old), _type_text(raw_value_of(new))
+        if expected != found:
+            different.append((path, expected, found))
     if different:
         raise StateMismatchError(mismatched=different)
 
@@ -269,7 +280,9 @@ def _require_same_types(plan: Plan, layout: Layout, leaves: list[Any]) -> None:
 def _type_text(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    return type(value).__name__ if jax.tree_util.all_leaves([value]) else str(jax.tree.structure(value))
+    if jax.tree_util.all_leaves([value]):
+        return type(value).__name__
+    return str(jax.tree.structure(value))
 
 
 def set_metadata(node: Any, /, *, only: filterlib.Filter = Variable, **metadata: Any) -> None:
@@ -302,14 +315,20 @@ def _put(node: Any, path: Path, leaf: Any) -> Any:
 def _selected(pairs: list[tuple[Path, Any]], filters: tuple[filterlib.Filter, ...]) -> Any:
     if not filters:
         return state_or_leaf(pairs)
+    return _one_or_all(list(map(state_or_leaf, _by_filter(pairs, filters))))
+
+
+def _by_filter(
+    pairs: Iterable[tuple[Path, Any]], filters: tuple[filterlib.Filter, ...]
+) -> list[list[tuple[Path, Any]]]:
+    """For each filter the pairs that it is the first to match."""
     predicates = filterlib.to_predicates(filters)
     parts: list[list[tuple[Path, Any]]] = [[] for _ in filters]
     for path, value in pairs:
         i = filterlib.first_match(predicates, path, value)
         if i is not None:
             parts[i].append((path, value))
-    states = tuple(map(state_or_leaf, parts))
-    return states[0] if len(states) == 1 else states
+    return parts
 
 
 def state(node: Any, *filters: filterlib.Filter, graph: bool | None = None) -> Any:
@@ -354,25 +373,16 @@ def pop(node: Any, *filters: filterlib.Filter) -> Any:
     if not filters:
         raise FilterError("nnx.pop expects at least one filter, such as nnx.Intermediate.")
     require_graph(node, "pop")
-    predicates = filterlib.to_predicates(filters)
     plan = plan_of(node)
-    parts: list[list[tuple[Path, Any]]] = [[] for _ in filters]
-    gone: set[int] = set()
-    layout: Layout = plan.graphdef.layout
-    for path, index, _ in layout:
-        if index is None:
-            continue
-        i = filterlib.first_match(predicates, path, plan.known(index))
-        if i is not None:
-            parts[i].append((path, plan.known(index)))
-            gone.add(id(plan.known(index)))
+    variables = [(path, plan.known(index)) for path, index, _ in plan.graphdef.layout if index is not None]
+    parts = _by_filter(variables, filters)
+    popped = {id(v) for part in parts for _, v in part}  # a shared one goes from every place it is at
     for obj in plan.refs().objects:
         if isinstance(obj, Object):
-            keys = tuple(key for key, x in obj._nnx_items().items() if id(x) in gone)
+            keys = tuple(key for key, x in obj._nnx_items().items() if id(x) in popped)
             if keys:
                 obj._nnx_assign({}, keys)
-    states = tuple(map(State, parts))
-    return states[0] if len(states) == 1 else states
+    return _one_or_all(list(map(State, parts)))
 
 
 def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool | None = None) -> A:
@@ -390,14 +400,13 @@ def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool 
     if not variables:
         return recursive_map(lambda _, x: x, node)
     structure, pairs = _parts(node, graph, "clone")
-    layout = structure.layout
-    values: list[Any] = []
-    loose: list[Any] = []
-    for (_, _, owned), (_, leaf) in zip(layout, pairs, strict=True):
-        value = leaf._raw_value if isinstance(leaf, Variable) else leaf
+    copies: list[Any] = []
+    for _, leaf in pairs:
+        value = raw_value_of(leaf)
         if is_ref(value):
             value = jax.new_ref(value[...])
         elif arrays and hasattr(value, "copy"):
             value = value.copy()
-        (values if owned else loose).append(value)
-    return Unpacker(((values, loose),), Refs(), templates=structure.templates).build(structure.root, None)
+        copies.append(value)
+    unpacker = Unpacker((apart(structure, copies),), Refs(), templates=structure.templates)
+    return unpacker.build(structure.root, None)

@@ -4,8 +4,9 @@ Law: two readings of `contents` that are pairwise identical mean that nothing ch
 Knows types and pytrees; knows nothing of walks, indices or groups.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from numbers import Number
+from operator import is_
 from typing import Any
 
 import jax
@@ -48,7 +49,12 @@ def _classify(x: Any) -> int:
 def one_level(x: Any) -> tuple[list[Hashable], list[Any], Any]:
     """Keys, children and treedef of one level of any registered pytree."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)
-    return [plain_key(path[0]) if path else 0 for path, _ in pairs], [child for _, child in pairs], treedef
+    keys: list[Hashable] = []
+    children: list[Any] = []
+    for path, child in pairs:
+        keys.append(plain_key(path[0]) if path else 0)
+        children.append(child)
+    return keys, children, treedef
 
 
 def plain_key(entry: Any) -> Hashable:
@@ -92,6 +98,15 @@ def contents(container: Any) -> list[Any]:
     return out
 
 
+def same_things(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two sequences hold the same things: compared by identity, since == of arrays is an array."""
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
 def _aux(treedef: Any) -> list[Any]:
+    """What a pytree holds beside its children, item by item: a new tuple of the same items is no change."""
     data = treedef.node_data()
-    return list(data[1]) if data is not None and isinstance(data[1], tuple) else [data and data[1]]
+    if data is None:
+        return [None]
+    _, aux = data
+    return list(aux) if isinstance(aux, tuple) else [aux]

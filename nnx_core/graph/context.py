@@ -88,6 +88,10 @@ def current_update_context(tag: Hashable) -> UpdateContext:
     raise ContextError(f"No update context found for tag {tag!r}. Open one: `with nnx.update_context({tag!r}):`.")
 
 
+def _context_of(tag: Hashable | None) -> UpdateContext | None:
+    return None if tag is None else current_update_context(tag)
+
+
 class SplitContext:
     """Splits graphs that share objects; made by `split_context`.
 
@@ -119,7 +123,9 @@ class SplitContext:
         if not with_paths:
             raise ContextError("Filters need paths: pass with_paths=True, or no filters.")
         parts = leaves.split(*filters)
-        return structure, *((parts,) if isinstance(parts, FlatState) else parts)
+        if isinstance(parts, FlatState):  # of one filter
+            return structure, parts
+        return structure, *parts
 
     def _flatten(self, node: Any, with_paths: bool) -> tuple[GraphDef, Any]:
         _require_open(self)
@@ -143,15 +149,17 @@ class MergeContext:
 
     def merge(self, graphdef: GraphDef, state: Any, /, *states: Any) -> Any:
         """As `nnx.merge`, in the order of the splits; in step (4) it fills the caller's objects."""
-        merged = state if not states else type(state).merge(state, *states)
-        return self.unflatten(graphdef, merged)
+        if states:
+            state = type(state).merge(state, *states)
+        return self.unflatten(graphdef, state)
 
     def unflatten(self, graphdef: GraphDef, flat_state: Any, /, *flat_states: Any) -> Any:
         """As `nnx.unflatten`, in the order of the splits; in step (4) it fills the caller's objects."""
         _require_open(self)
-        merged = flat_state if not flat_states else FlatState.merge(flat_state, *flat_states)
+        if flat_states:
+            flat_state = FlatState.merge(flat_state, *flat_states)
         return unflatten(
-            graphdef, merged, index_ref=self.index_ref, outer_index_outer_ref=self.outer, copy_variables=True
+            graphdef, flat_state, index_ref=self.index_ref, outer_index_outer_ref=self.outer, copy_variables=True
         )
 
 
@@ -177,7 +185,7 @@ def split_context(ctxtag: Hashable | None = None) -> Iterator[SplitContext]:
       >>> a is b
       True
     """
-    update = None if ctxtag is None else current_update_context(ctxtag)
+    update = _context_of(ctxtag)
     is_inner = None if update is None else update.inner is not None
     context = SplitContext(ctxtag, Refs(), is_inner)
     try:
@@ -200,7 +208,7 @@ def merge_context(ctxtag: Hashable | None = None, inner: bool | None = None) -> 
     """
     if ctxtag is not None and inner is None:
         raise ContextError("merge_context needs inner=True (inside the transform) or inner=False with a tag.")
-    update = None if ctxtag is None else current_update_context(ctxtag)
+    update = _context_of(ctxtag)
     context = MergeContext(ctxtag, Refs(), None if update is None else inner)
     try:
         yield context

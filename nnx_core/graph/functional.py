@@ -12,10 +12,10 @@ import jax
 from nnx_core import filters as filterlib
 from nnx_core._errors import NotAGraphError, Path, StateMismatchError
 from nnx_core.graph._errors import DuplicateVariableError, IndexSpaceError, LeafCountError, StaticDataError
-from nnx_core.graph.api import ABSENT, by_path, graphdef, merge, split, update
+from nnx_core.graph.api import ABSENT, by_path, graphdef, merge, raw_value_of, split, update
 from nnx_core.graph.objects import Object, is_data
-from nnx_core.graph.pack import OwnedBy, Packer, Place, Refs, Unpacker
-from nnx_core.graph.structure import GraphDef, Node, Ref, VariableDef, nodes
+from nnx_core.graph.pack import Leaves, OwnedBy, Packer, Place, Refs, Unpacker, apart, in_order
+from nnx_core.graph.structure import GraphDef, Node, Ref, Template, VariableDef, nodes
 from nnx_core.graph.walk import find_duplicates, recursive_map
 from nnx_core.modes import sharing_allowed
 from nnx_core.state import FlatState, State
@@ -91,18 +91,20 @@ def flatten_with(
     packer.trace_numbers = False
     root = packer.walk(node, Place(at, packer.groups[0], len(at)))
     structure = GraphDef(root) if outer is None else UpdateDef(root, _known_outside(packer.refs, outer))
-    [(values, loose)] = packer.leaves
-    owned, free = iter(values), iter(loose)
-    pairs = []
-    for path, index, is_owned in structure.layout:
-        value = next(owned) if is_owned else next(free)
-        pairs.append((path, packer.refs.objects[index] if with_paths and index is not None else value))
-    return structure, FlatState(pairs, sort=False) if with_paths else [value for _, value in pairs]
+    [leaves] = packer.leaves
+    values = in_order(structure, leaves)
+    if not with_paths:
+        return structure, list(values)
+    pairs: list[tuple[Path, Any]] = []
+    for (path, index, _), value in zip(structure.layout, values, strict=True):
+        pairs.append((path, value if index is None else packer.refs.objects[index]))
+    return structure, FlatState(pairs, sort=False)
 
 
 def _known_outside(inner: Refs, outer: Refs) -> tuple[tuple[Index, Index], ...]:
-    known = outer.indices
-    return tuple((i, known[id(x)]) for i, x in enumerate(inner.objects) if id(x) in known)
+    """(index inside, index outside) of the objects that both have; found by identity."""
+    outside = outer.indices
+    return tuple((i, outside[id(x)]) for i, x in enumerate(inner.objects) if id(x) in outside)
 
 
 class _Reusing(Unpacker):
@@ -110,20 +112,26 @@ class _Reusing(Unpacker):
 
     Args:
       reuse: by index, what to fill instead of making it new.
-      given: by index, the Variables the values come from; what they say of metadata is newer than the structure.
+      variables: by index, those the values come from; what they say of metadata is newer than the structure.
       adopt: put the given Variables themselves into the result.
     """
 
     def __init__(
-        self, leaves: Any, refs: Refs, templates: Any, reuse: dict[Index, Any], given: dict[Index, Any], adopt: bool
+        self,
+        leaves: tuple[Leaves, ...],
+        refs: Refs,
+        templates: dict[int, Template],
+        reuse: dict[Index, Any],
+        variables: dict[Index, Variable[Any]],
+        adopt: bool,
     ):
         super().__init__(leaves, refs, templates=templates)
-        self.reuse, self.given, self.adopt = reuse, given, adopt
+        self.reuse, self.variables, self.adopt = reuse, variables, adopt
 
     def _variable(self, d: VariableDef, place: Place | None) -> Variable[Any]:
-        old, leaf = self.reuse.get(d.id), self.given.get(d.id)
+        old, leaf = self.reuse.get(d.id), self.variables.get(d.id)
         if old is None and leaf is not None and self.adopt:
-            next(self.values[d.group])
+            next(self.values[d.group])  # its own, which it has
             self.refs.add(leaf, place)
             return leaf
         if old is None:
@@ -145,14 +153,16 @@ class _Reusing(Unpacker):
             return super()._object(d, place)
         index = self.refs.add(old, place)
         before = dict(old._nnx_items())
-        now = {
-            key: self.build(child, place and place.below(key), OwnedBy(index, (key,)))
-            for key, child in zip(d.keys, d.children, strict=True)
-        }
+        now: dict[Any, Any] = {}
+        for key, child in zip(d.keys, d.children, strict=True):
+            below = None if place is None else place.below(key)
+            now[key] = self.build(child, below, OwnedBy(index, (key,)))
+        # By identity: a Variable or object that was filled is what it was.
         changed = {key: now[key] for key in d.order or d.keys if key not in before or before[key] is not now[key]}
         gone = tuple(key for key in before if key not in now)
         if changed or gone:
-            old._nnx_check_can_write(str(next(iter((*changed, *gone)))))
+            first_key = next(iter((*changed, *gone)))
+            old._nnx_check_can_write(str(first_key))
             old._nnx_assign(changed, gone)
         if tuple(sorted(old._nnx_marks.items())) != d.extra:
             object.__setattr__(old, "_nnx_marks", dict(d.extra))
@@ -197,37 +207,34 @@ def unflatten(
     reuse: dict[Index, Any] = {}
     if outer_index_outer_ref is not None and isinstance(graphdef, UpdateDef):
         reuse = {i: outer_index_outer_ref.objects[o] for i, o in graphdef.outer}
-    values: list[Any] = []
-    loose: list[Any] = []
-    given: dict[Index, Variable[Any]] = {}
-    for (_, index, owned), leaf in zip(graphdef.layout, _leaves_of(graphdef, state), strict=True):
-        if isinstance(leaf, Variable):
-            if index is not None:
-                given[index] = leaf
-            leaf = leaf._raw_value
-        (values if owned else loose).append(leaf)
-    leaves = ((values, loose),)
-    unpacker = _Reusing(leaves, refs, graphdef.templates, reuse, given, adopt=not copy_variables)
+    leaves = _leaves_of(graphdef, state)
+    variables: dict[Index, Variable[Any]] = {}
+    for place, leaf in zip(graphdef.layout, leaves, strict=True):
+        if place.id is not None and isinstance(leaf, Variable):
+            variables[place.id] = leaf
+    values = apart(graphdef, [raw_value_of(leaf) for leaf in leaves])
+    unpacker = _Reusing((values,), refs, graphdef.templates, reuse, variables, adopt=not copy_variables)
     # With a place, objects can be found again by identity: later structures and step (3) of a context need that.
     return unpacker.build(graphdef.root, None if index_ref is None else Place((), None, 0))
 
 
 def _require_known(structure: GraphDef, known: int) -> None:
-    new = {d.id for _, d in nodes(structure.root) if type(d) in (Node, VariableDef)}  # type: ignore[union-attr]  # both have one
+    new = {d.id for _, d in nodes(structure.root) if isinstance(d, Node | VariableDef)}
     for _, d in nodes(structure.root):
         if type(d) is Ref and d.id >= known and d.id not in new:
             raise IndexSpaceError(d.id, known)
 
 
 def _leaves_of(structure: GraphDef, state: Any) -> list[Any]:
-    paths = [path for path, _, _ in structure.layout]
+    paths = structure.paths
     if isinstance(state, FlatState):
-        found = dict(state)
-        missing = [path for path in paths if path not in found]
-        unexpected = [path for path in found if path not in set(paths)]
+        leaves = dict(state)
+        wanted = set(paths)
+        missing = [path for path in paths if path not in leaves]
+        unexpected = [path for path in leaves if path not in wanted]
         if missing or unexpected:
             raise StateMismatchError(missing, unexpected)
-        return [found[path] for path in paths]
+        return [leaves[path] for path in paths]
     if isinstance(state, list | tuple):
         if len(state) != len(paths):
             raise LeafCountError(len(paths), len(state))
@@ -315,7 +322,7 @@ def as_pure(tree: A) -> A:
       >>> jax.tree.map(jnp.shape, as_pure(nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))))
       State({'bias': (3,), 'kernel': (2, 3)})
     """
-    return recursive_map(lambda _, x: x._raw_value if isinstance(x, Variable) else x, tree)
+    return recursive_map(lambda _, x: raw_value_of(x), tree)
 
 
 pure = as_pure
@@ -381,10 +388,10 @@ def blank(node: Any, *states: Any) -> None:
     Raises:
       StateMismatchError: listing all paths of `states` that `node` has not.
     """
-    layout = graphdef(node).layout
-    found = by_path([path for path, _, _ in layout], states, require_all=False)
+    paths = graphdef(node).paths
+    leaves = by_path(paths, states, require_all=False)
     empty = jax.numpy.zeros(())
-    update(node, State((path, empty) for (path, _, _), leaf in zip(layout, found, strict=True) if leaf is not ABSENT))
+    update(node, State([(path, empty) for path, leaf in zip(paths, leaves, strict=True) if leaf is not ABSENT]))
 
 
 def check_pytree(pytree: Any) -> None:

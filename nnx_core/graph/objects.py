@@ -88,6 +88,7 @@ class Object:
     _nnx_plan: Any  # the walk of this object, remembered by graph.api while it holds
     _nnx_trace: object
     _nnx_version: int
+    _pytree__state: Any  # see set_state_view
     _nnx_class_marks: dict[str, str] = {}  # noqa: RUF012  # replaced, never written, by __init_subclass__
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -178,10 +179,12 @@ class Object:
 
 
 def _part(obj: Object, name: str | None) -> str:
-    return f"{'an item' if name is None else f'attribute {name!r}'} of {type(obj).__name__}"
+    part = "an item" if name is None else f"attribute {name!r}"
+    return f"{part} of {type(obj).__name__}"
 
 
-_set_marks, _set_trace, _set_version = (_slot(n) for n in ("_nnx_marks", "_nnx_trace", "_nnx_version"))
+# The slots themselves: no __setattr__ on the way, which would ask for the trace and count a change.
+_set_marks, _set_trace, _set_version = map(_slot, ("_nnx_marks", "_nnx_trace", "_nnx_version"))
 set_plan: Callable[[Object, Any], None] = _slot("_nnx_plan")
 _NO_MARKS: dict[str, str] = {}
 
@@ -194,6 +197,11 @@ def create(kind: type[Any], trace: object = None) -> Any:
     _set_marks(obj, _NO_MARKS)
     _set_trace(obj, current_trace() if trace is None else trace)
     return obj
+
+
+def set_state_view(view: Any) -> None:
+    """Let `obj._pytree__state` be `view`, a descriptor. A hook: `_compat_paths` has what flax.nnx's clients expect."""
+    Object._pytree__state = view
 
 
 def _annotated_marks(cls: type) -> dict[str, str]:
@@ -304,14 +312,18 @@ def _key_entry(obj: Object, key: Any) -> Any:
 
 def _unflatten(kind: type[Any], aux: Any, children: Any) -> Any:
     keys, fixed, marks, order = aux
-    items = {**dict(zip(keys, children, strict=True)), **{k: v for k, _, v in fixed}}
+    items = dict(zip(keys, children, strict=True))
+    items |= {key: value for key, _, value in fixed}
     obj = create(kind, _borrow(children))
-    obj._nnx_fill({k: items[k] for k in order}, marks)
+    obj._nnx_fill({key: items[key] for key in order}, marks)
     return obj
 
 
 def _borrow(children: Any) -> Borrowing | None:
-    """Under a JAX transform: what notices writes to the object that JAX rebuilds with these children."""
+    """Under a JAX transform: what notices writes to the object that JAX rebuilds with these children.
+
+    The children come first, so those that hold a tracer, or belong to a copy that does, are marked already.
+    """
     borrowing = None
     for child in children:
         if isinstance(child, Variable) and isinstance(child._raw_value, jax.core.Tracer):

@@ -7,24 +7,23 @@ Everything that crosses a JAX boundary takes four steps, under one set of indice
   collect  inside    what changed in them, and the result, as an `After`      } between these two
   apply    outside   write what changed into the objects that own the indices
 
-A *group* says how JAX must treat a leaf: an axis, a sharding, Carry, Diff. Which leaf goes into which group is
-the business of a `spec`: a group, a `ByFilter`, or a prefix of tuples, lists and dicts of these.
+The first two are here, the others in `effects`. A *group* says how JAX must treat a leaf: an axis, a sharding,
+Carry, Diff. Which leaf goes into which group is the business of a `spec`: a group, a `ByFilter`, or a prefix of
+tuples, lists and dicts of these.
 
-Law: unpack(pack(x)) is isomorphic to x, sharing and cycles included; only what was written is in an `After`;
-one Variable has one treatment in a call. Knows nothing of transforms.
+Law: unpack(pack(x)) is isomorphic to x, sharing and cycles included; one Variable has one treatment in a call.
+Knows nothing of transforms.
 """
 
 import itertools
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from nnx_core._borrowed import Borrowing
 from nnx_core._changes import track
-from nnx_core._errors import AliasError, NotAGraphError, Path, SharedReferenceError, SpecError, TraceError, show_path
-from nnx_core._trace import current_trace, show_site
+from nnx_core._errors import AliasError, NotAGraphError, Path, SharedReferenceError, SpecError, show_path
+from nnx_core._trace import current_trace
 from nnx_core.graph.classify import (
     ARRAY,
     DICT,
@@ -38,12 +37,15 @@ from nnx_core.graph.classify import (
     contents,
     kind_of,
     one_level,
+    same_things,
 )
 from nnx_core.graph.objects import Object, create, is_array
 from nnx_core.graph.structure import (
     Element,
     GraphDef,
     Leaf,
+    LeafDef,
+    LeafPlace,
     Node,
     Ref,
     Static,
@@ -53,13 +55,52 @@ from nnx_core.graph.structure import (
     template_of,
 )
 from nnx_core.state import State, sorted_keys
-from nnx_core.variables import Variable, freeze_metadata, new_variable, set_metadata_dict, set_raw, thaw_metadata
+from nnx_core.variables import Variable, freeze_metadata, new_variable, set_metadata_dict, thaw_metadata
 
 Group = Hashable
 Spec = Any
-AS_STATIC = type("AS_STATIC", (), {"__repr__": lambda self: "static"})()  # a spec: part of the structure
+#: What a transform does to a Variable's metadata on its way through: (Variable, group) -> metadata.
+Describe = Callable[[Variable[Any], Group], dict[str, Any]]
 #: One group on its way through JAX: values of Variables and of arrays that objects own, then loose leaves.
 Leaves = tuple[list[Any], list[Any]]
+
+
+class _AsStatic:
+    """The spec of what is part of the structure, whatever it is."""
+
+    def __repr__(self) -> str:
+        return "static"
+
+
+AS_STATIC = _AsStatic()
+
+
+def reader(leaves: Leaves) -> Callable[[LeafDef | LeafPlace], Any]:
+    """What gives the value of each leaf of one group, if it is asked for all of them in walking order."""
+    values, loose = map(iter, leaves)
+    return lambda d: next(values if d.owned else loose)
+
+
+def in_order(graphdef: GraphDef, leaves: Leaves) -> list[Any]:
+    """The leaves of a graph in walking order, where there is one group."""
+    if graphdef.owns_all:
+        return leaves[0]
+    read = reader(leaves)
+    return [read(leaf) for leaf in graphdef.layout]
+
+
+def apart(graphdef: GraphDef, ordered: Iterable[Any]) -> Leaves:
+    """The inverse of `in_order`."""
+    if graphdef.owns_all:
+        return list(ordered), []
+    values: list[Any] = []
+    loose: list[Any] = []
+    for leaf, x in zip(graphdef.layout, ordered, strict=True):
+        if leaf.owned:
+            values.append(x)
+        else:
+            loose.append(x)
+    return values, loose
 
 
 class ByFilter:
@@ -108,7 +149,7 @@ class Refs:
     def __init__(self) -> None:
         self.objects: list[Any] = []
         self.indices: dict[int, int] = {}
-        self.places: list[Any] = []  # a Place each; None where nobody asks for it
+        self.places: list[Place | None] = []  # None where nobody asks for it
 
     def append(self, obj: Any) -> int:
         """Give `obj` the next index; nobody will ask for its place, or for the index of an object."""
@@ -122,6 +163,12 @@ class Refs:
         self.indices[id(obj)] = index
         self.places.append(place)
         return index
+
+    def path(self, index: int) -> Path:
+        """Where the thing under `index` was first reached, if that was asked for."""
+        place = self.places[index]
+        assert place is not None
+        return place.path
 
 
 class AttributePlace:
@@ -144,7 +191,7 @@ class Packer:
         allow_sharing: bool = True,
         strict: bool = True,
         trace_numbers: bool = True,
-        describe: Any = None,
+        describe: Describe | None = None,
     ):
         self.groups = groups
         self.group_index = {group: i for i, group in enumerate(groups)}
@@ -158,7 +205,7 @@ class Packer:
         self.allow_sharing = allow_sharing
         self.strict = strict
         self.trace_numbers = trace_numbers
-        self.describe = describe  # what to do to a Variable's metadata before it leaves: (metadata, value, group)
+        self.describe = describe  # what to do to a Variable's metadata before it leaves
 
     def walk(self, x: Any, place: Place, owner: Owner = None) -> Element:
         """The structure of `x`; its leaves go into `self.leaves`."""
@@ -175,36 +222,35 @@ class Packer:
             return self._leaf(x, place, owner, kind)
         if kind == PYTREE:
             return self._pytree(x, place, owner)
+        node_kind = type(x)
         if kind in (DICT, STATE):
             if kind == STATE:
                 self.states.append(x._root)
-            items = x if kind == DICT else x._mapping
-            keys = sorted_keys(items)
-            order = None if kind == STATE or list(items) == keys else tuple(items)
-            return self._node(type(x), keys, [items[k] for k in keys], order, None, place, owner)
-        return self._node(type(x), list(range(len(x))), x, None, None, place, owner)
+                x = x._mapping
+            keys = sorted_keys(x)
+            children = self._children(node_kind, keys, [x[key] for key in keys], place, owner)
+            is_sorted = kind == STATE or list(x) == keys  # a State has no order of its own
+            return Node(node_kind, None, tuple(keys), children, None if is_sorted else tuple(x), None)
+        children = self._children(node_kind, range(len(x)), x, place, owner)
+        return Node(node_kind, None, tuple(range(len(x))), children, None, None)
 
-    def _node(
-        self, kind: type, keys: list[Any], values: Any, order: Any, extra: Hashable, place: Place, owner: Any
-    ) -> Node:
-        path, spec, _ = place
-        if type(spec) in _PREFIXES or type(spec) is kind:
-            specs = prefix_of(spec, keys, kind, path)
-            below = [Place((*path, key), s, len(path) + 1) for key, s in zip(keys, specs, strict=True)]
-        else:
-            below = [place.below(key) for key in keys]
-        children = tuple(
-            self.walk(value, at, owner and owner.below(key)) for key, value, at in zip(keys, values, below, strict=True)
-        )
-        return Node(kind, None, tuple(keys), children, order, extra)
+    def _children(
+        self, kind: type, keys: Sequence[Hashable], values: Sequence[Any], place: Place, owner: Owner
+    ) -> tuple[Element, ...]:
+        children: list[Element] = []
+        for key, value, below in zip(keys, values, _places_below(place, keys, kind), strict=True):
+            owner_below = None if owner is None else owner.below(key)
+            children.append(self.walk(value, below, owner_below))
+        return tuple(children)
 
-    def _pytree(self, x: Any, place: Place, owner: Any) -> Element:
-        keys, children, treedef = one_level(x)
+    def _pytree(self, x: Any, place: Place, owner: Owner) -> Element:
+        keys, values, treedef = one_level(x)
         if owner is not None and not isinstance(x, tuple):
             owner = owner._replace(findable=False)
-        return self._node(type(x), keys, children, None, treedef, place, owner)
+        children = self._children(type(x), keys, values, place, owner)
+        return Node(type(x), None, tuple(keys), children, None, treedef)
 
-    def _leaf(self, x: Any, place: Place, owner: Any, kind: int) -> Element:
+    def _leaf(self, x: Any, place: Place, owner: Owner, kind: int) -> Element:
         if owner is None and kind == NUMBER and not self.trace_numbers:
             return static(x)
         if owner is None:
@@ -228,12 +274,14 @@ class Packer:
         except (KeyError, TypeError):
             raise SpecError(f"{show_path(path)}: {group!r} is none of the treatments {self.groups}.") from None
 
-    def _known(self, index: int, place: Place, treatment: Any) -> Ref:
+    def _reached_again(self, index: int, place: Place, treatment: Spec) -> Ref:
         first = self.refs.places[index]
+        assert first is not None  # what has an index by identity has a place
+        name = type(self.refs.objects[index]).__name__
         if not self.allow_sharing:
-            raise SharedReferenceError(type(self.refs.objects[index]).__name__, first.path, place.path)
+            raise SharedReferenceError(name, first.path, place.path)
+        # Identity first: it is the usual case, and == runs through all filters of a StateAxes.
         if self.strict and first.spec is not treatment and first.spec != treatment:
-            name = type(self.refs.objects[index]).__name__
             raise AliasError(name, (first.path, show(first.spec)), (place.path, show(treatment)))
         return Ref(index)
 
@@ -241,7 +289,7 @@ class Packer:
         group = self._group(place, v)
         index = self.refs.indices.get(id(v))
         if index is not None:
-            return self._known(index, place, self.groups[group])
+            return self._reached_again(index, place, self.groups[group])
         index = self.refs.add(v, Place(place.path, self.groups[group], place.base))
         value, metadata = v._raw_value, v._var_metadata
         self.leaves[group][0].append(value)
@@ -254,7 +302,7 @@ class Packer:
         path, spec, _ = place
         index = self.refs.indices.get(id(obj))
         if index is not None:
-            return self._known(index, place, spec)
+            return self._reached_again(index, place, spec)
         if type(spec) in _PREFIXES:
             raise SpecError(
                 f"{show_path(path)} is a {type(obj).__name__}, expected one treatment for it (or StateAxes,"
@@ -264,7 +312,7 @@ class Packer:
         items = obj._nnx_items()
         order = tuple(items)
         keys = tuple(sorted_keys(order))
-        children = tuple(self.attribute(index, obj, key, items[key], place) for key in keys)
+        children = tuple([self.attribute(index, obj, key, items[key], place) for key in keys])
         marks = tuple(sorted(obj._nnx_marks.items()))
         return Node(type(obj), index, keys, children, None if order == keys else order, marks)
 
@@ -283,17 +331,27 @@ class Packer:
 _PREFIXES = (tuple, list, dict)
 
 
-def prefix_of(spec: Any, keys: list[Any], kind: type, path: Path) -> list[Any]:
+def _places_below(place: Place, keys: Sequence[Hashable], kind: type) -> list[Place]:
+    """The places of the children of a container of type `kind` at `place`."""
+    path, spec, _ = place
+    if type(spec) in _PREFIXES or type(spec) is kind:
+        specs = prefix_of(spec, keys, kind, path)
+        base = len(path) + 1  # each child is the root of its own spec
+        return [Place((*path, key), spec, base) for key, spec in zip(keys, specs, strict=True)]
+    return [place.below(key) for key in keys]
+
+
+def prefix_of(spec: Spec, keys: Sequence[Hashable], kind: type, path: Path) -> list[Spec]:
     """The spec of each child, where `spec` is a prefix: a container of the same form.
 
     Raises:
       SpecError: if it has another form.
     """
-    if isinstance(spec, dict | State):
-        spec = spec._mapping if isinstance(spec, State) else spec
-        found = [spec.get(key, _ABSENT) for key in keys]
-        if len(spec) == len(keys) and _ABSENT not in [f for f in found if f is _ABSENT]:
-            return found
+    if isinstance(spec, State):
+        spec = spec._mapping
+    if isinstance(spec, dict):
+        if len(spec) == len(keys) and all(key in spec for key in keys):
+            return [spec[key] for key in keys]
     elif isinstance(spec, list | tuple) and len(spec) == len(keys):
         return list(spec)
     raise SpecError(
@@ -302,12 +360,11 @@ def prefix_of(spec: Any, keys: list[Any], kind: type, path: Path) -> list[Any]:
     )
 
 
-_ABSENT: Any = object()
-
-
-def show(treatment: Any) -> str:
+def show(treatment: Spec) -> str:
     """A treatment in words, for errors."""
-    return "not mapped" if treatment is None else f"axis {treatment}" if type(treatment) is int else str(treatment)
+    if treatment is None:
+        return "not mapped"
+    return f"axis {treatment}" if type(treatment) is int else str(treatment)
 
 
 def require_graph(x: Any, function: str) -> None:
@@ -320,16 +377,43 @@ def require_graph(x: Any, function: str) -> None:
 
 
 class Watch:
-    """What `unpack` built, as it was, so that `collect` can tell what changed."""
+    """What `unpack` built, as it was, so that `collect` can tell what changed.
+
+    Each entry begins with the index of the object or Variable it belongs to, and ends with what it was like.
+    """
 
     __slots__ = ("arrays", "containers", "objects", "states", "variables")
 
     def __init__(self) -> None:
+        #: (index, Variable, value before, metadata before, group)
         self.variables: list[tuple[int, Variable[Any], Any, dict[str, Any], int]] = []
+        #: (index, object, version before, items before)
         self.objects: list[tuple[int, Object, int, dict[Any, Any]]] = []
+        #: (index of the owner, the owner, keys, value before, group)
         self.arrays: list[tuple[int, Object, Path, Any, int]] = []
+        #: (index of the owner, the owner, key, contents before)
         self.containers: list[tuple[int, Object, Hashable, list[Any]]] = []
+        #: (index of the owner, key, State, version before)
         self.states: list[tuple[int, Hashable, State, int]] = []
+
+
+def snapshot(value: Any) -> Any:
+    """What tells later whether a Variable's value changed: itself, or for a pytree its leaves and structure.
+
+    A dict may be changed in place, so that it is still itself says nothing.
+    """
+    return value if is_array(value) else jax.tree.flatten(value)
+
+
+def is_unchanged(value: Any, before: Any) -> bool:
+    """Whether `value` is what the snapshot `before` was taken of; compared by identity: == of tracers is a tracer."""
+    if value is before:
+        return True
+    if is_array(value) or type(before) is not tuple:
+        return False
+    leaves, treedef = jax.tree.flatten(value)
+    leaves_before, treedef_before = before
+    return bool(treedef == treedef_before) and same_things(leaves, leaves_before)
 
 
 class Unpacker:
@@ -341,7 +425,7 @@ class Unpacker:
         refs: Refs,
         groups: tuple[Group, ...] | None = None,
         watch: Watch | None = None,
-        describe: Any = None,
+        describe: Describe | None = None,
         templates: dict[int, Template] | None = None,
     ):
         self.templates = {} if templates is None else templates
@@ -364,11 +448,11 @@ class Unpacker:
         assert type(d) is Node  # there is nothing else
         return self._node(d, place, owner) if d.id is None else self._object(d, place)
 
-    def _leaf(self, d: Leaf, owner: Any) -> Any:
+    def _leaf(self, d: Leaf, owner: Owner) -> Any:
         if not d.owned:
             return next(self.loose[d.group])
         value = next(self.values[d.group])
-        if self.watch is not None and len(owner.keys) == 1:
+        if self.watch is not None and owner is not None and len(owner.keys) == 1:
             self.watch.arrays.append((owner.owner, self.refs.objects[owner.owner], owner.keys, value, d.group))
         return value
 
@@ -384,23 +468,21 @@ class Unpacker:
                 set_metadata_dict(v, self.describe(v, place.spec))
         index = self.refs.add(v, place)
         if self.watch is not None:
-            self.watch.variables.append((index, v, _snapshot(value), v._var_metadata, d.group))
+            self.watch.variables.append((index, v, snapshot(value), v._var_metadata, d.group))
         return v
 
     def _node(self, d: Node, place: Place | None, owner: Owner) -> Any:
         if place is None and owner is None:
+            # The way of `merge` and `clone`. One comprehension, with Variables made here: a call less for each.
             variable = self._variable
             children = [
                 variable(child, None) if type(child) is VariableDef else self.build(child, None) for child in d.children
             ]
         else:
-            children = [
-                self.build(child, below, owner and owner.below(key))
-                for key, child, below in zip(d.keys, d.children, _places_below(d, place), strict=True)
-            ]
+            children = self._children(d, place, owner)
         if d.kind is dict:
             new = dict(zip(d.keys, children, strict=True))
-            return new if d.order is None else {k: new[k] for k in d.order}
+            return new if d.order is None else {key: new[key] for key in d.order}
         if issubclass(d.kind, State):
             state = d.kind.over(dict(zip(d.keys, children, strict=True)))
             if self.watch is not None and owner is not None:
@@ -408,17 +490,29 @@ class Unpacker:
             return state
         return d.rebuild(children)
 
+    def _children(self, d: Node, place: Place | None, owner: Owner) -> list[Any]:
+        """As the walk met them, each at its own place and with its own owner."""
+        places: Iterable[Place | None] = itertools.repeat(None, len(d.keys))
+        if place is not None:
+            places = _places_below(place, d.keys, d.kind)
+        children: list[Any] = []
+        for key, child, below in zip(d.keys, d.children, places, strict=True):
+            owner_below = None if owner is None else owner.below(key)
+            children.append(self.build(child, below, owner_below))
+        return children
+
     def _object(self, d: Node, place: Place | None) -> Object:
         obj: Object = create(d.kind, self.trace)
         index = self.refs.append(obj) if place is None else self.refs.add(obj, place)
         template, others = template_of(d, self.templates)
         items = template.copy()
         for key, child in others:
-            below = place and place.below(key)
+            below = None if place is None else place.below(key)
             if type(child) is VariableDef:
                 items[key] = self._variable(child, below)
-            else:  # owners matter to what watches
-                items[key] = self.build(child, below, None if self.watch is None else OwnedBy(index, (key,)))
+            else:
+                owner = None if self.watch is None else OwnedBy(index, (key,))  # only a Watch asks for owners
+                items[key] = self.build(child, below, owner)
         obj._nnx_fill(items, d.extra)
         if self.watch is not None:
             self.watch.objects.append((index, obj, track(obj), items.copy()))
@@ -426,165 +520,3 @@ class Unpacker:
                 if can_change(value):
                     self.watch.containers.append((index, obj, key, contents(value)))
         return obj
-
-
-def _places_below(d: Node, place: Place | None) -> Iterable[Place | None]:
-    if place is None:
-        return itertools.repeat(None, len(d.keys))
-    path, spec, _ = place
-    if type(spec) in _PREFIXES or type(spec) is d.kind:
-        specs = prefix_of(spec, list(d.keys), d.kind, path)
-        return [Place((*path, key), s, len(path) + 1) for key, s in zip(d.keys, specs, strict=True)]
-    return [place.below(key) for key in d.keys]
-
-
-def _snapshot(value: Any) -> Any:
-    """`value`, or for a pytree its structure and leaves: a dict may be changed in place."""
-    return value if is_array(value) else jax.tree.flatten(value)
-
-
-def _unchanged(value: Any, before: Any) -> bool:
-    if value is before:
-        return True
-    if is_array(value) or type(before) is not tuple:
-        return False
-    leaves, treedef = jax.tree.flatten(value)
-    return bool(treedef == before[1]) and all(a is b for a, b in zip(leaves, before[0], strict=True))
-
-
-# ---- collect and apply: what changed ----
-
-
-class ObjectChange(NamedTuple):
-    """Attributes of the object `id` that were set or removed, and the marks it has now."""
-
-    id: int
-    set: tuple[tuple[Hashable, Element], ...]
-    removed: tuple[Hashable, ...]
-    marks: Hashable
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class After:
-    """What a function did: which Variables, arrays and attributes it wrote, and the structure of its result.
-
-    The values travel beside it, group by group, in this order: Variables, arrays, then what is new.
-    """
-
-    variables: tuple[tuple[int, Any, int | None], ...]  # index, new metadata or None, group or None if not written
-    arrays: tuple[tuple[int, Path, int], ...]  # index of the owner, keys, group
-    objects: tuple[ObjectChange, ...]
-    result: GraphDef
-    idle: frozenset[int] = frozenset()  # Variables whose values travel (a loop carries them) but were not written
-
-
-class Forced(NamedTuple):
-    """What travels back although nobody wrote it, as numbers of groups and indices of Variables.
-
-    groups, variables: count as written (a donated buffer is gone; another branch of a cond writes it).
-    carried: only travel, because a loop passes them on.
-    """
-
-    groups: frozenset[int] = frozenset()
-    carried: frozenset[int] = frozenset()
-    variables: frozenset[int] = frozenset()
-
-
-def collect(packer: Packer, watch: Watch, result: Any, spec: Spec, forced: Forced) -> tuple[After, list[Leaves]]:
-    """What changed in the objects under `watch`, together with `result`; see `After`."""
-    leaves = packer.leaves
-    variables = []
-    idle: set[int] = set()
-    for index, v, before, metadata, group in watch.variables:
-        written = group in forced.groups or index in forced.variables or not _unchanged(v._raw_value, before)
-        news: Any = None if v._var_metadata is metadata else v._var_metadata
-        if not written and group in forced.carried:
-            idle.add(index)
-        travels = written or group in forced.carried
-        if travels:
-            leaves[group][0].append(v._raw_value)
-        if travels or news is not None:
-            treatment = packer.groups[group]
-            if news is not None:
-                news = freeze_metadata(packer.describe(v, treatment) if packer.describe else news)
-            variables.append((index, news, group if travels else None))
-    changed = _changed_keys(watch)
-    arrays = []
-    for index, obj, keys, before, group in watch.arrays:
-        value = obj._nnx_items().get(keys[0], before)
-        if keys[0] not in changed.get(index, ()) and value is not before and is_array(value):
-            leaves[group][0].append(value)
-            arrays.append((index, keys, group))
-    objects = tuple(_object_change(packer, index, watch, keys) for index, keys in changed.items())
-    root = packer.walk(result, Place(("result",), spec, 1))
-    return After(tuple(variables), tuple(arrays), objects, GraphDef(root), frozenset(idle)), leaves
-
-
-def _changed_keys(watch: Watch) -> dict[int, dict[Hashable, None]]:
-    """For each object that changed, the keys that are new, gone, or hold something else."""
-    changed: dict[int, dict[Hashable, None]] = {}
-    for index, obj, version, items in watch.objects:
-        if obj._nnx_version == version:
-            continue
-        now = obj._nnx_items()
-        arrays = [k for k in now if k in items and is_array(now[k]) and is_array(items[k])]
-        keys = [k for k in {**items, **now} if k not in arrays and now.get(k, _ABSENT) is not items.get(k, _ABSENT)]
-        changed[index] = dict.fromkeys(keys)
-    for index, obj, key, before in watch.containers:
-        value = obj._nnx_items().get(key)
-        if can_change(value):
-            after = contents(value)
-            if len(after) != len(before) or not all(a is b for a, b in zip(after, before, strict=True)):
-                changed.setdefault(index, {})[key] = None
-    for index, key, state, version in watch.states:
-        if state._nnx_version != version:
-            changed.setdefault(index, {})[key] = None
-    return {index: keys for index, keys in changed.items() if keys}
-
-
-def _object_change(packer: Packer, index: int, watch: Watch, keys: dict[Hashable, None]) -> ObjectChange:
-    obj, place = packer.refs.objects[index], packer.refs.places[index]
-    items = obj._nnx_items()
-    new = tuple((k, packer.attribute(index, obj, k, items[k], place)) for k in keys if k in items)
-    return ObjectChange(index, new, tuple(k for k in keys if k not in items), tuple(sorted(obj._nnx_marks.items())))
-
-
-def check_writes(after: After, refs: Refs) -> None:
-    """Raise TraceError if something that `after` writes belongs to another trace; before anything is written."""
-    trace = current_trace()
-    for index, _, _ in after.variables:
-        v = refs.objects[index]
-        if index in after.idle:
-            continue
-        if v._trace_state != trace:
-            path, site = show_path(refs.places[index].path), getattr(v, "_site", None)
-            raise TraceError(type(v).__name__, path, show_site(site))
-        if type(v._trace_state) is Borrowing:
-            v._trace_state.wrote(v, type(v).__name__)
-    for index in [*(change.id for change in after.objects), *(index for index, _, _ in after.arrays)]:
-        obj = refs.objects[index]
-        if obj._nnx_trace != trace:
-            raise TraceError(type(obj).__name__, show_path(refs.places[index].path))
-
-
-def apply(after: After, leaves: list[Leaves], refs: Refs) -> Any:
-    """Write what `after` says into the objects of `refs`; return the result."""
-    unpacker = Unpacker(tuple(leaves), refs, templates=after.result.templates)
-    for index, metadata, group in after.variables:
-        v = refs.objects[index]
-        if group is not None:
-            value = next(unpacker.values[group])
-            if index not in after.idle:
-                set_raw(v, value)
-        if metadata is not None:
-            set_metadata_dict(v, thaw_metadata(metadata))
-    for index, keys, group in after.arrays:
-        refs.objects[index]._nnx_storage()[keys[0]] = next(unpacker.values[group])
-    for change in after.objects:
-        obj = refs.objects[change.id]
-        new = {k: unpacker.build(d, None, OwnedBy(change.id, (k,))) for k, d in change.set}
-        obj._nnx_assign(new, change.removed)
-        if change.marks:
-            object.__setattr__(obj, "_nnx_marks", dict(change.marks))  # type: ignore[call-overload]
-    return unpacker.build(after.result.root, None)

@@ -6,16 +6,16 @@ each object it saw. Plain lists and dicts cannot count their changes and are com
 A plan keeps no object alive: it holds objects weakly, and Variables, which refer to none, strongly.
 """
 
+import itertools
 import weakref
 from collections.abc import Callable, Hashable
-from operator import is_
 from typing import Any
 
 from nnx_core._changes import now, track
 from nnx_core._errors import Path
-from nnx_core.graph.classify import contents
+from nnx_core.graph.classify import contents, same_things
 from nnx_core.graph.objects import Object
-from nnx_core.graph.pack import AttributePlace, Leaves, Packer, Place, Refs
+from nnx_core.graph.pack import AttributePlace, Leaves, Packer, Refs
 from nnx_core.graph.structure import GraphDef
 from nnx_core.state import State
 from nnx_core.variables import Variable
@@ -44,22 +44,20 @@ class Plan:
         self.graphdef = graphdef
         self.memo: dict[Hashable, Any] = {}  # whatever can be derived from an unchanged plan
         self.loose_groups = packer.loose_groups
-        self._known = [x if isinstance(x, Variable) else weakref.ref(x) for x in packer.refs.objects]
-        self._places: list[Place] = packer.refs.places
-        variables = [(v, track(v)) for v in packer.refs.objects if isinstance(v, Variable)]
-        self._variables = variables
+        self._known = list(map(_held, packer.refs.objects))
+        self._places: list[Any] = packer.refs.places  # of a walk, which has a Place for everything
+        self._variables = [(v, track(v)) for v in packer.refs.objects if isinstance(v, Variable)]
         tracked = [x for x in packer.refs.objects if isinstance(x, Object)] + packer.states
         self._objects = [(weakref.ref(x), track(x)) for x in tracked]
         self._containers = [self._container(packer.refs.objects[i], key) for i, key in packer.containers]
         self._sources: list[list[Any]] = packer.sources  # Variables, and places of arrays on objects
-        self._all_variables = [all(isinstance(s, Variable) for s in group) for group in packer.sources]
-        places = [s for group in packer.sources for s in group if isinstance(s, AttributePlace)]
-        self.cacheable = all(s.findable for s in places)
+        self._all_variables = [not any(map(_is_array_place, sources)) for sources in packer.sources]
+        places = filter(_is_array_place, itertools.chain.from_iterable(packer.sources))
+        self.cacheable = all(place.findable for place in places)
 
     @staticmethod
     def _container(owner: Object, key: Hashable) -> tuple[Any, Hashable, list[Any]]:
-        found = contents(owner._nnx_storage()[key])
-        return weakref.ref(owner), key, [weakref.ref(x) if isinstance(x, Object | State) else x for x in found]
+        return weakref.ref(owner), key, list(map(_held, contents(owner._nnx_storage()[key])))
 
     def holds(self) -> bool:
         """Whether everything this plan saw is unchanged."""
@@ -81,7 +79,12 @@ class Plan:
         """The leaves of each group as they are now; `loose` are those that no object owns, in order."""
         groups: list[Leaves] = []
         for sources, only_variables in zip(self._sources, self._all_variables, strict=True):
-            values = [v._raw_value for v in sources] if only_variables else [self._read(s) for s in sources]
+            # The hot spot of a steady call: Python 3.12 and later specialise the attribute in a comprehension, and
+            # have no frame for it. Neither `map` nor a method of the Variable comes near.
+            if only_variables:
+                values = [v._raw_value for v in sources]
+            else:
+                values = [self._read(source) for source in sources]
             groups.append((values, []))
         if len(groups) == 1:
             return [(groups[0][0], loose)]
@@ -92,10 +95,10 @@ class Plan:
     def _read(self, source: Any) -> Any:
         if type(source) is not AttributePlace:
             return source._raw_value
-        at = self.known(source.index)._nnx_storage()
+        level = self.known(source.index)._nnx_storage()
         for key in source.keys:
-            at = getattr(at, str(key)) if hasattr(at, "_fields") else at[key]
-        return at
+            level = getattr(level, str(key)) if hasattr(level, "_fields") else level[key]
+        return level
 
     def known(self, index: int) -> Any:
         """The object or Variable under `index`."""
@@ -126,14 +129,20 @@ class Plan:
         return self.memo[key]
 
 
+def _held(x: Any) -> Any:
+    """`x`, or a weak reference to it where holding it would keep a graph alive."""
+    return weakref.ref(x) if isinstance(x, Object | State) else x
+
+
+def _is_array_place(source: Any) -> bool:
+    return type(source) is AttributePlace
+
+
 def _same_contents(entry: tuple[Any, Hashable, list[Any]]) -> bool:
     ref, key, before = entry
     owner = ref()
     container = None if owner is None else owner._nnx_items().get(key)
     if container is None:
         return False
-    after = contents(container)
-    if len(after) != len(before):
-        return False
-    alive = [x() if type(x) is weakref.ReferenceType else x for x in before]
-    return all(map(is_, after, alive))
+    alive = [x() if type(x) is weakref.ReferenceType else x for x in before]  # at every call, as in `leaves`
+    return same_things(contents(container), alive)

@@ -10,19 +10,8 @@ from typing import Any
 
 import jax
 
-from nnx_core.graph.pack import (
-    After,
-    Forced,
-    Leaves,
-    Packer,
-    Place,
-    Refs,
-    Unpacker,
-    Watch,
-    apply,
-    check_writes,
-    collect,
-)
+from nnx_core.graph.effects import After, Forced, apply, check_writes, collect
+from nnx_core.graph.pack import Leaves, Packer, Place, Refs, Unpacker, Watch
 
 _ROOT = Place((), None, 0)
 
@@ -39,10 +28,11 @@ def replay(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
 
     def pure(values: list[Any]) -> tuple[After, list[Leaves]]:
         refs, watch = Refs(), Watch()
-        given = Unpacker(((values, loose),), refs, (None,), watch).build(root, _ROOT)
-        out = f(*given["args"], **given["kwargs"])
+        copies = Unpacker(((values, loose),), refs, (None,), watch).build(root, _ROOT)
+        out = f(*copies["args"], **copies["kwargs"])
         return collect(Packer((None,), refs, trace_numbers=False), watch, out, None, Forced())
 
-    after, written = (jax.jit(pure) if compiled else pure)(values)
+    run = jax.jit(pure) if compiled else pure
+    after, written = run(values)
     check_writes(after, packer.refs)
     return apply(after, written, packer.refs)

@@ -55,6 +55,11 @@ class VariableDef(NamedTuple):
     group: int
     tag: str = "variable"
 
+    @property
+    def owned(self) -> bool:
+        """As of a `Leaf`: a Variable's value never is a loose leaf."""
+        return True
+
 
 class Node(NamedTuple):
     """An object seen for the first time, or (id None) a container without identity.
@@ -78,6 +83,7 @@ class Node(NamedTuple):
 
 
 Element: TypeAlias = Static | Leaf | Ref | VariableDef | Node
+LeafDef: TypeAlias = Leaf | VariableDef
 
 
 #: The items of an object in its own order, static ones filled in, and the other keys with their elements.
@@ -86,18 +92,28 @@ Template: TypeAlias = tuple[dict[Hashable, Any], tuple[tuple[Hashable, Element],
 
 def template_of(d: Node, known: dict[int, Template]) -> Template:
     """The Template of an object; remembered in `known`."""
-    found = known.get(id(d))
-    if found is None:
-        elements = dict(zip(d.keys, d.children, strict=True))
-        order = d.keys if d.order is None else d.order
-        items = {key: e.value if type(e := elements[key]) is Static else None for key in order}
-        others = tuple((key, e) for key, e in elements.items() if type(e) is not Static)
-        found = known[id(d)] = items, others
-    return found
+    template = known.get(id(d))  # by identity: hashing a Node would hash everything below it
+    if template is None:
+        items: dict[Hashable, Any] = dict.fromkeys(d.keys if d.order is None else d.order)
+        others: list[tuple[Hashable, Element]] = []
+        for key, element in zip(d.keys, d.children, strict=True):
+            if type(element) is Static:
+                items[key] = element.value
+            else:
+                others.append((key, element))
+        template = known[id(d)] = items, tuple(others)
+    return template
 
 
-#: How one leaf is found: its path, and (index of a Variable, or None; whether an object owns it).
-Layout: TypeAlias = tuple[tuple[Path, int | None, bool], ...]
+class LeafPlace(NamedTuple):
+    """How one leaf is found: its path, the index if it is a Variable's, and whether an object owns it."""
+
+    path: Path
+    id: int | None
+    owned: bool
+
+
+Layout: TypeAlias = tuple[LeafPlace, ...]
 
 
 def nodes(element: Element, path: Path = ()) -> Iterator[tuple[Path, Element]]:
@@ -106,6 +122,13 @@ def nodes(element: Element, path: Path = ()) -> Iterator[tuple[Path, Element]]:
     if type(element) is Node:
         for key, child in zip(element.keys, element.children, strict=True):
             yield from nodes(child, (*path, key))
+
+
+def leaf_defs(element: Element) -> Iterator[tuple[Path, LeafDef]]:
+    """(path, element) of every leaf in `element`, in walking order."""
+    for path, d in nodes(element):
+        if type(d) is VariableDef or type(d) is Leaf:
+            yield path, d
 
 
 @jax.tree_util.register_static
@@ -119,7 +142,7 @@ class GraphDef:
       (True, True)
     """
 
-    __slots__ = ("__weakref__", "_hash", "_layout", "root", "templates")
+    __slots__ = ("__weakref__", "_hash", "_layout", "_owns_all", "root", "templates")
     root: Element
     templates: dict[int, "Template"]  # of the Nodes in here, by identity; filled as they are needed
 
@@ -127,6 +150,7 @@ class GraphDef:
         self.root = root
         self._hash: int | None = None
         self._layout: Layout | None = None
+        self._owns_all: bool | None = None
         self.templates = {}
 
     def __class_getitem__(cls, _: Any) -> type["GraphDef"]:
@@ -145,14 +169,24 @@ class GraphDef:
     def layout(self) -> "Layout":
         """Where the leaves are, in walking order."""
         if self._layout is None:
-            found: list[tuple[Path, int | None, bool]] = []
-            for path, d in nodes(self.root):
-                if type(d) is VariableDef:
-                    found.append((path, d.id, True))
-                elif type(d) is Leaf:
-                    found.append((path, None, d.owned))
-            self._layout = tuple(found)
+            layout: list[LeafPlace] = []
+            for path, d in leaf_defs(self.root):
+                index = d.id if type(d) is VariableDef else None
+                layout.append(LeafPlace(path, index, d.owned))
+            self._layout = tuple(layout)
         return self._layout
+
+    @property
+    def owns_all(self) -> bool:
+        """Whether no leaf is loose: the usual case, where the values alone are all leaves in walking order."""
+        if self._owns_all is None:
+            self._owns_all = all(leaf.owned for leaf in self.layout)
+        return self._owns_all
+
+    @property
+    def paths(self) -> list[Path]:
+        """The paths of the leaves, in walking order."""
+        return [leaf.path for leaf in self.layout]
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -160,9 +194,9 @@ class GraphDef:
         return isinstance(other, GraphDef) and hash(self) == hash(other) and self.root == other.root
 
     def __repr__(self) -> str:
-        defs = [e for _, e in nodes(self.root)]
-        objects = sum(type(e) is Node and e.id is not None for e in defs)
-        variables = sum(type(e) is VariableDef for e in defs)
+        elements = [element for _, element in nodes(self.root)]
+        objects = sum(type(element) is Node and element.id is not None for element in elements)
+        variables = sum(type(element) is VariableDef for element in elements)
         kind = getattr(self.root, "kind", type(self.root)).__name__
         return f"GraphDef({kind}, {objects} objects, {variables} variables)"
 
@@ -235,9 +269,9 @@ def _unhashable(root: Element) -> StaticAttributeError | None:
             parts = [((*path, name), value) for name, value in element.metadata]
         else:
             continue
-        for at, value in parts:
+        for part_path, value in parts:
             try:
                 hash(value)
             except TypeError:
-                return StaticAttributeError(at, value)
+                return StaticAttributeError(part_path, value)
     return None

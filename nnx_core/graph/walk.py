@@ -164,4 +164,4 @@ def _path_in(namespace: Mapping[str, Any], thing: Any) -> Path | None:
     return None
 
 
-_trace.locate = locate
+_trace.locate_with(locate)

@@ -4,81 +4,91 @@ Law: gradients are those of jax.grad with respect to the chosen leaves, each Var
 reached; everything else the function writes to its arguments is written.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 
-from nnx_core._errors import Path, SpecError
-from nnx_core.graph.objects import Object
-from nnx_core.graph.pack import AS_STATIC, Leaves
-from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, VariableDef, nodes
+from nnx_core._errors import SpecError
+from nnx_core.graph.pack import Leaves, reader
+from nnx_core.graph.structure import GraphDef
 from nnx_core.kinds import Param
-from nnx_core.state import State
 from nnx_core.transforms.carry import described
-from nnx_core.transforms.compile import PLAIN
-from nnx_core.transforms.groups import Diff, DiffState, FilterGroups, Out, Rest
-from nnx_core.transforms.lift import Lifted, Modes, dressed, name_of, optional_decorator, positional, unbound
-from nnx_core.variables import Variable, new_variable, thaw_metadata
+from nnx_core.transforms.compile import plainly, static_at
+from nnx_core.transforms.gradients import as_states, holds_object, position_of, variables_matching, with_aux
+from nnx_core.transforms.groups import Diff, DiffState, Out, Rest
+from nnx_core.transforms.lift import (
+    Form,
+    Forms,
+    Lifted,
+    Modes,
+    arguments_of,
+    by_count,
+    dressed,
+    name_of,
+    optional_decorator,
+    positional,
+    positions,
+    unbound,
+)
+from nnx_core.variables import Variable
 
 _GROUPS: tuple[Hashable, ...] = (Diff, Rest, Out)
+_Argnums = int | DiffState | Sequence[int | DiffState]
 
 
-def holds_object(x: Any) -> bool:
-    """Whether only the Params in `x` are differentiated; of States, Variables and arrays everything is."""
-    return any(isinstance(leaf, Object) for leaf in jax.tree.leaves(x, is_leaf=lambda y: isinstance(y, Object)))
+class _Gradient(Forms[tuple[Any, ...], Lifted]):
+    """value_and_grad of one function: for the specs of each argument a Lifted.
 
+    Args:
+      argnums: as the user gave them, not counting the owner.
+      options: for `jax.value_and_grad`.
+    """
 
-def _wanted(argnums: tuple[int | DiffState, ...], args: tuple[Any, ...], f: Callable[..., Any]) -> tuple[Any, ...]:
-    """The spec of each argument."""
-    specs: list[Any] = [Rest] * len(args)
-    for argnum in argnums:
-        number = argnum.argnum if isinstance(argnum, DiffState) else argnum
-        if not -len(args) <= number < len(args):
-            raise SpecError(
-                f"argnums {number} is out of range: {name_of(f)} was called with {len(args)} arguments by position."
-                f" Expected {-len(args)} to {len(args) - 1}."
-            )
-        if isinstance(argnum, DiffState):
-            specs[number] = FilterGroups(((argnum.filter, Diff), (..., Rest)))
-        elif holds_object(args[number]):
-            specs[number] = FilterGroups(((Param, Diff), (..., Rest)))
-        else:
-            specs[number] = Diff
-    return tuple(specs)
-
-
-class _Gradient:
-    """value_and_grad of one function: for each form of the arguments a Lifted."""
-
-    def __init__(self, f: Callable[..., Any], argnums: Any, has_aux: bool, options: dict[str, Any], modes: Modes):
-        self.f, self.has_aux, self.options, self.modes = f, has_aux, options, modes
+    def __init__(self, f: Callable[..., Any], argnums: _Argnums, has_aux: bool, options: dict[str, Any], modes: Modes):
+        super().__init__()
+        self.f, self.owner = unbound(f)
+        self.has_aux, self.options, self.modes = has_aux, options, modes
         self.single = not isinstance(argnums, Sequence)
-        self.argnums: tuple[int | DiffState, ...] = (argnums,) if self.single else tuple(argnums)
-        self.forms: dict[Any, Lifted] = {}
+        several: Sequence[int | DiffState] = argnums if isinstance(argnums, Sequence) else (argnums,)
+        self.argnums = [_shifted(argnum, len(self.owner)) for argnum in several]
 
-    def form(self, args: tuple[Any, ...]) -> Lifted:
-        specs = _wanted(self.argnums, args, self.f)
-        if specs not in self.forms:
-            outputs = (Out, Rest) if self.has_aux else Out
-            self.forms[specs] = Lifted(self.f_of_loss, _GROUPS, specs, outputs, modes=self.modes)
-        return self.forms[specs]
+    def make(self, specs: tuple[Any, ...]) -> Lifted:
+        """f with these specs of its arguments."""
+        f, has_aux = self.f, self.has_aux
 
-    def f_of_loss(self, *args: Any) -> Any:
-        out = self.f(*args)
-        if not self.has_aux:
+        def loss(*args: Any) -> Any:
+            out = f(*args)
+            if has_aux:
+                return with_aux(f, out, "loss")
             return out.get_value() if isinstance(out, Variable) else out
-        if not isinstance(out, tuple) or len(out) != 2:
-            raise SpecError(
-                f"{name_of(self.f)} has_aux=True: expected (loss, aux), found {type(out).__name__}."
-                " Return a pair, or leave has_aux out."
-            )
-        return out
+
+        functools.update_wrapper(loss, f, updated=())
+        return Lifted(loss, _GROUPS, specs, (Out, Rest) if has_aux else Out, modes=self.modes)
+
+    def specs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The spec of each argument: of objects the Params are differentiated, of anything else all leaves are."""
+        specs: list[Any] = [Rest] * len(args)
+        for argnum in self.argnums:
+            number = position_of(argnum)
+            if not -len(args) <= number < len(args):
+                raise SpecError(
+                    f"argnums {number} is out of range: {name_of(self.f)} was called with {len(args)} arguments by"
+                    f" position. Expected {-len(args)} to {len(args) - 1}."
+                )
+            if isinstance(argnum, DiffState):
+                specs[number] = variables_matching(argnum.filter)
+            elif holds_object(args[number]):
+                specs[number] = variables_matching(Param)
+            else:
+                specs[number] = Diff
+        return tuple(specs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        args = positional(self.f, args, kwargs)
-        lifted = self.form(args)
-        gradients: list[Any] = []
+        args = positional(self.f, (*self.owner, *args), kwargs)
+        lifted = self[self.specs(args)]
+        gradients: list[Any] = []  # what `run` has beside what it returns
 
         def run(graphdef: GraphDef, diff: Leaves, rest: Leaves, _: Leaves) -> tuple[Any, ...]:
             def loss_of(diff: Leaves) -> tuple[Any, tuple[Any, ...]]:
@@ -95,62 +105,22 @@ class _Gradient:
             return *after, ([], [loss])
 
         value = lifted.call(run, args, {})
-        numbers = [a.argnum if isinstance(a, DiffState) else a for a in self.argnums]
-        chosen = tuple(gradients[n] for n in numbers)
+        chosen = tuple(gradients[position_of(argnum)] for argnum in self.argnums)
         return value, chosen[0] if self.single else chosen
 
 
-def _by_argument(graphdef: GraphDef, cotangents: Leaves) -> Iterator[Any]:
+def _shifted(argnum: int | DiffState, by: int) -> int | DiffState:
+    """`argnum` among all arguments, where the user does not count the first `by`; negative ones count from the end."""
+    number = position_of(argnum)
+    if number >= 0:
+        number += by
+    return DiffState(number, argnum.filter) if isinstance(argnum, DiffState) else number
+
+
+def _by_argument(graphdef: GraphDef, cotangents: Leaves) -> list[Any]:
     """The gradient of each positional argument, None where none was asked for."""
-    values, loose = map(iter, cotangents)
-    root = graphdef.root
-    assert type(root) is Node and type(root.children[0]) is Node  # noqa: PT018  # pack made it
-    for child in root.children[0].children:
-        yield _gradient(child, values, loose)
-
-
-def _gradient(d: Element, values: Iterator[Any], loose: Iterator[Any]) -> Any:
-    if type(d) is VariableDef:
-        return new_variable(d.kind, next(values), thaw_metadata(d.metadata)) if d.group == 0 else None
-    if type(d) is Leaf:
-        return next(values if d.owned else loose) if d.group == 0 else None
-    if type(d) is not Node:
-        return None
-    if d.id is not None or issubclass(d.kind, State):
-        return State(_leaf_gradients(d, values))
-    children = [_gradient(child, values, loose) for child in d.children]
-    if d.kind is dict:
-        return dict(zip(d.keys, children, strict=True))
-    return d.rebuild(children)
-
-
-def _leaf_gradients(d: Node, values: Iterator[Any]) -> Iterator[tuple[Path, Any]]:
-    for path, leaf in nodes(d):
-        if type(leaf) is VariableDef and leaf.group == 0:
-            yield path, new_variable(leaf.kind, next(values), thaw_metadata(leaf.metadata))
-        elif type(leaf) is Leaf and leaf.group == 0:
-            yield path, next(values)
-
-
-def _make(f: Callable[..., Any], options: dict[str, Any], pick: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    function, owner = unbound(f)
-    argnums, has_aux = options.pop("argnums"), options.pop("has_aux")
-    if owner:
-        argnums = _shift(argnums, len(owner))
-    options.pop("reduce_axes")
-    modes = Modes.of(options.pop("graph"), options.pop("graph_updates"))
-    gradient = _Gradient(function, argnums, has_aux, options, modes)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return pick(*gradient(*owner, *args, **kwargs))
-
-    return dressed(call, f)
-
-
-def _shift(argnums: Any, by: int) -> Any:
-    if isinstance(argnums, DiffState):
-        return DiffState(argnums.argnum + by, argnums.filter)
-    return argnums + by if isinstance(argnums, int) else tuple(_shift(a, by) for a in argnums)
+    read, diff = reader(cotangents), _GROUPS.index(Diff)
+    return [as_states(d, read, lambda leaf: leaf.group == diff) for d in arguments_of(graphdef).children]
 
 
 @optional_decorator
@@ -182,9 +152,13 @@ def value_and_grad(
       >>> grads["kernel"][...].tolist()
       [[1.0], [1.0]]
     """
-    given = locals()
-    options = {k: given[k] for k in given if k != "f"}
-    return _make(f, options, lambda value, grads: (value, grads))
+    options = {"holomorphic": holomorphic, "allow_int": allow_int}
+    gradient = _Gradient(f, argnums, has_aux, options, Modes.of(graph, graph_updates))
+
+    def call(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return gradient(*args, **kwargs)
+
+    return dressed(call, f)
 
 
 @optional_decorator
@@ -207,11 +181,17 @@ def grad(
       >>> nnx.grad(lambda m, x: m(x).sum())(model, jnp.ones((1, 2)))
       State({'bias': Param(float32[1] [1.]), 'kernel': Param(float32[2,1] [[1.], [1.]])})
     """
-    given = locals()
-    options = {k: given[k] for k in given if k != "f"}
-    if has_aux:
-        return _make(f, options, lambda value, grads: (grads, value[1]))
-    return _make(f, options, lambda value, grads: grads)
+    options = {"holomorphic": holomorphic, "allow_int": allow_int}
+    gradient = _Gradient(f, argnums, has_aux, options, Modes.of(graph, graph_updates))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        value, gradients = gradient(*args, **kwargs)
+        if not has_aux:
+            return gradients
+        _, aux = value
+        return gradients, aux
+
+    return dressed(call, f)
 
 
 @optional_decorator
@@ -233,18 +213,11 @@ def remat(
       (1, 1)
     """
     function, owner = unbound(f)
-    static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
     modes = Modes.of(graph, graph_updates)
-    forms: dict[int, tuple[Lifted, Any]] = {}
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        args = (*owner, *args)
-        if len(args) not in forms:
-            fixed = {n + len(owner) if n >= 0 else n + len(args) for n in static}
-            inputs = tuple(AS_STATIC if i in fixed else PLAIN for i in range(len(args)))
-            lifted = Lifted(function, (PLAIN,), inputs, PLAIN, PLAIN, modes=modes)
-            forms[len(args)] = lifted, jax.checkpoint(lifted.pure, prevent_cse=prevent_cse, policy=policy)
-        lifted, run = forms[len(args)]
-        return lifted.call(run, args, kwargs)
+    def make(count: int) -> Form:
+        static = positions(static_argnums, count, len(owner))
+        lifted = plainly(function, modes, static_at(static, count))
+        return Form(lifted, jax.checkpoint(lifted.pure, prevent_cse=prevent_cse, policy=policy))
 
-    return dressed(call, f)
+    return by_count(f, make)

@@ -13,10 +13,20 @@ from typing import Any
 import jax
 
 from nnx_core._errors import MetadataError, StructureError, show_paths
-from nnx_core.graph.pack import After
-from nnx_core.graph.structure import GraphDef, VariableDef, nodes
+from nnx_core.graph.effects import After
+from nnx_core.graph.structure import GraphDef, VariableDef, leaf_defs
 from nnx_core.transforms.groups import distinct
-from nnx_core.transforms.lift import Lifted, Modes, by_position, dressed, name_of, optional_decorator, unbound
+from nnx_core.transforms.lift import (
+    Form,
+    Lifted,
+    Modes,
+    by_count,
+    by_position,
+    dressed,
+    name_of,
+    optional_decorator,
+    unbound,
+)
 from nnx_core.variables import AXIS_NAMES, Variable, new_variable
 
 PARTITION_NAME = "partition_name"
@@ -40,13 +50,13 @@ class AxisMetadata:
                 f"Axis {index} of a {type(v).__name__} with axis names {tuple(names)} is mapped under the name"
                 f" {self.name!r}, found {names[index]!r}. Give transform_metadata the name the axis has."
             )
-        return _changed(v, "remove_axis", index, self.name)
+        return _after(v, "remove_axis", index, self.name)
 
     def leave(self, v: Variable[Any], axis: Hashable) -> dict[str, Any]:
         """Metadata of `v` for outside, where its value gets the axis."""
         if type(axis) is not int:
             return v._var_metadata
-        return _changed(v, "add_axis", axis if axis >= 0 else axis + _rank(v) + 1, self.name)
+        return _after(v, "add_axis", axis if axis >= 0 else axis + _rank(v) + 1, self.name)
 
 
 @optional_decorator
@@ -69,15 +79,24 @@ def transform_metadata(
 
 def axis_options(f: Callable[..., Any], given: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """What the caller of a transform said of the mapped axis, or else what `transform_metadata` did."""
+    if given:
+        return given
     name = getattr(f, "_nnx_partition", None)
-    return given or ({} if name is None else {PARTITION_NAME: name})
+    return {} if name is None else {PARTITION_NAME: name}
+
+
+def axes_of_arguments(in_axes: Any, count: int, own: int) -> tuple[Any, ...]:
+    """The axis of each of `count` arguments, of which the first `own` are no business of the user's: not mapped."""
+    axes = tuple(in_axes) if isinstance(in_axes, tuple | list) else (in_axes,) * (count - own)
+    return (None,) * own + axes
 
 
 def _rank(v: Variable[Any]) -> int:
     return max((jax.numpy.ndim(x) for x in jax.tree.leaves(v._raw_value)), default=0)
 
 
-def _changed(v: Variable[Any], method: str, index: int, name: Any) -> dict[str, Any]:
+def _after(v: Variable[Any], method: str, index: int, name: Any) -> dict[str, Any]:
+    """The metadata of `v` after `add_axis` or `remove_axis`; on a copy, for these run the user's hooks."""
     if not v._var_metadata and not hasattr(type(v), f"on_{method}"):
         return v._var_metadata
     copy = new_variable(type(v), v._raw_value, dict(v._var_metadata))
@@ -86,31 +105,37 @@ def _changed(v: Variable[Any], method: str, index: int, name: Any) -> dict[str, 
 
 
 def _run(lifted: Lifted, options: dict[str, Any], *packed: Any) -> Any:
-    done: list[After] = []
+    """`lifted.pure` under `jax.vmap`."""
+    afters: list[After] = []  # of the one trace that there is
 
     def pure(*packed: Any) -> Any:
-        out = lifted.pure(*packed)
-        done.append(out[0])
-        return out
+        after, *written = lifted.pure(*packed)
+        afters.append(after)
+        return after, *written
 
     groups: Any = lifted.groups
     try:
         return jax.vmap(pure, (None, *groups), (None, *groups), **options)(*packed)
     except ValueError as error:
-        if done and "output was batched" in str(error):
-            raise _batched_error(lifted, packed[0], done[0], error) from error
+        # JAX says this (in words of its own: there is no class for it) of an output number, which says nothing to
+        # users. We know which Variables may be meant.
+        if afters and "output was batched" in str(error):
+            graphdef, *_ = packed
+            raise _batched_error(lifted, graphdef, afters[0], error) from error
         raise
 
 
 def _batched_error(lifted: Lifted, graphdef: GraphDef, after: After, error: ValueError) -> Exception:
-    shared = [i for i, _, group in after.variables if group is not None and lifted.groups[group] is None]
-    paths = [path for path, d in nodes(graphdef.root) if type(d) is VariableDef and d.id in shared]
+    paths = []
+    for path, d in leaf_defs(graphdef.root):
+        if type(d) is VariableDef and d.id in after.travelling and lifted.groups[d.group] is None:
+            is_keyword, *rest = path
+            paths.append(("kwargs" if is_keyword else "args", *rest))
     if not paths:
         return error
-    places = [("kwargs" if path[0] else "args", *path[1:]) for path in paths]
     return StructureError(
         f"vmap: {name_of(lifted.f)} wrote a value that depends on a mapped axis to a Variable that is not mapped"
-        f" (axis None), one of:{show_paths(places)}\n"
+        f" (axis None), one of:{show_paths(paths)}\n"
         "Map the Variable (nnx.StateAxes), or reduce the value over the axis first."
     )
 
@@ -152,22 +177,20 @@ def vmap(
     metadata = AxisMetadata(axis_options(f, transform_metadata))
     options = {"axis_name": axis_name, "axis_size": axis_size, "spmd_axis_name": spmd_axis_name}
     modes = Modes.of(graph, graph_updates)
-    forms: dict[int, tuple[Lifted, Any]] = {}
 
-    def make(count: int) -> tuple[Lifted, Any]:
-        axes = tuple(in_axes) if isinstance(in_axes, tuple | list) else (in_axes,) * (count - len(owner))
-        inputs = (*(None for _ in owner), *axes)
-        groups = distinct(0, inputs, out_axes)
+    def make(count: int) -> Form:
+        inputs = axes_of_arguments(in_axes, count, len(owner))
         lifted = Lifted(
-            function, groups, inputs, out_axes, 0, enter=metadata.enter, leave=metadata.leave, strict=True, modes=modes
+            function,
+            distinct(0, inputs, out_axes),
+            inputs,
+            out_axes,
+            keywords=0,
+            enter=metadata.enter,
+            leave=metadata.leave,
+            strict=True,
+            modes=modes,
         )
-        return lifted, functools.partial(_run, lifted, options)
+        return Form(lifted, functools.partial(_run, lifted, options))
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = by_position(function, args, kwargs)
-        if len(args) not in forms:
-            forms[len(args)] = make(len(args))
-        lifted, run = forms[len(args)]
-        return lifted.call(run, args, kwargs)
-
-    return dressed(call, f, owner)
+    return by_count(f, make, by_position)

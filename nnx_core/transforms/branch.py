@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from nnx_core._errors import StructureError
-from nnx_core.graph.pack import After, Leaves
+from nnx_core.graph.classify import same_things
+from nnx_core.graph.effects import After
+from nnx_core.graph.pack import Leaves
 from nnx_core.graph.structure import GraphDef
 from nnx_core.transforms.carry import described
-from nnx_core.transforms.compile import PLAIN
+from nnx_core.transforms.compile import plainly
 from nnx_core.transforms.lift import Lifted, Modes, name_of, remembered, unbound
 from nnx_core.variables import Variable
 
@@ -24,14 +26,16 @@ class _Switch:
     """Some branches over the same operands; made once for each list of functions."""
 
     def __init__(self, branches: tuple[Callable[..., Any], ...], modes: Modes):
-        self.branches = [Lifted(f, (PLAIN,), PLAIN, PLAIN, PLAIN, modes=modes) for f in branches]
+        self.branches = [plainly(f, modes) for f in branches]
         # jit, so that a second call outside of any jit traces and compiles nothing; inlined inside of one
         self.compiled = jax.jit(self.run, static_argnums=1, inline=True)
         self.written: dict[GraphDef, frozenset[int]] = {}
 
     def __call__(self, index: Any, graphdef: GraphDef, leaves: Leaves) -> tuple[Any, ...]:
         written = self.written.get(graphdef, frozenset())
-        while True:  # again with more, until every branch returns what any of them writes
+        # JAX wants the same leaves from every branch, but which one writes what shows only when it is traced. So
+        # trace again with more, until every branch returns what any of them writes; the next call knows.
+        while True:
             try:
                 return self.compiled(index, written, graphdef, leaves)
             except _AnotherWrites as more:
@@ -42,16 +46,17 @@ class _Switch:
 
         def branch(lifted: Lifted, leaves: Leaves) -> Leaves:
             after, values = lifted.pure(graphdef, leaves, written=written)
-            if traced and traced[0][1] != after:
-                here, there = _written(after), _written(traced[0][1])
-                if here != there:
-                    raise _AnotherWrites(here | there)
-                raise _differ(traced[0][0].f, traced[0][1], lifted.f, after)
             traced.append((lifted, after))
+            first, first_after = traced[0]
+            if after != first_after:
+                if after.travelling != first_after.travelling:
+                    raise _AnotherWrites(after.travelling | first_after.travelling)
+                raise _differ(first.f, first_after, lifted.f, after)
             return values
 
-        out = jax.lax.switch(index, [functools.partial(branch, b) for b in self.branches], leaves)
-        return traced[0][1], out
+        out = jax.lax.switch(index, [functools.partial(branch, lifted) for lifted in self.branches], leaves)
+        _, after = traced[0]
+        return after, out
 
 
 class _AnotherWrites(Exception):
@@ -59,10 +64,6 @@ class _AnotherWrites(Exception):
 
     def __init__(self, variables: frozenset[int]):
         self.variables = variables
-
-
-def _written(after: After) -> frozenset[int]:
-    return frozenset(index for index, _, group in after.variables if group is not None)
 
 
 def _differ(first: Callable[..., Any], a: After, second: Callable[..., Any], b: After) -> StructureError:
@@ -78,8 +79,9 @@ def _differ(first: Callable[..., Any], a: After, second: Callable[..., Any], b: 
 
 
 def _changes(after: After) -> str:
-    keys = [k for change in after.objects for k in (*dict(change.set), *change.removed)]
-    return f"the attributes {keys}" if keys else "metadata only" if after.variables else "nothing"
+    if after.changed_keys:
+        return f"the attributes {after.changed_keys}"
+    return "metadata only" if after.variables else "nothing"
 
 
 def cond(
@@ -109,7 +111,8 @@ def cond(
       >>> int(v[...])
       6
     """
-    pred = pred.get_value() if isinstance(pred, Variable) else pred
+    if isinstance(pred, Variable):
+        pred = pred.get_value()
     index = jnp.asarray(pred, bool).astype(jnp.int32)
     return switch(index, (false_fun, true_fun), *operands, graph=graph, graph_updates=graph_updates)
 
@@ -130,12 +133,19 @@ def switch(
     Raises:
       StructureError: if the branches leave different structures behind.
     """
-    index = index.get_value() if isinstance(index, Variable) else index
+    if isinstance(index, Variable):
+        index = index.get_value()
+    functions, owner = _unbound_alike(branches)
+    modes = Modes.of(graph, graph_updates)
+    branching = remembered(functions, ("switch", modes), lambda: _Switch(functions, modes))
+    run = functools.partial(branching, index)
+    return branching.branches[0].call(run, (*owner, *operands), {})
+
+
+def _unbound_alike(branches: Sequence[Callable[..., Any]]) -> tuple[tuple[Callable[..., Any], ...], tuple[Any, ...]]:
+    """(functions, (object,)) of methods of one object, which is an operand then; else the branches as they are."""
     functions, owners = zip(*map(unbound, branches), strict=True)
     owner = owners[0]
-    if any(o and o[0] is not owner[0] if owner else o for o in owners):  # methods of several objects: as they are
-        functions, owner = tuple(branches), ()
-    modes = Modes.of(graph, graph_updates)
-    made = remembered(functions, ("switch", modes), lambda: _Switch(functions, modes))
-    run = functools.partial(made, index)
-    return made.branches[0].call(run, (*owner, *operands), {})
+    if all(same_things(owner, other) for other in owners):
+        return functions, owner
+    return tuple(branches), ()

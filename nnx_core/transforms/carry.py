@@ -7,22 +7,22 @@ from collections.abc import Callable
 from typing import Any
 
 from nnx_core._errors import Path, StructureError, show_path
-from nnx_core.graph.pack import After
+from nnx_core.graph.effects import After
 from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, Ref, Static, VariableDef
 from nnx_core.transforms.groups import Carry
-from nnx_core.transforms.lift import name_of
+from nnx_core.transforms.lift import arguments_of, name_of
 
 
 def same_form(before: Element, after: Element, path: Path, f: Callable[..., Any]) -> None:
     """Raise StructureError unless a carry came back with the structure it had."""
-    if type(after) is Ref and type(before) in (Node, VariableDef, Ref) and before.id == after.id:  # type: ignore[union-attr]  # all of these have one
-        return
+    if isinstance(before, Node | VariableDef | Ref) and type(after) is Ref and before.id == after.id:
+        return  # the object itself: in a result it is a Ref, since the arguments introduced it
     if type(before) is Node and type(after) is Node and before.id is None is after.id:
         if (before.kind, before.keys, before.extra) == (after.kind, after.keys, after.extra):
-            for key, b, a in zip(before.keys, before.children, after.children, strict=True):
-                same_form(b, a, (*path, key), f)
+            for key, given, returned in zip(before.keys, before.children, after.children, strict=True):
+                same_form(given, returned, (*path, key), f)
             return
-    elif (before == after and type(before) in (Leaf, Ref)) or (type(before) is type(after) and before == after):
+    elif type(before) is type(after) and before == after:
         return
     raise StructureError(
         f"{name_of(f)} must return its carry with the structure it was given; {show_path(path)} differs:\n"
@@ -36,8 +36,8 @@ def described(d: Element) -> str:
     if type(d) is Static:
         return repr(d.value)
     if type(d) is Node:
-        plain = d.id is None and d.kind in (tuple, list)
-        parts = map(described, d.children) if plain else map(str, d.keys)
+        is_sequence = d.id is None and d.kind in (tuple, list)
+        parts = map(described, d.children) if is_sequence else map(str, d.keys)
         return f"{d.kind.__name__}({', '.join(parts)})"
     if type(d) is VariableDef:
         return d.kind.__name__
@@ -49,25 +49,25 @@ def carried(d: Element, spec: Any, path: Path) -> list[tuple[Path, Element]]:
     if spec is Carry:
         return [(path, d)]
     if type(spec) in (tuple, list, dict) and type(d) is Node:
-        pairs = zip(d.keys, d.children, strict=True)
         specs = spec if type(spec) is dict else dict(enumerate(spec))
-        return [part for key, child in pairs for part in carried(child, specs[key], (*path, key))]
+        parts: list[tuple[Path, Element]] = []
+        for key, child in zip(d.keys, d.children, strict=True):
+            parts += carried(child, specs[key], (*path, key))
+        return parts
     return []
 
 
 def require_same_carry(f: Callable[..., Any], graphdef: GraphDef, after: After) -> None:
     """Raise StructureError unless `f` returned its one positional argument in the form it was given."""
-    root = graphdef.root
-    assert type(root) is Node and type(root.children[0]) is Node  # noqa: PT018  # pack made it
-    same_form(root.children[0].children[0], after.result.root, ("carry",), f)
+    [carry] = arguments_of(graphdef).children
+    same_form(carry, after.result.root, ("carry",), f)
     require_no_changes(f, after, "carry")
 
 
 def require_no_changes(f: Callable[..., Any], after: After, what: str) -> None:
     """Raise StructureError if `f` set or removed attributes of an object."""
     if after.objects:
-        keys = [k for change in after.objects for k in (*dict(change.set), *change.removed)]
         raise StructureError(
-            f"{name_of(f)} set or removed the attributes {keys} of an object in its {what}, whose structure must stay"
-            " the same in every step.\nSet them before the loop, or keep the value in a Variable."
+            f"{name_of(f)} set or removed the attributes {after.changed_keys} of an object in its {what}, whose"
+            " structure must stay the same in every step.\nSet them before the loop, or keep the value in a Variable."
         )

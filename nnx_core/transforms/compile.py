@@ -4,17 +4,30 @@ Law: `jit(f)` equals f with every effect on its arguments, compiled once for eac
 was written leaves the compiled function. `eval_shape` changes nothing: it works on abstract copies.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 
-from nnx_core.graph.pack import AS_STATIC, Refs, Unpacker, apply
-from nnx_core.graph.structure import Node
+from nnx_core.graph.effects import apply
+from nnx_core.graph.pack import AS_STATIC, Refs, Unpacker
 from nnx_core.state import State
 from nnx_core.transforms.groups import FilterGroups, distinct
-from nnx_core.transforms.lift import Lifted, Modes, dressed, optional_decorator, unbound
+from nnx_core.transforms.lift import (
+    Args,
+    Form,
+    Forms,
+    Kwargs,
+    Lifted,
+    Modes,
+    dressed,
+    optional_decorator,
+    positions,
+    unbound,
+)
 
 
 class Placement(NamedTuple):
@@ -34,93 +47,134 @@ class _Arguments(NamedTuple):
     names: frozenset[str]
 
 
-def _arguments(f: Callable[..., Any], nums: Any, names: Any, offset: int) -> _Arguments:
-    nums = () if nums is None else (nums,) if isinstance(nums, int) else tuple(nums)
-    names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
-    if not nums and not names:
+def _arguments(
+    f: Callable[..., Any], nums: int | Iterable[int] | None, names: str | Iterable[str] | None, own: int
+) -> _Arguments:
+    """What `nums` and `names` name among the parameters of `f`, of which the user does not count the first `own`."""
+    if names is None:
+        names = ()
+    elif isinstance(names, str):
+        names = (names,)
+    names = frozenset(names)
+    if not names and (nums is None or nums == ()):
         return _Arguments(frozenset(), frozenset())
+    by_position = _parameters_by_position(f)
+    numbers = positions(nums, len(by_position), own)
+    numbers |= {i for i, name in enumerate(by_position) if name in names}
+    named = frozenset(by_position[i] for i in numbers if i < len(by_position))  # what `*args` takes has no name
+    return _Arguments(numbers, named | names)
+
+
+def _parameters_by_position(f: Callable[..., Any]) -> list[str]:
     try:
-        parameters = list(inspect.signature(f).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    by_position = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    positions = {n + offset if n >= 0 else len(by_position) + n for n in nums}
-    positions |= {i for i, name in enumerate(by_position) if name in names}
-    return _Arguments(
-        frozenset(positions), frozenset(names) | {by_position[i] for i in positions if i < len(by_position)}
-    )
+        parameters = inspect.signature(f).parameters.values()
+    except (TypeError, ValueError):  # a function without signature
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
-def _placed(spec: Any, donated: bool) -> Any:
+def plainly(f: Callable[..., Any], modes: Modes, inputs: Any = PLAIN) -> Lifted:
+    """f with all leaves in one group, which is treated as it comes."""
+    return Lifted(f, (PLAIN,), inputs, PLAIN, PLAIN, modes=modes)
+
+
+def static_at(positions: frozenset[int], count: int) -> tuple[Any, ...]:
+    """The specs of `count` arguments, of which those at `positions` are part of the structure."""
+    inputs: list[Any] = [PLAIN] * count
+    for position in positions.intersection(range(count)):  # an argument that has a default may be left out
+        inputs[position] = AS_STATIC
+    return tuple(inputs)
+
+
+def placed(spec: Any, donated: bool) -> Any:
     """`spec`, a prefix of shardings, as a prefix of Placements."""
     if isinstance(spec, FilterGroups):
         return FilterGroups((f, Placement(group, donated)) for f, group in spec.rules)
     if type(spec) in (tuple, list):
-        return type(spec)(_placed(s, donated) for s in spec)
+        return type(spec)(placed(child, donated) for child in spec)
     if type(spec) is dict:
-        return {k: _placed(s, donated) for k, s in spec.items()}
+        return {key: placed(child, donated) for key, child in spec.items()}
     if isinstance(spec, State):
-        return _placed(FilterGroups(spec), donated)
+        return placed(FilterGroups(spec), donated)
     return Placement(spec, donated)
 
 
-class _Jit:
-    """One jitted function: for each form of the arguments a Lifted and its compiled `pure`."""
+#: How many arguments there are by position, and the names of the others.
+_Key = tuple[int, tuple[str, ...]]
 
-    def __init__(self, f: Callable[..., Any], options: dict[str, Any], owner: tuple[Any, ...]):
-        self.f, self.owner = f, owner
-        self.static = _arguments(f, options.pop("static_argnums"), options.pop("static_argnames"), len(owner))
-        self.donated = _arguments(f, options.pop("donate_argnums"), options.pop("donate_argnames"), len(owner))
-        self.in_shardings, self.out_shardings = options.pop("in_shardings"), options.pop("out_shardings")
-        self.modes = Modes.of(options.pop("graph"), options.pop("graph_updates"))
-        self.options = {k: v for k, v in options.items() if v is not None and v is not False}
+
+@dataclass(eq=False, repr=False)
+class _Jit(Forms[_Key | None, Form]):
+    """One jitted function: for each form of the arguments a Lifted and its compiled `pure`.
+
+    Args:
+      f, owner: the function, and the object if it is a bound method's.
+      static, donated: arguments, the owner counted.
+      in_shardings, out_shardings: as the user gave them.
+      options: for `jax.jit`, as they are.
+      modes: what the user forbids.
+    """
+
+    f: Callable[..., Any]
+    owner: tuple[Any, ...]
+    static: _Arguments
+    donated: _Arguments
+    in_shardings: Any
+    out_shardings: Any
+    options: dict[str, Any]
+    modes: Modes
+
+    def __post_init__(self) -> None:
+        #: Nothing depends on which argument it is: one form serves all calls.
         self.simple = not any((*self.static, *self.donated)) and self.in_shardings is self.out_shardings is None
-        self.forms: dict[Any, tuple[Lifted, Any]] = {}
 
-    def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Lifted, Any]:
-        key = None if self.simple else (len(args), tuple(sorted(kwargs)))
-        found = self.forms.get(key)
-        if found is None:
-            found = self.forms[key] = self.make(args, kwargs)
-        return found
+    def form(self, args: Args, kwargs: Kwargs) -> Form:
+        """What is compiled for such arguments."""
+        return self[None if self.simple else (len(args), tuple(sorted(kwargs)))]
 
-    def make(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Lifted, Any]:
-        if self.simple:
-            lifted = Lifted(self.f, (PLAIN,), PLAIN, PLAIN, PLAIN, modes=self.modes)
-            return lifted, jax.jit(lifted.named, **self.options)
-        inputs = tuple(self.spec(i) for i in range(len(args)))
-        keywords = {k: self.keyword(k) for k in kwargs}
-        outputs = _placed(self.out_shardings, donated=False)
-        groups = tuple(g for g in distinct(PLAIN, inputs, keywords, outputs) if g is not AS_STATIC)
-        always = frozenset(g for g in groups if g.donated)  # type: ignore[attr-defined]  # Placements
+    def make(self, key: _Key | None) -> Form:
+        """The Form for a number of arguments and names of keywords."""
+        if key is None:
+            lifted = plainly(self.f, self.modes)
+            return Form(lifted, jax.jit(lifted.named, **self.options))
+        count, names = key
+        inputs = tuple(map(self.spec, range(count)))
+        keywords = {name: self.keyword(name) for name in names}
+        outputs = placed(self.out_shardings, donated=False)
+        groups = tuple(g for g in distinct(PLAIN, inputs, keywords, outputs) if isinstance(g, Placement))
+        always = frozenset(group for group in groups if group.donated)
         lifted = Lifted(self.f, groups, inputs, outputs, keywords, always, modes=self.modes)
-        options = dict(self.options, donate_argnums=tuple(i + 1 for i, g in enumerate(groups) if g in always))
-        shardings = (None, *(g.sharding for g in groups))  # type: ignore[attr-defined]  # Placements
+        # The arguments of `pure` are the structure, which is donated to nobody and placed nowhere, and the groups.
+        options = dict(self.options, donate_argnums=[i for i, g in enumerate(groups, start=1) if g.donated])
+        shardings = (None, *(group.sharding for group in groups))
         if self.in_shardings is not None:
             options["in_shardings"] = shardings
         if self.out_shardings is not None or self.in_shardings is not None:
             options["out_shardings"] = shardings
-        return lifted, jax.jit(lifted.named, **options)
+        return Form(lifted, jax.jit(lifted.named, **options))
 
     def spec(self, position: int) -> Any:
+        """How the argument at this position is treated."""
         if position in self.static.positions:
             return AS_STATIC
         spec = self.in_shardings
         if type(spec) in (tuple, list):
-            index = position - len(self.owner)
-            spec = spec[index] if 0 <= index < len(spec) else None
-        return _placed(spec, position in self.donated.positions)
+            specs = dict(enumerate(spec, start=len(self.owner)))
+            spec = specs.get(position)  # none for the owner, and none for more arguments than there are shardings
+        return placed(spec, position in self.donated.positions)
 
     def keyword(self, name: str) -> Any:
+        """How the keyword argument of this name is treated."""
         return AS_STATIC if name in self.static.names else Placement(None, name in self.donated.names)
 
     def clear_cache(self) -> None:
         """Forget everything compiled and planned."""
-        for lifted, run in self.forms.values():
-            run.clear_cache()
+        for lifted, run in self.values():
+            compiled: Any = run  # of `jax.jit`
+            compiled.clear_cache()
             lifted.plans.clear()
 
-    def stage(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Stage":
+    def stage(self, name: str, args: Args, kwargs: Kwargs) -> "Stage":
         """`jax.jit`'s `lower` or `trace` of the compiled function."""
         lifted, run = self.form(args, kwargs)
         plan, packer = lifted.pack(args, kwargs)
@@ -191,22 +245,33 @@ def jit(
       12.0
     """
     function, owner = unbound(fun)
-    names = "in_shardings out_shardings static_argnums static_argnames donate_argnums donate_argnames"
-    names += " keep_unused device backend inline graph graph_updates"
-    given = locals()
-    options = {name: given[name] for name in names.split()}
-    wrapped = _Jit(function, options, owner)
+    options = {"keep_unused": keep_unused, "device": device, "backend": backend, "inline": inline}
+    jitted = _Jit(
+        function,
+        owner,
+        static=_arguments(function, static_argnums, static_argnames, len(owner)),
+        donated=_arguments(function, donate_argnums, donate_argnames, len(owner)),
+        in_shardings=in_shardings,
+        out_shardings=out_shardings,
+        options={name: option for name, option in options.items() if option},
+        modes=Modes.of(graph, graph_updates),
+    )
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        lifted, run = wrapped.form(args, kwargs)
+        lifted, run = jitted.form(args, kwargs)
         return lifted.call(run, args, kwargs)
 
-    call = dressed(call, fun, owner)
-    for stage in ("lower", "trace"):
-        setattr(call, stage, lambda *a, _stage=stage, **k: wrapped.stage(_stage, (*owner, *a), k))
-    call.eval_shape = lambda *a, **k: eval_shape(fun, *a, **k)  # type: ignore[attr-defined]  # as jax.jit has it
-    call.clear_cache = wrapped.clear_cache  # type: ignore[attr-defined]  # as jax.jit has it
-    return call
+    def lower(*args: Any, **kwargs: Any) -> Stage:
+        return jitted.stage("lower", (*owner, *args), kwargs)
+
+    def trace(*args: Any, **kwargs: Any) -> Stage:
+        return jitted.stage("trace", (*owner, *args), kwargs)
+
+    dressed_call: Any = dressed(call, fun, owner)
+    dressed_call.lower, dressed_call.trace = lower, trace  # as jax.jit has them, and the next two
+    dressed_call.eval_shape = functools.partial(eval_shape, fun)
+    dressed_call.clear_cache = jitted.clear_cache
+    return dressed_call
 
 
 def eval_shape(
@@ -221,20 +286,16 @@ def eval_shape(
       ShapeDtypeStruct(shape=(1000, 1000), dtype=float32)
     """
     function, owner = unbound(f)
-    lifted = Lifted(function, (PLAIN,), PLAIN, PLAIN, PLAIN, modes=Modes.of(graph, graph_updates))
+    lifted = plainly(function, Modes.of(graph, graph_updates))
     plan, packer = lifted.pack((*owner, *args), kwargs)
     after, *written = jax.eval_shape(lifted.pure, plan.graphdef, *packer.leaves)
     refs = Refs()
     abstract = jax.tree.map(_abstract, tuple(packer.leaves))
-    root = plan.graphdef.root
-    assert type(root) is Node  # pack made it
-    Unpacker(abstract, refs).build(root, None)
+    Unpacker(abstract, refs).build(plan.graphdef.root, None)  # copies of the arguments, which take the writes
     return apply(after, written, refs)
 
 
-def _abstract(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.dtypes.result_type(x)) if not _is_abstract(x) else x
-
-
-def _is_abstract(x: Any) -> bool:
-    return isinstance(x, jax.ShapeDtypeStruct)
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    return jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.dtypes.result_type(x))

@@ -13,7 +13,8 @@ from typing import Any
 
 from nnx_core._trace import current_trace
 from nnx_core.graph.classify import ARRAY, DICT, NUMBER, OBJECT, SEQUENCE, STATIC, kind_of
-from nnx_core.graph.pack import AS_STATIC, After, Leaves, Refs, Unpacker, check_writes
+from nnx_core.graph.effects import After, check_writes
+from nnx_core.graph.pack import AS_STATIC, Leaves, Refs, Unpacker
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import Element, Leaf, Node, Static
 from nnx_core.state import sorted_keys
@@ -33,19 +34,24 @@ def signature(
     """(key, objects, loose leaves in walking order) of some arguments; the key is None if no plan can serve them."""
     roots: list[Any] = []
     loose: list[Any] = []
+    keys: list[Hashable]
     try:
-        fixed = type(inputs) is tuple and AS_STATIC in inputs
-        keys = [
-            ("static", type(x), x) if fixed and inputs[i] is AS_STATIC else _sign(x, roots, loose)
-            for i, x in enumerate(args)
-        ]
+        if type(inputs) is tuple and len(inputs) == len(args) and AS_STATIC in inputs:
+            keys = [_sign_as(spec, x, roots, loose) for x, spec in zip(args, inputs, strict=True)]
+        else:
+            keys = [_sign(x, roots, loose) for x in args]
         for name in sorted(kwargs):
-            is_static = type(keywords) is dict and keywords.get(name) is AS_STATIC
-            x = kwargs[name]
-            keys.append((name, ("static", type(x), x) if is_static else _sign(x, roots, loose)))
+            if type(keywords) is dict and keywords.get(name) is AS_STATIC:
+                keys.append((name, _sign_as(AS_STATIC, kwargs[name], roots, loose)))
+            else:
+                keys.append((name, _sign(kwargs[name], roots, loose)))
     except NotPlannable:
         return None, roots, loose
     return tuple(keys), roots, loose
+
+
+def _sign_as(spec: Any, x: Any, roots: list[Any], loose: list[Any]) -> Hashable:
+    return ("static", type(x), x) if spec is AS_STATIC else _sign(x, roots, loose)
 
 
 def _sign(x: Any, roots: list[Any], loose: list[Any]) -> Hashable:
@@ -58,11 +64,11 @@ def _sign(x: Any, roots: list[Any], loose: list[Any]) -> Hashable:
         return id(x)
     if kind == STATIC:
         return type(x), x
+    # Tuples of lists and not of generators: a list comprehension has no frame of its own since Python 3.12.
     if kind == SEQUENCE:
         return type(x), tuple([_sign(child, roots, loose) for child in x])
     if kind == DICT:
-        keys = sorted_keys(x)
-        return tuple(x), tuple([_sign(x[key], roots, loose) for key in keys])
+        return tuple(x), tuple([_sign(x[key], roots, loose) for key in sorted_keys(x)])
     raise NotPlannable
 
 
@@ -85,6 +91,7 @@ class Plans:
         if entry is None:
             return None
         refs, plan = entry
+        # By identity: the key has ids, and the id of an object that died may be that of another one by now.
         for ref, root in zip(refs, roots, strict=True):
             if ref() is not root:
                 return None
@@ -132,7 +139,7 @@ class Outcome:
     def write(self, written: list[Leaves]) -> Any:
         for targets, (values, _) in zip(self.targets, written, strict=True):
             if targets:
-                # exhausts `map` at C speed; values beyond the targets do not exist (see `_is_quick`)
+                # exhausts `map` at C speed: set_raw returns None; there are no values beyond the targets (`_is_quick`)
                 any(map(set_raw, targets, values))
         if type(self.result) is Leaf:
             return written[self.result.group][1][0]
@@ -140,30 +147,38 @@ class Outcome:
 
 
 class Outcomes:
-    """The outcomes of one plan; the last one used is found by identity."""
+    """The outcomes of one plan; the last one used is found by identity.
 
-    __slots__ = ("_known", "_last")
+    A compiled function hands out the same `After` at every call, so that is the usual case; one that was compiled
+    anew has another one, which is looked up by content.
+    """
+
+    __slots__ = ("_by_content", "_last")
 
     def __init__(self) -> None:
         self._last: Outcome | None = None
-        self._known: dict[After, Outcome | None] = {}
+        self._by_content: dict[After, Outcome | None] = {}
 
     def find(self, plan: Plan, after: After) -> Outcome | None:
         """How to write `after` quickly, or None where objects change, or are returned."""
-        last = self._last
-        if last is None or last.after is not after:
-            if after not in self._known:
-                self._known[after] = _resolve(plan, after)
-            last = self._known[after]
-            if last is None:
+        outcome = self._last
+        if outcome is None or outcome.after is not after:
+            outcome = self._find_equal(plan, after)
+            if outcome is None:
                 return None
-            if last.after is not after:
-                last = self._known[after] = Outcome(after, last.targets, last.trace)
-            self._last = last
-        if last.trace != current_trace():
+            self._last = outcome
+        if outcome.trace != current_trace():  # checked once for each trace, not at every call
             check_writes(after, plan.refs())
-            last.trace = current_trace()
-        return last
+            outcome.trace = current_trace()
+        return outcome
+
+    def _find_equal(self, plan: Plan, after: After) -> Outcome | None:
+        if after not in self._by_content:
+            self._by_content[after] = _resolve(plan, after)
+        outcome = self._by_content[after]
+        if outcome is not None and outcome.after is not after:
+            outcome = self._by_content[after] = Outcome(after, outcome.targets, outcome.trace)
+        return outcome
 
 
 def _resolve(plan: Plan, after: After) -> Outcome | None:

@@ -43,14 +43,14 @@ class FilterGroups(ByFilter):
     def __init__(self, rules: Mapping[Any, Hashable] | Iterable[tuple[Any, Hashable]], /):
         if isinstance(rules, State):
             rules = [(filterlib.PathIn(path), _content(group)) for path, group in iter_leaves(rules)]
-        pairs = tuple(rules.items()) if isinstance(rules, Mapping) else tuple(rules)
-        self._given = tuple(f for f, _ in pairs)
+        pairs = tuple(rules.items() if isinstance(rules, Mapping) else rules)
+        self._filters = tuple(f for f, _ in pairs)
         self.rules = tuple((filterlib.to_predicate(f), group) for f, group in pairs)
 
     @property
     def filters(self) -> tuple[Any, ...]:
         """The filters, as they were given."""
-        return self._given
+        return self._filters
 
     @property
     def groups(self) -> tuple[Hashable, ...]:
@@ -72,7 +72,8 @@ class FilterGroups(ByFilter):
         return hash(self.rules)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({{{', '.join(f'{f}: {g}' for f, g in self.rules)}}})"
+        rules = ", ".join(f"{predicate}: {group}" for predicate, group in self.rules)
+        return f"{type(self).__name__}({{{rules}}})"
 
 
 def _content(group: Any) -> Any:
@@ -90,16 +91,16 @@ class StateAxes(FilterGroups, Mapping[Any, Hashable]):
         super().__init__(filter_axes)
 
     def __getitem__(self, filter: filterlib.Filter) -> Hashable:
-        for given, axis in zip(self._given, self.groups, strict=True):
-            if given == filter:
+        for own_filter, axis in zip(self._filters, self.groups, strict=True):
+            if own_filter == filter:
                 return axis
-        raise KeyError(f"{self!r} has no axis for the filter {filter}; it has {list(self._given)}.")
+        raise KeyError(f"{self!r} has no axis for the filter {filter}; it has {list(self._filters)}.")
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._given)
+        return iter(self._filters)
 
     def __len__(self) -> int:
-        return len(self._given)
+        return len(self._filters)
 
     __eq__, __hash__ = FilterGroups.__eq__, FilterGroups.__hash__  # and not those of a mapping
 
@@ -144,12 +145,12 @@ class DiffState:
 
 def distinct(*specs: Any) -> tuple[Hashable, ...]:
     """The groups that are named anywhere in `specs`, in order of first appearance."""
-    found: dict[Hashable, None] = {}
+    groups: dict[Hashable, None] = {}  # a set that keeps its order
 
     def visit(spec: Any) -> None:
         if isinstance(spec, FilterGroups):
             for group in spec.groups:
-                found.setdefault(group)
+                groups.setdefault(group)
         elif isinstance(spec, State):
             visit(spec._mapping)
         elif type(spec) is dict:
@@ -160,10 +161,10 @@ def distinct(*specs: Any) -> tuple[Hashable, ...]:
                 visit(child)
         else:
             try:
-                found.setdefault(spec)
+                groups.setdefault(spec)
             except TypeError:
                 raise SpecError(f"{spec!r} cannot say how to treat a leaf: it is not hashable. {_HOW}") from None
 
     for spec in specs:
         visit(spec)
-    return tuple(found)
+    return tuple(groups)

@@ -10,35 +10,27 @@ A call that raises has changed nothing. On unchanged arguments no call walks the
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from nnx_core._changes import now
 from nnx_core._errors import StructureUpdateError
+from nnx_core.graph.effects import After, Forced, apply, check_writes, collect
 from nnx_core.graph.objects import Object
-from nnx_core.graph.pack import (
-    After,
-    Forced,
-    Leaves,
-    Packer,
-    Place,
-    Refs,
-    Unpacker,
-    Watch,
-    apply,
-    check_writes,
-    collect,
-)
+from nnx_core.graph.pack import Describe, Leaves, Packer, Place, Refs, Spec, Unpacker, Watch
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import GraphDef, Node, require_hashable
 from nnx_core.modes import sharing_allowed, updates_allowed
 from nnx_core.transforms.dispatch import Outcomes, Plans, signature
-from nnx_core.variables import Variable
+from nnx_core.transforms.groups import Rest
 
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+#: `Lifted.pure` under some JAX transform: (structure, *groups) -> (After, *groups).
 Run = Callable[..., Any]
-#: What a transform does to a Variable's metadata on the way in or out: (Variable, group) -> metadata.
-Describe = Callable[[Variable[Any], Hashable], dict[str, Any]] | None
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
 class Modes(NamedTuple):
@@ -77,8 +69,8 @@ class Lifted:
     keywords: Any = None
     always: frozenset[Hashable] = frozenset()
     carried: frozenset[Hashable] = frozenset()
-    enter: Describe = None
-    leave: Describe = None
+    enter: Describe | None = None
+    leave: Describe | None = None
     strict: bool = False
     modes: Modes = Modes()  # noqa: RUF009  # immutable
     plans: Plans = field(default_factory=Plans)
@@ -87,24 +79,22 @@ class Lifted:
         """f on fresh objects: (structure, *groups) -> (After, *groups); `written` counts as written in any case."""
         refs, watch = Refs(), Watch()
         unpacker = Unpacker(leaves, refs, self.groups, watch, self.enter, graphdef.templates)
-        root = graphdef.root
-        assert type(root) is Node  # pack made it
-        args = unpacker.build(root.children[0], Place(("args",), self.inputs, 1))
-        kwargs = unpacker.build(root.children[1], Place(("kwargs",), self.keywords, 1))
+        args_def, kwargs_def = _root(graphdef).children
+        args = unpacker.build(args_def, Place(("args",), self.inputs, 1))
+        kwargs = unpacker.build(kwargs_def, Place(("kwargs",), self.keywords, 1))
         out = self.f(*args, **kwargs)
         packer = Packer(self.groups, refs, describe=self.leave, strict=self.strict)
-        always, carried = (frozenset(map(packer.group_index.__getitem__, g)) for g in (self.always, self.carried))
+        always = frozenset(packer.group_index[group] for group in self.always)
+        carried = frozenset(packer.group_index[group] for group in self.carried)
         after, news = collect(packer, watch, out, self.outputs, Forced(always, carried, written))
         if not self.modes.updates and after.objects:
-            raise StructureUpdateError(
-                name_of(self.f),
-                [(*refs.places[c.id].path, k) for c in after.objects for k in (*dict(c.set), *c.removed)],
-            )
+            paths = [(*refs.path(change.id), key) for change in after.objects for key in change.keys]
+            raise StructureUpdateError(name_of(self.f), paths)
         return after, *news
 
-    def pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, Packer]:
+    def pack(self, args: Args, kwargs: Kwargs) -> tuple[Plan, Packer]:
         """Walk the arguments."""
-        stamp = now()
+        stamp = now()  # before the walk: a change during it must make the plan stale
         packer = Packer(self.groups, Refs(), allow_sharing=self.modes.sharing)
         children = (
             packer.walk(args, Place(("args",), self.inputs, 1)),
@@ -121,8 +111,7 @@ class Lifted:
         def pure(*packed: Any) -> tuple[Any, ...]:
             return self.pure(*packed)
 
-        name = getattr(self.f, "__name__", None) or type(self.f).__name__
-        pure.__name__ = pure.__qualname__ = name
+        pure.__name__ = pure.__qualname__ = short_name_of(self.f)
         return pure
 
     def bind(self, run: Run) -> Callable[..., Any]:
@@ -133,7 +122,7 @@ class Lifted:
 
         return dressed(call, self.f)
 
-    def call(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, run: Run, args: Args, kwargs: Kwargs) -> Any:
         """One call of `run` on these arguments."""
         key, roots, loose = signature(args, kwargs, self.inputs, self.keywords)
         plan = self.plans.find(key, roots)
@@ -148,6 +137,19 @@ class Lifted:
         return finish(plan, after, written)
 
 
+def _root(graphdef: GraphDef) -> Node:
+    """What `Lifted.pack` makes: a pair of the positional arguments and the keyword arguments."""
+    assert type(graphdef.root) is Node
+    return graphdef.root
+
+
+def arguments_of(graphdef: GraphDef) -> Node:
+    """The structure of the positional arguments of a call."""
+    args_def = _root(graphdef).children[0]
+    assert type(args_def) is Node  # a tuple
+    return args_def
+
+
 def finish(plan: Plan, after: After, written: list[Leaves]) -> Any:
     """Write what a call did into the objects of `plan`; return its result."""
     outcomes: Outcomes = plan.remember("outcomes", Outcomes)
@@ -157,6 +159,71 @@ def finish(plan: Plan, after: After, written: list[Leaves]) -> Any:
     refs = plan.refs()
     check_writes(after, refs)
     return apply(after, written, refs)
+
+
+def detached(x: Any, spec: Spec = Rest) -> tuple[GraphDef, Leaves]:
+    """`x` packed under indices of its own, in one group: what of it is shared with other values is copied."""
+    packer = Packer((Rest,), Refs())
+    root = packer.walk(x, Place(("result",), spec, 1))
+    return GraphDef(root), packer.leaves[0]
+
+
+def attached(graphdef: GraphDef, leaves: Leaves) -> Any:
+    """The inverse of `detached`."""
+    return Unpacker((leaves,), Refs()).build(graphdef.root, None)
+
+
+# ---- what is made once ----
+
+
+class Form(NamedTuple):
+    """What one form of the arguments needs: f with the treatment of its leaves, and `pure` under a JAX transform."""
+
+    lifted: Lifted
+    run: Run
+
+
+class Forms(dict[K, V]):
+    """For each form of the arguments (how many there are, which are static, ...) what `make` makes of it, once.
+
+    A base class, and not a dict beside a bound `make`: that would be a reference cycle, which keeps what the user's
+    function closes over.
+    """
+
+    def make(self, key: K) -> V:
+        """What this form needs."""
+        raise NotImplementedError
+
+    def __missing__(self, key: K) -> V:
+        new = self[key] = self.make(key)
+        return new
+
+
+def as_given(f: Callable[..., Any], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """(args, kwargs), as the caller wrote them."""
+    return args, kwargs
+
+
+def by_count(
+    f: Callable[..., Any],
+    make: Callable[[int], Form],
+    arrange: Callable[[Callable[..., Any], Args, Kwargs], tuple[Args, Kwargs]] = as_given,
+) -> Callable[..., Any]:
+    """f under a transform whose treatments go by position: each number of arguments has its own Form.
+
+    Args:
+      make: makes the Form for a number of arguments, in which the object of a bound method is counted.
+      arrange: (f, args, kwargs) -> (args, kwargs), such as `by_position`.
+    """
+    function, owner = unbound(f)
+    form_of = functools.cache(make)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = arrange(function, (*owner, *args), kwargs)
+        lifted, run = form_of(len(args))
+        return lifted.call(run, args, kwargs)
+
+    return dressed(call, f)
 
 
 _REMEMBERED = "_nnx_remembered"
@@ -172,13 +239,16 @@ def remembered(functions: tuple[Callable[..., Any], ...], key: Hashable, make: C
     attributes = getattr(functions[0], "__dict__", None)
     if not isinstance(attributes, dict):
         return make()
-    known = attributes.setdefault(_REMEMBERED, {})
-    at = (key, *map(id, functions))  # what is made holds the functions, so none of the ids is used again
-    if at not in known:
-        if len(known) >= MAX_REMEMBERED:
-            known.clear()
-        known[at] = make()
-    return known[at]
+    cache = attributes.setdefault(_REMEMBERED, {})
+    entry = (key, *map(id, functions))  # what is made holds the functions, so none of the ids is used again
+    if entry not in cache:
+        if len(cache) >= MAX_REMEMBERED:
+            cache.clear()
+        cache[entry] = make()
+    return cache[entry]
+
+
+# ---- the user's function and its arguments ----
 
 
 def name_of(f: Callable[..., Any]) -> str:
@@ -186,17 +256,22 @@ def name_of(f: Callable[..., Any]) -> str:
     return getattr(f, "__qualname__", None) or repr(f)
 
 
-def unbound(f: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def short_name_of(f: Callable[..., Any]) -> str:
+    """The name of a function, for profiles, jaxprs and HLO."""
+    return getattr(f, "__name__", None) or type(f).__name__
+
+
+def unbound(f: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Object, ...]]:
     """(f, ()) or, for a method bound to an object, (its function, (the object,)).
 
     The object is an argument like the others, or what the method writes would be lost.
     """
-    given: Any = f
-    owner = getattr(given, "__self__", None)
-    if isinstance(owner, Object) and inspect.ismethod(given):
-        return given.__func__, (owner,)
-    if isinstance(given, Object):
-        return type(given).__call__, (given,)
+    callee: Any = f
+    owner = getattr(callee, "__self__", None)
+    if isinstance(owner, Object) and inspect.ismethod(callee):
+        return callee.__func__, (owner,)
+    if isinstance(callee, Object):
+        return type(callee).__call__, (callee,)
     return f, ()
 
 
@@ -212,9 +287,7 @@ def dressed(call: Callable[..., Any], f: Callable[..., Any], owner: tuple[Any, .
     return functools.update_wrapper(bound, looks)
 
 
-def by_position(
-    f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def by_position(f: Callable[..., Any], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """(args, kwargs) with everything by position that can be."""
     if not kwargs:
         return args, kwargs
@@ -222,7 +295,7 @@ def by_position(
     return bound.args, bound.kwargs
 
 
-def positional(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def positional(f: Callable[..., Any], args: Args, kwargs: Kwargs) -> Args:
     """Arguments by position, where specs are given by position."""
     if not kwargs:
         return args
@@ -236,18 +309,30 @@ def positional(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     return bound.args
 
 
+def positions(numbers: int | Iterable[int] | None, count: int, own: int) -> frozenset[int]:
+    """Positions of the arguments that a user calls `numbers`; negative ones count from the end.
+
+    There are `count` arguments, of which the user does not see the first `own`: the object of a bound method.
+    """
+    if numbers is None:
+        numbers = ()
+    elif isinstance(numbers, int):
+        numbers = (numbers,)
+    return frozenset(n + own if n >= 0 else n + count for n in numbers)
+
+
 def optional_decorator(make: Callable[..., Any]) -> Callable[..., Any]:
     """Lets a transform be used as `transform(f, ...)`, `@transform` and `@transform(...)`; also `transform(fun=f)`."""
     first, *rest = inspect.signature(make).parameters.values()
     required = [p.name for p in rest if p.default is p.empty]
 
     @functools.wraps(make)
-    def transform(*given: Any, **options: Any) -> Any:
-        f = given[0] if given else options.pop(first.name, None)
-        if len(given) > 1 or (f is not None and first.name in options):
+    def transform(*functions: Any, **options: Any) -> Any:
+        f = functions[0] if functions else options.pop(first.name, None)
+        if len(functions) > 1 or (f is not None and first.name in options):
             raise TypeError(f"{make.__name__} takes one function by position; its options have names. Write them out.")
-        if missing := [name for name in required if name not in options]:
-            raise TypeError(f"{make.__name__} needs {', '.join(f'{name}=' for name in missing)}.")
+        if missing := [f"{name}=" for name in required if name not in options]:
+            raise TypeError(f"{make.__name__} needs {', '.join(missing)}.")
         if f is None or f is ...:
             return lambda f: make(f, **options)
         return make(f, **options)

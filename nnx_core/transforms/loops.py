@@ -7,7 +7,7 @@ carried, and of what is sliced only what was written is stacked again.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -15,21 +15,27 @@ import jax
 import jax.numpy as jnp
 
 from nnx_core._errors import SpecError, StructureError
-from nnx_core.graph.pack import After, Leaves
-from nnx_core.graph.structure import GraphDef, Leaf, Node, VariableDef, nodes
-from nnx_core.transforms.batch import AxisMetadata, axis_options
+from nnx_core.graph.effects import After
+from nnx_core.graph.pack import Leaves
+from nnx_core.graph.structure import GraphDef, VariableDef, leaf_defs
+from nnx_core.transforms.batch import AxisMetadata, axes_of_arguments, axis_options
 from nnx_core.transforms.carry import carried, require_same_carry, same_form
 from nnx_core.transforms.groups import Carry, distinct
 from nnx_core.transforms.lift import (
+    Form,
     Lifted,
     Modes,
+    arguments_of,
+    by_count,
     by_position,
-    dressed,
     name_of,
     optional_decorator,
     remembered,
     unbound,
 )
+
+#: The groups of a scan, by number; after these come the axes.
+_CARRY, _SHARED = 0, 1
 
 
 class _SharedWritten(Exception):
@@ -39,79 +45,90 @@ class _SharedWritten(Exception):
         self.positions = positions
 
 
-def shared_positions(graphdef: GraphDef, group: int) -> dict[int, int]:
-    """Index of each Variable of a group -> its position among the group's values."""
-    at: dict[int, int] = {}
-    position = 0
-    for _, d in nodes(graphdef.root):
-        if type(d) is VariableDef and d.group == group:
-            at[d.id] = position
-            position += 1
-        elif type(d) is Leaf and d.owned and d.group == group:
-            position += 1
-    return at
+def _shared_positions(graphdef: GraphDef) -> dict[int, int]:
+    """Index of each Variable of the group None -> its position among the values of that group."""
+    shared = [d for _, d in leaf_defs(graphdef.root) if d.group == _SHARED and d.owned]
+    return {d.id: position for position, d in enumerate(shared) if type(d) is VariableDef}
+
+
+def _written_shared(after: After) -> list[int]:
+    """The Variables of the group None that f wrote, in the order in which their values travel."""
+    return [write.id for write in after.variables if write.group == _SHARED]
 
 
 class _Scan:
-    """One scanned function, for one number of arguments."""
+    """One scanned function, for one number of arguments.
+
+    What is written without axis has to go from step to step, but which that is shows only when f is traced. So the
+    first trace of a structure carries nothing of the group None. If it turns out that f writes there, it is traced
+    again with these positions carried, which are remembered: the next call does right at once.
+    """
 
     def __init__(self, lifted: Lifted, options: dict[str, Any]):
         self.lifted, self.options = lifted, options
         # jit, so that a second call outside of any jit traces and compiles nothing; inlined inside of one
         self.compiled = jax.jit(self.run, static_argnums=0, inline=True)
-        self.moving: dict[GraphDef, frozenset[int]] = {}
+        self.threaded: dict[GraphDef, frozenset[int]] = {}
         self.axes: tuple[int, ...] = lifted.groups[2:]  # type: ignore[assignment]  # after Carry and None come axes
 
     def __call__(self, graphdef: GraphDef, carry: Leaves, shared: Leaves, *mapped: Leaves) -> tuple[Any, ...]:
-        moving = self.moving.get(graphdef, frozenset())
+        positions = self.threaded.get(graphdef, frozenset())
         try:
-            return self.compiled(moving, graphdef, carry, shared, mapped)
+            return self.compiled(positions, graphdef, carry, shared, mapped)
         except _SharedWritten as written:
-            self.moving[graphdef] = written.positions
+            self.threaded[graphdef] = written.positions
             return self.compiled(written.positions, graphdef, carry, shared, mapped)
 
     def run(
-        self, moving: frozenset[int], graphdef: GraphDef, carry: Leaves, shared: Leaves, mapped: tuple[Leaves, ...]
+        self, positions: frozenset[int], graphdef: GraphDef, carry: Leaves, shared: Leaves, mapped: tuple[Leaves, ...]
     ) -> tuple[Any, ...]:
-        order = sorted(moving)
-        at = shared_positions(graphdef, group=1)
+        """`jax.lax.scan`, where the shared values at `positions` are carried too."""
+        order = sorted(positions)
+        position_of = _shared_positions(graphdef)
+        shared_values, shared_loose = shared
 
         def step(carried: Any, xs: Any) -> Any:
             carry, threaded = carried
-            values = list(shared[0])
+            values = list(shared_values)
             for position, value in zip(order, threaded, strict=True):
                 values[position] = value
-            after, carry_after, (new, loose), *ys = self.lifted.pure(graphdef, carry, (values, shared[1]), *xs)
-            written = frozenset(at[i] for i, _, group in after.variables if group == 1)
-            if not written <= moving:
-                raise _SharedWritten(moving | written)
-            self.check(graphdef, after, new, loose, written)
-            latest = dict(zip([at[i] for i, _, g in after.variables if g == 1], new, strict=True))
-            return (carry_after, [latest.get(p, values[p]) for p in order]), (after, tuple(ys))
+            after, carry, (news, loose), *ys = self.lifted.pure(graphdef, carry, (values, shared_loose), *xs)
+            written = [position_of[index] for index in _written_shared(after)]
+            if not positions.issuperset(written):
+                raise _SharedWritten(positions.union(written))
+            self.check(graphdef, after)
+            if loose or len(news) != len(written):
+                raise StructureError(
+                    f"scan: {name_of(self.lifted.f)} returned or created something without axis (None)."
+                    " Give it an axis or Carry."
+                )
+            for position, value in zip(written, news, strict=True):
+                values[position] = value
+            return (carry, [values[position] for position in order]), (after, tuple(ys))
 
-        xs = tuple(_moved(leaves, axis, 0) for leaves, axis in zip(mapped, self.axes, strict=True))
-        start = carry, [shared[0][p] for p in order]
+        xs = tuple(map(_moved_to_front, mapped, self.axes))
+        start = carry, [shared_values[position] for position in order]
         (carry, threaded), (after, ys) = jax.lax.scan(step, start, xs, **self.options)
-        back = dict(zip(order, threaded, strict=True))
-        news = [back[at[i]] for i, _, group in after.variables if group == 1]
-        return after, carry, (news, []), *(_moved(y, 0, axis) for y, axis in zip(ys, self.axes, strict=True))
+        last = dict(zip(order, threaded, strict=True))
+        news = [last[position_of[index]] for index in _written_shared(after)]
+        return after, carry, (news, []), *map(_moved_back, ys, self.axes)
 
-    def check(
-        self, graphdef: GraphDef, after: After, new: list[Any], loose: list[Any], written: frozenset[int]
-    ) -> None:
-        f = self.lifted.f
-        root = graphdef.root
-        assert type(root) is Node  # pack made it
-        before = carried(root.children[0], self.lifted.inputs, ("args",))
+    def check(self, graphdef: GraphDef, after: After) -> None:
+        """Raise unless every carry comes back, with the structure it had."""
+        before = carried(arguments_of(graphdef), self.lifted.inputs, ("args",))
         result = carried(after.result.root, self.lifted.outputs, ("result",))
         if len(before) != len(result):
             raise SpecError(f"scan: in_axes has {len(before)} Carry and out_axes has {len(result)}; give both as many.")
-        for (path, b), (_, a) in zip(before, result, strict=True):
-            same_form(b, a, path, f)
-        if len(new) != len(written) or loose:
-            raise StructureError(
-                f"scan: {name_of(f)} returned or created something without axis (None). Give it an axis or Carry."
-            )
+        for (path, given), (_, returned) in zip(before, result, strict=True):
+            same_form(given, returned, path, self.lifted.f)
+
+
+def _moved_to_front(leaves: Leaves, axis: int) -> Leaves:
+    return _moved(leaves, axis, 0)
+
+
+def _moved_back(leaves: Leaves, axis: int) -> Leaves:
+    return _moved(leaves, 0, axis)
 
 
 def _moved(leaves: Leaves, source: int, target: int) -> Leaves:
@@ -159,15 +176,13 @@ def scan(
     metadata = AxisMetadata(axis_options(f, transform_metadata))
     modes = Modes.of(graph, graph_updates)
     options = {"length": length, "reverse": reverse, "unroll": unroll, "_split_transpose": _split_transpose}
-    forms: dict[int, tuple[Lifted, _Scan]] = {}
 
-    def make(count: int) -> tuple[Lifted, _Scan]:
-        axes = tuple(in_axes) if isinstance(in_axes, tuple | list) else (in_axes,) * (count - len(owner))
-        inputs = (*(None for _ in owner), *axes)
-        named: tuple[Hashable, ...] = tuple(g for g in distinct(inputs, out_axes) if g is not Carry and g is not None)
+    def make(count: int) -> Form:
+        inputs = axes_of_arguments(in_axes, count, len(owner))
+        axes = [group for group in distinct(inputs, out_axes) if group is not Carry and group is not None]
         lifted = Lifted(
             function,
-            (Carry, None, *named),
+            (Carry, None, *axes),
             inputs,
             out_axes,
             carried=frozenset({Carry}),
@@ -176,16 +191,9 @@ def scan(
             strict=True,
             modes=modes,
         )
-        return lifted, _Scan(lifted, options)
+        return Form(lifted, _Scan(lifted, options))
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = by_position(function, (*owner, *args), kwargs)
-        if len(args) not in forms:
-            forms[len(args)] = make(len(args))
-        lifted, run = forms[len(args)]
-        return lifted.call(run, args, kwargs)
-
-    return dressed(call, f)
+    return by_count(f, make, by_position)
 
 
 class _While:
@@ -214,7 +222,7 @@ class _While:
             return carry
 
         carry = jax.lax.while_loop(test, step, carry)
-        return afters[-1], carry
+        return afters[-1], carry  # JAX may trace the body more than once; all traces do the same
 
 
 def while_loop(
@@ -266,14 +274,14 @@ def _fori_scan(body_fun: Callable[[Any, Any], Any], lower: int, upper: int, unro
     def step(carry: Any, i: Any) -> Any:
         return body_fun(i, carry)
 
-    given = {"unroll": 1 if unroll is None else unroll, "length": upper - lower}
     return scan(
         step,
+        length=upper - lower,
+        unroll=1 if unroll is None else unroll,
         in_axes=(Carry, 0),
         out_axes=Carry,
         graph=modes.sharing,
         graph_updates=modes.updates,
-        **given,
     )
 
 

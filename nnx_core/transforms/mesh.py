@@ -15,16 +15,20 @@ from jax.sharding import PartitionSpec
 from nnx_core._errors import SpecError
 from nnx_core.graph.pack import AS_STATIC
 from nnx_core.transforms.batch import AxisMetadata, axis_options
-from nnx_core.transforms.compile import Placement, _placed
+from nnx_core.transforms.compile import Placement, placed
 from nnx_core.transforms.groups import distinct
 from nnx_core.transforms.lift import (
+    Args,
+    Form,
+    Kwargs,
     Lifted,
     Modes,
+    by_count,
     by_position,
-    dressed,
     name_of,
     optional_decorator,
     positional,
+    positions,
     unbound,
 )
 from nnx_core.variables import Variable
@@ -41,6 +45,12 @@ def _by_argument(name: str, f: Callable[..., Any], specs: Any, count: int) -> tu
             " Give one for each, or one for all that is no tuple."
         )
     return tuple(specs)
+
+
+def _only_by_position(f: Callable[..., Any], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """By position what can be; raises if there is anything else."""
+    args, kwargs = by_position(f, args, kwargs)
+    return positional(f, args, kwargs), {}
 
 
 @optional_decorator
@@ -82,29 +92,24 @@ def shard_map(
     """
     function, owner = unbound(f)
     modes = Modes.of(graph, graph_updates)
-    forms: dict[int, tuple[Lifted, Any]] = {}
 
-    def make(count: int) -> tuple[Lifted, Any]:
-        own = tuple(_REPLICATED for _ in owner)
+    def make(count: int) -> Form:
+        own = (_REPLICATED,) * len(owner)
         inputs = (*own, *_by_argument("in_specs", function, in_specs, count - len(owner)))
         groups = distinct(inputs, out_specs)
         lifted = Lifted(function, groups, inputs, out_specs, modes=modes)
-        specs = (_REPLICATED, *(_REPLICATED if g is None else g for g in groups))
+        specs = (_REPLICATED, *map(_partition_spec, groups))
         mapped = jax.shard_map(
             lifted.named, mesh=mesh, in_specs=specs, out_specs=specs, axis_names=axis_names, check_vma=check_vma
         )
         # jit, so that a second call outside of any jit traces and compiles nothing; inlined inside of one
-        return lifted, jax.jit(mapped, inline=True)
+        return Form(lifted, jax.jit(mapped, inline=True))
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = by_position(function, (*owner, *args), kwargs)
-        args = positional(function, args, kwargs)  # raises if there are any left
-        if len(args) not in forms:
-            forms[len(args)] = make(len(args))
-        lifted, run = forms[len(args)]
-        return lifted.call(run, args, {})
+    return by_count(f, make, _only_by_position)
 
-    return dressed(call, f)
+
+def _partition_spec(group: Any) -> Any:
+    return _REPLICATED if group is None else group
 
 
 class _LaneMetadata(AxisMetadata):
@@ -121,15 +126,18 @@ def _axis(group: Hashable) -> Any:
     return group.sharding if type(group) is Placement else group
 
 
-def _positions(f: Callable[..., Any], option: str, given: int | Iterable[int], count: int, offset: int) -> set[int]:
-    numbers = (given,) if isinstance(given, int) else tuple(given)
-    found = {n + offset if n >= 0 else n + count for n in numbers}
-    if bad := [n for n in numbers if not -(count - offset) <= n < count - offset]:
+def _positions(
+    f: Callable[..., Any], option: str, numbers: int | Iterable[int], count: int, own: int
+) -> frozenset[int]:
+    """As `positions`; raises SpecError unless they all are positions of arguments."""
+    numbers = (numbers,) if isinstance(numbers, int) else tuple(numbers)
+    passed = count - own
+    if bad := [n for n in numbers if not -passed <= n < passed]:
         raise SpecError(
-            f"{option} {bad} is out of range: {name_of(f)} was called with {count - offset} arguments."
-            f" Expected 0 to {count - offset - 1}."
+            f"{option} {bad} is out of range: {name_of(f)} was called with {passed} arguments."
+            f" Expected 0 to {passed - 1}."
         )
-    return found
+    return positions(numbers, count, own)
 
 
 @optional_decorator
@@ -176,34 +184,35 @@ def pmap(
     metadata = _LaneMetadata(axis_options(f, transform_metadata))
     options: dict[str, Any] = {"axis_name": axis_name, "devices": devices, "backend": backend, "axis_size": axis_size}
     modes = Modes.of(graph, graph_updates)
-    forms: dict[int, tuple[Lifted, Any]] = {}
 
-    def make(count: int) -> tuple[Lifted, Any]:
+    def make(count: int) -> Form:
         own = len(owner)
         static = _positions(function, "static_broadcasted_argnums", static_broadcasted_argnums, count, own)
         donated = _positions(function, "donate_argnums", donate_argnums, count, own)
-        axes = (*(None for _ in owner), *_by_argument("in_axes", function, in_axes, count - own))
-        inputs = tuple(
-            AS_STATIC if i in static else _placed(axis, donated=True) if i in donated else axis
-            for i, axis in enumerate(axes)
-        )
-        groups = tuple(g for g in distinct(0, inputs, out_axes) if g is not AS_STATIC)
-        given = [i + 1 for i, g in enumerate(groups) if type(g) is Placement]
-        always = frozenset(g for g in groups if type(g) is Placement)
+        inputs = [None] * own + list(_by_argument("in_axes", function, in_axes, count - own))
+        for i in donated:
+            inputs[i] = placed(inputs[i], donated=True)
+        for i in static:
+            inputs[i] = AS_STATIC
+        groups = tuple(group for group in distinct(0, inputs, out_axes) if group is not AS_STATIC)
         lifted = Lifted(
-            function, groups, inputs, out_axes, 0, always, enter=metadata.enter, leave=metadata.leave, strict=True,
+            function,
+            groups,
+            tuple(inputs),
+            out_axes,
+            keywords=0,
+            always=frozenset(group for group in groups if type(group) is Placement),
+            enter=metadata.enter,
+            leave=metadata.leave,
+            strict=True,
             modes=modes,
-        )  # fmt: skip
+        )
+        # The first argument of `pure` is the structure, which is no group.
+        numbers = [i for i, group in enumerate(groups, start=1) if type(group) is Placement]
         # A pair for each group, since jax.pmap gives one plain axis an argument to the wrong leaves where the number
         # of leaves happens to be that of the arguments (as of 0.12, its short cut for arguments that are leaves).
         mapped = (None, *((_axis(g), _axis(g)) for g in groups))
-        return lifted, jax.pmap(lifted.named, in_axes=mapped, out_axes=mapped, donate_argnums=given, **options)
+        run = jax.pmap(lifted.named, in_axes=mapped, out_axes=mapped, donate_argnums=numbers, **options)
+        return Form(lifted, run)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = by_position(function, (*owner, *args), kwargs)
-        if len(args) not in forms:
-            forms[len(args)] = make(len(args))
-        lifted, run = forms[len(args)]
-        return lifted.call(run, args, kwargs)
-
-    return dressed(call, f)
+    return by_count(f, make, by_position)

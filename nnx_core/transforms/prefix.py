@@ -69,15 +69,21 @@ def _prefix(x: Any, path: Path, choose: Choose) -> Any:
     if isinstance(x, Variable) or jax.tree_util.all_leaves([x]):
         return choose(path, x)
     keys, children, treedef = one_level(x)
-    return treedef.unflatten([_prefix(child, (*path, key), choose) for key, child in zip(keys, children, strict=True)])
+    treatments = [_prefix(child, (*path, key), choose) for key, child in zip(keys, children, strict=True)]
+    return treedef.unflatten(treatments)
 
 
 def _of_object(x: Object, path: Path, choose: Choose) -> StateAxes:
-    structure, leaves = flatten(x)
-    found = dict(leaves)
-    variables = {d.id: found[at] for at, d in nodes(structure.root) if type(d) is VariableDef}
-    shared = {at: variables[d.id] for at, d in nodes(structure.root) if type(d) is Ref and d.id in variables}
+    structure, flat_state = flatten(x)
+    leaves: dict[Path, Any] = dict(flat_state)
+    variables: dict[int, Any] = {}
+    for path_below, d in nodes(structure.root):
+        if type(d) is VariableDef:
+            variables[d.id] = leaves[path_below]
+        elif type(d) is Ref and d.id in variables:  # reached a second time, which the State does not say
+            leaves[path_below] = variables[d.id]
     paths: dict[Hashable, list[Path]] = {}
-    for at, leaf in {**found, **shared}.items():
-        paths.setdefault(choose((*path, *at), leaf), []).append(at)
-    return StateAxes((filterlib.PathIn(*at), group) for group, at in paths.items())
+    for path_below, leaf in leaves.items():
+        treatment = choose((*path, *path_below), leaf)
+        paths.setdefault(treatment, []).append(path_below)
+    return StateAxes((filterlib.PathIn(*below), treatment) for treatment, below in paths.items())

@@ -8,6 +8,7 @@ import pytest
 
 import nnx_core as nnx
 from nnx_core import _compat_paths as paths
+from nnx_core._late_names import late_names
 
 flax_nnx = pytest.importorskip("flax.nnx", reason="the oracle of this file")
 
@@ -99,3 +100,16 @@ def test_bridge_is_the_package_beside():
     assert nnx.bridge is nnx.wrappers is bridge
     with pytest.raises(AttributeError, match="no attribute 'brigde'"):
         nnx.brigde  # noqa: B018
+
+
+def test_a_room_keeps_its_own_names_when_it_takes_more():
+    own = {"split": 1}
+    late_names(own)(split=2, merge=3)
+    assert own == {"split": 1, "merge": 3}
+
+
+def test_our_own_path_of_before():
+    from nnx_core.transforms.differentials import NoRuleError, custom_vjp, jvp, vjp
+
+    assert (custom_vjp, jvp, vjp) == (nnx.custom_vjp, nnx.jvp, nnx.vjp)
+    assert issubclass(NoRuleError, AttributeError)

@@ -27,8 +27,8 @@ NOT_MESSAGES = {
     "raise": "the same error again",
     "raise NotImplementedError": "a method that subclasses define",
     "raise NotPlannable": "a signal, caught where it is called",
-    "raise _AnotherWrites(here | there)": "a signal, caught where it is called",
-    "raise _SharedWritten(moving | written)": "a signal, caught where it is called",
+    "raise _AnotherWrites(after.travelling | first_after.travelling)": "a signal, caught where it is called",
+    "raise _SharedWritten(positions.union(written))": "a signal, caught where it is called",
     "raise AttributeError(name)": "protocols of Python ask for names and go without them",
 }
 

@@ -1,5 +1,8 @@
 """grad, value_and_grad and remat of functions of objects; the oracle is jax.grad of the same arithmetic."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -385,3 +388,53 @@ def test_of_a_state_or_a_variable_everything_is_differentiated():
     grad = nnx.grad(lambda v: (v[...] * 2).sum())(nnx.BatchStat(jnp.ones(2)))
     assert type(grad) is nnx.BatchStat
     assert_trees_equal(grad[...], jnp.full(2, 2.0))
+
+
+def test_of_a_state_with_arrays_and_variables():
+    state = nnx.State({"a": jnp.array([1.0, 2.0]), "b": {"c": nnx.Param(jnp.array([3.0])), "d": jnp.array(4.0)}})
+    grads = nnx.grad(lambda s: (s["a"] ** 2).sum() + (s["b"]["c"] * s["b"]["d"]).sum())(state)
+    assert isinstance(grads, nnx.State)
+    expected = {"a": jnp.array([2.0, 4.0]), "b": {"c": jnp.array([4.0]), "d": jnp.array(3.0)}}
+    assert_trees_close(nnx.to_pure_dict(grads), expected)
+    assert isinstance(grads["b"]["c"], nnx.Param)
+
+
+def test_argnums_of_a_method_count_from_either_end_without_its_object():
+    class Loss(Affine):
+        def of(self, x):
+            return loss_fn(self, x)
+
+    m = Loss()
+    kernel = m.kernel.get_value()
+    expected = jax.grad(lambda x: ((x @ kernel) ** 2).sum())(X)
+    for argnums in (0, -1, nnx.DiffState(-1, ...)):
+        assert_trees_close(nnx.grad(m.of, argnums=argnums)(X), expected)
+
+
+# ---- what a transformed function closes over -----------------------------------------------------------------------
+
+TRANSFORMED = {
+    "jit": lambda f, m: nnx.jit(f)(m),
+    "grad": lambda f, m: nnx.grad(f)(m),
+    "vjp": lambda f, m: nnx.vjp(f, m),
+    "remat": lambda f, m: nnx.remat(f)(m),
+    "vmap": lambda f, m: nnx.vmap(f, in_axes=None, axis_size=2)(m),
+}
+
+
+@pytest.mark.parametrize("use", TRANSFORMED.values(), ids=TRANSFORMED)
+def test_it_goes_with_the_function(use):
+    class Data:
+        x = X
+
+    def closed_over():
+        data = Data()
+        use(lambda m: loss_fn(m, data.x), Affine())
+        return weakref.ref(data)
+
+    gc.collect()
+    gc.disable()  # counting references has to be enough
+    try:
+        assert closed_over()() is None
+    finally:
+        gc.enable()

@@ -69,6 +69,18 @@ def test_bound_methods_are_branches():
         nnx.cond(True, m.first, other.second)
 
 
+@pytest.mark.parametrize("pred", [True, False])
+def test_a_bound_method_beside_a_function_keeps_its_arguments(pred):
+    class Scaled(Affine):
+        def scaled(self, x):
+            return x * self.kernel[0, 0]
+
+    m = Scaled()
+    expected = X + 1 if pred else X * m.kernel[0, 0]
+    assert_trees_equal(nnx.cond(pred, lambda x: x + 1, m.scaled, X), expected)
+    assert_trees_equal(nnx.cond(not pred, m.scaled, lambda x: x + 1, X), expected)
+
+
 def test_branches_that_leave_different_structures_are_an_error():
     def grow(m):
         m.extra = nnx.Param(jnp.ones(1))

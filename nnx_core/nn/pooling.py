@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from nnx_core._errors import NnxError
-from nnx_core.nn._windows import LAX_PADDINGS, LaxPadding, hashable
+from nnx_core.nn._axes import hashable
+from nnx_core.nn._windows import LAX_PADDINGS, LaxPadding, is_pair
 
 Reduction = Callable[[Any, Any], Any]
 
@@ -188,4 +189,4 @@ def _checked(
 
 def _is_pairs(padding: Any, rank: int) -> bool:
     pairs = padding if isinstance(padding, tuple) else ()
-    return len(pairs) == rank and all(isinstance(p, tuple) and len(p) == 2 for p in pairs)
+    return len(pairs) == rank and all(map(is_pair, pairs))

@@ -150,6 +150,14 @@ def _sum(values: jax.Array) -> jax.Array:
     return values.sum(dtype=jnp.int32 if values.dtype == jnp.bool_ else jnp.float32)
 
 
+def _no_sum() -> jax.Array:
+    return jnp.zeros((), jnp.float32)
+
+
+def _no_count() -> jax.Array:
+    return jnp.zeros((), jnp.int32)
+
+
 class Average(Metric):
     """Mean of values.
 
@@ -171,13 +179,11 @@ class Average(Metric):
 
     def __init__(self, argname: str = "values"):
         self.argname = argname
-        self.total = MetricState(jnp.array(0, dtype=jnp.float32))
-        self.count = MetricState(jnp.array(0, dtype=jnp.int32))
+        self.total, self.count = MetricState(_no_sum()), MetricState(_no_count())
 
     def reset(self) -> None:
         """Forget all values, in place."""
-        self.total[...] = jnp.array(0, dtype=jnp.float32)
-        self.count[...] = jnp.array(0, dtype=jnp.int32)
+        self.total[...], self.count[...] = _no_sum(), _no_count()
 
     def update(self, mask: jax.Array | None = None, **kwargs: Any) -> None:
         """Take in values, in place.
@@ -315,15 +321,13 @@ class Welford(Metric):
 
     def __init__(self, argname: str = "values"):
         self.argname = argname
-        self.count = MetricState(jnp.array(0, dtype=jnp.int32))
-        self.mean = MetricState(jnp.array(0, dtype=jnp.float32))
-        self.m2 = MetricState(jnp.array(0, dtype=jnp.float32))
+        self.count = MetricState(_no_count())
+        self.mean, self.m2 = MetricState(_no_sum()), MetricState(_no_sum())
 
     def reset(self) -> None:
         """Forget all values, in place."""
-        self.count[...] = jnp.array(0, dtype=jnp.int32)
-        self.mean[...] = jnp.array(0, dtype=jnp.float32)
-        self.m2[...] = jnp.array(0, dtype=jnp.float32)
+        self.count[...] = _no_count()
+        self.mean[...], self.m2[...] = _no_sum(), _no_sum()
 
     def update(self, **kwargs: Any) -> None:
         """Take in values, in place.

@@ -62,13 +62,12 @@ class Conv(Convolution):
 
     >>> import jax.numpy as jnp
     >>> import nnx_core as nnx
-    >>> layer = nnx.Conv(3, 4, kernel_size=(3, 3), strides=2, padding="CIRCULAR", rngs=nnx.Rngs(0))
-    >>> layer.kernel.shape
-    (3, 3, 3, 4)
-    >>> layer(jnp.ones((5, 8, 8, 3))).shape
-    (5, 4, 4, 4)
-    >>> layer(jnp.ones((8, 8, 3))).shape
-    (4, 4, 4)
+    >>> halve = nnx.Conv(2, 6, kernel_size=(5, 3), strides=2, padding="CIRCULAR", rngs=nnx.Rngs(0))
+    >>> halve.kernel.shape, halve.bias.shape
+    ((5, 3, 2, 6), (6,))
+    >>> image = jnp.ones((10, 12, 2))
+    >>> halve(image).shape, halve(image[None]).shape
+    ((5, 6, 6), (1, 5, 6, 6))
     """
 
     def __init__(

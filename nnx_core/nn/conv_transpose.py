@@ -73,13 +73,12 @@ class ConvTranspose(Convolution):
 
     >>> import jax.numpy as jnp
     >>> import nnx_core as nnx
-    >>> layer = nnx.ConvTranspose(3, 4, kernel_size=(3, 3), strides=2, rngs=nnx.Rngs(0))
-    >>> layer.kernel.shape
-    (3, 3, 3, 4)
-    >>> layer(jnp.ones((5, 8, 8, 3))).shape
-    (5, 16, 16, 4)
-    >>> layer(jnp.ones((8, 8, 3))).shape
-    (16, 16, 4)
+    >>> double = nnx.ConvTranspose(6, 2, kernel_size=(4, 3), strides=2, rngs=nnx.Rngs(0))
+    >>> double.kernel.shape, double.bias.shape
+    ((4, 3, 6, 2), (2,))
+    >>> image = jnp.ones((5, 7, 6))
+    >>> double(image).shape, double(image[None]).shape
+    ((10, 14, 2), (1, 10, 14, 2))
     """
 
     def __init__(

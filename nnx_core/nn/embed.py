@@ -41,11 +41,12 @@ class Embed(Module):
 
     >>> import jax.numpy as jnp
     >>> import nnx_core as nnx
-    >>> layer = nnx.Embed(num_embeddings=5, features=3, rngs=nnx.Rngs(0))
-    >>> layer(jnp.array([[0, 1], [-1, 4]])).shape
-    (2, 2, 3)
-    >>> layer.attend(jnp.ones((7, 3))).shape
-    (7, 5)
+    >>> table = nnx.Embed(26, 2, rngs=nnx.Rngs(0))
+    >>> word = jnp.array([2, 0, 19])
+    >>> table(word).shape, bool((table(word - 26) == table(word)).all())
+    ((3, 2), True)
+    >>> table.attend(table(word)).shape
+    (3, 26)
     """
 
     def __init__(

@@ -61,14 +61,14 @@ class LinearGeneral(KernelLayer):
 
     >>> import jax.numpy as jnp
     >>> import nnx_core as nnx
-    >>> layer = nnx.LinearGeneral((2, 3), (4, 5), axis=(1, -1), rngs=nnx.Rngs(0))
-    >>> layer.kernel.shape, layer.bias.shape
-    ((2, 3, 4, 5), (4, 5))
-    >>> layer(jnp.ones((16, 2, 3))).shape
-    (16, 4, 5)
-    >>> experts = nnx.LinearGeneral(3, 4, batch_axis={0: 7}, rngs=nnx.Rngs(0))
-    >>> experts.kernel.shape, experts(jnp.ones((7, 16, 3))).shape
-    ((7, 3, 4), (7, 16, 4))
+    >>> merge_heads = nnx.LinearGeneral((8, 6), 10, axis=(-2, -1), rngs=nnx.Rngs(0))
+    >>> merge_heads.kernel.shape, merge_heads.bias.shape
+    ((8, 6, 10), (10,))
+    >>> merge_heads(jnp.ones((2, 7, 8, 6))).shape
+    (2, 7, 10)
+    >>> experts = nnx.LinearGeneral(6, 4, batch_axis={0: 3}, rngs=nnx.Rngs(0))
+    >>> experts.kernel.shape, experts(jnp.ones((3, 20, 6))).shape
+    ((3, 6, 4), (3, 20, 4))
     """
 
     def __init__(
@@ -169,11 +169,9 @@ class Einsum(KernelLayer):
 
     >>> import jax.numpy as jnp
     >>> import nnx_core as nnx
-    >>> layer = nnx.Einsum("nta,hab->nthb", (8, 2, 4), (8, 4), rngs=nnx.Rngs(0))
-    >>> layer.kernel.shape, layer.bias.shape
-    ((8, 2, 4), (8, 4))
-    >>> layer(jnp.ones((16, 11, 2))).shape
-    (16, 11, 8, 4)
+    >>> split_heads = nnx.Einsum("...d, dhk -> ...hk", kernel_shape=(6, 3, 2), bias_shape=(3, 2), rngs=nnx.Rngs(0))
+    >>> split_heads(jnp.ones((5, 6))).shape, split_heads(jnp.ones((4, 5, 6))).shape
+    ((5, 3, 2), (4, 5, 3, 2))
     """
 
     def __init__(

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from nnx_core.kinds import BatchStat
 from nnx_core.nn import dtypes, statistics
 from nnx_core.nn._axes import Axes, hashable
-from nnx_core.nn._errors import choose_flag, require_rngs
+from nnx_core.nn._errors import require_rngs
+from nnx_core.nn._flags import choose_flag, set_flags
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, ones, zeros
 from nnx_core.nn.norm_base import Norm
@@ -141,8 +142,7 @@ class BatchNorm(Norm):
         Args:
           use_running_average: True in evaluation, False in training, None leaves it as it is.
         """
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
+        set_flags(self, use_running_average=use_running_average)
 
 
 class LayerNorm(Norm):

@@ -21,7 +21,8 @@ from nnx_core._errors import Path, show_path
 from nnx_core.kinds import BatchStat, Param
 from nnx_core.module import Module
 from nnx_core.nn import substitute
-from nnx_core.nn._errors import OptionError, choose_flag
+from nnx_core.nn._errors import OptionError
+from nnx_core.nn._flags import choose_flag
 from nnx_core.nn.dtypes import Dtype, canonicalize_dtype
 from nnx_core.nn.initializers import normal
 from nnx_core.nn.weight_norm import l2_normalized

@@ -171,10 +171,10 @@ class Average(Metric):
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
       >>> loss = nnx.metrics.Average("loss")
-      >>> loss.update(loss=jnp.array([1, 2, 3, 4]))
-      >>> loss.update(loss=jnp.array([3, 2, 1, 0]), mask=jnp.array([1, 1, 0, 0]))
+      >>> loss.update(loss=jnp.array([0.5, 1.5, 4.0]))
+      >>> loss.update(loss=jnp.array([6.0, jnp.nan]), mask=jnp.array([True, False]))
       >>> loss.compute()
-      Array(2.5, dtype=float32)
+      Array(3., dtype=float32)
     """
 
     def __init__(self, argname: str = "values"):
@@ -231,10 +231,12 @@ class Accuracy(Average):
 
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
-      >>> accuracy = nnx.metrics.Accuracy()
-      >>> accuracy.update(logits=jnp.array([[1.0, 2.0], [3.0, 0.0]]), labels=jnp.array([1, 1]))
-      >>> accuracy.compute()
-      Array(0.5, dtype=float32)
+      >>> top = nnx.metrics.Accuracy()
+      >>> top.update(logits=jnp.eye(4), labels=jnp.array([0, 1, 2, 0]))
+      >>> spam = nnx.metrics.Accuracy(threshold=0.0)
+      >>> spam.update(logits=jnp.array([-3.0, 2.0]), labels=jnp.array([False, True]))
+      >>> top.compute(), spam.compute()
+      (Array(0.75, dtype=float32), Array(1., dtype=float32))
     """
 
     def __init__(self, threshold: float | None = None, *args: Any, **kwargs: Any):
@@ -312,11 +314,12 @@ class Welford(Metric):
 
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
-      >>> metric = nnx.metrics.Welford()
-      >>> metric.update(values=jnp.array([1, 2, 3, 4]))
-      >>> metric.update(values=jnp.array([3, 2, 1, 0]))
-      >>> metric.compute().mean, metric.compute().standard_deviation
-      (Array(2., dtype=float32), Array(1.2247449, dtype=float32))
+      >>> spread = nnx.metrics.Welford()
+      >>> for batch in ([2, 4, 4, 4], [5, 5], [7, 9]):
+      ...     spread.update(values=jnp.array(batch))
+      >>> found = spread.compute()
+      >>> found.mean, found.standard_deviation.round(5)
+      (Array(5., dtype=float32), Array(2., dtype=float32))
     """
 
     def __init__(self, argname: str = "values"):
@@ -390,11 +393,10 @@ class MultiMetric(Metric):
 
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
-      >>> metrics = nnx.MultiMetric(accuracy=nnx.metrics.Accuracy(), loss=nnx.metrics.Average())
-      >>> logits, labels = jnp.array([[1.0, 2.0], [3.0, 0.0]]), jnp.array([1, 1])
-      >>> metrics.update(logits=logits, labels=labels, values=jnp.array([1.0, 2.0]))
-      >>> metrics.compute()
-      {'accuracy': Array(0.5, dtype=float32), 'loss': Array(1.5, dtype=float32)}
+      >>> epoch = nnx.MultiMetric(loss=nnx.metrics.Average("loss"), right=nnx.metrics.Accuracy())
+      >>> epoch.update(loss=jnp.float32(1.5), logits=jnp.eye(4), labels=jnp.array([0, 1, 2, 0]))
+      >>> epoch.compute()
+      {'loss': Array(1.5, dtype=float32), 'right': Array(0.75, dtype=float32)}
     """
 
     def __init__(self, **metrics: Metric):

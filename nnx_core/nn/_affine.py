@@ -7,8 +7,6 @@ calls is the order of the keys. Knows no particular layer.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax import lax
 
 from nnx_core.graph.objects import data
@@ -40,11 +38,6 @@ def optional_param(
     """`new_param` for an attribute of a layer, or None, which draws no key."""
     # `data`: without a parameter the attribute stays a place where a Param may be put later.
     return data(new_param(rngs, init, shape, dtype, metadata) if wanted else None)
-
-
-def along_last_axis(bias: jax.Array, rank: int) -> jax.Array:
-    """`bias`, a vector, as an array of `rank` axes that broadcasts along all but the last."""
-    return jnp.reshape(bias, (1,) * (rank - 1) + (-1,))
 
 
 class KernelLayer(Module):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 Axes = int | Sequence[int]
-Shape = Sequence[int]
+Shape = tuple[int, ...]
 
 
 def hashable(option: Any) -> Any:

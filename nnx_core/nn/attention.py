@@ -17,6 +17,7 @@ from nnx_core.graph.objects import data
 from nnx_core.kinds import Cache
 from nnx_core.module import Module
 from nnx_core.nn import dtypes
+from nnx_core.nn._axes import Shape
 from nnx_core.nn._errors import InputShapeError, OptionError, next_key, place, require_rngs
 from nnx_core.nn._flags import choose_flag, set_flags
 from nnx_core.nn.attention_dot_product import combine_masks, dot_product_attention
@@ -25,8 +26,6 @@ from nnx_core.nn.initializers import Initializer, default_bias_init, default_ker
 from nnx_core.nn.linear_general import LinearGeneral
 from nnx_core.nn.norm import LayerNorm
 from nnx_core.rngs import Rngs, RngStream
-
-Shape = tuple[int, ...]
 
 
 class MissingCacheError(NnxError, ValueError):

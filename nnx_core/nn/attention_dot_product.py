@@ -17,10 +17,9 @@ from nnx_core._errors import NnxError
 from nnx_core.kinds import Intermediate
 from nnx_core.module import Module
 from nnx_core.nn import dtypes
+from nnx_core.nn._axes import Shape
 from nnx_core.nn._errors import MissingRngsError
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
-
-Shape = tuple[int, ...]
 
 
 class AttentionShapeError(NnxError, ValueError):

@@ -47,17 +47,11 @@ class ConvLocal(Convolution):
       kernel_dilation: spread the window by this factor.
       use_bias: whether to add a bias.
       mask: array of the shape of the kernel, multiplied onto it.
-      dtype: the dtype of the computation (None: promoted from input and parameters).
-      param_dtype: the dtype of the parameters.
-      precision: of the products, see `jax.lax.Precision`.
+      dtype, param_dtype, precision: as in Conv.
       kernel_init: initializer of the kernel. As in Linen it is called with the shape above, and the default one
         takes the output positions for a part of the fan-in. For outputs of unit variance pass
         `nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=range(rank))`.
-      bias_init: initializer of the bias.
-      promote_dtype: called with `(inputs, kernel, bias)` and `dtype`; returns them in one dtype.
-      rngs: source of the initial values; the stream `params`, one key a parameter.
-      kernel_metadata: metadata of the kernel.
-      bias_metadata: metadata of the bias.
+      bias_init, promote_dtype, rngs, kernel_metadata, bias_metadata: as in Conv.
 
     Raises:
       OptionError: options that do not fit the kernel size or the size of the input.

@@ -54,18 +54,10 @@ class ConvTranspose(Convolution):
       kernel_dilation: spread the kernel by this factor ("atrous", Chen et al. 2017, arXiv:1606.00915).
       use_bias: whether to add a bias.
       mask: array of the shape of the kernel, multiplied onto it (van den Oord et al. 2016, arXiv:1601.06759).
-      dtype: the dtype of the computation (None: promoted from input and parameters).
-      param_dtype: the dtype of the parameters.
-      precision: of the products, see `jax.lax.Precision`.
-      kernel_init: initializer of the kernel.
-      bias_init: initializer of the bias.
+      dtype, param_dtype, precision, kernel_init, bias_init: as in Conv.
       transpose_kernel: flip the kernel's spatial axes and swap its features, as Keras does: the layer is then the
         gradient of the `Conv` with that kernel with respect to its input.
-      promote_dtype: called with `(inputs, kernel, bias)` and `dtype`; returns them in one dtype.
-      preferred_element_type: dtype in which the convolution accumulates and that it returns.
-      rngs: source of the initial values; the stream `params`, one key a parameter.
-      kernel_metadata: metadata of the kernel.
-      bias_metadata: metadata of the bias.
+      promote_dtype, preferred_element_type, rngs, kernel_metadata, bias_metadata: as in Conv.
 
     Raises:
       OptionError: options that do not fit the kernel size.

@@ -30,23 +30,10 @@ class GroupNorm(Norm):
       num_features: number of channels, the size of the last axis.
       num_groups: into how many groups of neighbours the channels are divided.
       group_size: channels of a group, in place of `num_groups`, which must be None then.
-      epsilon: added to the variance.
-      dtype: the dtype of the result (None: promoted from input, scale and bias).
-      param_dtype: the dtype of scale and bias.
-      use_bias: whether to add a bias.
-      use_scale: whether to multiply by a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
+      epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init: as in LayerNorm.
       reduction_axes: axes the statistics are taken over, the last one among them (None: all but the first).
       axis_name: average the statistics over this mapped axis too: needed where positions are sharded.
-      axis_index_groups: groups of indices of that axis which average among themselves.
-      use_fast_variance: E[x²] - E[x]² in one pass, instead of E[(x - E[x])²] in two; it cancels where
-        |mean| >> std (Chan, Golub & LeVeque 1983).
-      promote_dtype: the default rounds nothing but the result. Another function is called with
-        `(inputs, scale, bias)` and `dtype`, and what it returns is used in their place.
-      rngs: source of the initial values; the stream `params`, one key a parameter.
-      bias_metadata: metadata of the bias.
-      scale_metadata: metadata of the scale.
+      axis_index_groups, use_fast_variance, promote_dtype, rngs, bias_metadata, scale_metadata: as in LayerNorm.
 
     Raises:
       OptionError: `num_groups` and `group_size` are both given, or neither, or do not divide the channels.
@@ -140,23 +127,10 @@ class InstanceNorm(Norm):
 
     Args:
       num_features: size of the feature axis; of several axes, the product.
-      epsilon: added to the variance.
-      dtype: the dtype of the result (None: promoted from input, scale and bias).
-      param_dtype: the dtype of scale and bias.
-      use_bias: whether to add a bias.
-      use_scale: whether to multiply by a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
+      epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init: as in LayerNorm.
       feature_axes: axes along which statistics, scale and bias differ; not the first.
       axis_name: average the statistics over this mapped axis too: needed where positions are sharded.
-      axis_index_groups: groups of indices of that axis which average among themselves.
-      use_fast_variance: E[x²] - E[x]² in one pass, instead of E[(x - E[x])²] in two; it cancels where
-        |mean| >> std (Chan, Golub & LeVeque 1983).
-      promote_dtype: the default rounds nothing but the result. Another function is called with
-        `(inputs, scale, bias)` and `dtype`, and what it returns is used in their place.
-      rngs: source of the initial values; the stream `params`, one key a parameter.
-      bias_metadata: metadata of the bias.
-      scale_metadata: metadata of the scale.
+      axis_index_groups, use_fast_variance, promote_dtype, rngs, bias_metadata, scale_metadata: as in LayerNorm.
 
     Raises:
       MissingRngsError: `rngs` is not an Rngs.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nnx_core.nn import dtypes
-from nnx_core.nn._affine import KernelLayer, along_last_axis, new_param, optional_param
+from nnx_core.nn._affine import KernelLayer, new_param, optional_param
 from nnx_core.nn._errors import InputShapeError, require_rngs
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
@@ -106,4 +106,6 @@ class Linear(KernelLayer):
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
         contracted, batch = ((inputs.ndim - 1,), (0,)), ((), ())
         y = self.dot_general(inputs, kernel, (contracted, batch), **self._product_options(out_sharding))
-        return y if bias is None else y + along_last_axis(bias, y.ndim)
+        if bias is not None:
+            y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        return y

@@ -7,7 +7,7 @@ Knows nothing of how parameters are stored or traced.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -177,8 +177,8 @@ class Einsum(KernelLayer):
     def __init__(
         self,
         einsum_str: str | None,
-        kernel_shape: Shape,
-        bias_shape: Shape | None = None,
+        kernel_shape: Sequence[int],
+        bias_shape: Sequence[int] | None = None,
         *,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,

@@ -78,10 +78,8 @@ def avg_pool(
     """The mean of each window.
 
     Args:
-      inputs: `[*batch, *spatial, features]`, see `pool`.
-      window_shape: the size of the window along each spatial axis.
-      strides: between windows, one for each spatial axis; None is 1 for all.
-      padding: see `pool`.
+      inputs: `[*batch, *spatial, features]`.
+      window_shape, strides, padding: see `pool`.
       count_include_pad: whether padding counts as zeros; if not, the mean is over the pixels of the input only.
 
     Returns:
@@ -117,10 +115,8 @@ def max_pool(
     """The largest value of each window; padding never wins.
 
     Args:
-      inputs: `[*batch, *spatial, features]`, see `pool`; any dtype with an order.
-      window_shape: the size of the window along each spatial axis.
-      strides: between windows, one for each spatial axis; None is 1 for all.
-      padding: see `pool`.
+      inputs: `[*batch, *spatial, features]`, any dtype with an order.
+      window_shape, strides, padding: see `pool`.
 
     Returns:
       `[*batch, *spatial', features]`, in the dtype of `inputs`.
@@ -145,10 +141,8 @@ def min_pool(
     """The smallest value of each window; padding never wins.
 
     Args:
-      inputs: `[*batch, *spatial, features]`, see `pool`; any dtype with an order.
-      window_shape: the size of the window along each spatial axis.
-      strides: between windows, one for each spatial axis; None is 1 for all.
-      padding: see `pool`.
+      inputs: `[*batch, *spatial, features]`, any dtype with an order.
+      window_shape, strides, padding: see `pool`.
 
     Returns:
       `[*batch, *spatial', features]`, in the dtype of `inputs`.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from nnx_core.graph.objects import data
 from nnx_core.kinds import Param
 from nnx_core.nn import dtypes, initializers
-from nnx_core.nn._affine import Metadata, along_last_axis
+from nnx_core.nn._affine import Metadata
 from nnx_core.nn._errors import require_rngs
 from nnx_core.nn.activations import sigmoid, tanh
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
@@ -233,7 +233,7 @@ class GRUCell(FusedCell):
         if self.hn_bias is not None:
             # Promoted as the bias of a product is, so that the sum has its dtype: Linen has b_hn in a Dense.
             h_n, bias = self.promote_dtype((h_n, self.hn_bias[...]), dtype=self.dtype)
-            h_n = h_n + along_last_axis(bias, h_n.ndim)
+            h_n = h_n + jnp.reshape(bias, (1,) * (h_n.ndim - 1) + (-1,))
         n = self.activation_fn(i_n + r * h_n)
         h = (1.0 - z) * n + z * carry
         return h, h

@@ -197,14 +197,14 @@ class Average(Metric):
           MetricArgumentError: if `argname` is missing.
           MetricInputError: if the values are not real, or the mask does not fit.
         """
-        values = _argument(self, self.argname, kwargs)
+        self._take_in(_argument(self, self.argname, kwargs), mask)
+
+    def _take_in(self, values: jax.Array, mask: jax.Array | None) -> None:
         if mask is None:
-            self._add(_sum(values), values.size)
+            total, count = _sum(values), values.size
         else:
             mask = _spread(self, mask, values.shape)
-            self._add(_sum(_masked(values, mask)), _count(mask))
-
-    def _add(self, total: jax.Array, count: jax.Array | int) -> None:
+            total, count = _sum(_masked(values, mask)), _count(mask)
         self.total[...] += total.astype(jnp.float32)
         self.count[...] += count
 
@@ -277,11 +277,7 @@ class Accuracy(Average):
                 "Multi-class logits have one axis more than labels; binary ones have none, and need threshold=.",
             )
         right = (predicted if self.threshold is None else predicted >= self.threshold) == labels
-        if mask is None:
-            self._add(_sum(right), right.size)
-        else:
-            mask = _spread(self, mask, right.shape)
-            self._add(_sum(_masked(right, mask)), _count(mask))
+        self._take_in(right, mask)
 
 
 class Statistics(Record):

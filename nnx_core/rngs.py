@@ -203,9 +203,9 @@ class Rngs(_Samplers, Mapping[str, RngStream]):
 
         Example:
           >>> import nnx_core as nnx
-          >>> rngs = nnx.Rngs(0).broadcast(5)
-          >>> rngs.default.key.shape, bool(rngs.default.key[0] == rngs.default.key[4])
-          ((5,), True)
+          >>> keys = nnx.Rngs(7).broadcast((2, 3)).default.key
+          >>> keys.shape, bool(keys[0, 0] == keys[1, 2])
+          ((2, 3), True)
         """
         rules = _split_rules(k)
         return self._each(lambda name, stream: _broadcast_stream(stream, _split_of(rules, (name,), stream)))

@@ -47,24 +47,23 @@ def update_context(tag: Hashable) -> Iterator[UpdateContext]:
 
     Example:
       >>> import nnx_core as nnx, jax
-      >>> class Foo(nnx.Module): ...
-      >>> m1 = Foo()
+      >>> tree = nnx.Dict(left=nnx.Param(3.0))
       >>> @jax.jit
-      ... def f(graphdef, state):
-      ...     with merge_context("example", inner=True) as ctx:
-      ...         m2 = ctx.merge(graphdef, state)
-      ...     m2.a = 1
-      ...     m2.ref = m2  # a cycle
-      ...     with split_context("example") as ctx:
-      ...         return ctx.split(m2)
-      >>> with update_context("example"):
-      ...     with split_context("example") as ctx:
-      ...         graphdef, state = ctx.split(m1)
-      ...     graphdef, state = f(graphdef, state)
-      ...     with merge_context("example", inner=False) as ctx:
-      ...         m3 = ctx.merge(graphdef, state)
-      >>> m3 is m1, m1.a, m1.ref is m1
-      (True, 1, True)
+      ... def grow(*parts):
+      ...     with merge_context("growth", inner=True) as context:
+      ...         inside = context.merge(*parts)
+      ...     inside.right = nnx.Param(2 * inside.left[...])
+      ...     inside.root = inside  # a cycle
+      ...     with split_context("growth") as context:
+      ...         return context.split(inside)
+      >>> with update_context("growth"):
+      ...     with split_context("growth") as context:
+      ...         parts = context.split(tree)
+      ...     parts = grow(*parts)
+      ...     with merge_context("growth", inner=False) as context:
+      ...         grown = context.merge(*parts)
+      >>> grown is tree, float(tree.right[...]), tree.root is tree
+      (True, 6.0, True)
     """
     context = UpdateContext(tag)
     before = _active.get()

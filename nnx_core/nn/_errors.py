@@ -93,11 +93,3 @@ def next_key(layer: Module, rngs: Rngs | RngStream | jax.Array | None, stream: s
         "Construct it with an Rngs to keep (MultiHeadAttention: keep_rngs=True), call it with rngs=..., or call"
         " .eval() on the model.",
     )
-
-
-def choose_flag(layer: Module, flag: str, call: bool | None, own: bool | None) -> bool:
-    """The flag of the call if there is one, else the layer's own; MissingFlagError if there is neither."""
-    chosen = own if call is None else call
-    if chosen is None:
-        raise MissingFlagError(layer, flag)
-    return chosen

@@ -1,19 +1,15 @@
-"""Options and shapes of layers that slide a window over the spatial axes of an image.
+"""Windows that slide over the spatial axes of an image: their padding, and the batch axes around it.
 
 Law: channels are last, spatial axes before them, any number of batch axes first; an option is one value for all
-spatial axes or one for each. Knows windows and padding; knows nothing of what is computed inside a window.
+spatial axes or one for each. Knows arrays and sizes; knows no layer, and nothing of what is computed in a window.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from nnx_core.module import Module
-from nnx_core.nn._errors import InputShapeError, OptionError
 
 PaddingLike = str | int | Sequence[int | tuple[int, int]]
 PerAxis = int | Sequence[int] | None
@@ -21,16 +17,6 @@ LaxPadding = str | Sequence[tuple[int, int]]
 
 LAX_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 CONV_PADDINGS = (*LAX_PADDINGS, "CIRCULAR", "REFLECT", "CAUSAL")
-
-
-def hashable(option: Any) -> Any:
-    """Lists as tuples, at every depth: options are part of the key of a compiled function."""
-    return tuple(map(hashable, option)) if isinstance(option, Sequence) and not isinstance(option, str) else option
-
-
-def sizes(option: int | Sequence[int]) -> tuple[int, ...]:
-    """The sizes of the spatial axes; a single integer means one axis."""
-    return (option,) if isinstance(option, int) else tuple(option)
 
 
 def each_axis(option: PerAxis, rank: int) -> tuple[int, ...]:
@@ -72,6 +58,11 @@ def explicit_padding(padding: PaddingLike, rank: int) -> LaxPadding:
     return [(p, p) if isinstance(p, int) else tuple(p) for p in padding]
 
 
+def is_pair(padding: object) -> bool:
+    """Whether this is (before, after), the padding of one axis."""
+    return isinstance(padding, tuple) and len(padding) == 2
+
+
 def pad_inputs(
     inputs: jax.Array, padding: PaddingLike, kernel_size: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[jax.Array, LaxPadding]:
@@ -84,63 +75,3 @@ def pad_inputs(
         return jnp.pad(inputs, [(0, 0), (reach[0], 0), (0, 0)]), "VALID"
     widths = [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)]
     return jnp.pad(inputs, widths, mode="wrap" if left == "CIRCULAR" else "reflect"), "VALID"
-
-
-def check_per_axis(layer: Module, *options: str) -> None:
-    """OptionError unless each of these attributes is one integer, None, or as long as `kernel_size`."""
-    rank = len(layer.kernel_size)
-    for option in options:
-        value = getattr(layer, option)
-        if isinstance(value, tuple) and len(value) != rank:
-            fail(layer, option, f"one integer, or {rank}: one for each spatial axis", value)
-
-
-def check_padding(layer: Module, names: tuple[str, ...]) -> None:
-    """OptionError unless `padding` is one of `names`, or integers that fit `kernel_size`."""
-    rank, padding = len(layer.kernel_size), layer.padding
-    if not _is_padding(padding, rank, names):
-        expected = f"one of {', '.join(names)}; an integer; or {rank} integers or (before, after) pairs"
-        fail(layer, "padding", expected, padding)
-    if isinstance(padding, str) and padding.upper() == "CAUSAL" and rank != 1:
-        fail(layer, "padding", "CAUSAL only with one spatial axis", f"kernel_size {layer.kernel_size}")
-
-
-def check_input_dilation(layer: Module) -> None:
-    """OptionError if the input is spread and the padding is a name: lax pads by name only what is not spread."""
-    if isinstance(layer.padding, str) and set(each_axis(layer.input_dilation, 1)) != {1}:
-        fail(layer, "input_dilation", "1, or a padding in integers", f"{layer.input_dilation}, padding {layer.padding}")
-
-
-def check_mask(layer: Module) -> None:
-    """OptionError unless `mask` is None or has the shape of the kernel."""
-    if layer.mask is not None and jnp.shape(layer.mask) != layer.kernel_shape:
-        fail(layer, "mask", f"the shape of the kernel, {layer.kernel_shape}", jnp.shape(layer.mask))
-
-
-def check_input(layer: Module, shape: tuple[int, ...], features: int) -> None:
-    """InputShapeError unless `shape` is `(*batch, *spatial, features)`."""
-    rank = len(layer.kernel_size)
-    if len(shape) < rank + 1 or shape[-1] != features:
-        spatial = ", ".join(f"spatial_{i}" for i in range(rank))
-        raise InputShapeError(
-            layer,
-            f"(*batch, {spatial}, {features})",
-            shape,
-            f"kernel_size {layer.kernel_size} has {rank} spatial axes; channels are last (NHWC, not NCHW).",
-        )
-
-
-def fail(layer: Module, option: str, expected: str, found: object) -> None:
-    """Raise OptionError for a layer that has a `kernel_size`."""
-    fix = f"This {type(layer).__name__} has kernel_size {layer.kernel_size}."
-    raise OptionError(layer, option, expected, found, fix)
-
-
-def _is_padding(padding: Any, rank: int, names: tuple[str, ...]) -> bool:
-    if isinstance(padding, str):
-        return padding.upper() in names
-    if isinstance(padding, tuple):
-        return len(padding) == rank and all(
-            isinstance(p, int) or (isinstance(p, tuple) and len(p) == 2) for p in padding
-        )
-    return isinstance(padding, int)

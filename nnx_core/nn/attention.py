@@ -17,15 +17,15 @@ from nnx_core.graph.objects import data
 from nnx_core.kinds import Cache
 from nnx_core.module import Module
 from nnx_core.nn import dtypes
-from nnx_core.nn._errors import InputShapeError, OptionError, choose_flag, next_key, place, require_rngs
+from nnx_core.nn._axes import Shape
+from nnx_core.nn._errors import InputShapeError, OptionError, next_key, place, require_rngs
+from nnx_core.nn._flags import choose_flag, set_flags
 from nnx_core.nn.attention_dot_product import combine_masks, dot_product_attention
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
 from nnx_core.nn.linear_general import LinearGeneral
 from nnx_core.nn.norm import LayerNorm
 from nnx_core.rngs import Rngs, RngStream
-
-Shape = tuple[int, ...]
 
 
 class MissingCacheError(NnxError, ValueError):
@@ -282,10 +282,7 @@ class MultiHeadAttention(Module):
           batch_size: size of the batch axis of the cache, or sizes of several.
           max_length: number of tokens that the cache holds.
         """
-        if deterministic is not None:
-            self.deterministic = deterministic
-        if decode is not None:
-            self.decode = decode
+        set_flags(self, deterministic=deterministic, decode=decode)
         if self.decode and batch_size is not None and max_length is not None:
             batch = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
             self.init_cache((*batch, max_length, self.in_features), self.dtype or self.param_dtype)

@@ -17,10 +17,9 @@ from nnx_core._errors import NnxError
 from nnx_core.kinds import Intermediate
 from nnx_core.module import Module
 from nnx_core.nn import dtypes
+from nnx_core.nn._axes import Shape
 from nnx_core.nn._errors import MissingRngsError
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
-
-Shape = tuple[int, ...]
 
 
 class AttentionShapeError(NnxError, ValueError):
@@ -92,20 +91,11 @@ def dot_product_attention(
             key=key.shape,
             value=value.shape,
         )
+    dropout: dict[str, Any] = {"dropout_rng": dropout_rng, "dropout_rate": dropout_rate}
+    dropout |= {"broadcast_dropout": broadcast_dropout, "deterministic": deterministic}
+    numerics: dict[str, Any] = {"dtype": query.dtype, "precision": precision, "promote_dtype": promote_dtype}
     weights = dot_product_attention_weights(
-        query,
-        key,
-        bias,
-        mask,
-        broadcast_dropout,
-        dropout_rng,
-        dropout_rate,
-        deterministic,
-        query.dtype,
-        precision,
-        module,
-        promote_dtype,
-        is_causal,
+        query, key, bias, mask, module=module, is_causal=is_causal, **dropout, **numerics
     )
     return _average(weights, value, precision)
 

@@ -13,34 +13,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from nnx_core.graph.objects import data
-from nnx_core.kinds import Param
-from nnx_core.module import Module
 from nnx_core.nn import dtypes
+from nnx_core.nn._affine import new_param, optional_param
+from nnx_core.nn._axes import hashable
 from nnx_core.nn._errors import require_rngs
-from nnx_core.nn._windows import (
-    CONV_PADDINGS,
-    PaddingLike,
-    PerAxis,
-    channels_last,
-    check_input,
-    check_input_dilation,
-    check_mask,
-    check_padding,
-    check_per_axis,
-    each_axis,
-    fail,
-    hashable,
-    merge_batch,
-    pad_inputs,
-    sizes,
-    split_batch,
-)
+from nnx_core.nn._windows import CONV_PADDINGS, PaddingLike, PerAxis, channels_last, each_axis, merge_batch, pad_inputs
+from nnx_core.nn.conv_base import Convolution
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
 from nnx_core.rngs import Rngs
 
 
-class Conv(Module):
+class Conv(Convolution):
     """Convolution over the axes before the last, by `jax.lax.conv_general_dilated`.
 
     `kernel` is a Param of shape `(*kernel_size, in_features // feature_group_count, out_features)`, `bias`
@@ -78,13 +62,12 @@ class Conv(Module):
 
     >>> import jax.numpy as jnp
     >>> import nnx_core as nnx
-    >>> layer = nnx.Conv(3, 4, kernel_size=(3, 3), strides=2, padding="CIRCULAR", rngs=nnx.Rngs(0))
-    >>> layer.kernel.shape
-    (3, 3, 3, 4)
-    >>> layer(jnp.ones((5, 8, 8, 3))).shape
-    (5, 4, 4, 4)
-    >>> layer(jnp.ones((8, 8, 3))).shape
-    (4, 4, 4)
+    >>> halve = nnx.Conv(2, 6, kernel_size=(5, 3), strides=2, padding="CIRCULAR", rngs=nnx.Rngs(0))
+    >>> halve.kernel.shape, halve.bias.shape
+    ((5, 3, 2, 6), (6,))
+    >>> image = jnp.ones((10, 12, 2))
+    >>> halve(image).shape, halve(image[None]).shape
+    ((5, 6, 6), (1, 5, 6, 6))
     """
 
     def __init__(
@@ -113,33 +96,19 @@ class Conv(Module):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.kernel_size = sizes(kernel_size)
-        self.strides = hashable(strides)
-        self.padding = hashable(padding)
-        self.input_dilation = hashable(input_dilation)
-        self.kernel_dilation = hashable(kernel_dilation)
-        self.feature_group_count = feature_group_count
-        self.use_bias = use_bias
-        self.mask = data(mask)
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.precision = precision
-        self.conv_general_dilated = conv_general_dilated
-        self.promote_dtype = promote_dtype
-        self.preferred_element_type = preferred_element_type
+        self._keep_window(in_features, out_features, kernel_size, strides, padding, kernel_dilation)
+        self._keep_numerics(dtype, param_dtype, precision, promote_dtype)
+        self.input_dilation, self.feature_group_count = hashable(input_dilation), feature_group_count
+        self.use_bias, self.mask = use_bias, data(mask)
+        self.conv_general_dilated, self.preferred_element_type = conv_general_dilated, preferred_element_type
         self.kernel_shape = (*self.kernel_size, in_features // feature_group_count, out_features)
-        check_per_axis(self, "strides", "input_dilation", "kernel_dilation")
-        check_padding(self, CONV_PADDINGS)
-        check_input_dilation(self)
-        _check_groups(self)
-        check_mask(self)
-        self.kernel = Param(kernel_init(rngs.params(), self.kernel_shape, param_dtype), **kernel_metadata)
-        # `data`: without a bias the place stays one where a Param may be put later.
-        self.bias: Param | None = data(
-            Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata) if use_bias else None
-        )
+        self._check_per_axis("strides", "input_dilation", "kernel_dilation")
+        self._check_padding(CONV_PADDINGS)
+        self._check_input_dilation()
+        self._check_groups()
+        self._check_mask()
+        self.kernel = new_param(rngs, kernel_init, self.kernel_shape, param_dtype, kernel_metadata)
+        self.bias = optional_param(use_bias, rngs, bias_init, (out_features,), param_dtype, bias_metadata)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Apply the layer.
@@ -159,18 +128,12 @@ class Conv(Module):
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         # Not `in_features`: inside shard_map the kernel is a shard of its own size, and users replace it.
-        check_input(self, inputs.shape, kernel.shape[-2] * self.feature_group_count)
+        self._check_input(inputs.shape, kernel.shape[-2] * self.feature_group_count)
         rank = len(self.kernel_size)
         inputs, batch = merge_batch(inputs, rank)
-        # The order padding, mask, promotion is Linen's, and the gradients of bfloat16 inputs depend on it.
         dilation = each_axis(self.kernel_dilation, rank)
         inputs, padding = pad_inputs(inputs, self.padding, self.kernel_size, dilation)
-        if self.mask is not None:
-            kernel = kernel * self.mask
-        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
-        element_type = (
-            {} if self.preferred_element_type is None else {"preferred_element_type": self.preferred_element_type}
-        )
+        inputs, kernel, bias = self._promoted(inputs, kernel, bias)
         y = self.conv_general_dilated(
             inputs,
             kernel,
@@ -180,17 +143,13 @@ class Conv(Module):
             rhs_dilation=dilation,
             dimension_numbers=channels_last(rank),
             feature_group_count=self.feature_group_count,
-            precision=self.precision,
-            out_sharding=out_sharding,
-            **element_type,
+            **self._product_options(out_sharding),
         )
-        if bias is not None:
-            y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
-        return split_batch(y, batch)
+        return self._finished(y, bias, batch)
 
-
-def _check_groups(layer: Conv) -> None:
-    for option in ("in_features", "out_features"):
-        if getattr(layer, option) % layer.feature_group_count:
-            found = f"{option} {getattr(layer, option)}, feature_group_count {layer.feature_group_count}"
-            fail(layer, "feature_group_count", f"a divisor of {option}", found)
+    def _check_groups(self) -> None:
+        for option in ("in_features", "out_features"):
+            features = getattr(self, option)
+            if features % self.feature_group_count:
+                found = f"{option} {features}, feature_group_count {self.feature_group_count}"
+                self._fail("feature_group_count", f"a divisor of {option}", found)

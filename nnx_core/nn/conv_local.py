@@ -14,34 +14,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from nnx_core.graph.objects import data
-from nnx_core.kinds import Param
-from nnx_core.module import Module
 from nnx_core.nn import dtypes
+from nnx_core.nn._affine import new_param, optional_param
+from nnx_core.nn._axes import as_tuple, hashable
 from nnx_core.nn._errors import InputShapeError, require_rngs
-from nnx_core.nn._windows import (
-    CONV_PADDINGS,
-    PaddingLike,
-    PerAxis,
-    channels_last,
-    check_input,
-    check_input_dilation,
-    check_mask,
-    check_padding,
-    check_per_axis,
-    each_axis,
-    fail,
-    hashable,
-    merge_batch,
-    pad_inputs,
-    sizes,
-    split_batch,
-)
+from nnx_core.nn._windows import CONV_PADDINGS, PaddingLike, PerAxis, channels_last, each_axis, merge_batch, pad_inputs
+from nnx_core.nn.conv_base import Convolution
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
 from nnx_core.rngs import Rngs
 
 
-class ConvLocal(Module):
+class ConvLocal(Convolution):
     """Convolution with its own kernel for each output position, by `jax.lax.conv_general_dilated_local`.
 
     It is `Conv` without shared weights: flax.nnx has no such layer, flax.linen's learns the input's size from the
@@ -63,17 +47,11 @@ class ConvLocal(Module):
       kernel_dilation: spread the window by this factor.
       use_bias: whether to add a bias.
       mask: array of the shape of the kernel, multiplied onto it.
-      dtype: the dtype of the computation (None: promoted from input and parameters).
-      param_dtype: the dtype of the parameters.
-      precision: of the products, see `jax.lax.Precision`.
+      dtype, param_dtype, precision: as in Conv.
       kernel_init: initializer of the kernel. As in Linen it is called with the shape above, and the default one
         takes the output positions for a part of the fan-in. For outputs of unit variance pass
         `nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=range(rank))`.
-      bias_init: initializer of the bias.
-      promote_dtype: called with `(inputs, kernel, bias)` and `dtype`; returns them in one dtype.
-      rngs: source of the initial values; the stream `params`, one key a parameter.
-      kernel_metadata: metadata of the kernel.
-      bias_metadata: metadata of the bias.
+      bias_init, promote_dtype, rngs, kernel_metadata, bias_metadata: as in Conv.
 
     Raises:
       OptionError: options that do not fit the kernel size or the size of the input.
@@ -112,32 +90,19 @@ class ConvLocal(Module):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.kernel_size = sizes(kernel_size)
-        self.strides = hashable(strides)
-        self.in_spatial_shape = sizes(in_spatial_shape)
-        self.padding = hashable(padding)
-        self.input_dilation = hashable(input_dilation)
-        self.kernel_dilation = hashable(kernel_dilation)
-        self.use_bias = use_bias
-        self.mask = data(mask)
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.precision = precision
-        self.promote_dtype = promote_dtype
-        check_per_axis(self, "strides", "input_dilation", "kernel_dilation")
-        check_padding(self, CONV_PADDINGS)
-        check_input_dilation(self)
+        self._keep_window(in_features, out_features, kernel_size, strides, padding, kernel_dilation)
+        self._keep_numerics(dtype, param_dtype, precision, promote_dtype)
+        self.in_spatial_shape, self.input_dilation = as_tuple(in_spatial_shape), hashable(input_dilation)
+        self.use_bias, self.mask = use_bias, data(mask)
+        self._check_per_axis("strides", "input_dilation", "kernel_dilation")
+        self._check_padding(CONV_PADDINGS)
+        self._check_input_dilation()
         self.out_spatial_shape = _out_spatial_shape(self)
         self.kernel_shape = (*self.out_spatial_shape, in_features * prod(self.kernel_size), out_features)
-        check_mask(self)
-        self.kernel = Param(kernel_init(rngs.params(), self.kernel_shape, param_dtype), **kernel_metadata)
+        self._check_mask()
+        self.kernel = new_param(rngs, kernel_init, self.kernel_shape, param_dtype, kernel_metadata)
         bias_shape = (*self.out_spatial_shape, out_features)
-        # `data`: without a bias the place stays one where a Param may be put later.
-        self.bias: Param | None = data(
-            Param(bias_init(rngs.params(), bias_shape, param_dtype), **bias_metadata) if use_bias else None
-        )
+        self.bias = optional_param(use_bias, rngs, bias_init, bias_shape, param_dtype, bias_metadata)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Apply the layer.
@@ -158,18 +123,15 @@ class ConvLocal(Module):
         # Not `in_features`: inside shard_map the kernel is a shard of its own size, and users replace it.
         features = kernel.shape[-2] // prod(self.kernel_size)
         rank = len(self.kernel_size)
-        check_input(self, inputs.shape, features)
+        self._check_input(inputs.shape, features)
         if inputs.shape[-rank - 1 : -1] != self.in_spatial_shape:
             expected = f"(*batch, {', '.join(map(str, self.in_spatial_shape))}, {features})"
             fix = "There is one kernel for each position: construct the layer with the in_spatial_shape of its input."
             raise InputShapeError(self, expected, inputs.shape, fix)
         inputs, batch = merge_batch(inputs, rank)
-        # The order padding, mask, promotion is Linen's, and the gradients of bfloat16 inputs depend on it.
         dilation = each_axis(self.kernel_dilation, rank)
         inputs, padding = pad_inputs(inputs, self.padding, self.kernel_size, dilation)
-        if self.mask is not None:
-            kernel = kernel * self.mask
-        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        inputs, kernel, bias = self._promoted(inputs, kernel, bias)
         y = lax.conv_general_dilated_local(
             inputs,
             kernel,
@@ -181,16 +143,14 @@ class ConvLocal(Module):
             dimension_numbers=channels_last(rank),
             precision=self.precision,
         )
-        if bias is not None:
-            y = y + jnp.reshape(bias, (1, *bias.shape))
-        return split_batch(y, batch)
+        return self._finished(y, bias, batch)
 
 
 def _out_spatial_shape(layer: ConvLocal) -> tuple[int, ...]:
     """How many windows there are along each axis: what a convolution with shared weights would return."""
     rank = len(layer.kernel_size)
     if len(layer.in_spatial_shape) != rank:
-        fail(layer, "in_spatial_shape", f"{rank} integers, one for each spatial axis", layer.in_spatial_shape)
+        layer._fail("in_spatial_shape", f"{rank} integers, one for each spatial axis", layer.in_spatial_shape)
 
     def convolve(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         dilation = each_axis(layer.kernel_dilation, rank)
@@ -210,5 +170,5 @@ def _out_spatial_shape(layer: ConvLocal) -> tuple[int, ...]:
     shape = jax.eval_shape(convolve, image, kernel).shape[1:-1]
     if 0 in shape:
         found = f"{layer.in_spatial_shape}, which gives an output of {shape}"
-        fail(layer, "in_spatial_shape", "an input that is at least as large as the window", found)
+        layer._fail("in_spatial_shape", "an input that is at least as large as the window", found)
     return shape

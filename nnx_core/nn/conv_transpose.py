@@ -13,33 +13,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from nnx_core.graph.objects import data
-from nnx_core.kinds import Param
-from nnx_core.module import Module
 from nnx_core.nn import dtypes
+from nnx_core.nn._affine import new_param, optional_param
 from nnx_core.nn._errors import require_rngs
 from nnx_core.nn._windows import (
     LAX_PADDINGS,
     LaxPadding,
     PaddingLike,
     PerAxis,
-    check_input,
-    check_mask,
-    check_padding,
-    check_per_axis,
     each_axis,
     explicit_padding,
-    fail,
-    hashable,
     merge_batch,
-    sizes,
-    split_batch,
 )
+from nnx_core.nn.conv_base import Convolution
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
 from nnx_core.rngs import Rngs
 
 
-class ConvTranspose(Module):
+class ConvTranspose(Convolution):
     """Transposed ("fractionally strided") convolution by `jax.lax.conv_transpose`.
 
     `kernel` is a Param of shape `(*kernel_size, in_features, out_features)`, with `transpose_kernel`
@@ -62,18 +54,10 @@ class ConvTranspose(Module):
       kernel_dilation: spread the kernel by this factor ("atrous", Chen et al. 2017, arXiv:1606.00915).
       use_bias: whether to add a bias.
       mask: array of the shape of the kernel, multiplied onto it (van den Oord et al. 2016, arXiv:1601.06759).
-      dtype: the dtype of the computation (None: promoted from input and parameters).
-      param_dtype: the dtype of the parameters.
-      precision: of the products, see `jax.lax.Precision`.
-      kernel_init: initializer of the kernel.
-      bias_init: initializer of the bias.
+      dtype, param_dtype, precision, kernel_init, bias_init: as in Conv.
       transpose_kernel: flip the kernel's spatial axes and swap its features, as Keras does: the layer is then the
         gradient of the `Conv` with that kernel with respect to its input.
-      promote_dtype: called with `(inputs, kernel, bias)` and `dtype`; returns them in one dtype.
-      preferred_element_type: dtype in which the convolution accumulates and that it returns.
-      rngs: source of the initial values; the stream `params`, one key a parameter.
-      kernel_metadata: metadata of the kernel.
-      bias_metadata: metadata of the bias.
+      promote_dtype, preferred_element_type, rngs, kernel_metadata, bias_metadata: as in Conv.
 
     Raises:
       OptionError: options that do not fit the kernel size.
@@ -81,13 +65,12 @@ class ConvTranspose(Module):
 
     >>> import jax.numpy as jnp
     >>> import nnx_core as nnx
-    >>> layer = nnx.ConvTranspose(3, 4, kernel_size=(3, 3), strides=2, rngs=nnx.Rngs(0))
-    >>> layer.kernel.shape
-    (3, 3, 3, 4)
-    >>> layer(jnp.ones((5, 8, 8, 3))).shape
-    (5, 16, 16, 4)
-    >>> layer(jnp.ones((8, 8, 3))).shape
-    (16, 16, 4)
+    >>> double = nnx.ConvTranspose(6, 2, kernel_size=(4, 3), strides=2, rngs=nnx.Rngs(0))
+    >>> double.kernel.shape, double.bias.shape
+    ((4, 3, 6, 2), (2,))
+    >>> image = jnp.ones((5, 7, 6))
+    >>> double(image).shape, double(image[None]).shape
+    ((10, 14, 2), (1, 10, 14, 2))
     """
 
     def __init__(
@@ -114,32 +97,19 @@ class ConvTranspose(Module):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.kernel_size = sizes(kernel_size)
-        self.strides = hashable(strides)
-        self.padding = hashable(padding)
-        self.kernel_dilation = hashable(kernel_dilation)
-        self.use_bias = use_bias
-        self.mask = data(mask)
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.precision = precision
-        self.transpose_kernel = transpose_kernel
-        self.promote_dtype = promote_dtype
-        self.preferred_element_type = preferred_element_type
+        self._keep_window(in_features, out_features, kernel_size, strides, padding, kernel_dilation)
+        self._keep_numerics(dtype, param_dtype, precision, promote_dtype)
+        self.use_bias, self.mask = use_bias, data(mask)
+        self.transpose_kernel, self.preferred_element_type = transpose_kernel, preferred_element_type
         features = (out_features, in_features) if transpose_kernel else (in_features, out_features)
         self.kernel_shape = (*self.kernel_size, *features)
-        check_per_axis(self, "strides", "kernel_dilation")
-        check_padding(self, (*LAX_PADDINGS, "CIRCULAR", "CAUSAL"))
+        self._check_per_axis("strides", "kernel_dilation")
+        self._check_padding((*LAX_PADDINGS, "CIRCULAR", "CAUSAL"))
         if str(padding).upper() == "SAME_LOWER" and set(each_axis(self.strides, 1)) != {1}:
-            fail(self, "padding", "SAME_LOWER only without strides", f"strides {self.strides}")
-        check_mask(self)
-        self.kernel = Param(kernel_init(rngs.params(), self.kernel_shape, param_dtype), **kernel_metadata)
-        # `data`: without a bias the place stays one where a Param may be put later.
-        self.bias: Param | None = data(
-            Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata) if use_bias else None
-        )
+            self._fail("padding", "SAME_LOWER only without strides", f"strides {self.strides}")
+        self._check_mask()
+        self.kernel = new_param(rngs, kernel_init, self.kernel_shape, param_dtype, kernel_metadata)
+        self.bias = optional_param(use_bias, rngs, bias_init, (out_features,), param_dtype, bias_metadata)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Apply the layer.
@@ -158,12 +128,10 @@ class ConvTranspose(Module):
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         # Not `in_features`: inside shard_map the kernel is a shard of its own size, and users replace it.
-        check_input(self, inputs.shape, kernel.shape[-1 if self.transpose_kernel else -2])
+        self._check_input(inputs.shape, kernel.shape[-1 if self.transpose_kernel else -2])
         rank = len(self.kernel_size)
         inputs, batch = merge_batch(inputs, rank)
-        if self.mask is not None:
-            kernel = kernel * self.mask
-        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        inputs, kernel, bias = self._promoted(inputs, kernel, bias)
         strides = each_axis(self.strides, rank)
         y = lax.conv_transpose(
             inputs,
@@ -178,9 +146,7 @@ class ConvTranspose(Module):
         if isinstance(self.padding, str) and self.padding.upper() == "CIRCULAR":
             for axis, stride in enumerate(strides, start=1):
                 y = _wrap(y, axis, inputs.shape[axis] * stride, keep_left=not self.transpose_kernel)
-        if bias is not None:
-            y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
-        return split_batch(y, batch)
+        return self._finished(y, bias, batch)
 
     def _lax_padding(self) -> LaxPadding:
         padding = explicit_padding(self.padding, len(self.kernel_size))

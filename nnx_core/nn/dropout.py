@@ -11,7 +11,8 @@ from jax import lax
 
 from nnx_core.graph.objects import data
 from nnx_core.module import Module
-from nnx_core.nn._errors import InputDtypeError, MissingRngsError, OptionError, choose_flag, next_key
+from nnx_core.nn._errors import InputDtypeError, MissingRngsError, OptionError, next_key
+from nnx_core.nn._flags import choose_flag, set_flags
 from nnx_core.rngs import Rngs, RngStream
 
 
@@ -113,5 +114,4 @@ class Dropout(Module):
         Args:
           deterministic: True returns inputs as they are, False drops, None leaves it as it is.
         """
-        if deterministic is not None:
-            self.deterministic = deterministic
+        set_flags(self, deterministic=deterministic)

@@ -40,7 +40,8 @@ def canonicalize_dtype(*args: ArrayLike | None, dtype: Dtype | None = None, inex
     dtype('int32')
     """
     if dtype is None:
-        dtype = jnp.result_type(*(x for x in args if x is not None))
+        present = [x for x in args if x is not None]  # a list: a generator costs one more frame for each array
+        dtype = jnp.result_type(*present)
         if inexact and not jnp.issubdtype(dtype, jnp.inexact):
             dtype = jnp.promote_types(jnp.float32, dtype)
     if inexact and not jnp.issubdtype(dtype, jnp.inexact):

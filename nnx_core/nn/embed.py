@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx_core.kinds import Param
 from nnx_core.module import Module
 from nnx_core.nn import dtypes
+from nnx_core.nn._affine import new_param
 from nnx_core.nn._errors import InputDtypeError, InputShapeError, require_rngs
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_embed_init
@@ -41,11 +41,12 @@ class Embed(Module):
 
     >>> import jax.numpy as jnp
     >>> import nnx_core as nnx
-    >>> layer = nnx.Embed(num_embeddings=5, features=3, rngs=nnx.Rngs(0))
-    >>> layer(jnp.array([[0, 1], [-1, 4]])).shape
-    (2, 2, 3)
-    >>> layer.attend(jnp.ones((7, 3))).shape
-    (7, 5)
+    >>> table = nnx.Embed(26, 2, rngs=nnx.Rngs(0))
+    >>> word = jnp.array([2, 0, 19])
+    >>> table(word).shape, bool((table(word - 26) == table(word)).all())
+    ((3, 2), True)
+    >>> table.attend(table(word)).shape
+    (3, 26)
     """
 
     def __init__(
@@ -62,12 +63,9 @@ class Embed(Module):
     ):
         require_rngs(self, rngs)
         shape = (num_embeddings, features)
-        self.embedding = Param(embedding_init(rngs.params(), shape, param_dtype), **embedding_metadata)
-        self.num_embeddings = num_embeddings
-        self.features = features
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.promote_dtype = promote_dtype
+        self.embedding = new_param(rngs, embedding_init, shape, param_dtype, embedding_metadata)
+        self.num_embeddings, self.features = num_embeddings, features
+        self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """The vectors of `inputs`.

@@ -11,18 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx_core.graph.objects import data
-from nnx_core.kinds import Param
-from nnx_core.module import Module
 from nnx_core.nn import dtypes, statistics
+from nnx_core.nn._axes import Axes, hashable
 from nnx_core.nn._errors import OptionError, require_rngs
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, ones, zeros
-from nnx_core.nn.statistics import Axes
+from nnx_core.nn.norm_base import Norm
 from nnx_core.rngs import Rngs
 
 
-class GroupNorm(Module):
+class GroupNorm(Norm):
     """Normalizes each example over groups of channels (Wu & He 2018, https://arxiv.org/abs/1803.08494).
 
     `scale` and `bias` are Params of shape `(num_features,)` or None. LayerNorm over all axes but the first is
@@ -32,23 +30,10 @@ class GroupNorm(Module):
       num_features: number of channels, the size of the last axis.
       num_groups: into how many groups of neighbours the channels are divided.
       group_size: channels of a group, in place of `num_groups`, which must be None then.
-      epsilon: added to the variance.
-      dtype: the dtype of the result (None: promoted from input, scale and bias).
-      param_dtype: the dtype of scale and bias.
-      use_bias: whether to add a bias.
-      use_scale: whether to multiply by a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
+      epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init: as in LayerNorm.
       reduction_axes: axes the statistics are taken over, the last one among them (None: all but the first).
       axis_name: average the statistics over this mapped axis too: needed where positions are sharded.
-      axis_index_groups: groups of indices of that axis which average among themselves.
-      use_fast_variance: E[x²] - E[x]² in one pass, instead of E[(x - E[x])²] in two; it cancels where
-        |mean| >> std (Chan, Golub & LeVeque 1983).
-      promote_dtype: the default rounds nothing but the result. Another function is called with
-        `(inputs, scale, bias)` and `dtype`, and what it returns is used in their place.
-      rngs: source of the initial values; the stream `params`, one key a parameter.
-      bias_metadata: metadata of the bias.
-      scale_metadata: metadata of the scale.
+      axis_index_groups, use_fast_variance, promote_dtype, rngs, bias_metadata, scale_metadata: as in LayerNorm.
 
     Raises:
       OptionError: `num_groups` and `group_size` are both given, or neither, or do not divide the channels.
@@ -85,26 +70,11 @@ class GroupNorm(Module):
     ):
         require_rngs(self, rngs)
         self.num_groups, self.group_size = _groups(self, num_features, num_groups, group_size)
-        shape = (num_features,)
-        # `data`: without a parameter the place stays one where a Param may be put later.
-        self.scale: Param | None = data(
-            Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata) if use_scale else None
-        )
-        self.bias: Param | None = data(
-            Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata) if use_bias else None
-        )
-        self.feature_axis = -1
-        self.num_features = num_features
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.use_bias = use_bias
-        self.use_scale = use_scale
-        self.reduction_axes = None if reduction_axes is None else statistics.hashable_axes(reduction_axes)
-        self.axis_name = axis_name
-        self.axis_index_groups = statistics.hashable_groups(axis_index_groups)
-        self.use_fast_variance = use_fast_variance
-        self.promote_dtype = promote_dtype
+        self._keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
+        self._keep_averaging(axis_name, axis_index_groups, use_fast_variance)
+        self._make_scale(rngs, use_scale, scale_init, scale_metadata)
+        self._make_bias(rngs, use_bias, bias_init, bias_metadata)
+        self.feature_axis, self.reduction_axes = -1, hashable(reduction_axes)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Apply the layer.
@@ -149,7 +119,7 @@ class GroupNorm(Module):
         return tuple(axis for axis in axes if axis != last)
 
 
-class InstanceNorm(Module):
+class InstanceNorm(Norm):
     """Normalizes each channel of each example (Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022).
 
     Statistics are taken over all axes but the first, the batch, and those of the features. `scale` and `bias`
@@ -157,23 +127,10 @@ class InstanceNorm(Module):
 
     Args:
       num_features: size of the feature axis; of several axes, the product.
-      epsilon: added to the variance.
-      dtype: the dtype of the result (None: promoted from input, scale and bias).
-      param_dtype: the dtype of scale and bias.
-      use_bias: whether to add a bias.
-      use_scale: whether to multiply by a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
+      epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init: as in LayerNorm.
       feature_axes: axes along which statistics, scale and bias differ; not the first.
       axis_name: average the statistics over this mapped axis too: needed where positions are sharded.
-      axis_index_groups: groups of indices of that axis which average among themselves.
-      use_fast_variance: E[x²] - E[x]² in one pass, instead of E[(x - E[x])²] in two; it cancels where
-        |mean| >> std (Chan, Golub & LeVeque 1983).
-      promote_dtype: the default rounds nothing but the result. Another function is called with
-        `(inputs, scale, bias)` and `dtype`, and what it returns is used in their place.
-      rngs: source of the initial values; the stream `params`, one key a parameter.
-      bias_metadata: metadata of the bias.
-      scale_metadata: metadata of the scale.
+      axis_index_groups, use_fast_variance, promote_dtype, rngs, bias_metadata, scale_metadata: as in LayerNorm.
 
     Raises:
       MissingRngsError: `rngs` is not an Rngs.
@@ -206,25 +163,11 @@ class InstanceNorm(Module):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        shape = (num_features,)
-        # `data`: without a parameter the place stays one where a Param may be put later.
-        self.scale: Param | None = data(
-            Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata) if use_scale else None
-        )
-        self.bias: Param | None = data(
-            Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata) if use_bias else None
-        )
-        self.num_features = num_features
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.use_bias = use_bias
-        self.use_scale = use_scale
-        self.feature_axes = statistics.hashable_axes(feature_axes)
-        self.axis_name = axis_name
-        self.axis_index_groups = statistics.hashable_groups(axis_index_groups)
-        self.use_fast_variance = use_fast_variance
-        self.promote_dtype = promote_dtype
+        self._keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
+        self._keep_averaging(axis_name, axis_index_groups, use_fast_variance)
+        self._make_scale(rngs, use_scale, scale_init, scale_metadata)
+        self._make_bias(rngs, use_bias, bias_init, bias_metadata)
+        self.feature_axes = hashable(feature_axes)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Apply the layer.
@@ -256,7 +199,7 @@ class InstanceNorm(Module):
         return statistics.normalize_over(self, x, scale, bias, axes, features, mask)
 
 
-def _groups(layer: Module, num_features: int, num_groups: int | None, group_size: int | None) -> tuple[int, int]:
+def _groups(layer: GroupNorm, num_features: int, num_groups: int | None, group_size: int | None) -> tuple[int, int]:
     """(number of groups, channels of each)."""
     given: dict[str, Any] = {"num_groups": num_groups, "group_size": group_size}
     if (num_groups is None) == (group_size is None):

@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nnx_core.graph.objects import data
-from nnx_core.kinds import Param
-from nnx_core.module import Module
 from nnx_core.nn import dtypes
+from nnx_core.nn._affine import KernelLayer, new_param, optional_param
 from nnx_core.nn._errors import InputShapeError, require_rngs
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
@@ -23,7 +21,7 @@ from nnx_core.nn.initializers import default_embed_init as default_embed_init  #
 from nnx_core.rngs import Rngs
 
 
-class Linear(Module):
+class Linear(KernelLayer):
     """y = x @ kernel + bias over the last axis.
 
     `kernel` is a Param of shape `(in_features, out_features)`, `bias` one of shape `(out_features,)` or None.
@@ -76,20 +74,11 @@ class Linear(Module):
     ):
         require_rngs(self, rngs)
         shape = (in_features, out_features)
-        self.kernel = Param(kernel_init(rngs.params(), shape, param_dtype), **kernel_metadata)
-        # `data`: without a bias the place stays one where a Param may be put later.
-        self.bias: Param | None = data(
-            Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata) if use_bias else None
-        )
-        self.in_features = in_features
-        self.out_features = out_features
-        self.use_bias = use_bias
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.precision = precision
-        self.dot_general = dot_general
-        self.promote_dtype = promote_dtype
-        self.preferred_element_type = preferred_element_type
+        self.kernel = new_param(rngs, kernel_init, shape, param_dtype, kernel_metadata)
+        self.bias = optional_param(use_bias, rngs, bias_init, shape[1:], param_dtype, bias_metadata)
+        self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
+        self._keep_numerics(dtype, param_dtype, precision, promote_dtype)
+        self.dot_general, self.preferred_element_type = dot_general, preferred_element_type
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Apply the layer.
@@ -115,17 +104,8 @@ class Linear(Module):
                 "Give the layer the in_features of its input; features are on the last axis.",
             )
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
-        element_type = (
-            {} if self.preferred_element_type is None else {"preferred_element_type": self.preferred_element_type}
-        )
-        y = self.dot_general(
-            inputs,
-            kernel,
-            (((inputs.ndim - 1,), (0,)), ((), ())),
-            precision=self.precision,
-            out_sharding=out_sharding,
-            **element_type,
-        )
+        contracted, batch = ((inputs.ndim - 1,), (0,)), ((), ())
+        y = self.dot_general(inputs, kernel, (contracted, batch), **self._product_options(out_sharding))
         if bias is not None:
             y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
         return y

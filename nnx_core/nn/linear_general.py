@@ -15,22 +15,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nnx_core.graph.objects import data
-from nnx_core.kinds import Param
-from nnx_core.module import Module
 from nnx_core.nn import dtypes
+from nnx_core.nn._affine import KernelLayer, new_param, optional_param
+from nnx_core.nn._axes import Axes, Shape, as_tuple
 from nnx_core.nn._errors import InputShapeError, OptionError, require_rngs
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
 from nnx_core.rngs import Rngs
 from nnx_core.variables import VariableMetadata
 
-Sizes = int | Sequence[int]
-Shape = Sequence[int]
 Labels = tuple[str | int, ...]  # of the axes of one operand; those behind `...` are -1, -2, ... from the right
 
 
-class LinearGeneral(Module):
+class LinearGeneral(KernelLayer):
     """y = x · kernel + bias over any axes of the input, with any number of output axes.
 
     `kernel` is a Param of shape `(*batch, *in_features, *out_features)`, `bias` one of shape
@@ -64,22 +61,22 @@ class LinearGeneral(Module):
 
     >>> import jax.numpy as jnp
     >>> import nnx_core as nnx
-    >>> layer = nnx.LinearGeneral((2, 3), (4, 5), axis=(1, -1), rngs=nnx.Rngs(0))
-    >>> layer.kernel.shape, layer.bias.shape
-    ((2, 3, 4, 5), (4, 5))
-    >>> layer(jnp.ones((16, 2, 3))).shape
-    (16, 4, 5)
-    >>> experts = nnx.LinearGeneral(3, 4, batch_axis={0: 7}, rngs=nnx.Rngs(0))
-    >>> experts.kernel.shape, experts(jnp.ones((7, 16, 3))).shape
-    ((7, 3, 4), (7, 16, 4))
+    >>> merge_heads = nnx.LinearGeneral((8, 6), 10, axis=(-2, -1), rngs=nnx.Rngs(0))
+    >>> merge_heads.kernel.shape, merge_heads.bias.shape
+    ((8, 6, 10), (10,))
+    >>> merge_heads(jnp.ones((2, 7, 8, 6))).shape
+    (2, 7, 10)
+    >>> experts = nnx.LinearGeneral(6, 4, batch_axis={0: 3}, rngs=nnx.Rngs(0))
+    >>> experts.kernel.shape, experts(jnp.ones((3, 20, 6))).shape
+    ((3, 6, 4), (3, 20, 4))
     """
 
     def __init__(
         self,
-        in_features: Sizes,
-        out_features: Sizes,
+        in_features: Axes,
+        out_features: Axes,
         *,
-        axis: Sizes = -1,
+        axis: Axes = -1,
         batch_axis: Mapping[int, int] = MappingProxyType({}),
         use_bias: bool = True,
         dtype: Dtype | None = None,
@@ -96,29 +93,22 @@ class LinearGeneral(Module):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self.in_features = _as_tuple(in_features)
-        self.out_features = _as_tuple(out_features)
-        self.axis = _as_tuple(axis)
+        self.in_features = as_tuple(in_features)
+        self.out_features = as_tuple(out_features)
+        self.axis = as_tuple(axis)
         self.batch_axis = _AxisSizes(batch_axis)
         self.use_bias = use_bias
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.precision = precision
-        self.promote_dtype = promote_dtype
-        self.dot_general = dot_general
-        self.dot_general_cls = dot_general_cls
+        self._keep_numerics(dtype, param_dtype, precision, promote_dtype)
+        self.dot_general, self.dot_general_cls = dot_general, dot_general_cls
         self.preferred_element_type = preferred_element_type
         _check_axes(self)
         batch = tuple(self.batch_axis.values())
-        shape = (*batch, *self.in_features, *self.out_features)
         matrix = (math.prod(batch + self.in_features), math.prod(self.out_features))
-        kernel = _reshaped(kernel_init(rngs.params(), matrix, param_dtype), shape)
-        self.kernel = Param(kernel, **kernel_metadata)
-        self.bias: Param | None = data(None)  # `data`: the place stays one where a Param may be put later
-        if use_bias:
-            shape = (*batch, *self.out_features)
-            bias = _reshaped(bias_init(rngs.params(), (math.prod(shape),), param_dtype), shape)
-            self.bias = Param(bias, **bias_metadata)
+        kernel_shape = (*batch, *self.in_features, *self.out_features)
+        self.kernel = new_param(rngs, _through(matrix, kernel_init), kernel_shape, param_dtype, kernel_metadata)
+        bias_shape = (*batch, *self.out_features)
+        vector_init = _through((math.prod(bias_shape),), bias_init)
+        self.bias = optional_param(use_bias, rngs, vector_init, bias_shape, param_dtype, bias_metadata)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Apply the layer.
@@ -142,21 +132,15 @@ class LinearGeneral(Module):
         dot_general = self.dot_general or lax.dot_general
         if self.dot_general_cls is not None:
             dot_general = self.dot_general_cls()
-        y = dot_general(
-            inputs,
-            kernel,
-            ((axes, tuple(range(len(batch), len(batch) + len(axes)))), (batch, batch)),
-            precision=self.precision,
-            out_sharding=out_sharding,
-            **_element_type(self),
-        )
+        contracted = axes, tuple(range(len(batch), len(batch) + len(axes)))
+        y = dot_general(inputs, kernel, (contracted, (batch, batch)), **self._product_options(out_sharding))
         if bias is not None:
-            own = bias.shape[: len(batch)], bias.shape[len(batch) :]
-            y = y + jnp.reshape(bias, (*own[0], *(1,) * (y.ndim - bias.ndim), *own[1]))
+            free = (1,) * (y.ndim - bias.ndim)
+            y = y + jnp.reshape(bias, (*bias.shape[: len(batch)], *free, *bias.shape[len(batch) :]))
         return y
 
 
-class Einsum(Module):
+class Einsum(KernelLayer):
     """y = einsum(x, kernel) + bias.
 
     `kernel` is a Param of shape `kernel_shape`, `bias` one of shape `bias_shape` or None.
@@ -185,18 +169,16 @@ class Einsum(Module):
 
     >>> import jax.numpy as jnp
     >>> import nnx_core as nnx
-    >>> layer = nnx.Einsum("nta,hab->nthb", (8, 2, 4), (8, 4), rngs=nnx.Rngs(0))
-    >>> layer.kernel.shape, layer.bias.shape
-    ((8, 2, 4), (8, 4))
-    >>> layer(jnp.ones((16, 11, 2))).shape
-    (16, 11, 8, 4)
+    >>> split_heads = nnx.Einsum("...d, dhk -> ...hk", kernel_shape=(6, 3, 2), bias_shape=(3, 2), rngs=nnx.Rngs(0))
+    >>> split_heads(jnp.ones((5, 6))).shape, split_heads(jnp.ones((4, 5, 6))).shape
+    ((5, 3, 2), (4, 5, 3, 2))
     """
 
     def __init__(
         self,
         einsum_str: str | None,
-        kernel_shape: Shape,
-        bias_shape: Shape | None = None,
+        kernel_shape: Sequence[int],
+        bias_shape: Sequence[int] | None = None,
         *,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -216,19 +198,11 @@ class Einsum(Module):
         self.bias_shape = None if bias_shape is None else tuple(bias_shape)
         if self.einsum_str is not None:
             _check_equation(self, self.einsum_str, self.kernel_shape, self.bias_shape)
-        self.kernel = Param(kernel_init(rngs.params(), self.kernel_shape, param_dtype), **kernel_metadata)
-        # `data`: without a bias the place stays one where a Param may be put later.
-        self.bias: Param | None = data(
-            None
-            if self.bias_shape is None
-            else Param(bias_init(rngs.params(), self.bias_shape, param_dtype), **bias_metadata)
-        )
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.precision = precision
-        self.promote_dtype = promote_dtype
-        self.einsum_op = einsum_op
-        self.preferred_element_type = preferred_element_type
+        use_bias = self.bias_shape is not None
+        self.kernel = new_param(rngs, kernel_init, self.kernel_shape, param_dtype, kernel_metadata)
+        self.bias = optional_param(use_bias, rngs, bias_init, self.bias_shape, param_dtype, bias_metadata)
+        self._keep_numerics(dtype, param_dtype, precision, promote_dtype)
+        self.einsum_op, self.preferred_element_type = einsum_op, preferred_element_type
 
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None) -> jax.Array:
         """Apply the layer.
@@ -251,15 +225,13 @@ class Einsum(Module):
         _check_equation(self, equation, kernel.shape, None if bias is None else bias.shape)
         _check_operand(self, equation, jnp.shape(inputs), kernel.shape)
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
-        y = self.einsum_op(
-            equation, inputs, kernel, precision=self.precision, out_sharding=out_sharding, **_element_type(self)
-        )
+        y = self.einsum_op(equation, inputs, kernel, **self._product_options(out_sharding))
         if bias is not None:
             y = y + jnp.reshape(bias, _broadcastable(equation, kernel.shape, y.ndim))
         return y
 
 
-# ---- shared ------------------------------------------------------------------------------------------------
+# ---- LinearGeneral -----------------------------------------------------------------------------------------
 
 
 class _AxisSizes(Mapping[int, int]):
@@ -284,23 +256,16 @@ class _AxisSizes(Mapping[int, int]):
         return repr(dict(self._items))
 
 
-def _as_tuple(sizes: Sizes) -> tuple[int, ...]:
-    return tuple(sizes) if isinstance(sizes, Sequence) else (sizes,)
+def _through(flat: Shape, init: Initializer) -> Initializer:
+    """`init` for any shape: it is called with the shape `flat`, and what it returns is reshaped."""
 
+    def reshaped(key: jax.Array, shape: Shape, dtype: Dtype) -> Any:
+        value: Any = init(key, flat, dtype)
+        if isinstance(value, VariableMetadata):  # with the metadata that it carries
+            return dataclasses.replace(value, raw_value=jnp.reshape(value.raw_value, shape))
+        return jnp.reshape(value, shape)
 
-def _element_type(layer: Any) -> dict[str, Any]:
-    element_type = layer.preferred_element_type
-    return {} if element_type is None else {"preferred_element_type": element_type}
-
-
-# ---- LinearGeneral -----------------------------------------------------------------------------------------
-
-
-def _reshaped(value: Any, shape: Shape) -> Any:
-    """What an initializer returned in another shape, with the metadata that it may carry."""
-    if isinstance(value, VariableMetadata):
-        return dataclasses.replace(value, raw_value=jnp.reshape(value.raw_value, shape))
-    return jnp.reshape(value, shape)
+    return reshaped
 
 
 def _check_axes(layer: LinearGeneral) -> None:

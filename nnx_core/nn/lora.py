@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from nnx_core.kinds import Param
 from nnx_core.module import Module
 from nnx_core.nn import dtypes
+from nnx_core.nn._affine import new_param
 from nnx_core.nn._errors import InputShapeError, OptionError, require_rngs
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, he_uniform, zeros
@@ -93,17 +94,12 @@ class LoRA(Module):
             raise OptionError(
                 self, "base_module", "something to call", type(base_module).__name__, "Give the module a __call__."
             )
-        self.in_features = in_features
-        self.out_features = out_features
-        self.dtype = dtype
-        self.param_dtype = param_dtype
+        self.in_features, self.out_features, self.base_module = in_features, out_features, base_module
+        self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
         self.lora_param_type = lora_param_type
-        self.base_module = base_module
-        self.promote_dtype = promote_dtype
-        self.lora_a = lora_param_type(a_initializer(rngs.params(), (in_features, lora_rank), param_dtype), **a_metadata)
-        self.lora_b = lora_param_type(
-            b_initializer(rngs.params(), (lora_rank, out_features), param_dtype), **b_metadata
-        )
+        shape_a, shape_b = (in_features, lora_rank), (lora_rank, out_features)
+        self.lora_a = new_param(rngs, a_initializer, shape_a, param_dtype, a_metadata, lora_param_type)
+        self.lora_b = new_param(rngs, b_initializer, shape_b, param_dtype, b_metadata, lora_param_type)
 
     def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
         """Apply the layer.
@@ -184,20 +180,11 @@ class LoRALinear(Linear):
         **kwargs: Any,
     ):
         super().__init__(in_features, out_features, rngs=rngs, **kwargs)
-        self.lora = LoRA(
-            in_features,
-            lora_rank,
-            out_features,
-            dtype=lora_dtype,
-            param_dtype=lora_param_dtype,
-            a_initializer=a_initializer,
-            b_initializer=b_initializer,
-            lora_param_type=lora_param_type,
-            promote_dtype=lora_promote_dtype,
-            rngs=rngs,
-            a_metadata=a_metadata,
-            b_metadata=b_metadata,
-        )
+        numerics = {"dtype": lora_dtype, "param_dtype": lora_param_dtype, "promote_dtype": lora_promote_dtype}
+        a = {"a_initializer": a_initializer, "a_metadata": a_metadata}
+        b = {"b_initializer": b_initializer, "b_metadata": b_metadata}
+        parts: dict[str, Any] = {**numerics, **a, **b, "lora_param_type": lora_param_type}
+        self.lora = LoRA(in_features, lora_rank, out_features, rngs=rngs, **parts)
 
     def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Apply the layer.

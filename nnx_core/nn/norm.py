@@ -11,18 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx_core.graph.objects import data
-from nnx_core.kinds import BatchStat, Param
-from nnx_core.module import Module
+from nnx_core.kinds import BatchStat
 from nnx_core.nn import dtypes, statistics
-from nnx_core.nn._errors import choose_flag, require_rngs
+from nnx_core.nn._axes import Axes, hashable
+from nnx_core.nn._errors import require_rngs
+from nnx_core.nn._flags import choose_flag, set_flags
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, ones, zeros
-from nnx_core.nn.statistics import Axes
+from nnx_core.nn.norm_base import Norm
 from nnx_core.rngs import Rngs
 
 
-class BatchNorm(Module):
+class BatchNorm(Norm):
     """Normalizes each feature over the batch (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167).
 
     In training (`use_running_average=False`) with the statistics of the batch, of which `mean` and `var` keep
@@ -91,30 +91,15 @@ class BatchNorm(Module):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        shape = (num_features,)
         # float32 whatever param_dtype is: 1 - momentum is below the resolution of bfloat16.
-        self.mean = BatchStat(jnp.zeros(shape, jnp.float32))
-        self.var = BatchStat(jnp.ones(shape, jnp.float32))
-        # `data`: without a parameter the place stays one where a Param may be put later.
-        self.scale: Param | None = data(
-            Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata) if use_scale else None
-        )
-        self.bias: Param | None = data(
-            Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata) if use_bias else None
-        )
-        self.num_features = num_features
+        self.mean = BatchStat(jnp.zeros(num_features, jnp.float32))
+        self.var = BatchStat(jnp.ones(num_features, jnp.float32))
+        self._keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
+        self._keep_averaging(axis_name, axis_index_groups, use_fast_variance)
+        self._make_scale(rngs, use_scale, scale_init, scale_metadata)
+        self._make_bias(rngs, use_bias, bias_init, bias_metadata)
         self.use_running_average = use_running_average
-        self.axis = statistics.hashable_axes(axis)
-        self.momentum = momentum
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.use_bias = use_bias
-        self.use_scale = use_scale
-        self.axis_name = axis_name
-        self.axis_index_groups = statistics.hashable_groups(axis_index_groups)
-        self.use_fast_variance = use_fast_variance
-        self.promote_dtype = promote_dtype
+        self.axis, self.momentum = hashable(axis), momentum
 
     def __call__(
         self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None
@@ -157,11 +142,10 @@ class BatchNorm(Module):
         Args:
           use_running_average: True in evaluation, False in training, None leaves it as it is.
         """
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
+        set_flags(self, use_running_average=use_running_average)
 
 
-class LayerNorm(Module):
+class LayerNorm(Norm):
     """Normalizes each example over its features (Ba et al. 2016, https://arxiv.org/abs/1607.06450).
 
     `scale` and `bias` are Params of shape `(num_features,)` or None.
@@ -220,26 +204,11 @@ class LayerNorm(Module):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        shape = (num_features,)
-        # `data`: without a parameter the place stays one where a Param may be put later.
-        self.scale: Param | None = data(
-            Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata) if use_scale else None
-        )
-        self.bias: Param | None = data(
-            Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata) if use_bias else None
-        )
-        self.num_features = num_features
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.use_bias = use_bias
-        self.use_scale = use_scale
-        self.reduction_axes = statistics.hashable_axes(reduction_axes)
-        self.feature_axes = statistics.hashable_axes(feature_axes)
-        self.axis_name = axis_name
-        self.axis_index_groups = statistics.hashable_groups(axis_index_groups)
-        self.use_fast_variance = use_fast_variance
-        self.promote_dtype = promote_dtype
+        self._keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
+        self._keep_averaging(axis_name, axis_index_groups, use_fast_variance)
+        self._make_scale(rngs, use_scale, scale_init, scale_metadata)
+        self._make_bias(rngs, use_bias, bias_init, bias_metadata)
+        self.reduction_axes, self.feature_axes = hashable(reduction_axes), hashable(feature_axes)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Apply the layer.

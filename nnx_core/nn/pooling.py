@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from nnx_core._errors import NnxError
-from nnx_core.nn._windows import LAX_PADDINGS, LaxPadding, hashable
+from nnx_core.nn._axes import hashable
+from nnx_core.nn._windows import LAX_PADDINGS, LaxPadding, is_pair
 
 Reduction = Callable[[Any, Any], Any]
 
@@ -77,10 +78,8 @@ def avg_pool(
     """The mean of each window.
 
     Args:
-      inputs: `[*batch, *spatial, features]`, see `pool`.
-      window_shape: the size of the window along each spatial axis.
-      strides: between windows, one for each spatial axis; None is 1 for all.
-      padding: see `pool`.
+      inputs: `[*batch, *spatial, features]`.
+      window_shape, strides, padding: see `pool`.
       count_include_pad: whether padding counts as zeros; if not, the mean is over the pixels of the input only.
 
     Returns:
@@ -116,10 +115,8 @@ def max_pool(
     """The largest value of each window; padding never wins.
 
     Args:
-      inputs: `[*batch, *spatial, features]`, see `pool`; any dtype with an order.
-      window_shape: the size of the window along each spatial axis.
-      strides: between windows, one for each spatial axis; None is 1 for all.
-      padding: see `pool`.
+      inputs: `[*batch, *spatial, features]`, any dtype with an order.
+      window_shape, strides, padding: see `pool`.
 
     Returns:
       `[*batch, *spatial', features]`, in the dtype of `inputs`.
@@ -144,10 +141,8 @@ def min_pool(
     """The smallest value of each window; padding never wins.
 
     Args:
-      inputs: `[*batch, *spatial, features]`, see `pool`; any dtype with an order.
-      window_shape: the size of the window along each spatial axis.
-      strides: between windows, one for each spatial axis; None is 1 for all.
-      padding: see `pool`.
+      inputs: `[*batch, *spatial, features]`, any dtype with an order.
+      window_shape, strides, padding: see `pool`.
 
     Returns:
       `[*batch, *spatial', features]`, in the dtype of `inputs`.
@@ -188,4 +183,4 @@ def _checked(
 
 def _is_pairs(padding: Any, rank: int) -> bool:
     pairs = padding if isinstance(padding, tuple) else ()
-    return len(pairs) == rank and all(isinstance(p, tuple) and len(p) == 2 for p in pairs)
+    return len(pairs) == rank and all(map(is_pair, pairs))

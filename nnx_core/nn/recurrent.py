@@ -124,12 +124,9 @@ class RNN(Module):
         broadcast_rngs: filterlib.Filter = None,
         rngs: Rngs | RngStream | bool = True,
     ):
-        self.cell = cell
-        self.time_major = time_major
-        self.return_carry = return_carry
-        self.reverse = reverse
-        self.keep_order = keep_order
-        self.unroll = unroll
+        self.cell, self.unroll = cell, unroll
+        self.time_major, self.return_carry = time_major, return_carry
+        self.reverse, self.keep_order = reverse, keep_order
         self.rngs = data(carry_stream(self, rngs))
         rules: list[tuple[Any, Any]] = [] if state_axes is None else list(state_axes.items())
         if all(filterlib.to_predicate(f) != filterlib.Everything() for f, _ in rules):
@@ -337,11 +334,8 @@ class Bidirectional(Module):
         return_carry: bool = False,
         rngs: Rngs | RngStream | bool = True,
     ):
-        self.forward_rnn = forward_rnn
-        self.backward_rnn = backward_rnn
-        self.merge_fn = merge_fn
-        self.time_major = time_major
-        self.return_carry = return_carry
+        self.forward_rnn, self.backward_rnn, self.merge_fn = forward_rnn, backward_rnn, merge_fn
+        self.time_major, self.return_carry = time_major, return_carry
         self.rngs = data(carry_stream(self, rngs))
 
     def __call__(

@@ -6,7 +6,8 @@ that is orthogonal as a whole has no orthogonal gate in it. A carry of zeros dra
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,17 @@ import jax.numpy as jnp
 from nnx_core._errors import NnxError
 from nnx_core.graph.objects import data
 from nnx_core.module import Module
-from nnx_core.nn import initializers
+from nnx_core.nn import dtypes, initializers
+from nnx_core.nn._affine import Metadata
 from nnx_core.nn._errors import InputShapeError, MissingRngsError, place, require_rngs
+from nnx_core.nn.activations import sigmoid, tanh
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer
+from nnx_core.nn.linear import Linear
 from nnx_core.rngs import Rngs, RngStream
 from nnx_core.variables import VariableMetadata
 
+Activation = Callable[..., Any]
 Pair = tuple[jax.Array, jax.Array]
 RngSource = Rngs | RngStream | None
 
@@ -83,6 +88,17 @@ def per_gate(*inits: Initializer) -> Initializer:
 
 
 default_recurrent_init = _orthogonal()
+
+
+class Start(NamedTuple):
+    """How a parameter begins: its initializer and its metadata."""
+
+    init: Initializer
+    metadata: Metadata
+
+    def fused(self, gates: int) -> "Start":
+        """The start of a parameter of several gates, each of which begins like this."""
+        return Start(per_gate(*[self.init] * gates), self.metadata)
 
 
 def carry_stream(owner: Module, rngs: Rngs | RngStream | bool) -> RngStream | None:
@@ -199,16 +215,44 @@ class ArrayCell(RNNCellBase):
     dtype: Dtype | None
     param_dtype: Dtype
     promote_dtype: PromoteDtypeFn
-    gate_fn: Callable[..., Any]  # of those that have one
-    activation_fn: Callable[..., Any]  # of those that have one
+    gate_fn: Activation  # of those that have one
+    activation_fn: Activation  # of those that have one
     carry_init: Initializer | None
     rngs: RngStream | None
 
-    def _set(self, rngs: Rngs, keep_rngs: bool, **options: Any) -> None:
-        require_rngs(self, rngs)
-        for name, option in options.items():
-            setattr(self, name, option)
+    def _keep_options(
+        self,
+        in_features: int,
+        hidden_features: int,
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        promote_dtype: PromoteDtypeFn,
+    ) -> None:
+        self.in_features, self.hidden_features = in_features, hidden_features
+        self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
+
+    def _keep_carry(self, carry_init: Initializer | None, keep_rngs: bool, rngs: Rngs) -> None:
+        """How carries begin. Before the layers: a stream that is kept takes its key before they take theirs."""
+        self.carry_init = carry_init
         self.rngs = data(carry_stream(self, rngs) if keep_rngs else None)
+
+    def _product(
+        self, rngs: Rngs, in_features: int, kernel: Start, bias: Start | None = None, *, gates: int = 1
+    ) -> Linear:
+        """A Linear to `hidden_features` of each gate, side by side; it computes in the dtype of the cell."""
+        options: dict[str, Any] = {"kernel_init": kernel.init, "kernel_metadata": kernel.metadata}
+        if bias is not None:
+            options |= {"bias_init": bias.init, "bias_metadata": bias.metadata}
+        return Linear(
+            in_features,
+            gates * self.hidden_features,
+            use_bias=bias is not None,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            promote_dtype=self.promote_dtype,
+            rngs=rngs,
+            **options,
+        )
 
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: RngSource = None, carry_init: Initializer | None = None
@@ -238,3 +282,37 @@ class MemoryCell(ArrayCell):
             found = f"an array of shape {carry.shape}" if hasattr(carry, "shape") else repr(carry)
             raise CarryError(self, f"(c, h), two arrays of shape (*batch, {self.hidden_features})", found)
         return carry[0], carry[1]
+
+
+class FusedCell(ArrayCell):
+    """A cell whose gates share one kernel of the input and one of the state; a subclass makes both."""
+
+    _make_products: Callable[[Rngs, Start, Start, Start], None]  # from the starts of both kernels and of the bias
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        gate_fn: Activation = sigmoid,
+        activation_fn: Activation = tanh,
+        kernel_init: Initializer = initializers.default_kernel_init,
+        recurrent_kernel_init: Initializer = default_recurrent_init,
+        bias_init: Initializer = initializers.default_bias_init,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        carry_init: Initializer | None = None,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        keep_rngs: bool = False,
+        rngs: Rngs,
+        kernel_metadata: Metadata = MappingProxyType({}),
+        recurrent_kernel_metadata: Metadata = MappingProxyType({}),
+        bias_metadata: Metadata = MappingProxyType({}),
+    ):
+        require_rngs(self, rngs)
+        self._keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
+        self._keep_carry(carry_init, keep_rngs, rngs)
+        self.gate_fn, self.activation_fn = gate_fn, activation_fn
+        of_input = Start(kernel_init, kernel_metadata)
+        of_state = Start(recurrent_kernel_init, recurrent_kernel_metadata)
+        self._make_products(rngs, of_input, of_state, Start(bias_init, bias_metadata))

@@ -4,8 +4,7 @@ Law: the arithmetic, its order and its dtypes are flax.linen's; names and layout
 a cell share one kernel. Knows nothing of time: `recurrent` loops.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -15,22 +14,24 @@ import jax.numpy as jnp
 from nnx_core.graph.objects import data
 from nnx_core.kinds import Param
 from nnx_core.nn import dtypes, initializers
+from nnx_core.nn._affine import Metadata
+from nnx_core.nn._errors import require_rngs
 from nnx_core.nn.activations import sigmoid, tanh
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
-from nnx_core.nn.linear import Linear
 from nnx_core.nn.recurrent_base import (
+    Activation,
     ArrayCell,
+    FusedCell,
     MemoryCell,
     Pair,
+    Start,
     default_recurrent_init,
     modified_orthogonal,
-    per_gate,
 )
 from nnx_core.rngs import Rngs
 
-Activation = Callable[..., Any]
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_NOTHING: Metadata = MappingProxyType({})
 
 
 class LSTMCell(MemoryCell):
@@ -89,37 +90,19 @@ class LSTMCell(MemoryCell):
         promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
         keep_rngs: bool = False,
         rngs: Rngs,
-        kernel_metadata: Mapping[str, Any] = _NOTHING,
-        recurrent_kernel_metadata: Mapping[str, Any] = _NOTHING,
-        bias_metadata: Mapping[str, Any] = _NOTHING,
+        kernel_metadata: Metadata = _NOTHING,
+        recurrent_kernel_metadata: Metadata = _NOTHING,
+        bias_metadata: Metadata = _NOTHING,
     ):
-        common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "promote_dtype": promote_dtype}
-        sizes: dict[str, Any] = {"in_features": in_features, "hidden_features": hidden_features}
-        functions: dict[str, Any] = {"gate_fn": gate_fn, "activation_fn": activation_fn, "carry_init": carry_init}
-        self._set(rngs, keep_rngs, **sizes, **functions, **common)
-        of_input = functools.partial(
-            Linear,
-            in_features,
-            hidden_features,
-            use_bias=False,
-            kernel_init=kernel_init,
-            kernel_metadata=kernel_metadata,
-            rngs=rngs,
-            **common,
-        )
-        of_state = functools.partial(
-            Linear,
-            hidden_features,
-            hidden_features,
-            kernel_init=recurrent_kernel_init,
-            bias_init=bias_init,
-            kernel_metadata=recurrent_kernel_metadata,
-            bias_metadata=bias_metadata,
-            rngs=rngs,
-            **common,
-        )
-        self.ii, self.if_, self.ig, self.io = (of_input() for _ in range(4))
-        self.hi, self.hf, self.hg, self.ho = (of_state() for _ in range(4))
+        require_rngs(self, rngs)
+        self._keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
+        self._keep_carry(carry_init, keep_rngs, rngs)
+        self.gate_fn, self.activation_fn = gate_fn, activation_fn
+        of_input = Start(kernel_init, kernel_metadata)
+        of_state = Start(recurrent_kernel_init, recurrent_kernel_metadata)
+        bias = Start(bias_init, bias_metadata)
+        self.ii, self.if_, self.ig, self.io = (self._product(rngs, in_features, of_input) for _ in range(4))
+        self.hi, self.hf, self.hg, self.ho = (self._product(rngs, hidden_features, of_state, bias) for _ in range(4))
 
     def __call__(self, carry: Pair, inputs: jax.Array) -> tuple[Pair, jax.Array]:
         """One step.
@@ -145,7 +128,7 @@ class LSTMCell(MemoryCell):
         return (c, h), h
 
 
-class OptimizedLSTMCell(MemoryCell):
+class OptimizedLSTMCell(FusedCell, MemoryCell):
     """LSTMCell in two matrix products instead of eight; the same function, faster on accelerators.
 
     `dense_i` has a kernel `(in_features, 4 * hidden_features)`, `dense_h` a kernel `(hidden_features,
@@ -169,49 +152,9 @@ class OptimizedLSTMCell(MemoryCell):
     (2, 4)
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        *,
-        gate_fn: Activation = sigmoid,
-        activation_fn: Activation = tanh,
-        kernel_init: Initializer = default_kernel_init,
-        recurrent_kernel_init: Initializer = default_recurrent_init,
-        bias_init: Initializer = default_bias_init,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        carry_init: Initializer | None = None,
-        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
-        keep_rngs: bool = False,
-        rngs: Rngs,
-        kernel_metadata: Mapping[str, Any] = _NOTHING,
-        recurrent_kernel_metadata: Mapping[str, Any] = _NOTHING,
-        bias_metadata: Mapping[str, Any] = _NOTHING,
-    ):
-        common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "promote_dtype": promote_dtype}
-        sizes: dict[str, Any] = {"in_features": in_features, "hidden_features": hidden_features}
-        functions: dict[str, Any] = {"gate_fn": gate_fn, "activation_fn": activation_fn, "carry_init": carry_init}
-        self._set(rngs, keep_rngs, **sizes, **functions, **common)
-        self.dense_i = Linear(
-            in_features,
-            4 * hidden_features,
-            use_bias=False,
-            kernel_init=per_gate(*[kernel_init] * 4),
-            kernel_metadata=kernel_metadata,
-            rngs=rngs,
-            **common,
-        )
-        self.dense_h = Linear(
-            hidden_features,
-            4 * hidden_features,
-            kernel_init=per_gate(*[recurrent_kernel_init] * 4),
-            bias_init=per_gate(*[bias_init] * 4),
-            kernel_metadata=recurrent_kernel_metadata,
-            bias_metadata=bias_metadata,
-            rngs=rngs,
-            **common,
-        )
+    def _make_products(self, rngs: Rngs, of_input: Start, of_state: Start, bias: Start) -> None:
+        self.dense_i = self._product(rngs, self.in_features, of_input.fused(4), gates=4)
+        self.dense_h = self._product(rngs, self.hidden_features, of_state.fused(4), bias.fused(4), gates=4)
 
     def __call__(self, carry: Pair, inputs: jax.Array) -> tuple[Pair, jax.Array]:
         """One step: see LSTMCell."""
@@ -226,7 +169,7 @@ class OptimizedLSTMCell(MemoryCell):
         return (c, h), h
 
 
-class GRUCell(ArrayCell):
+class GRUCell(FusedCell):
     """Gated recurrent unit (Cho et al. 2014, arXiv:1406.1078).
 
     r = σ(W_ir x + b_ir + W_hr h),  z = σ(W_iz x + b_iz + W_hz h),
@@ -255,58 +198,20 @@ class GRUCell(ArrayCell):
     ((2, 4), True, (4,))
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        *,
-        gate_fn: Activation = sigmoid,
-        activation_fn: Activation = tanh,
-        kernel_init: Initializer = default_kernel_init,
-        recurrent_kernel_init: Initializer = default_recurrent_init,
-        bias_init: Initializer = default_bias_init,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        carry_init: Initializer | None = None,
-        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
-        keep_rngs: bool = False,
-        rngs: Rngs,
-        kernel_metadata: Mapping[str, Any] = _NOTHING,
-        recurrent_kernel_metadata: Mapping[str, Any] = _NOTHING,
-        bias_metadata: Mapping[str, Any] = _NOTHING,
-    ):
-        common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "promote_dtype": promote_dtype}
-        sizes: dict[str, Any] = {"in_features": in_features, "hidden_features": hidden_features}
-        functions: dict[str, Any] = {"gate_fn": gate_fn, "activation_fn": activation_fn, "carry_init": carry_init}
-        self._set(rngs, keep_rngs, **sizes, **functions, **common)
+    def _make_products(self, rngs: Rngs, of_input: Start, of_state: Start, bias: Start) -> None:
         drawn: list[jax.Array] = []
 
         def biases(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> Any:
             drawn.append(key)
-            return per_gate(*[bias_init] * 3)(key, shape, dtype)
+            return bias.fused(3).init(key, shape, dtype)
 
-        self.dense_i = Linear(
-            in_features,
-            3 * hidden_features,
-            kernel_init=per_gate(*[kernel_init] * 3),
-            bias_init=biases,
-            kernel_metadata=kernel_metadata,
-            bias_metadata=bias_metadata,
-            rngs=rngs,
-            **common,
-        )
-        self.dense_h = Linear(
-            hidden_features,
-            3 * hidden_features,
-            use_bias=False,
-            kernel_init=per_gate(*[recurrent_kernel_init] * 3),
-            kernel_metadata=recurrent_kernel_metadata,
-            rngs=rngs,
-            **common,
-        )
+        of_gates = Start(biases, bias.metadata)
+        self.dense_i = self._product(rngs, self.in_features, of_input.fused(3), of_gates, gates=3)
+        self.dense_h = self._product(rngs, self.hidden_features, of_state.fused(3), gates=3)
         # No key of its own: flax.nnx draws none here, and layers made after this one must get the keys they get there.
         key = jax.random.fold_in(drawn[0], 3)
-        self.hn_bias: Param | None = data(Param(bias_init(key, (hidden_features,), param_dtype), **bias_metadata))
+        value = bias.init(key, (self.hidden_features,), self.param_dtype)
+        self.hn_bias: Param | None = data(Param(value, **bias.metadata))
 
     def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step.
@@ -383,30 +288,22 @@ class MGUCell(ArrayCell):
         promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
         keep_rngs: bool = False,
         rngs: Rngs,
-        kernel_metadata: Mapping[str, Any] = _NOTHING,
-        recurrent_kernel_metadata: Mapping[str, Any] = _NOTHING,
-        bias_metadata: Mapping[str, Any] = _NOTHING,
+        kernel_metadata: Metadata = _NOTHING,
+        recurrent_kernel_metadata: Metadata = _NOTHING,
+        bias_metadata: Metadata = _NOTHING,
     ):
-        common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "promote_dtype": promote_dtype}
-        sizes: dict[str, Any] = {"in_features": in_features, "hidden_features": hidden_features}
-        functions: dict[str, Any] = {"gate_fn": gate_fn, "activation_fn": activation_fn, "carry_init": carry_init}
-        self._set(rngs, keep_rngs, **sizes, **functions, **common)
+        require_rngs(self, rngs)
+        self._keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
+        self._keep_carry(carry_init, keep_rngs, rngs)
+        self.gate_fn, self.activation_fn = gate_fn, activation_fn
         self.reset_gate = reset_gate
-        dense: Any = functools.partial(Linear, out_features=hidden_features, bias_metadata=bias_metadata, rngs=rngs)
-        of_input: dict[str, Any] = {
-            "in_features": in_features,
-            "kernel_init": kernel_init,
-            "kernel_metadata": kernel_metadata,
-        }
-        of_state: dict[str, Any] = {
-            "in_features": hidden_features,
-            "kernel_init": recurrent_kernel_init,
-            "kernel_metadata": recurrent_kernel_metadata,
-        }
-        self.if_ = dense(bias_init=forget_bias_init, **of_input, **common)
-        self.in_ = dense(bias_init=activation_bias_init, **of_input, **common)
-        self.hf = dense(use_bias=False, **of_state, **common)
-        self.hn = dense(use_bias=reset_gate, bias_init=activation_bias_init, **of_state, **common)
+        of_input = Start(kernel_init, kernel_metadata)
+        of_state = Start(recurrent_kernel_init, recurrent_kernel_metadata)
+        forget, activation = Start(forget_bias_init, bias_metadata), Start(activation_bias_init, bias_metadata)
+        self.if_ = self._product(rngs, in_features, of_input, forget)
+        self.in_ = self._product(rngs, in_features, of_input, activation)
+        self.hf = self._product(rngs, hidden_features, of_state)
+        self.hn = self._product(rngs, hidden_features, of_state, activation if reset_gate else None)
 
     def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step: see GRUCell."""
@@ -460,34 +357,18 @@ class SimpleCell(ArrayCell):
         promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
         keep_rngs: bool = False,
         rngs: Rngs,
-        kernel_metadata: Mapping[str, Any] = _NOTHING,
-        recurrent_kernel_metadata: Mapping[str, Any] = _NOTHING,
-        bias_metadata: Mapping[str, Any] = _NOTHING,
+        kernel_metadata: Metadata = _NOTHING,
+        recurrent_kernel_metadata: Metadata = _NOTHING,
+        bias_metadata: Metadata = _NOTHING,
     ):
-        common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "promote_dtype": promote_dtype}
-        sizes: dict[str, Any] = {"in_features": in_features, "hidden_features": hidden_features}
-        functions: dict[str, Any] = {"activation_fn": activation_fn, "carry_init": carry_init}
-        self._set(rngs, keep_rngs, **sizes, **functions, **common)
-        self.residual = residual
-        self.dense_h = Linear(
-            hidden_features,
-            hidden_features,
-            use_bias=False,
-            kernel_init=recurrent_kernel_init,
-            kernel_metadata=recurrent_kernel_metadata,
-            rngs=rngs,
-            **common,
-        )
-        self.dense_i = Linear(
-            in_features,
-            hidden_features,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
-            kernel_metadata=kernel_metadata,
-            bias_metadata=bias_metadata,
-            rngs=rngs,
-            **common,
-        )
+        require_rngs(self, rngs)
+        self._keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
+        self._keep_carry(carry_init, keep_rngs, rngs)
+        self.activation_fn, self.residual = activation_fn, residual
+        of_state = Start(recurrent_kernel_init, recurrent_kernel_metadata)
+        self.dense_h = self._product(rngs, hidden_features, of_state)
+        bias = Start(bias_init, bias_metadata)
+        self.dense_i = self._product(rngs, in_features, Start(kernel_init, kernel_metadata), bias)
 
     def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step.

@@ -3,6 +3,7 @@
 Law: as for the cells of `recurrent_cells`; here Linen keeps one kernel for all gates as well, so the layouts agree.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx_core.nn import dtypes
-from nnx_core.nn._errors import OptionError
+from nnx_core.nn._errors import OptionError, require_rngs
 from nnx_core.nn._windows import PaddingLike, PerAxis
 from nnx_core.nn.activations import sigmoid, tanh
 from nnx_core.nn.conv import Conv
@@ -71,18 +72,25 @@ class ConvLSTMCell(MemoryCell):
         recurrent_kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
-        common: dict[str, Any] = {
-            "use_bias": use_bias,
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "promote_dtype": promote_dtype,
-        }
-        sizes = {"in_features": in_features, "hidden_features": hidden_features}
-        self._set(rngs, keep_rngs, carry_init=carry_init, **sizes, **common)
-        window: dict[str, Any] = {"kernel_size": kernel_size, "strides": strides, "padding": padding}
-        common |= {**window, "bias_metadata": bias_metadata, "rngs": rngs}
-        self.ih = Conv(in_features, 4 * hidden_features, kernel_metadata=kernel_metadata, **common)
-        self.hh = Conv(hidden_features, 4 * hidden_features, kernel_metadata=recurrent_kernel_metadata, **common)
+        require_rngs(self, rngs)
+        self._keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
+        self._keep_carry(carry_init, keep_rngs, rngs)
+        self.use_bias = use_bias
+        convolution = functools.partial(
+            Conv,
+            out_features=4 * hidden_features,
+            kernel_size=kernel_size,
+            strides=strides,
+            padding=padding,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+        )
+        self.ih = convolution(in_features, kernel_metadata=kernel_metadata)
+        self.hh = convolution(hidden_features, kernel_metadata=recurrent_kernel_metadata)
         self.kernel_size, self.strides, self.padding = self.ih.kernel_size, self.ih.strides, self.ih.padding
 
     @property

@@ -11,18 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx_core.graph.objects import data
-from nnx_core.kinds import Param
-from nnx_core.module import Module
 from nnx_core.nn import dtypes, statistics
+from nnx_core.nn._axes import Axes, hashable
 from nnx_core.nn._errors import require_rngs
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, ones
-from nnx_core.nn.statistics import Axes
+from nnx_core.nn.norm_base import Norm
 from nnx_core.rngs import Rngs
 
 
-class RMSNorm(Module):
+class RMSNorm(Norm):
     """x / sqrt(mean(x²) + epsilon) * scale (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467).
 
     `scale` is a Param of shape `(num_features,)` or None.
@@ -74,21 +72,10 @@ class RMSNorm(Module):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        # `data`: without a scale the place stays one where a Param may be put later.
-        self.scale: Param | None = data(
-            Param(scale_init(rngs.params(), (num_features,), param_dtype), **scale_metadata) if use_scale else None
-        )
-        self.num_features = num_features
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.use_scale = use_scale
-        self.reduction_axes = statistics.hashable_axes(reduction_axes)
-        self.feature_axes = statistics.hashable_axes(feature_axes)
-        self.axis_name = axis_name
-        self.axis_index_groups = statistics.hashable_groups(axis_index_groups)
-        self.use_fast_variance = use_fast_variance
-        self.promote_dtype = promote_dtype
+        self._keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
+        self._keep_averaging(axis_name, axis_index_groups, use_fast_variance)
+        self._make_scale(rngs, use_scale, scale_init, scale_metadata)
+        self.reduction_axes, self.feature_axes = hashable(reduction_axes), hashable(feature_axes)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Apply the layer.

@@ -21,14 +21,15 @@ from nnx_core._errors import Path, show_path
 from nnx_core.kinds import BatchStat, Param
 from nnx_core.module import Module
 from nnx_core.nn import substitute
-from nnx_core.nn._errors import OptionError, choose_flag, require_rngs
+from nnx_core.nn._errors import OptionError
+from nnx_core.nn._flags import choose_flag
 from nnx_core.nn.dtypes import Dtype, canonicalize_dtype
 from nnx_core.nn.initializers import normal
 from nnx_core.nn.weight_norm import l2_normalized
 from nnx_core.rngs import Rngs
 
 
-class SpectralNorm(Module):
+class SpectralNorm(substitute.Wrapper):
     """Calls a layer with w / sigma in place of w (Miyato et al. 2018, https://arxiv.org/abs/1802.05957).
 
     sigma, the largest singular value of w, comes from power iteration, which goes on from call to call. All
@@ -75,16 +76,10 @@ class SpectralNorm(Module):
         update_stats: bool = True,
         rngs: Rngs,
     ):
-        require_rngs(self, rngs)
-        substitute.require_module(self, layer_instance)
+        self._wrap(layer_instance, rngs, epsilon, dtype, param_dtype)
         if n_steps < 1:
             raise OptionError(self, "n_steps", "at least 1", n_steps, "One step a call is the usual number.")
-        self.layer_instance = layer_instance
-        self.n_steps = n_steps
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.error_on_non_matrix = error_on_non_matrix
+        self.n_steps, self.error_on_non_matrix = n_steps, error_on_non_matrix
         self.use_running_average = not update_stats
         self.batch_stats = substitute.mirror(
             ((*path, name), value) for path, v in self._chosen() for name, value in self._initial(path, v, rngs)

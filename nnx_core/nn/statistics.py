@@ -13,20 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from nnx_core.nn import dtypes
+from nnx_core.nn._axes import Axes
 from nnx_core.nn._errors import InputShapeError
 from nnx_core.nn.dtypes import at_least_float32, canonicalize_dtype
-
-Axes = int | Sequence[int]
-
-
-def hashable_axes(axes: Axes) -> int | tuple[int, ...]:
-    """`axes` as an attribute keeps them."""
-    return axes if isinstance(axes, int) else tuple(axes)
-
-
-def hashable_groups(groups: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:
-    """`axis_index_groups` as an attribute keeps them."""
-    return None if groups is None else tuple(tuple(group) for group in groups)
 
 
 def values(layer: Any) -> tuple[jax.Array | None, jax.Array | None]:
@@ -53,16 +42,16 @@ def promote(layer: Any, *arrays: jax.Array | None) -> Sequence[Any]:
 def checked_axes(layer: Any, shape: tuple[int, ...], axes: Axes, size: int | None) -> tuple[int, ...]:
     """`axes` counted from the front; together they must hold `size` features, unless that is None."""
     rank = len(shape)
-    axes = (axes,) if isinstance(axes, int) else axes
-    found = 1
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    features = 1
     for axis in axes:
         if not -rank <= axis < rank:
             raise InputShapeError(layer, f"with an axis {axis}", shape, "Give it that axis, or the layer another one.")
-        found *= shape[axis]
-    if size is not None and found != size:
+        features *= shape[axis]
+    if size is not None and features != size:
         raise InputShapeError(
             layer,
-            f"(..., {size})" if tuple(axes) == (-1,) else f"with {size} features on axes {tuple(axes)}",
+            f"(..., {size})" if axes == (-1,) else f"with {size} features on axes {axes}",
             shape,
             "num_features must be the size of the feature axis; features are on the last axis unless told.",
         )

@@ -16,7 +16,9 @@ from nnx_core.graph.replay import replay
 from nnx_core.graph.walk import iter_graph
 from nnx_core.kinds import Param
 from nnx_core.module import Dict, Module
-from nnx_core.nn._errors import OptionError, place
+from nnx_core.nn._errors import OptionError, place, require_rngs
+from nnx_core.nn.dtypes import Dtype
+from nnx_core.rngs import Rngs
 from nnx_core.state import nest
 from nnx_core.variables import Variable, get_raw, is_ref, set_raw
 
@@ -46,20 +48,30 @@ def mirrored(tree: Any, path: Path) -> Any:
     return reduce(lambda level, key: None if level is None else level.get(key), path, tree)
 
 
-def require_module(wrapper: Module, layer: object) -> None:
-    """Raise OptionError unless `layer` is a module that can be called."""
-    if not isinstance(layer, Module) or not callable(layer):
-        raise OptionError(
-            wrapper,
-            "layer_instance",
-            "a module with a __call__",
-            f"{layer.__name__}, a class" if isinstance(layer, type) else type(layer).__name__,
-            "Give it an instance: nnx.Linear(3, 4, rngs=rngs).",
-        )
+class Wrapper(Module):
+    """A module that calls another one, `layer_instance`, with other values in the place of its parameters."""
+
+    layer_instance: Module
+    epsilon: float
+    dtype: Dtype | None
+    param_dtype: Dtype
+
+    def _wrap(self, layer: Module, rngs: Rngs, epsilon: float, dtype: Dtype | None, param_dtype: Dtype) -> None:
+        require_rngs(self, rngs)
+        if not isinstance(layer, Module) or not callable(layer):
+            raise OptionError(
+                self,
+                "layer_instance",
+                "a module with a __call__",
+                f"{layer.__name__}, a class" if isinstance(layer, type) else type(layer).__name__,
+                "Give it an instance: nnx.Linear(3, 4, rngs=rngs).",
+            )
+        self.layer_instance, self.epsilon = layer, epsilon
+        self.dtype, self.param_dtype = dtype, param_dtype
 
 
 def call_with(
-    wrapper: Any, values: Callable[[Any], Iterable[tuple[Variable[Any], Any]]], *args: Any, **kwargs: Any
+    wrapper: Wrapper, values: Callable[[Any], Iterable[tuple[Variable[Any], Any]]], *args: Any, **kwargs: Any
 ) -> Any:
     """`wrapper.layer_instance(*args, **kwargs)` with other values in some of its Variables.
 
@@ -76,7 +88,7 @@ def call_with(
       What the layer raises, with a note that says where the wrapper is.
     """
 
-    def call(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(wrapper: Wrapper, *args: Any, **kwargs: Any) -> Any:
         held = [(variable, get_raw(variable), value) for variable, value in values(wrapper)]
         for variable, _, value in held:
             set_raw(variable, value)

@@ -24,14 +24,14 @@ from nnx_core.graph.objects import data
 from nnx_core.kinds import Param
 from nnx_core.module import Dict, Module
 from nnx_core.nn import dtypes, statistics, substitute
-from nnx_core.nn._errors import OptionError, require_rngs
+from nnx_core.nn._axes import Axes, as_tuple, hashable
+from nnx_core.nn._errors import OptionError
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn, canonicalize_dtype
 from nnx_core.nn.initializers import Initializer, ones
-from nnx_core.nn.statistics import Axes
 from nnx_core.rngs import Rngs
 
 
-class WeightNorm(Module):
+class WeightNorm(substitute.Wrapper):
     """Calls a layer with w / |w| * scale in place of w (Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868).
 
     `scales` is an nnx.Dict of Params, one for each normalized parameter of the layer and at the same path; its
@@ -78,17 +78,10 @@ class WeightNorm(Module):
         promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
         rngs: Rngs,
     ):
-        require_rngs(self, rngs)
-        substitute.require_module(self, layer_instance)
-        self.layer_instance = layer_instance
-        self.feature_axes = None if feature_axes is None else statistics.hashable_axes(feature_axes)
-        self.use_scale = use_scale
-        self.scale_init = scale_init
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.variable_filter = variable_filter
-        self.promote_dtype = promote_dtype
+        self._wrap(layer_instance, rngs, epsilon, dtype, param_dtype)
+        self.feature_axes = hashable(feature_axes)
+        self.use_scale, self.scale_init = use_scale, scale_init
+        self.variable_filter, self.promote_dtype = variable_filter, promote_dtype
         # `data`: without scales the place stays one where they may be put later.
         self.scales: Dict[Any] | None = data(self._initial_scales(rngs) if use_scale else None)
 
@@ -119,8 +112,7 @@ class WeightNorm(Module):
 
     def _features(self, path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The feature axes of the parameter at `path`, counted from the front, in order."""
-        axes = () if self.feature_axes is None else self.feature_axes
-        axes = (axes,) if isinstance(axes, int) else axes
+        axes = () if self.feature_axes is None else as_tuple(self.feature_axes)
         for axis in axes:
             if not -len(shape) <= axis < len(shape):
                 raise OptionError(

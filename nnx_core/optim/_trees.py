@@ -12,10 +12,9 @@ import jax
 from nnx_core import filters as filterlib
 from nnx_core._errors import OptimizerError, Path
 from nnx_core.graph.api import state as state_of
+from nnx_core.optim._errors import GradientMismatchError, Mismatch
 from nnx_core.state import State, to_flat_state
 from nnx_core.variables import Variable, new_variable
-
-Mismatch = tuple[Path, object, object]
 
 
 def is_variable(x: Any) -> bool:
@@ -73,6 +72,19 @@ def rewrapped(params: State, leaves: Mapping[Path, Any]) -> State:
         return new_variable(type(x), value, dict(x._var_metadata)) if is_variable(x) else value
 
     return params.map(like)
+
+
+def fitted(params: State, grads: Any, elsewhere: Callable[[], Iterable[Path]] = tuple) -> State:
+    """`grads` as Variables like those of `params`.
+
+    Raises:
+      GradientMismatchError: they do not fit; `elsewhere` as in `misfits`.
+    """
+    gradients = by_path(grads)
+    problems = misfits(by_path(params), gradients, elsewhere)
+    if any(problems):
+        raise GradientMismatchError(*problems)
+    return rewrapped(params, gradients)
 
 
 def misfits(

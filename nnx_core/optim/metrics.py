@@ -150,6 +150,14 @@ def _sum(values: jax.Array) -> jax.Array:
     return values.sum(dtype=jnp.int32 if values.dtype == jnp.bool_ else jnp.float32)
 
 
+def _no_sum() -> jax.Array:
+    return jnp.zeros((), jnp.float32)
+
+
+def _no_count() -> jax.Array:
+    return jnp.zeros((), jnp.int32)
+
+
 class Average(Metric):
     """Mean of values.
 
@@ -163,21 +171,19 @@ class Average(Metric):
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
       >>> loss = nnx.metrics.Average("loss")
-      >>> loss.update(loss=jnp.array([1, 2, 3, 4]))
-      >>> loss.update(loss=jnp.array([3, 2, 1, 0]), mask=jnp.array([1, 1, 0, 0]))
+      >>> loss.update(loss=jnp.array([0.5, 1.5, 4.0]))
+      >>> loss.update(loss=jnp.array([6.0, jnp.nan]), mask=jnp.array([True, False]))
       >>> loss.compute()
-      Array(2.5, dtype=float32)
+      Array(3., dtype=float32)
     """
 
     def __init__(self, argname: str = "values"):
         self.argname = argname
-        self.total = MetricState(jnp.array(0, dtype=jnp.float32))
-        self.count = MetricState(jnp.array(0, dtype=jnp.int32))
+        self.total, self.count = MetricState(_no_sum()), MetricState(_no_count())
 
     def reset(self) -> None:
         """Forget all values, in place."""
-        self.total[...] = jnp.array(0, dtype=jnp.float32)
-        self.count[...] = jnp.array(0, dtype=jnp.int32)
+        self.total[...], self.count[...] = _no_sum(), _no_count()
 
     def update(self, mask: jax.Array | None = None, **kwargs: Any) -> None:
         """Take in values, in place.
@@ -191,14 +197,14 @@ class Average(Metric):
           MetricArgumentError: if `argname` is missing.
           MetricInputError: if the values are not real, or the mask does not fit.
         """
-        values = _argument(self, self.argname, kwargs)
+        self._take_in(_argument(self, self.argname, kwargs), mask)
+
+    def _take_in(self, values: jax.Array, mask: jax.Array | None) -> None:
         if mask is None:
-            self._add(_sum(values), values.size)
+            total, count = _sum(values), values.size
         else:
             mask = _spread(self, mask, values.shape)
-            self._add(_sum(_masked(values, mask)), _count(mask))
-
-    def _add(self, total: jax.Array, count: jax.Array | int) -> None:
+            total, count = _sum(_masked(values, mask)), _count(mask)
         self.total[...] += total.astype(jnp.float32)
         self.count[...] += count
 
@@ -225,10 +231,12 @@ class Accuracy(Average):
 
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
-      >>> accuracy = nnx.metrics.Accuracy()
-      >>> accuracy.update(logits=jnp.array([[1.0, 2.0], [3.0, 0.0]]), labels=jnp.array([1, 1]))
-      >>> accuracy.compute()
-      Array(0.5, dtype=float32)
+      >>> top = nnx.metrics.Accuracy()
+      >>> top.update(logits=jnp.eye(4), labels=jnp.array([0, 1, 2, 0]))
+      >>> spam = nnx.metrics.Accuracy(threshold=0.0)
+      >>> spam.update(logits=jnp.array([-3.0, 2.0]), labels=jnp.array([False, True]))
+      >>> top.compute(), spam.compute()
+      (Array(0.75, dtype=float32), Array(1., dtype=float32))
     """
 
     def __init__(self, threshold: float | None = None, *args: Any, **kwargs: Any):
@@ -269,11 +277,7 @@ class Accuracy(Average):
                 "Multi-class logits have one axis more than labels; binary ones have none, and need threshold=.",
             )
         right = (predicted if self.threshold is None else predicted >= self.threshold) == labels
-        if mask is None:
-            self._add(_sum(right), right.size)
-        else:
-            mask = _spread(self, mask, right.shape)
-            self._add(_sum(_masked(right, mask)), _count(mask))
+        self._take_in(right, mask)
 
 
 class Statistics(Record):
@@ -306,24 +310,23 @@ class Welford(Metric):
 
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
-      >>> metric = nnx.metrics.Welford()
-      >>> metric.update(values=jnp.array([1, 2, 3, 4]))
-      >>> metric.update(values=jnp.array([3, 2, 1, 0]))
-      >>> metric.compute().mean, metric.compute().standard_deviation
-      (Array(2., dtype=float32), Array(1.2247449, dtype=float32))
+      >>> spread = nnx.metrics.Welford()
+      >>> for batch in ([2, 4, 4, 4], [5, 5], [7, 9]):
+      ...     spread.update(values=jnp.array(batch))
+      >>> found = spread.compute()
+      >>> found.mean, found.standard_deviation.round(5)
+      (Array(5., dtype=float32), Array(2., dtype=float32))
     """
 
     def __init__(self, argname: str = "values"):
         self.argname = argname
-        self.count = MetricState(jnp.array(0, dtype=jnp.int32))
-        self.mean = MetricState(jnp.array(0, dtype=jnp.float32))
-        self.m2 = MetricState(jnp.array(0, dtype=jnp.float32))
+        self.count = MetricState(_no_count())
+        self.mean, self.m2 = MetricState(_no_sum()), MetricState(_no_sum())
 
     def reset(self) -> None:
         """Forget all values, in place."""
-        self.count[...] = jnp.array(0, dtype=jnp.int32)
-        self.mean[...] = jnp.array(0, dtype=jnp.float32)
-        self.m2[...] = jnp.array(0, dtype=jnp.float32)
+        self.count[...] = _no_count()
+        self.mean[...], self.m2[...] = _no_sum(), _no_sum()
 
     def update(self, **kwargs: Any) -> None:
         """Take in values, in place.
@@ -386,11 +389,10 @@ class MultiMetric(Metric):
 
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
-      >>> metrics = nnx.MultiMetric(accuracy=nnx.metrics.Accuracy(), loss=nnx.metrics.Average())
-      >>> logits, labels = jnp.array([[1.0, 2.0], [3.0, 0.0]]), jnp.array([1, 1])
-      >>> metrics.update(logits=logits, labels=labels, values=jnp.array([1.0, 2.0]))
-      >>> metrics.compute()
-      {'accuracy': Array(0.5, dtype=float32), 'loss': Array(1.5, dtype=float32)}
+      >>> epoch = nnx.MultiMetric(loss=nnx.metrics.Average("loss"), right=nnx.metrics.Accuracy())
+      >>> epoch.update(loss=jnp.float32(1.5), logits=jnp.eye(4), labels=jnp.array([0, 1, 2, 0]))
+      >>> epoch.compute()
+      {'loss': Array(1.5, dtype=float32), 'right': Array(0.75, dtype=float32)}
     """
 
     def __init__(self, **metrics: Metric):

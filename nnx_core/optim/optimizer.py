@@ -20,8 +20,7 @@ from nnx_core.graph.api import state as state_of
 from nnx_core.graph.api import update as update_graph
 from nnx_core.graph.objects import Object, data
 from nnx_core.kinds import OptArray, OptState, OptVariable, Param
-from nnx_core.optim._errors import GradientMismatchError
-from nnx_core.optim._trees import by_path, is_variable, misfits, raw, require_writable, rewrapped, selected, write
+from nnx_core.optim._trees import by_path, fitted, is_variable, raw, require_writable, rewrapped, selected, write
 from nnx_core.state import State, to_flat_state
 from nnx_core.variables import Variable, new_variable
 
@@ -161,7 +160,8 @@ class Optimizer(Object, Generic[M]):
 
         live = selected(model, self.wrt, self.graph)
         params = _copied(live)
-        grads = _fitted(params, grads, lambda: by_path(state_of(model)))
+        _require_state(grads)
+        grads = fitted(params, grads, lambda: by_path(state_of(model)))
         kwargs = {name: _like(params, x) for name, x in kwargs.items()}
         updates, opt_state = self.tx.update(grads, _from_state(self.opt_state, params), params, **kwargs)
         new_params = optax.apply_updates(params, updates)
@@ -195,18 +195,13 @@ def _copied(state: State) -> State:
     return rewrapped(state, dict(to_flat_state(state)))
 
 
-def _fitted(params: State, grads: Any, elsewhere: Callable[[], Any] = tuple) -> State:
-    """`grads` as Variables like those of `params`."""
+def _require_state(grads: Any) -> None:
+    """Raise OptimizerError for a lone value in the place of gradients."""
     if isinstance(grads, Variable) or jax.tree_util.all_leaves([grads]):
         raise OptimizerError(
             f"Expected gradients as nnx.grad(...)(model) returns them, a State; found {type(grads).__name__}."
             " The arguments are update(model, grads)."
         )
-    wanted, found = dict(to_flat_state(params)), by_path(grads)
-    problems = misfits(wanted, found, elsewhere)
-    if any(problems):
-        raise GradientMismatchError(*problems)
-    return rewrapped(params, found)
 
 
 def _like(params: State, x: Any) -> Any:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from nnx_core.graph.functional import call
 from nnx_core.graph.structure import GraphDef
-from nnx_core.optim._errors import GradientMismatchError, TrainStateError
+from nnx_core.optim._errors import TrainStateError
 from nnx_core.optim._records import Record
-from nnx_core.optim._trees import by_path, misfits, rewrapped
+from nnx_core.optim._trees import fitted
 from nnx_core.state import State
 
 if TYPE_CHECKING:
@@ -92,13 +92,13 @@ class TrainState(Record, Generic[M]):
     def _state(self, state: State | str) -> State:
         if not isinstance(state, str):
             return state
-        found = getattr(self, state)
-        if not isinstance(found, Mapping):
+        field = getattr(self, state)
+        if not isinstance(field, Mapping):
             raise TrainStateError(
-                f"Expected {type(self).__name__}.{state} to be a State, got {type(found).__name__}."
+                f"Expected {type(self).__name__}.{state} to be a State, got {type(field).__name__}."
                 " apply() takes States, or names of fields that hold them."
             )
-        return found  # type: ignore[return-value]  # any mapping of paths will do
+        return field  # type: ignore[return-value]  # any mapping of paths will do
 
     def apply_gradients(self: TS, grads: State, **kwargs: Any) -> TS:
         """One step of `tx`: a new TrainState with other `params`, `opt_state` and `step`.
@@ -113,11 +113,7 @@ class TrainState(Record, Generic[M]):
         import optax  # here, so that importing nnx_core costs no more than JAX
 
         if isinstance(self.params, State):
-            found = by_path(grads)
-            problems = misfits(by_path(self.params), found)
-            if any(problems):
-                raise GradientMismatchError(*problems)
-            grads = rewrapped(self.params, found)
+            grads = fitted(self.params, grads)
         updates, opt_state = self.tx.update(grads, self.opt_state, self.params)
         params = optax.apply_updates(self.params, updates)
         return self.replace(params=params, opt_state=opt_state, step=self.step + 1, **kwargs)

@@ -4,6 +4,7 @@ A signature of ours accepts a call if it has each parameter of theirs under its 
 default; it may have more that are optional. What differs on purpose stands in `DEVIATIONS`, with the reason.
 """
 
+import ast
 import dataclasses
 import functools
 import inspect
@@ -67,6 +68,14 @@ def test_the_names_of_a_submodule_are_here(module):
     assert hasattr(nnx, module)
     ours = getattr(nnx, module)
     assert [name for name in names_of(getattr(flax.nnx, module)) if not hasattr(ours, name)] == []
+
+
+def test_the_list_is_what_the_face_imports():
+    imported = set()
+    for node in ast.parse(inspect.getsource(nnx)).body:
+        if isinstance(node, ast.ImportFrom):
+            imported |= {alias.asname for alias in node.names if alias.name == alias.asname}
+    assert set(nnx.__all__) == imported | {"Pytree"}
 
 
 # ---- signatures ----------------------------------------------------------------------------------------------------

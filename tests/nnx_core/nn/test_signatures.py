@@ -83,6 +83,65 @@ def values(lib, module):
     return {"/".join(map(str, path)): leaf[...] for path, leaf in lib.to_flat_state(lib.state(module))}
 
 
+# What a base keeps comes to it by position: each option must arrive under its own name.
+OPTIONS = {
+    "epsilon": 0.25,
+    "dtype": jnp.float16,
+    "param_dtype": jnp.bfloat16,
+    "precision": "highest",
+    "promote_dtype": lambda arrays, dtype=None, inexact=True: arrays,
+    "preferred_element_type": jnp.float64,
+    "axis_name": "shards",
+    "axis_index_groups": ((0, 1), (2, 3)),
+    "use_fast_variance": False,
+    "gate_fn": jnp.sin,
+    "activation_fn": jnp.cos,
+    "carry_init": RANDOM,
+    "strides": (2, 1),
+    "padding": ((1, 2), (3, 4)),
+    "kernel_dilation": (1, 3),
+    "input_dilation": (3, 1),
+}
+LAYER_ARGUMENTS = {
+    "Linear": {"in_features": 3, "out_features": 4},
+    "LinearGeneral": {"in_features": (3,), "out_features": (4,)},
+    "Einsum": {"einsum_str": "ab,bc->ac", "kernel_shape": (3, 4)},
+    "Embed": {"num_embeddings": 3, "features": 4},
+    "LoRA": {"in_features": 3, "lora_rank": 2, "out_features": 4},
+    "Conv": {"in_features": 3, "out_features": 4, "kernel_size": (3, 2)},
+    "ConvTranspose": {"in_features": 3, "out_features": 4, "kernel_size": (3, 2)},
+    "ConvLocal": {"in_features": 3, "out_features": 4, "kernel_size": (3, 2), "in_spatial_shape": (9, 8)},
+    "BatchNorm": {"num_features": 4, "momentum": 0.5},
+    "LayerNorm": {"num_features": 4, "reduction_axes": (1, 2), "feature_axes": 2},
+    "GroupNorm": {"num_features": 4, "num_groups": 2, "reduction_axes": (1, 2)},
+    "InstanceNorm": {"num_features": 4, "feature_axes": 2},
+    "RMSNorm": {"num_features": 4, "reduction_axes": (1, 2), "feature_axes": 2},
+    "LSTMCell": {"in_features": 3, "hidden_features": 4},
+    "OptimizedLSTMCell": {"in_features": 3, "hidden_features": 4},
+    "GRUCell": {"in_features": 3, "hidden_features": 4},
+    "MGUCell": {"in_features": 3, "hidden_features": 4, "reset_gate": False},
+    "SimpleCell": {"in_features": 3, "hidden_features": 4, "residual": True},
+    "ConvLSTMCell": {"in_features": 3, "hidden_features": 4, "kernel_size": (3, 2)},
+}
+
+
+@pytest.mark.parametrize("name", LAYER_ARGUMENTS)
+def test_options_are_kept_under_their_names(name):
+    layer_class = getattr(nnx, name)
+    parameters = inspect.signature(layer_class).parameters
+    options = {option: value for option, value in OPTIONS.items() if option in parameters}
+    options |= LAYER_ARGUMENTS[name]
+    layer = layer_class(**options, rngs=nnx.Rngs(0))
+    options.pop("lora_rank", None)  # the shapes of its parameters say it
+    assert {option: getattr(layer, option) for option in options} == options
+
+
+@pytest.mark.parametrize("name", LAYER_ARGUMENTS)
+def test_no_constructor_hides_its_parameters(name):
+    kinds = {p.kind for p in inspect.signature(getattr(nnx, name)).parameters.values()}
+    assert not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+
+
 def test_every_activation():
     for name in flax.nnx.nn.activations.__all__:
         ours, theirs = getattr(activations, name), getattr(flax.nnx, name)

@@ -2,6 +2,7 @@
 
 Law: every class is a `BridgeError` and also the builtin that plain Python code would catch; every message
 names where it happened, what was expected, what was found and what to do next.
+What Linen itself raises for a missing variable is said here too, for every room that stands in for Linen.
 Knows key paths and text; knows nothing of modules, arrays or file formats.
 """
 
@@ -11,7 +12,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bridge._types import Path
+import flax.errors
+
+from bridge._types import Location, Path
 
 # difflib compares each missing path with each unexpected one; past this many pairs a hint costs seconds.
 _MOST_COMPARISONS = 20_000
@@ -48,6 +51,37 @@ def cut_short(lines: Sequence[str], most: int, indent: str = "  ") -> list[str]:
     """
     rest = len(lines) - most
     return [*lines[:most], f"{indent}and {rest} more"] if rest > 0 else list(lines)
+
+
+#: What Linen raises for a variable that is missing.
+LINEN_NOT_FOUND = (
+    flax.errors.ScopeCollectionNotFound,
+    flax.errors.ScopeParamNotFoundError,
+    flax.errors.ScopeVariableNotFoundError,
+)
+
+
+def linen_place(location: Location, inside: Path = ()) -> tuple[str, str]:
+    """(name, path of its scope) as Linen's errors show a variable; `inside`: where the module with it is.
+
+    >>> linen_place(("params", "Dense_0", "kernel"), inside=("Block_1",))
+    ('kernel', '/Block_1/Dense_0')
+    """
+    return location[-1], "/" + "/".join((*inside, *location[1:-1]))
+
+
+def linen_not_found(location: Location, inside: Path = (), *, empty: bool) -> Exception:
+    """What Linen raises for a variable that is missing; `empty`: so is its collection.
+
+    >>> type(linen_not_found(("params", "kernel"), empty=False)).__name__
+    'ScopeParamNotFoundError'
+    """
+    collection, (name, scope) = location[0], linen_place(location, inside)
+    if empty:
+        return flax.errors.ScopeCollectionNotFound(collection, name, scope)
+    if collection == "params":
+        return flax.errors.ScopeParamNotFoundError(name, scope)
+    return flax.errors.ScopeVariableNotFoundError(name, collection, scope)
 
 
 class BridgeError(Exception):

@@ -17,13 +17,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.errors
 import jax
 from flax import linen as nn
 from flax.core.scope import DenyList, in_filter, union_filters
 
 import nnx_core as nnx
-from bridge._errors import UnboundModuleError, show_path
+from bridge._errors import LINEN_NOT_FOUND, UnboundModuleError, show_path
 from bridge._types import Location
 from bridge.linen_in_nnx import init as to_nnx_init
 from bridge.linen_in_nnx._errors import (
@@ -161,7 +160,7 @@ class ToNNX(nnx.Module):
                     mutable=mutable,
                     **{"capture_intermediates": in_filter(mutable, "intermediates") and captured_around(), **kwargs},
                 )
-        except _NOT_FOUND as error:
+        except LINEN_NOT_FOUND as error:
             if view.variables or mutable_around() is not None:
                 raise  # inside Linen it is Linen's variables that lack something
             raise NotInitializedError(type(wrapped.module).__name__, error) from error
@@ -454,11 +453,6 @@ class ToNNX(nnx.Module):
 _OWN = ("rngs",)
 _set_variables = ToNNX.__dict__["_nnx_variables"].__set__
 _set_wrapped = ToNNX.__dict__["_nnx_wrapped"].__set__
-_NOT_FOUND = (
-    flax.errors.ScopeCollectionNotFound,
-    flax.errors.ScopeParamNotFoundError,
-    flax.errors.ScopeVariableNotFoundError,
-)
 
 
 class _Storage:

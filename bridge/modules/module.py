@@ -21,7 +21,7 @@ from flax.core import FrozenDict, freeze, meta
 from flax.core.scope import CollectionFilter, DenyList, in_filter
 
 import nnx_core as nnx
-from bridge._errors import UnboundModuleError
+from bridge._errors import UnboundModuleError, linen_not_found
 from bridge._types import Location
 from bridge.modules.attributes import adopt, free_key, keep, park, unpark
 from bridge.modules.scope import (
@@ -45,7 +45,6 @@ from bridge.modules.tree import (
 from bridge.modules.waiting import (
     check_shape,
     flat,
-    not_found,
     put,
     take_one,
     waiting_of,
@@ -411,7 +410,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
 
     def _new(self, collection: str, name: str, make: Callable[[], Any] | None) -> nnx.Variable[Any]:
         if make is None or not self.scope.may_make(collection):
-            raise not_found(self._at(collection, name), empty=collection not in self.scope._waiting)
+            raise linen_not_found(self._at(collection, name), empty=collection not in self.scope._waiting)
         value = make()
         if isinstance(value, meta.AxisMetadata):
             variable = to_nnx_variable(collection, value)

@@ -18,9 +18,10 @@ import jax
 from flax.core.scope import CollectionFilter, in_filter
 
 import nnx_core as nnx
+from bridge._errors import linen_place
 from bridge._types import Location
 from bridge.modules.scope import AttrPriority, Scope, modules_running
-from bridge.modules.waiting import flat, place, state_of
+from bridge.modules.waiting import flat, state_of
 from bridge.variables.hashable import frozen
 from bridge.variables.kinds import collection_of
 from bridge.variables.mapping import name_of
@@ -200,7 +201,7 @@ def check_writes(
         if in_filter(mutable, at[0]) or isinstance(variable, nnx.Intermediate):
             continue
         if at in before and not _same(before[at], variable.get_raw_value()):
-            raise flax.errors.ModifyScopeVariableError(at[0], *place(at))
+            raise flax.errors.ModifyScopeVariableError(at[0], *linen_place(at))
 
 
 def _same(a: Any, b: Any) -> bool:

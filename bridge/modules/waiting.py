@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 import nnx_core as nnx
+from bridge._errors import linen_not_found, linen_place
 from bridge._types import Location
 from bridge.nnx_in_linen.host import Host, LinenRngs, LinenStream, MissingRng, give_back_streams, hosted
 from bridge.variables.kinds import collection_of, variable_type
@@ -99,24 +100,6 @@ def parked(waiting: Waiting) -> dict[str, Parked]:
     return {name: Parked(nest(variables, Parked)) for name, variables in found.items()}
 
 
-# ---- errors, as Linen raises them ----
-
-
-def place(location: Location) -> tuple[str, str]:
-    """(name, path of its scope) as Linen's errors show them."""
-    return location[-1], "/" + "/".join(location[1:-1])
-
-
-def not_found(location: Location, *, empty: bool) -> Exception:
-    """What Linen raises for a variable that is missing; `empty`: so is its collection."""
-    collection, (name, path) = location[0], place(location)
-    if empty:
-        return flax.errors.ScopeCollectionNotFound(collection, name, path)
-    if collection == "params":
-        return flax.errors.ScopeParamNotFoundError(name, path)
-    return flax.errors.ScopeVariableNotFoundError(name, collection, path)
-
-
 def check_shape(at: Location, variable: nnx.Variable[Any], make: Callable[[Any], Any]) -> None:
     """Raise ScopeParamShapeError unless `variable` has the shape that its initializer gives."""
 
@@ -127,7 +110,7 @@ def check_shape(at: Location, variable: nnx.Variable[Any], make: Callable[[Any],
     pairs = zip(jax.tree.leaves(variable.get_raw_value()), jax.tree.leaves(jax.eval_shape(initial)), strict=False)
     for found, expected in pairs:
         if np.shape(found) != expected.shape:
-            raise flax.errors.ScopeParamShapeError(*place(at), np.shape(found), expected.shape)
+            raise flax.errors.ScopeParamShapeError(*linen_place(at), np.shape(found), expected.shape)
 
 
 # ---- NNX modules ----
@@ -168,7 +151,7 @@ def fill(child: Any, waiting: Waiting, path: tuple[str, ...], may_make: Callable
         if isinstance(tree, dict) and at[-1] in tree:
             found[id(variable)] = _fitting(variable, tree.pop(at[-1]), (at[0], *path, *at[1:]))
         elif not may_make(at[0]):
-            raise not_found((at[0], *path, *at[1:]), empty=at[0] not in waiting)
+            raise linen_not_found((at[0], *path, *at[1:]), empty=at[0] not in waiting)
     _put_in_place(child, found)
     rest: Waiting = {}
     for at, variable in list(flat(waiting)):
@@ -181,7 +164,7 @@ def _fitting(variable: nnx.Variable[Any], new: Any, at: Location) -> nnx.Variabl
     """The Variable that waited in place of `variable`, or, of another type, `variable` with its value."""
     value, expected = _values(new), getattr(variable.get_raw_value(), "shape", None)
     if at[0] == "params" and expected is not None and np.shape(value) != expected:
-        raise flax.errors.ScopeParamShapeError(*place(at), np.shape(value), expected)
+        raise flax.errors.ScopeParamShapeError(*linen_place(at), np.shape(value), expected)
     metadata = new.get_metadata() if isinstance(new, nnx.Variable) else {}
     same = type(new) is type(variable)
     if same and (more := variable.get_metadata()):

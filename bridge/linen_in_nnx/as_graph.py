@@ -18,7 +18,8 @@ from bridge._errors import show_path
 from bridge._types import Location
 from bridge.linen_in_nnx._errors import SubmoduleAccessError
 from bridge.linen_in_nnx.submodules import look, method_at
-from bridge.variables.mapping import locations
+from bridge.variables.identity import same_leaves
+from bridge.variables.mapping import locations, put
 from bridge.variables.metadata import BOX, to_linen_value, to_nnx_variable
 from nnx_core._errors import TraceError
 from nnx_core.graph.containers import DictStorage
@@ -95,14 +96,11 @@ class View(NamedTuple):
 
 def view_of(attributes: Mapping[str, Any]) -> View:
     """The View of nested variables."""
-    found = dict(locations(attributes))
+    variables = dict(locations(attributes))
     nested: dict[str, Any] = {}
-    for at, variable in found.items():
-        level = nested
-        for key in at[:-1]:
-            level = level.setdefault(key, {})
-        level[at[-1]] = variable
-    return View(found, _template(nested))
+    for at, variable in variables.items():
+        put(nested, at, variable)
+    return View(variables, _template(nested))
 
 
 def _template(nested: dict[str, Any]) -> list[Any]:
@@ -126,17 +124,12 @@ def write_value(variable: nnx.Variable[Any], value: Any, at: Location) -> None:
     if isinstance(value, meta.AxisMetadata):
         value = to_nnx_variable(at[0], value).get_raw_value()
     old = variable.get_value()
-    if value is old or (not isinstance(value, jax.Array) and _same_leaves(value, old)):
+    if value is old or (not isinstance(value, jax.Array) and same_leaves(value, old)):
         return
     try:
         variable.set_value(value)
     except TraceError:
         raise TraceError(f"{type(variable).__name__} at {show_path(at)}") from None
-
-
-def _same_leaves(a: Any, b: Any) -> bool:
-    ours, theirs = jax.tree.flatten(a), jax.tree.flatten(b)
-    return bool(ours[1] == theirs[1]) and all(x is y for x, y in zip(ours[0], theirs[0], strict=True))
 
 
 def is_empty(value: Any) -> bool:

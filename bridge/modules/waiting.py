@@ -19,10 +19,10 @@ import nnx_core as nnx
 from bridge._errors import linen_not_found, linen_place
 from bridge._types import Location
 from bridge.nnx_in_linen.host import Host, LinenRngs, LinenStream, MissingRng, give_back_streams, hosted
-from bridge.variables.kinds import collection_of, variable_type
-from bridge.variables.mapping import EMPTY, leaves, name_of, nest
+from bridge.variables.kinds import variable_type
+from bridge.variables.mapping import EMPTY, leaves, nest, put
 from bridge.variables.metadata import to_nnx_variable
-from nnx_core.graph.walk import children
+from bridge.variables.state import attach, state_of, taker_of
 
 #: {collection: {name: ... Variable}}
 Waiting = dict[str, Any]
@@ -45,13 +45,6 @@ def _with_string_keys(tree: Any) -> Any:
     if not isinstance(tree, Mapping) or not all(isinstance(key, str | int) for key in tree):
         return tree
     return {str(key): _with_string_keys(child) for key, child in tree.items()}
-
-
-def put(waiting: Waiting, at: Location, variable: Any) -> None:
-    """Let `variable` wait at a location."""
-    for key in at[:-1]:
-        waiting = waiting.setdefault(key, {})
-    waiting[at[-1]] = variable
 
 
 def take(waiting: Waiting, names: tuple[str, ...], kind: type = dict) -> Waiting:
@@ -116,25 +109,6 @@ def check_shape(at: Location, variable: nnx.Variable[Any], make: Callable[[Any],
 # ---- NNX modules ----
 
 
-def state_of(x: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[Location, nnx.Variable[Any]]]:
-    """(location, Variable) of everything in an NNX value but random state, at `names`; shared ones once."""
-    yield from _state_of(x, names, set())
-
-
-def _state_of(x: Any, names: tuple[str, ...], seen: set[int]) -> Iterator[tuple[Location, nnx.Variable[Any]]]:
-    if isinstance(x, nnx.Variable | nnx.Object):
-        if id(x) in seen:
-            return
-        seen.add(id(x))
-    if isinstance(x, nnx.Variable):
-        collection = collection_of(type(x))
-        if not isinstance(x, nnx.RngState):
-            yield (collection, *names[:-1], *(name_of(name, collection) for name in names[-1:])), x
-        return
-    for key, child in children(x):
-        yield from _state_of(child, (*names, str(key)), seen)
-
-
 def fill(child: Any, waiting: Waiting, path: tuple[str, ...], may_make: Callable[[str], bool]) -> Waiting:
     """Give the NNX module `child`, which is at `path`, the values that wait for it; what no place was found for.
 
@@ -191,19 +165,12 @@ def _put_in_place(child: Any, found: Mapping[int, nnx.Variable[Any]]) -> None:
 
 def _attach(child: Any, at: Location, variable: nnx.Variable[Any]) -> bool:
     """Give `child` a Variable that a call made; whether there is a place for it."""
-    owner, collection, *names = child, *at
-    for i, name in enumerate(names):
-        if hasattr(type(owner), "_nnx_take"):  # a wrapped Linen module: it has no variables until it gets them
-            owner._nnx_take((collection, *names[i:]), variable)
-            return True
-        if i == len(names) - 1:
-            break
-        owner = next((x for key, x in children(owner) if str(key) == name), None)
-    free = isinstance(owner, nnx.Module) and not hasattr(type(owner), name) and owner._nnx_items().get(name) is None
-    if free and collection != "params":
-        owner._nnx_assign({name: variable}, ())
-        return True
-    return False
+    taker = taker_of(child, at)
+    if taker is None:
+        return attach(child, at, variable)
+    owner, inside = taker
+    owner._nnx_take(inside, variable)
+    return True
 
 
 def abstract(factory: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs, module: str) -> Any:

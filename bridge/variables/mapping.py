@@ -17,7 +17,7 @@ Knows trees, names and values; knows nothing of modules.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -25,7 +25,7 @@ import jax
 from flax.core import meta
 
 import nnx_core as nnx
-from bridge._types import Location
+from bridge._types import Location, Path
 from bridge.variables.kinds import collection_of
 from bridge.variables.metadata import to_linen_value, to_nnx_variable
 
@@ -106,18 +106,35 @@ def tree_of(pairs: Iterable[tuple[Location, Any]]) -> dict[str, Any]:
         if value is EMPTY or type(value) is _Empty:
             variables.setdefault(at[0], {})
             continue
-        level = variables
-        for key in at[:-1]:
-            level = level.setdefault(key, {})
-        level[at[-1]] = value
+        put(variables, at, value)
     return variables
+
+
+def put(tree: dict[str, Any], at: Path, value: Any) -> None:
+    """Set `value` in nested dicts, which are made where there are none."""
+    for key in at[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[at[-1]] = value
+
+
+def location_of(path: Sequence[Any], variable: nnx.Variable[Any]) -> Location:
+    """Where Linen keeps the Variable that has this path in NNX.
+
+    >>> import nnx_core as nnx
+    >>> location_of(("layers", 0, "mean@batch_stats"), nnx.BatchStat(0.0))
+    ('batch_stats', 'layers', '0', 'mean')
+    """
+    collection = collection_of(type(variable))
+    if not path:
+        return (collection,)
+    *above, key = map(str, path)
+    return (collection, *above, name_of(key, collection))
 
 
 def locations(attrs: Mapping[Any, Any]) -> Iterator[tuple[Location, nnx.Variable[Any]]]:
     """(location, Variable) of every Variable in nested attributes, in their order."""
     for path, variable in _variables(attrs, ()):
-        collection = collection_of(type(variable))
-        yield (collection, *path[:-1], name_of(path[-1], collection)), variable
+        yield location_of(path, variable), variable
 
 
 def _variables(attrs: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -19,6 +19,7 @@ from flax import linen as nn
 
 from bridge._types import Path
 from bridge.linen_in_nnx._errors import SubmoduleAccessError
+from bridge.linen_in_nnx.config import modules_in
 from nnx_core.inspect.recording import part_recorder
 
 #: Attributes of a Linen module that say where it is bound; they do not leave it.
@@ -58,8 +59,10 @@ class Submodule:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in Submodule.__slots__:
             raise AttributeError(name)
-        found = self._wrapper._nnx_at(self._path)
-        return look(self._wrapper, self._path, name) if isinstance(found, Submodule) else getattr(found, name)
+        here = self._wrapper._nnx_at(self._path)
+        if isinstance(here, Submodule):
+            return look(self._wrapper, self._path, name)
+        return getattr(here, name)  # it has variables by now
 
     def _nnx_place(self) -> tuple[Any, Path]:
         return self._wrapper, self._path
@@ -75,8 +78,8 @@ def method_at(path: Path, name: str | None) -> Callable[..., Any]:
     """A function of the wrapped module, bound, that calls the submodule at `path`, or its method `name`."""
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found: Any = submodule_at(module, path)
-        return (found if name is None else getattr(found, name))(*args, **kwargs)
+        submodule: Any = submodule_at(module, path)
+        return (submodule if name is None else getattr(submodule, name))(*args, **kwargs)
 
     return call
 
@@ -91,27 +94,20 @@ def submodule_at(module: nn.Module, path: Path) -> nn.Module:
 
 
 def _child(path: Path, module: nn.Module, name: str) -> nn.Module:
-    found = getattr(module, name, None)  # asking makes Linen run `setup`
-    if isinstance(found, nn.Module) and found.name == name:
-        return found
+    attribute = getattr(module, name, None)  # asking makes Linen run `setup`
+    if isinstance(attribute, nn.Module) and attribute.name == name:
+        return attribute
+    # Its name may be another than the attribute's: `layers_0` in a list. `_state` and `parent` are Linen's own.
     attributes = {key: getattr(module, key) for key in vars(module) if key not in ("parent", "_state")}
-    for child in _modules_in(attributes):
+    for child in modules_in(attributes):
         if child.name == name:
             return child
     raise SubmoduleAccessError(type(module).__name__, path)
 
 
-def _modules_in(x: Any) -> Iterator[nn.Module]:
-    if isinstance(x, nn.Module):
-        yield x
-    elif isinstance(x, list | tuple | Mapping):
-        for child in x.values() if isinstance(x, Mapping) else x:
-            yield from _modules_in(child)
-
-
 def holds_modules(x: Any) -> bool:
     """Whether `x` is a Linen module, or a list, tuple or mapping with one inside."""
-    return next(_modules_in(x), None) is not None
+    return next(modules_in(x), None) is not None
 
 
 def has_setup(module: nn.Module) -> bool:
@@ -121,8 +117,10 @@ def has_setup(module: nn.Module) -> bool:
 
 def of_class(kind: type[nn.Module], name: str) -> Any:
     """What the class of a Linen module adds to `nn.Module` by this name; None if nothing."""
-    found = inspect.getattr_static(kind, name, None)
-    return None if name in BOUND or found is inspect.getattr_static(nn.Module, name, None) else found
+    attribute = inspect.getattr_static(kind, name, None)
+    if name in BOUND or attribute is inspect.getattr_static(nn.Module, name, None):
+        return None
+    return attribute
 
 
 def look(wrapper: Any, path: Path, name: str) -> Any:
@@ -177,8 +175,8 @@ def reported(wrapper: Any) -> AbstractContextManager[Any]:
 def _reporting(wrapper: Any, record: Callable[..., Any] | None) -> Iterator[None]:
     def intercept(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
-        hidden = record is None or _shown.get() is not wrapper or name == "setup" or not module.path
-        if hidden:
+        is_part = _shown.get() is wrapper and name != "setup" and module.path
+        if record is None or not is_part:
             return method(*args, **kwargs)
         return record(name, lambda _, *a, **k: method(*a, **k), (module, *args), kwargs, (module.path, type(module)))
 

@@ -320,8 +320,8 @@ class Stack(NamedTuple):
         Raises:
           UnknownValueError: if nothing outside of the call can tell them.
         """
-        known = self.note.raw, self.note.counts
-        raw, counts = self.computation.in_place_of_outputs(known, self.wrapper, "inputs")
+        noted = self.note.raw, self.note.counts
+        raw, counts = self.computation.in_place_of_outputs(noted, self.wrapper, "inputs")
         variables = {at: kind(raw[at], **metadata) for at, (kind, metadata) in self.note.kinds.items()}
         return variables, counts
 

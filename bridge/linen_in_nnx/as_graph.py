@@ -19,7 +19,7 @@ from bridge._errors import show_path
 from bridge._types import Location, Path
 from bridge.linen_in_nnx._errors import SubmoduleAccessError
 from bridge.linen_in_nnx.config import Wrapped
-from bridge.linen_in_nnx.submodules import Submodule, look, method_at
+from bridge.linen_in_nnx.submodules import Submodule, Wrapper, look, method_at
 from bridge.variables.identity import same_leaves
 from bridge.variables.mapping import locations, nest, put
 from bridge.variables.metadata import BOX, to_linen_value, to_nnx_variable
@@ -58,7 +58,7 @@ class LinenScope(DictStorage[Any]):
             return super().__getattr__(name)
         return look(*self._nnx_place(), name)
 
-    def _nnx_place(self) -> tuple[Any, tuple[str, ...]]:
+    def _nnx_place(self) -> tuple[Wrapper, Path]:
         """The wrapper and the path that this scope was reached by."""
         home = _home_of(self)
         if home is None:
@@ -66,17 +66,18 @@ class LinenScope(DictStorage[Any]):
         return home
 
 
+# Past `__setattr__`, which would set an item of the scope.
 _set_home = LinenScope.__dict__["_nnx_home"].__set__
 
 
-def _home_of(scope: LinenScope) -> tuple[Any, tuple[str, ...]] | None:
+def _home_of(scope: LinenScope) -> tuple[Wrapper, Path] | None:
     try:
         return object.__getattribute__(scope, "_nnx_home")  # type: ignore[no-any-return]
     except AttributeError:
         return None
 
 
-def at_home(value: Any, wrapper: Any, path: tuple[str, ...]) -> Any:
+def at_home(value: Any, wrapper: Wrapper, path: Path) -> Any:
     """`value`, which knows where it is if it is a scope."""
     if type(value) is LinenScope:
         _set_home(value, (wrapper, path))

@@ -202,7 +202,9 @@ def _with_field(x: Any, name: str, value: Any) -> Any:
         return x.clone(**changes) if changes else x
     if isinstance(x, Mapping):
         children = {key: _with_field(child, name, value) for key, child in x.items()}
-        return type(x)(children) if any(children[key] is not x[key] for key in x) else x
+        if all(map(operator.is_, children.values(), x.values())):
+            return x
+        return type(x)(children)
     if isinstance(x, list | tuple):
         items = [_with_field(child, name, value) for child in x]
         if all(map(operator.is_, items, x)):

@@ -2,7 +2,7 @@
 
 Law: what is read is what Linen's bound module says with the variables of now; nothing is written by reading, and no
 bound module gets out. A submodule is named by its path of Linen names, from the wrapper on.
-Knows Linen modules, and wrappers as what calls them; knows nothing of the object graph.
+Knows Linen modules, and wrappers as what calls them and has their variables; knows nothing of the object graph.
 """
 
 from __future__ import annotations
@@ -12,18 +12,37 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import flax.errors
 from flax import linen as nn
 
-from bridge._types import Path
+import nnx_core as nnx
+from bridge._types import Location, Path
 from bridge.linen_in_nnx._errors import SubmoduleAccessError
 from bridge.linen_in_nnx.config import modules_in
 from nnx_core.inspect.recording import part_recorder
 
 #: Attributes of a Linen module that say where it is bound; they do not leave it.
 BOUND = ("name", "parent", "scope", "_state", "_parent_ref", "_id")
+
+
+class Wrapper(Protocol):
+    """What is needed of a wrapped Linen module to look into it."""
+
+    module: nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns."""
+
+    def _nnx_at(self, path: Path) -> Any:
+        """The submodule at `path`: itself, its variables, or a view where it has none."""
+
+    def _nnx_variable_at(self, at: Location) -> nnx.Variable[Any]:
+        """The Variable at a location."""
+
+    def _nnx_linen_variables(self) -> dict[str, Any]:
+        """Linen's variables dict, with the values of now."""
 
 
 class Submodule:
@@ -45,7 +64,7 @@ class Submodule:
 
     __slots__ = ("_path", "_wrapper")
 
-    def __init__(self, wrapper: Any, path: Path):
+    def __init__(self, wrapper: Wrapper, path: Path):
         self._wrapper, self._path = wrapper, path
 
     def __call__(self, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
@@ -64,14 +83,15 @@ class Submodule:
             return look(self._wrapper, self._path, name)
         return getattr(here, name)  # it has variables by now
 
-    def _nnx_place(self) -> tuple[Any, Path]:
+    def _nnx_place(self) -> tuple[Wrapper, Path]:
         return self._wrapper, self._path
 
     def __repr__(self) -> str:
-        kind = self._wrapper.module.apply(
-            self._wrapper._nnx_linen_variables(), method=lambda module: type(submodule_at(module, self._path)).__name__
-        )
-        return f"Submodule({'.'.join(self._path)}: {kind})"
+        def kind(module: nn.Module) -> str:
+            return type(submodule_at(module, self._path)).__name__
+
+        name = self._wrapper.module.apply(self._wrapper._nnx_linen_variables(), method=kind)
+        return f"Submodule({'.'.join(self._path)}: {name})"
 
 
 def method_at(path: Path, name: str | None) -> Callable[..., Any]:
@@ -123,7 +143,7 @@ def of_class(kind: type[nn.Module], name: str) -> Any:
     return attribute
 
 
-def look(wrapper: Any, path: Path, name: str) -> Any:
+def look(wrapper: Wrapper, path: Path, name: str) -> Any:
     """The attribute `name` of the submodule at `path`: submodules as views, methods as functions of the wrapper.
 
     Raises:
@@ -141,7 +161,7 @@ def look(wrapper: Any, path: Path, name: str) -> Any:
         raise AttributeError(f"{'.'.join((*path, name))} of {type(wrapper.module).__name__}: {error}") from error
 
 
-def _outside(x: Any, wrapper: Any) -> Any:
+def _outside(x: Any, wrapper: Wrapper) -> Any:
     """`x`, found in a bound module, as it can leave it."""
     if isinstance(x, nn.Module):
         return wrapper._nnx_at(x.path) if x.scope is not None else x
@@ -163,7 +183,7 @@ def _outside(x: Any, wrapper: Any) -> Any:
 _shown: ContextVar[Any] = ContextVar("bridge_shown", default=None)  # whose Linen module is running, for `nnx.tabulate`
 
 
-def reported(wrapper: Any) -> AbstractContextManager[Any]:
+def reported(wrapper: nnx.Object) -> AbstractContextManager[Any]:
     """While the Linen module of `wrapper` runs in here, `nnx.tabulate` is told of the calls of its submodules."""
     record = part_recorder(wrapper) if wrapper._nnx_marks else None
     if record is None and _shown.get() is None:
@@ -172,7 +192,7 @@ def reported(wrapper: Any) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _reporting(wrapper: Any, record: Callable[..., Any] | None) -> Iterator[None]:
+def _reporting(wrapper: nnx.Object, record: Callable[..., Any] | None) -> Iterator[None]:
     def intercept(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
         is_part = _shown.get() is wrapper and name != "setup" and module.path

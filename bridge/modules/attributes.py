@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import nnx_core as nnx
+from bridge._types import Path
 from bridge.modules.scope import current_context
 from bridge.modules.tree import current_run, has_place, is_bridge_module, rebuilt_with, unbound
 from bridge.modules.waiting import Parked, Waiting, fill, flat, parked, put, take
@@ -59,22 +60,25 @@ def unpark(module: Any, name: str) -> None:
         module.scope.forget(key)
 
 
-def adopt(module: Any, names: tuple[str, ...], value: Any, *, owned: bool) -> Any:
+def adopt(module: Any, names: Path, value: Any, *, owned: bool) -> Any:
     """`value`, about to be the attribute `names`, with what waits for it; a copy of a module that is not ours."""
     unpark(module, names[0])
     if is_bridge_module(value):
         return _adopt_module(module, names, value, owned=owned)
     if isinstance(value, nnx.List | nnx.Dict) or type(value) in (list, tuple, dict):
-        keyed = children(value)
-        new = {key: adopt(module, (*names, str(key)), child, owned=owned) for key, child in keyed}
-        changed = {key: new[key] for key, child in keyed if new[key] is not child}
+        changed = {}
+        for key, child in children(value):
+            new = adopt(module, (*names, str(key)), child, owned=owned)
+            if new is not child:
+                changed[key] = new
         return rebuilt_with(value, changed)
-    if isinstance(value, nnx.Object | nnx.Variable) and not isinstance(value, nnx.Rngs | nnx.RngStream | nnx.RngState):
+    is_random = isinstance(value, nnx.Rngs | nnx.RngStream | nnx.RngState)
+    if isinstance(value, nnx.Object | nnx.Variable) and not is_random:
         _adopt_nnx(module, names, value, owned=owned)
     return value
 
 
-def _adopt_module(module: Any, names: tuple[str, ...], child: Any, *, owned: bool) -> Any:
+def _adopt_module(module: Any, names: Path, child: Any, *, owned: bool) -> Any:
     waiting = take(module.scope._waiting, names)
     if child.scope is not None:  # made elsewhere; what waits here is for it all the same
         for at, variable in flat(waiting):
@@ -90,7 +94,7 @@ def _adopt_module(module: Any, names: tuple[str, ...], child: Any, *, owned: boo
     return child
 
 
-def _adopt_nnx(module: Any, names: tuple[str, ...], child: Any, *, owned: bool) -> None:
+def _adopt_nnx(module: Any, names: Path, child: Any, *, owned: bool) -> None:
     scope, entry = module.scope, current_context()
     waiting = take(scope._waiting, names, nnx.Variable if isinstance(child, nnx.Variable) else dict)
     if not waiting and has_place(child, owned=owned):
@@ -101,12 +105,12 @@ def _adopt_nnx(module: Any, names: tuple[str, ...], child: Any, *, owned: bool) 
     _fill_nnx(module, names, child, waiting)
 
 
-def _fill_if_due(module: Any, names: tuple[str, ...], child: Any) -> None:
+def _fill_if_due(module: Any, names: Path, child: Any) -> None:
     if not has_place(child, owned=True):
         _fill_nnx(module, names, child, {})
 
 
-def _fill_nnx(module: Any, names: tuple[str, ...], child: Any, waiting: Waiting) -> None:
+def _fill_nnx(module: Any, names: Path, child: Any, waiting: Waiting) -> None:
     scope = module.scope
     for at, variable in flat(fill(child, waiting, (*scope._path, *names), scope.may_make)):
         put(scope._waiting, (at[0], *names, *at[1:]), variable)

@@ -18,7 +18,7 @@ from flax.core.scope import CollectionFilter, in_filter
 
 import nnx_core as nnx
 from bridge._errors import linen_place
-from bridge._types import Location
+from bridge._types import Location, Path
 from bridge.modules.scope import AttrPriority, Scope, modules_running
 from bridge.modules.waiting import flat
 from bridge.variables.hashable import frozen
@@ -42,7 +42,9 @@ def is_bridge_module(x: Any) -> bool:
 def config_keys(module: Any) -> tuple[str, ...]:
     """The attributes that a module was made with."""
     scope = module.__dict__.get("scope")
-    return tuple(key for key in module.__dict__ if key not in OWN) if scope is None else scope._config
+    if scope is not None:
+        return scope._config
+    return tuple(key for key in module.__dict__ if key not in OWN)
 
 
 def config_of(module: Any) -> Any:
@@ -56,7 +58,7 @@ def _config_value(x: Any) -> Any:
 
 def unbound(x: Any, done: dict[int, Any] | None = None) -> Any:
     """A copy of a module, or of what a field holds, without variables; what is shared stays shared."""
-    done = {} if done is None else done
+    done = {} if done is None else done  # id of an original -> its copy: what is shared stays shared
     if id(x) in done:
         return done[id(x)]
     if is_bridge_module(x):
@@ -109,7 +111,9 @@ class Run:
         """`child` has its place; if it has just been made, what its constructor made of it."""
         self.adopted.append(child)
         if initializing:
-            self.constructed += [(v, v.get_raw_value()) for at, v in state_of(child) if at[0] != "params"]
+            for at, variable in state_of(child):
+                if at[0] != "params":
+                    self.constructed.append((variable, variable.get_raw_value()))
 
     def restore(self) -> None:
         """As in Linen's own layers, init returns state as it was before the first step."""
@@ -148,56 +152,58 @@ def has_place(x: Any, *, owned: bool) -> bool:
 
 def collect(module: Any) -> dict[Location, nnx.Variable[Any]]:
     """location -> Variable of a bound module and all below, from the place of the module; what waits included."""
-    found: dict[Location, nnx.Variable[Any]] = {}
-    _collect(module, (), found, set())
-    return found
+    variables: dict[Location, nnx.Variable[Any]] = {}
+    _collect(module, (), variables, set())
+    return variables
 
 
-def _collect(module: Any, names: Location, found: dict[Location, Any], seen: set[int]) -> None:
+def _collect(module: Any, names: Path, variables: dict[Location, Any], seen: set[int]) -> None:
     scope: Scope = module.scope
     seen.add(id(module))
-    known = {key: (collection, name) for key, collection, name in scope._names}
-    for key, (collection, name) in known.items():
+    registered = {key: (collection, name) for key, collection, name in scope._names}  # the last word on each
+    for key, (collection, name) in registered.items():
         variable = module.__dict__.get(key)
         if collection is not None and isinstance(variable, nnx.Variable) and id(variable) not in seen:
             seen.add(id(variable))
-            found[collection, *names, name] = variable
+            variables[collection, *names, name] = variable
+    names_given = {key: name for key, (_, name) in registered.items()}
     priorities = module.attr_priorities
 
     def order(key: str) -> Any:
         # What `nnx_in_bridge_mdl` named took its variables by that name: no other attribute may name it.
-        fixed = key in known and not is_bridge_module(module.__dict__[key])
-        return not fixed, priorities.get(key, AttrPriority.DEFAULT), key not in known, key
+        is_fixed = key in names_given and not is_bridge_module(module.__dict__[key])
+        return not is_fixed, priorities.get(key, AttrPriority.DEFAULT), key not in names_given, key
 
     for key in sorted(module.__dict__, key=order):
         if key not in OWN:
-            _collect_value(module.__dict__[key], (*names, known.get(key, (None, key))[1]), found, seen)
+            _collect_value(module.__dict__[key], (*names, names_given.get(key, key)), variables, seen)
     for at, variable in flat(scope._waiting):
-        found.setdefault((at[0], *names, *at[1:]), variable)
+        variables.setdefault((at[0], *names, *at[1:]), variable)
 
 
-def _collect_value(x: Any, names: Location, found: dict[Location, Any], seen: set[int]) -> None:
+def _collect_value(x: Any, names: Path, variables: dict[Location, Any], seen: set[int]) -> None:
     if isinstance(x, nnx.Object | nnx.Variable):
         if id(x) in seen:
             return
         seen.add(id(x))
     if isinstance(x, nnx.Variable):
         if not isinstance(x, nnx.RngState):
-            found[location_of(names, x)] = x
+            variables[location_of(names, x)] = x
     elif is_bridge_module(x):
         if x.scope is not None:
-            _collect(x, names, found, seen)
+            _collect(x, names, variables, seen)
     elif isinstance(x, nnx.Object | list | tuple | Mapping):
         for key, child in children(x):
-            _collect_value(child, (*names, str(key)), found, seen)
+            _collect_value(child, (*names, str(key)), variables, seen)
 
 
 def check_writes(
-    before: Mapping[Location, Any], found: Mapping[Location, nnx.Variable[Any]], mutable: CollectionFilter
+    before: Mapping[Location, Any], after: Mapping[Location, nnx.Variable[Any]], mutable: CollectionFilter
 ) -> None:
     """Raise ModifyScopeVariableError if a collection that is not mutable was written."""
-    for at, variable in found.items():
+    for at, variable in after.items():
         if in_filter(mutable, at[0]) or isinstance(variable, nnx.Intermediate):
             continue
+        # By identity, so that it works in a trace: who writes an equal value writes.
         if at in before and not same_leaves(before[at], variable.get_raw_value()):
             raise flax.errors.ModifyScopeVariableError(at[0], *linen_place(at))

@@ -17,7 +17,7 @@ import numpy as np
 
 import nnx_core as nnx
 from bridge._errors import linen_not_found, linen_place
-from bridge._types import Location
+from bridge._types import Location, Path
 from bridge.nnx_in_linen.host import Host, LinenRngs, LinenStream, MissingRng, give_back_streams, hosted
 from bridge.variables.kinds import variable_type
 from bridge.variables.mapping import EMPTY, leaves, nest, put
@@ -47,28 +47,33 @@ def _with_string_keys(tree: Any) -> Any:
     return {str(key): _with_string_keys(child) for key, child in tree.items()}
 
 
-def take(waiting: Waiting, names: tuple[str, ...], kind: type = dict) -> Waiting:
+def take(waiting: Waiting, names: Path, kind: type = dict) -> Waiting:
     """What waits at `names` in every collection, levels or (`kind`) Variables; it waits there no longer."""
-    found = {collection: _pop(tree, names, kind) for collection, tree in waiting.items()}
-    return {collection: x for collection, x in found.items() if x is not None}
+    taken: Waiting = {}
+    for collection, tree in waiting.items():
+        level = _level(tree, names[:-1])
+        if level is not None and isinstance(level.get(names[-1]), kind):
+            taken[collection] = level.pop(names[-1])
+    return taken
 
 
 def take_one(waiting: Waiting, collection: str, name: str) -> nnx.Variable[Any] | None:
     """The Variable that waits at `name`, or one of all that waits below `name`; None if nothing does."""
-    found = waiting.get(collection, {}).pop(name, None)
-    return variable_type(collection)(_values(found)) if isinstance(found, dict) else found
+    child = waiting.get(collection, {}).pop(name, None)
+    return variable_type(collection)(_values(child)) if isinstance(child, dict) else child
 
 
-def _pop(tree: dict[str, Any], names: tuple[str, ...], kind: type) -> Any:
-    for key in names[:-1]:
-        tree = tree.get(key, {})
-        if not isinstance(tree, dict):
-            return None
-    return tree.pop(names[-1]) if isinstance(tree.get(names[-1]), kind) else None
+def _level(tree: Any, names: Path) -> dict[str, Any] | None:
+    """The level of nested dicts that is under these names; None if there is none."""
+    for name in names:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else None
 
 
 def _values(tree: Any) -> Any:
-    return {key: _values(child) for key, child in tree.items()} if isinstance(tree, dict) else tree.get_raw_value()
+    if isinstance(tree, dict):
+        return {key: _values(child) for key, child in tree.items()}
+    return tree.get_raw_value()
 
 
 def flat(waiting: Any, at: Location = ()) -> Iterator[tuple[Location, nnx.Variable[Any]]]:
@@ -86,30 +91,31 @@ class Parked(nnx.Dict[Any]):
 
 def parked(waiting: Waiting) -> dict[str, Parked]:
     """name -> what waits below this name; Variables at the top are left out."""
-    found: dict[str, dict[Location, nnx.Variable[Any]]] = {}
+    below: dict[str, dict[Location, nnx.Variable[Any]]] = {}
     for at, variable in flat(waiting):
         if len(at) > 2:
-            found.setdefault(at[1], {})[at[0], *at[2:]] = variable
-    return {name: Parked(nest(variables, Parked)) for name, variables in found.items()}
+            below.setdefault(at[1], {})[at[0], *at[2:]] = variable
+    return {name: Parked(nest(variables, Parked)) for name, variables in below.items()}
 
 
 def check_shape(at: Location, variable: nnx.Variable[Any], make: Callable[[Any], Any]) -> None:
     """Raise ScopeParamShapeError unless `variable` has the shape that its initializer gives."""
 
     def initial() -> Any:
-        made = make(jax.random.key(0))
-        return made.raw_value if isinstance(made, nnx.VariableMetadata) else made  # a box is a pytree of its value
+        value = make(jax.random.key(0))
+        return value.raw_value if isinstance(value, nnx.VariableMetadata) else value  # a box is a pytree of its value
 
-    pairs = zip(jax.tree.leaves(variable.get_raw_value()), jax.tree.leaves(jax.eval_shape(initial)), strict=False)
-    for found, expected in pairs:
-        if np.shape(found) != expected.shape:
-            raise flax.errors.ScopeParamShapeError(*linen_place(at), np.shape(found), expected.shape)
+    # The initializer is traced, and computes nothing; of pytrees that are not alike, what both have is compared.
+    leaves, initial_leaves = jax.tree.leaves(variable.get_raw_value()), jax.tree.leaves(jax.eval_shape(initial))
+    for leaf, expected in zip(leaves, initial_leaves, strict=False):
+        if np.shape(leaf) != expected.shape:
+            raise flax.errors.ScopeParamShapeError(*linen_place(at), np.shape(leaf), expected.shape)
 
 
 # ---- NNX modules ----
 
 
-def fill(child: Any, waiting: Waiting, path: tuple[str, ...], may_make: Callable[[str], bool]) -> Waiting:
+def fill(child: Any, waiting: Waiting, path: Path, may_make: Callable[[str], bool]) -> Waiting:
     """Give the NNX module `child`, which is at `path`, the values that wait for it; what no place was found for.
 
     Raises:
@@ -117,16 +123,14 @@ def fill(child: Any, waiting: Waiting, path: tuple[str, ...], may_make: Callable
         made now.
       ScopeParamShapeError: if a parameter has another shape.
     """
-    found: dict[int, nnx.Variable[Any]] = {}
+    replacements: dict[int, nnx.Variable[Any]] = {}  # by the id of what is replaced: Variables have no other name here
     for at, variable in state_of(child):
-        tree = waiting
-        for key in at[:-1]:
-            tree = tree.get(key, {}) if isinstance(tree, dict) else {}
-        if isinstance(tree, dict) and at[-1] in tree:
-            found[id(variable)] = _fitting(variable, tree.pop(at[-1]), (at[0], *path, *at[1:]))
+        level, whole_at = _level(waiting, at[:-1]), (at[0], *path, *at[1:])
+        if level is not None and at[-1] in level:
+            replacements[id(variable)] = _fitting(variable, level.pop(at[-1]), whole_at)
         elif not may_make(at[0]):
-            raise linen_not_found((at[0], *path, *at[1:]), empty=at[0] not in waiting)
-    _put_in_place(child, found)
+            raise linen_not_found(whole_at, empty=at[0] not in waiting)
+    _put_in_place(child, replacements)
     rest: Waiting = {}
     for at, variable in list(flat(waiting)):
         if not _attach(child, at, variable):
@@ -140,26 +144,26 @@ def _fitting(variable: nnx.Variable[Any], new: Any, at: Location) -> nnx.Variabl
     if at[0] == "params" and expected is not None and np.shape(value) != expected:
         raise flax.errors.ScopeParamShapeError(*linen_place(at), np.shape(value), expected)
     metadata = new.get_metadata() if isinstance(new, nnx.Variable) else {}
-    same = type(new) is type(variable)
-    if same and (more := variable.get_metadata()):
-        new.set_metadata(**{**more, **metadata})
-    if not same:
-        variable.set_raw_value(value)
-        if metadata:
-            variable.set_metadata(**metadata)
-    return new if same else variable
+    if type(new) is type(variable):
+        if own_metadata := variable.get_metadata():
+            new.set_metadata(**{**own_metadata, **metadata})
+        return new
+    variable.set_raw_value(value)
+    if metadata:
+        variable.set_metadata(**metadata)
+    return variable
 
 
-def _put_in_place(child: Any, found: Mapping[int, nnx.Variable[Any]]) -> None:
+def _put_in_place(child: Any, replacements: Mapping[int, nnx.Variable[Any]]) -> None:
     """Replace the Variables in `child`, by id; one that is in a plain list or dict gets the value instead."""
     for _, owner in list(nnx.iter_graph(child)):
         if isinstance(owner, nnx.Object):
-            items = owner._nnx_items().items()
-            changed = {key: found[id(x)] for key, x in items if isinstance(x, nnx.Variable) and id(x) in found}
+            changed = {key: replacements[id(x)] for key, x in owner._nnx_items().items() if id(x) in replacements}
             if changed:
                 owner._nnx_assign(changed, ())
     for _, variable in state_of(child):
-        if (new := found.get(id(variable))) is not None and new is not variable:
+        new = replacements.get(id(variable))
+        if new is not None and new is not variable:
             variable.set_raw_value(new.get_raw_value())
 
 
@@ -173,33 +177,35 @@ def _attach(child: Any, at: Location, variable: nnx.Variable[Any]) -> bool:
     return True
 
 
-def abstract(factory: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs, module: str) -> Any:
+def abstract(factory: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs, owner: str) -> Any:
     """What `factory` makes, without its numbers; its random streams are those in `rngs`, and it draws no key.
 
-    A stream that `rngs` has not may not be drawn from: who does is told what Linen says then.
+    A stream that `rngs` has not may not be drawn from: who does is told what Linen says of the module `owner` then.
     """
 
     def make() -> Any:
         host = Host.abstract(tuple(rngs))
         with hosted(host):
-            made = nnx.clone(factory(LinenRngs.of(host)))
-            give_back_streams(made)
-            return made
+            module = nnx.clone(factory(LinenRngs.of(host)))
+            give_back_streams(module)
+            return module
+
+    def with_streams(_: Any, x: Any) -> Any:
+        return _stream_for(x, rngs, owner) if isinstance(x, LinenStream) else x
 
     with hosted(None):  # a host would hand its keys to the streams that are walked over
-        made = nnx.eval_shape(make)
-        return nnx.recursive_map(lambda _, x: _stream_for(x, rngs, module) if isinstance(x, LinenStream) else x, made)
+        return nnx.recursive_map(with_streams, nnx.eval_shape(make))
 
 
-def _stream_for(stream: LinenStream, rngs: nnx.Rngs, module: str) -> nnx.RngStream:
+def _stream_for(stream: LinenStream, rngs: nnx.Rngs, owner: str) -> nnx.RngStream:
     name = stream_name(rngs, stream.tag)
     if name is None:
         own = nnx.RngStream(0, tag=stream.tag)
-        own.key = nnx.RngKey(jax.random.key(0), tag=stream.tag, on_get_value=MissingRng(module, stream.tag))
+        own.key = nnx.RngKey(jax.random.key(0), tag=stream.tag, on_get_value=MissingRng(owner, stream.tag))
         return own
     return rngs[name].fork(split=stream.shape) if stream.shape else rngs[name]
 
 
 def stream_name(rngs: nnx.Rngs, name: str) -> str | None:
     """The stream that stands for `name`: itself, `default` as in NNX, or `params` as in Linen."""
-    return next((found for found in (name, "default", "params") if found in rngs), None)
+    return next((candidate for candidate in (name, "default", "params") if candidate in rngs), None)

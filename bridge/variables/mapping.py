@@ -66,7 +66,7 @@ def nnx_attrs_to_linen_vars(nnx_attrs: Mapping[Any, Any]) -> dict[str, Any]:
     >>> nnx_attrs_to_linen_vars({"norm": {"mean": nnx.BatchStat(jnp.zeros(1))}})
     {'batch_stats': {'norm': {'mean': Array([0.], dtype=float32)}}}
     """
-    return tree_of((at, to_linen_value(variable)) for at, variable in locations(nnx_attrs))
+    return linen_tree(dict(locations(nnx_attrs)))
 
 
 # ---- the two shapes as flat (location, value) pairs ----
@@ -110,6 +110,11 @@ def tree_of(pairs: Iterable[tuple[Location, Any]]) -> dict[str, Any]:
     return variables
 
 
+def linen_tree(variables: Mapping[Location, nnx.Variable[Any]]) -> dict[str, Any]:
+    """Linen variables from Variables by location, boxed where they have metadata."""
+    return tree_of((at, to_linen_value(variable)) for at, variable in variables.items())
+
+
 def put(tree: dict[str, Any], at: Path, value: Any) -> None:
     """Set `value` in nested dicts, which are made where there are none."""
     for key in at[:-1]:
@@ -137,7 +142,7 @@ def locations(attrs: Mapping[Any, Any]) -> Iterator[tuple[Location, nnx.Variable
         yield location_of(path, variable), variable
 
 
-def _variables(attrs: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _variables(attrs: Mapping[Any, Any], path: Path) -> Iterator[tuple[Path, Any]]:
     for key, child in attrs.items():
         if isinstance(child, nnx.Variable):
             yield (*path, str(key)), child
@@ -155,8 +160,8 @@ def nest(
     return _nest([(at[0], at[1:], v) for at, v in variables.items()], level)
 
 
-def _nest(entries: list[tuple[str, tuple[str, ...], Any]], level: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    below: dict[str, list[tuple[str, tuple[str, ...], Any]]] = {}
+def _nest(entries: list[tuple[str, Path, Any]], level: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    below: dict[str, list[tuple[str, Path, Any]]] = {}
     here: list[tuple[str, str, Any]] = []
     order: dict[Any, None] = {}  # levels by name, Variables by (name, collection): as they came
     for collection, path, variable in entries:
@@ -167,8 +172,15 @@ def _nest(entries: list[tuple[str, tuple[str, ...], Any]], level: Callable[[dict
             below.setdefault(path[0], []).append((collection, path[1:], variable))
             order[path[0]] = None
     keys = _keys([(collection, name) for collection, name, _ in here], below)
-    found = {(name, collection): (keys[collection, name], variable) for collection, name, variable in here}
-    return dict(found[name] if isinstance(name, tuple) else (name, level(_nest(below[name], level))) for name in order)
+    variables = {(name, collection): variable for collection, name, variable in here}
+    attributes: dict[str, Any] = {}
+    for what in order:
+        if isinstance(what, tuple):
+            name, collection = what
+            attributes[keys[collection, name]] = variables[what]
+        else:
+            attributes[what] = level(_nest(below[what], level))
+    return attributes
 
 
 def _keys(variables: list[tuple[str, str]], taken: Iterable[str]) -> dict[tuple[str, str], str]:

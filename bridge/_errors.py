@@ -30,8 +30,12 @@ def show_path(path: Sequence[object] | str) -> str:
     """
     if isinstance(path, str):
         return path
-    keys = (str(key) for key in path)
-    return "/".join(repr(key) if "/" in key or not key else key for key in keys) or "(root)"
+    return "/".join(map(_show_key, path)) or "(root)"
+
+
+def _show_key(key: object) -> str:
+    text = str(key)
+    return repr(text) if "/" in text or not text else text
 
 
 def near_misses(wanted: str, candidates: Iterable[str], count: int = 3) -> list[str]:
@@ -228,12 +232,13 @@ class VariablesMismatchError(BridgeError, ValueError):
 
 
 def _with_hints(missing: list[Path], unexpected: list[Path]) -> list[str]:
-    few = len(missing) * len(unexpected) <= _MOST_COMPARISONS
-    candidates = [show_path(path) for path in unexpected] if few else []
+    are_few = len(missing) * len(unexpected) <= _MOST_COMPARISONS
+    candidates = list(map(show_path, unexpected)) if are_few else []
     lines = []
     for path in missing:
         close = near_misses(show_path(path), candidates)
-        lines.append(f"  {show_path(path)}" + (f"   (did you mean {' or '.join(close)}?)" if close else ""))
+        hint = f"   (did you mean {' or '.join(close)}?)" if close else ""
+        lines.append(f"  {show_path(path)}{hint}")
     return lines
 
 

@@ -67,16 +67,17 @@ def join_metadata(plain: Mapping[str, Any], sidecar: list[dict[str, Any]]) -> di
     Raises:
       SidecarError: if an entry has no value, or names a box that there is not.
     """
-    found = dict(leaves(plain))
+    values = dict(leaves(plain))
     for entry in sidecar:
         at = tuple(entry["path"])
-        if at not in found and (*at, "value") in found:
-            found = {at if place == (*at, "value") else place: x for place, x in found.items()}
-        if at not in found:
+        inside = (*at, "value")  # of a box that Linen saved as a dict
+        if at not in values and inside in values:
+            values[at] = values.pop(inside)
+        if at not in values:
             raise SidecarError(at, "a value", "none")
         for box in entry["boxes"]:
-            found[at] = _closed(found[at], box, at)
-    return tree_of(found.items())
+            values[at] = _closed(values[at], box, at)
+    return tree_of(values.items())
 
 
 def _opened(value: Any, at: Path, leave_out: Collection[str]) -> tuple[Any, list[dict[str, Any]]]:
@@ -90,12 +91,17 @@ def _opened(value: Any, at: Path, leave_out: Collection[str]) -> tuple[Any, list
 
 def _said_box(box: meta.AxisMetadata[Any], at: Path, leave_out: Collection[str]) -> dict[str, Any]:
     if isinstance(box, NNXMeta):
-        kept = {k: _said(x, at, k, leave_out) for k, x in box.metadata.items() if k not in leave_out}
-        return {"box": "NNXMeta", "type": collection_of(box.var_type), "metadata": kept}
+        metadata = _said_fields(box.metadata, at, leave_out)
+        return {"box": "NNXMeta", "type": collection_of(box.var_type), "metadata": metadata}
     if type(box) not in _LINEN.values():
         raise UnsayableMetadataError(at, None, box)
-    fields = {k: getattr(box, k) for k in _FIELDS if getattr(box, k, None) is not None and k not in leave_out}
-    return {"box": type(box).__name__, **{k: _said(x, at, k, leave_out) for k, x in fields.items()}}
+    fields = {name: getattr(box, name, None) for name in _FIELDS}
+    set_fields = {name: x for name, x in fields.items() if x is not None}
+    return {"box": type(box).__name__, **_said_fields(set_fields, at, leave_out)}
+
+
+def _said_fields(fields: Mapping[str, Any], at: Path, leave_out: Collection[str]) -> dict[str, Any]:
+    return {key: _said(x, at, key, leave_out) for key, x in fields.items() if key not in leave_out}
 
 
 def _said(x: Any, at: Path, key: str, leave_out: Collection[str]) -> Any:
@@ -105,7 +111,9 @@ def _said(x: Any, at: Path, key: str, leave_out: Collection[str]) -> Any:
         return {"inside": _said_box(x.template, at, leave_out)}
     if isinstance(x, list | tuple | PartitionSpec):
         items = [_said(item, at, key, leave_out) for item in x]
-        return items if isinstance(x, list) else {"spec" if isinstance(x, PartitionSpec) else "tuple": items}
+        if isinstance(x, list):
+            return items
+        return {"spec" if isinstance(x, PartitionSpec) else "tuple": items}
     raise UnsayableMetadataError(at, key, x)
 
 

@@ -59,6 +59,8 @@ def attach(node: Any, location: Location, variable: nnx.Variable[Any]) -> bool:
     owner = child_at(node, tuple(above))
     if collection == "params" or not isinstance(owner, nnx.Module) or takes_variables(owner):
         return False
+    if isinstance(owner, nnx.List):
+        return False  # its keys are no names
     if hasattr(type(owner), name) or owner._nnx_items().get(name) is not None:
         return False
     owner._nnx_assign({name: variable}, ())

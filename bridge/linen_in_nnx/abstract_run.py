@@ -26,7 +26,7 @@ import nnx_core as nnx
 from bridge._types import Location
 from bridge.linen_in_nnx._errors import UnknownValueError
 from bridge.linen_in_nnx.as_graph import LinenNode, nodes_in
-from bridge.variables.metadata import to_nnx_variable
+from bridge.variables.mapping import variables_from
 from nnx_core._trace import current_trace
 from nnx_core.graph.objects import is_array
 
@@ -125,7 +125,8 @@ def _without_effects(jaxpr: jax.extend.core.Jaxpr, indices: Iterable[int]) -> ja
     eqns = []
     for eqn in reversed(jaxpr.eqns):
         inputs = [var for var in eqn.invars if not isinstance(var, _Literal)]
-        touches_ref = any(hasattr(var.aval, "inner_aval") for var in inputs)  # who writes a Ref has no output
+        # Who writes a Ref has no output; `inner_aval` is JAX's mark of one.
+        touches_ref = any(hasattr(var.aval, "inner_aval") for var in inputs)
         if touches_ref or not live.isdisjoint(eqn.outvars):
             live.update(inputs)
             eqns.append(eqn)
@@ -200,7 +201,8 @@ class AbstractRun:
         self.wrappers: list[LinenNode] = []
         self.calls: list[CallNote] = []
         self.made: dict[int, Made] = {}
-        self.inside: set[int] = set()  # the places of those that made variables in an inner transform
+        # The places of those that made variables in an inner transform.
+        self.inside: set[int] = set()
         self.outputs: list[Any] = []
 
     def mark(self, wrappers: Sequence[LinenNode], premade: Mapping[int, Made]) -> None:
@@ -208,8 +210,8 @@ class AbstractRun:
         self.wrappers = list(wrappers)
         for place, wrapper in enumerate(wrappers):
             object.__setattr__(wrapper, "_nnx_marks", {**wrapper._nnx_marks, _MARK: f"{self.token} {place}"})
-            for at, value in premade.get(place, {}).items():
-                wrapper._nnx_take(at, to_nnx_variable(at[0], value))
+            for location, variable in variables_from(premade.get(place, {}).items()).items():
+                wrapper._nnx_take(location, variable)
 
     def place_of(self, wrapper: nnx.Object) -> int | None:
         """Where `wrapper` is among those that were marked; None if it is none of them."""
@@ -218,10 +220,11 @@ class AbstractRun:
 
     def note(self, place: int, made: Made, arguments: Arguments, method: Any, keys: Mapping[str, Any] | None) -> None:
         """Note a call that made variables; `keys`: what it was given as `rngs`, if anything."""
-        in_this_trace = current_trace() == self.trace  # what an inner transform computes is no output of the run
+        # What an inner transform computes is no output of the run.
+        in_this_trace = current_trace() == self.trace
         if not in_this_trace:
             self.inside.add(place)
-        shapes = {at: jax.tree.map(_spec, value) for at, value in made.items()}
+        shapes = {location: jax.tree.map(_spec, value) for location, value in made.items()}
         self.made.setdefault(place, {}).update(shapes)
         arguments, keys = _with_outputs((arguments, keys), self.outputs if in_this_trace else None)
         self.calls.append(CallNote(place, arguments, keys, method))
@@ -237,14 +240,19 @@ class AbstractRun:
 
     def _stack_at(self, place: int) -> StackNote | None:
         wrapper, made = self.wrappers[place], self.made[place]
-        variables = {at: v for at, v in wrapper._nnx_inventory().variables.items() if at in made}
-        raw = {at: v.get_raw_value() for at, v in variables.items()}
-        raw_made = {at: to_nnx_variable(at[0], made[at]).get_raw_value() for at in raw}
-        if _shapes(raw) == _shapes(raw_made):
+        there = wrapper._nnx_inventory().variables
+        variables = {location: there[location] for location in made if location in there}
+        as_made = variables_from((location, made[location]) for location in variables)
+        raw = _raw_values(variables)
+        if _shapes(raw) == _shapes(_raw_values(as_made)):
             return None
-        kinds = {at: (type(v), v.get_metadata()) for at, v in variables.items()}
+        kinds = {location: (type(v), v.get_metadata()) for location, v in variables.items()}
         counts = {name: wrapper.rngs[name].count.get_raw_value() for name in wrapper.rngs or ()}
         return StackNote(place, kinds, *_with_outputs((raw, counts), self.outputs))
+
+
+def _raw_values(variables: Mapping[Location, nnx.Variable[Any]]) -> dict[Location, Any]:
+    return {location: variable.get_raw_value() for location, variable in variables.items()}
 
 
 # The run cannot be an argument: the model's own code stands between `lazy_init` and the wrappers.
@@ -322,7 +330,9 @@ class Stack(NamedTuple):
         """
         noted = self.note.raw, self.note.counts
         raw, counts = self.computation.in_place_of_outputs(noted, self.wrapper, "inputs")
-        variables = {at: kind(raw[at], **metadata) for at, (kind, metadata) in self.note.kinds.items()}
+        variables: dict[Location, nnx.Variable[Any]] = {}
+        for location, (kind, metadata) in self.note.kinds.items():
+            variables[location] = kind(raw[location], **metadata)
         return variables, counts
 
 
@@ -333,7 +343,7 @@ def calls_in(
 
     A wrapper is in the calls, or its variables are a Stack. Places count `nodes_in(owner)`.
     """
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, nnx.Object | nnx.Variable))
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
     arrays = {i: x for i, x in enumerate(leaves) if is_array(x)}
     objects = {i: x for i, x in enumerate(leaves) if isinstance(x, nnx.Object)}
     graphdef, state = nnx.split({"owner": owner, "objects": objects})
@@ -359,6 +369,10 @@ def calls_in(
     notes = [note for run in runs for note in run.calls if run is runs[-1] or note.place in premade]
     calls = [FirstCall(note, computation, names[note.place]) for note in notes if note.place not in stacked]
     return calls, stacks
+
+
+def _is_node(x: Any) -> bool:
+    return isinstance(x, nnx.Object | nnx.Variable)
 
 
 def _trace_until_taken(

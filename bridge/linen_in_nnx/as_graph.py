@@ -91,20 +91,21 @@ class Inventory(NamedTuple):
     """The variables of a wrapper, found once and kept while its structure is unchanged."""
 
     variables: dict[Location, nnx.Variable[Any]]
-    template: list[Any]  # (key, Variable or deeper template, how to read it), nested as Linen wants it
+    # (key, Variable or deeper template, how to read it), nested as Linen wants it.
+    template: list[Any]
 
     @property
     def collections(self) -> list[str]:
         """Names of the collections, sorted."""
-        return sorted({at[0] for at in self.variables})
+        return sorted({location[0] for location in self.variables})
 
 
 def inventory_of(attributes: Mapping[str, Any]) -> Inventory:
     """The Inventory of nested variables."""
     variables = dict(locations(attributes))
     nested: dict[str, Any] = {}
-    for at, variable in variables.items():
-        put(nested, at, variable)
+    for location, variable in variables.items():
+        put(nested, location, variable)
     return Inventory(variables, _template(nested))
 
 
@@ -131,10 +132,10 @@ def filled(template: list[Any]) -> dict[str, Any]:
     return {key: filled(x) if read is None else read(x) for key, x, read in template}
 
 
-def write_value(variable: nnx.Variable[Any], value: Any, at: Location) -> None:
+def write_value(variable: nnx.Variable[Any], value: Any, location: Location) -> None:
     """Write what Linen returned, unless it is what the Variable holds."""
     if isinstance(value, meta.AxisMetadata):
-        value = to_nnx_variable(at[0], value).get_raw_value()
+        value = to_nnx_variable(location[0], value).get_raw_value()
     old = variable.get_value()
     # By identity: what Linen hands back unchanged is no write, in a trace too, and costs no comparison of numbers.
     if value is old or (not isinstance(value, jax.Array) and same_leaves(value, old)):
@@ -142,7 +143,7 @@ def write_value(variable: nnx.Variable[Any], value: Any, at: Location) -> None:
     try:
         variable.set_value(value)
     except TraceError:
-        raise TraceError(f"{type(variable).__name__} at {show_path(at)}") from None
+        raise TraceError(f"{type(variable).__name__} at {show_path(location)}") from None
 
 
 def is_empty(value: Any) -> bool:
@@ -270,9 +271,9 @@ class LinenNode(nnx.Module):
         self._nnx_check_can_write(next(iter(new))[1])
         self._nnx_set_variables({**self._nnx_inventory().variables, **new})
 
-    def _nnx_take(self, at: Location, variable: nnx.Variable[Any]) -> None:
+    def _nnx_take(self, location: Location, variable: nnx.Variable[Any]) -> None:
         """Hold a Variable that the Linen module around kept for this one."""
-        self._nnx_add({at: variable})
+        self._nnx_add({location: variable})
 
     def _nnx_at(self, path: Path) -> Any:
         """The submodule at `path`: itself, its variables, or a view where it has none."""
@@ -284,8 +285,8 @@ class LinenNode(nnx.Module):
             scope = at_home(level[name], self, path[: depth + 1])
         return scope
 
-    def _nnx_variable_at(self, at: Location) -> nnx.Variable[Any]:
-        return self._nnx_inventory().variables[at]
+    def _nnx_variable_at(self, location: Location) -> nnx.Variable[Any]:
+        return self._nnx_inventory().variables[location]
 
     def _nnx_linen_variables(self) -> dict[str, Any]:
         return filled(self._nnx_inventory().template)

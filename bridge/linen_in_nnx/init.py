@@ -22,8 +22,7 @@ from bridge.linen_in_nnx.abstract_run import AbstractRun, calls_in, from_shapes
 from bridge.linen_in_nnx.as_graph import LinenNode, LinenScope, is_empty, nodes_in
 from bridge.linen_in_nnx.rngs import Keys, RngSource
 from bridge.linen_in_nnx.submodules import Submodule, method_at
-from bridge.variables.mapping import leaves
-from bridge.variables.metadata import to_nnx_variable
+from bridge.variables.mapping import leaves, variables_from
 
 
 def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +66,8 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
     elif isinstance(owner, LinenNode) and (owner is target or target.__func__ is type(owner)._nnx_call):
         init_one(owner, args, kwargs)
     elif isinstance(owner, nnx.Object):
-        _init_inside(owner, type(owner).__call__ if owner is target else target.__func__, args, kwargs)
+        method = type(owner).__call__ if owner is target else target.__func__
+        _init_inside(owner, method, args, kwargs)
     else:
         raise NoOwnerError(fn)
     return fn
@@ -122,12 +122,13 @@ def make_variables(
         variables = from_shapes(type(wrapped.module).__name__, init, args, kwargs)
     else:
         variables = init(*args, **kwargs)
-    new = {at: value for at, value in leaves(variables) if at not in there and not is_empty(value)}
+    missing = [(location, value) for location, value in leaves(variables) if location not in there]
+    new = {location: value for location, value in missing if not is_empty(value)}
     if new:
         if note is not None:
             note(new)
         keys.settle()
-        wrapper._nnx_add({at: to_nnx_variable(at[0], value) for at, value in new.items()})
+        wrapper._nnx_add(variables_from(new.items()))
     return len(new)
 
 

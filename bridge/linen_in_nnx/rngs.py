@@ -100,10 +100,12 @@ _next: weakref.WeakKeyDictionary[nnx.RngStream, tuple[Any, Any, jax.Array]] = we
 def _folded(stream: nnx.RngStream, key: jax.Array) -> jax.Array:
     count = stream.count.get_value()
     last_key, last_count, last_folded = _next.get(stream, (None, None, None))
-    if last_folded is not None and last_key is key and last_count is count:  # by identity: no array is compared
+    # By identity: no array is read, and nothing is traced.
+    if last_folded is not None and last_key is key and last_count is count:
         return last_folded
     folded = jax.random.fold_in(key, count)
-    if isinstance(count, jax.Array) and not isinstance(folded, jax.core.Tracer):  # numpy's could change in place
+    # A count of numpy's could change in place.
+    if isinstance(count, jax.Array) and not isinstance(folded, jax.core.Tracer):
         _next[stream] = key, count, folded
     return folded
 

@@ -38,7 +38,7 @@ class Wrapper(Protocol):
     def _nnx_at(self, path: Path) -> Any:
         """The submodule at `path`: itself, its variables, or a view where it has none."""
 
-    def _nnx_variable_at(self, at: Location) -> nnx.Variable[Any]:
+    def _nnx_variable_at(self, location: Location) -> nnx.Variable[Any]:
         """The Variable at a location."""
 
     def _nnx_linen_variables(self) -> dict[str, Any]:
@@ -180,7 +180,8 @@ def _outside(x: Any, wrapper: Wrapper) -> Any:
 
 # ---- what tabulate shows of it ----
 
-_shown: ContextVar[Any] = ContextVar("bridge_shown", default=None)  # whose Linen module is running, for `nnx.tabulate`
+# Whose Linen module is running, for `nnx.tabulate`.
+_shown: ContextVar[Any] = ContextVar("bridge_shown", default=None)
 
 
 def reported(wrapper: nnx.Object) -> AbstractContextManager[Any]:
@@ -198,7 +199,11 @@ def _reporting(wrapper: nnx.Object, record: Callable[..., Any] | None) -> Iterat
         is_part = _shown.get() is wrapper and name != "setup" and module.path
         if record is None or not is_part:
             return method(*args, **kwargs)
-        return record(name, lambda _, *a, **k: method(*a, **k), (module, *args), kwargs, (module.path, type(module)))
+
+        def run(_: Any, *args: Any, **kwargs: Any) -> Any:
+            return method(*args, **kwargs)
+
+        return record(name, run, (module, *args), kwargs, (module.path, type(module)))
 
     token = _shown.set(wrapper)
     try:

@@ -36,7 +36,7 @@ from bridge.linen_in_nnx.init import init_keys, init_one, lazy_init, make_variab
 from bridge.linen_in_nnx.rngs import Keys, RngSource
 from bridge.linen_in_nnx.submodules import has_setup, holds_modules, look, of_class, reported
 from bridge.nnx_in_linen.host import captured_around, is_linen_initializing, made_around, mutable_around, placed
-from bridge.variables.mapping import leaves
+from bridge.variables.mapping import leaves, variables_from
 from bridge.variables.metadata import to_nnx_variable
 from nnx_core._changes import touch
 
@@ -74,7 +74,8 @@ class ToNNX(LinenNode):
     def __init__(self, module: nn.Module, rngs: RngSource = None, *, parity: bool = False):
         if not isinstance(module, nn.Module):
             raise NotALinenModuleError(module)
-        if module.parent is not None:  # bound, or made inside another Linen module: NNX owns this one
+        # Bound, or made inside another Linen module: NNX owns this one.
+        if module.parent is not None:
             module = module.clone(parent=None)
         object.__setattr__(self, "_nnx_variables", {})
         self._nnx_wrap(Wrapped(module, parity))
@@ -167,7 +168,7 @@ class ToNNX(LinenNode):
                 **kwargs,
             )
         keys.settle()
-        new = {at: to_nnx_variable(at[0], value) for at, value in leaves(variables) if not is_empty(value)}
+        new = variables_from(leaf for leaf in leaves(variables) if not is_empty(leaf[1]))
         if new:
             self._nnx_add(new)
         return output
@@ -177,15 +178,16 @@ class ToNNX(LinenNode):
         # Where variables are made, layers leave what is there as it is (BatchNorm's averages).
         keeps = is_linen_initializing() or (run is not None and run.keeps(self))
         new = {}
-        for at, value in leaves(updates):
-            variable = inventory.variables.get(at)
+        for location, value in leaves(updates):
+            variable = inventory.variables.get(location)
             if variable is None:
                 if not is_empty(value):
-                    new[at] = to_nnx_variable(at[0], value)
+                    new[location] = to_nnx_variable(location[0], value)
                 continue
-            is_sown = at[0] == "intermediates" or type(value) is tuple  # Linen appends to it in init too
+            # To what is sown, a tuple, Linen appends in init too.
+            is_sown = location[0] == "intermediates" or type(value) is tuple
             if is_sown or not keeps:
-                write_value(variable, value, at)
+                write_value(variable, value, location)
         if new:
             self._nnx_add(new)
 
@@ -193,7 +195,8 @@ class ToNNX(LinenNode):
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith(("__", "_nnx_")):
-            raise AttributeError(name)  # not filled yet (copy, pickle), or a protocol of Python or its tools
+            # Not filled yet (copy, pickle), or a protocol of Python or its tools.
+            raise AttributeError(name)
         if name in self._nnx_variables:
             return at_home(self._nnx_variables[name], self, (name,))
         if self._nnx_wrapped.has(name):
@@ -319,4 +322,5 @@ def _writable(held: list[str]) -> Any:
     """The collections that a call may write: those it holds; inside a Linen module, as for any submodule of it."""
     if (around := mutable_around()) is not None:
         return around
-    return union_filters([name for name in held if name not in ("params", "intermediates")], made_around())
+    state = [name for name in held if name not in ("params", "intermediates")]
+    return union_filters(state, made_around())

@@ -16,7 +16,7 @@ from bridge._types import Path
 from bridge.modules.scope import current_context
 from bridge.modules.tree import current_run, has_place, is_bridge_module, rebuilt_with, unbound
 from bridge.modules.waiting import Parked, Waiting, fill, flat, parked, put, take
-from bridge.variables.mapping import locations
+from bridge.variables.mapping import inside, locations
 from nnx_core.graph.walk import children
 
 
@@ -40,9 +40,9 @@ def park(module: Any) -> None:
     if not scope._stays:
         return
     waiting, scope._waiting = scope._waiting, {}
-    for at, variable in list(flat(waiting)):
-        if len(at) == 2:
-            keep(module, *at, variable)
+    for location, variable in list(flat(waiting)):
+        if len(location) == 2:
+            keep(module, *location, variable)
     for name, tree in parked(waiting).items():
         key = free_key(module, name)
         scope.register(key, None, name)
@@ -54,8 +54,8 @@ def unpark(module: Any, name: str) -> None:
     key = module.scope.attribute_of(None, name)
     tree = module.__dict__.get(key)
     if isinstance(tree, Parked):
-        for at, variable in locations(tree):
-            put(module.scope._waiting, (at[0], name, *at[1:]), variable)
+        for location, variable in locations(tree):
+            put(module.scope._waiting, inside(location, (name,)), variable)
         nnx.Module.__delattr__(module, key)
         module.scope.forget(key)
 
@@ -81,8 +81,8 @@ def adopt(module: Any, names: Path, value: Any, *, owned: bool) -> Any:
 def _adopt_module(module: Any, names: Path, child: Any, *, owned: bool) -> Any:
     waiting = take(module.scope._waiting, names)
     if child.scope is not None:  # made elsewhere; what waits here is for it all the same
-        for at, variable in flat(waiting):
-            put(child.scope._waiting, at, variable)
+        for location, variable in flat(waiting):
+            put(child.scope._waiting, location, variable)
         return child
     entry = current_context()
     owned = owned or (entry is not None and any(child is x for x in entry.created))
@@ -112,6 +112,6 @@ def _fill_if_due(module: Any, names: Path, child: Any) -> None:
 
 def _fill_nnx(module: Any, names: Path, child: Any, waiting: Waiting) -> None:
     scope = module.scope
-    for at, variable in flat(fill(child, waiting, (*scope._path, *names), scope.may_make)):
-        put(scope._waiting, (at[0], *names, *at[1:]), variable)
+    for location, variable in flat(fill(child, waiting, (*scope._path, *names), scope.may_make)):
+        put(scope._waiting, inside(location, names), variable)
     current_run().note(child, initializing=scope._initializing)

@@ -59,7 +59,8 @@ def note_methods(cls: type) -> None:
     for name, f in list(vars(cls).items()):
         is_method = name == "__call__" or not name.startswith("__")
         is_plain = inspect.isfunction(f) and not hasattr(f, "_bridge_wrapped")
-        if is_method and is_plain and name != "setup":  # which the module itself runs, in an entry of its own
+        # `setup` is run by the module itself, in an entry of its own.
+        if is_method and is_plain and name != "setup":
             setattr(cls, name, _noted(f))
 
 
@@ -98,7 +99,8 @@ class ModuleMeta(type):
         entry = current_context()
         name, parent = None, ...
         if entry is not None:
-            own = inspect.signature(cls.__init__).parameters  # a class that takes them itself gets them
+            # A class that takes them itself gets them.
+            own = inspect.signature(cls.__init__).parameters
             name = None if "name" in own else kwargs.pop("name", None)
             parent = ... if "parent" in own else kwargs.pop("parent", ...)
         module = super().__call__(*args, **kwargs)

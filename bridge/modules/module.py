@@ -50,7 +50,7 @@ from bridge.modules.waiting import (
 )
 from bridge.nnx_in_linen.host import Host, hosted
 from bridge.variables.kinds import collection_of, variable_type
-from bridge.variables.mapping import linen_tree
+from bridge.variables.mapping import inside, linen_tree
 from bridge.variables.metadata import to_linen_value, to_nnx_variable
 
 __all__ = ["AttrPriority", "Module", "ModuleStackEntry", "Scope", "compact", "current_context", "current_module"]
@@ -155,7 +155,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
         scope = Scope(streams(rngs), True if _initialize else mutable)
         scope._initializing = _initialize
         scope._waiting = waiting_of(variables)
-        before = {at: variable.get_raw_value() for at, variable in flat(scope._waiting)}
+        before = {location: variable.get_raw_value() for location, variable in flat(scope._waiting)}
         run, bound = method_of(method), unbound(self)
 
         def make_key(name: str) -> jax.Array:
@@ -171,7 +171,8 @@ class Module(nnx.Module, metaclass=ModuleMeta):
             check_writes(before, after, mutable)
         if mutable is False:
             return out
-        return out, linen_tree({at: variable for at, variable in after.items() if in_filter(mutable, at[0])})
+        shown = {location: variable for location, variable in after.items() if in_filter(mutable, location[0])}
+        return out, linen_tree(shown)
 
     def bind(
         self: M,
@@ -358,7 +359,8 @@ class Module(nnx.Module, metaclass=ModuleMeta):
         if not hasattr(type(self), "setup"):
             park(self)
         elif entry is not None and entry.method == "setup" and not scope._initializing:
-            scope._setup_due = True  # an attribute yet to come may name it, and its variables wait there
+            # An attribute yet to come may name it, and its variables wait there.
+            scope._setup_due = True
             entry.due.append(self._setup_if_due)
         else:
             self._run_setup()
@@ -386,8 +388,8 @@ class Module(nnx.Module, metaclass=ModuleMeta):
         if old is not None:
             if not is_bridge_module(old) or (type(old) is type(child) and config_of(old) == config_of(child)):
                 return old
-            for at, variable in collect(old).items():
-                put(scope._waiting, (at[0], name, *at[1:]), variable)
+            for location, variable in collect(old).items():
+                put(scope._waiting, inside(location, (name,)), variable)
             nnx.Module.__delattr__(self, key)
         key = free_key(self, name)
         scope.register(key, None, name)
@@ -403,7 +405,8 @@ class Module(nnx.Module, metaclass=ModuleMeta):
             return
         held = scope.variable_at(name)
         if held is not None and value is not (variable := self.__dict__[name]):
-            super().__delattr__(name)  # `self.w = self.param("w", ...)[...]`: the attribute is the user's
+            # `self.w = self.param("w", ...)[...]`: the attribute is the user's.
+            super().__delattr__(name)
             super().__setattr__(name, value)
             keep(self, *held, variable)
             return

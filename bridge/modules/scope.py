@@ -58,10 +58,12 @@ class Scope(nnx.Object):
         self._initializing = False
         self._waiting: Waiting = {}
         self._config: tuple[str, ...] = ()  # attributes that the module was made with
-        self._names: tuple[tuple[str, str | None, str], ...] = ()  # (attribute, collection or None, name in Linen)
+        # (attribute, collection or None, name in Linen)
+        self._names: tuple[tuple[str, str | None, str], ...] = ()
         self._made_in: tuple[tuple[str, str], ...] = ()  # (name, method that gave it)
         self._setup_due = False
-        self._stays = False  # whether the module is kept, as NNX modules are, and not only for one call
+        # Whether the module is kept, as NNX modules are, and not only for one call.
+        self._stays = False
 
     def copy(self) -> Scope:
         """A scope of its own with the same streams, for a module below."""

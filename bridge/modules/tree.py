@@ -23,7 +23,7 @@ from bridge.modules.scope import AttrPriority, Scope, modules_running
 from bridge.modules.waiting import flat
 from bridge.variables.hashable import frozen
 from bridge.variables.identity import same_leaves
-from bridge.variables.mapping import location_of
+from bridge.variables.mapping import inside, location_of
 from bridge.variables.state import state_of
 from nnx_core._trace import current_trace
 from nnx_core.graph.walk import children
@@ -58,7 +58,8 @@ def _config_value(x: Any) -> Any:
 
 def unbound(x: Any, done: dict[int, Any] | None = None) -> Any:
     """A copy of a module, or of what a field holds, without variables; what is shared stays shared."""
-    done = {} if done is None else done  # id of an original -> its copy: what is shared stays shared
+    # By id of the original: what is shared stays shared.
+    done = {} if done is None else done
     if id(x) in done:
         return done[id(x)]
     if is_bridge_module(x):
@@ -111,8 +112,8 @@ class Run:
         """`child` has its place; if it has just been made, what its constructor made of it."""
         self.adopted.append(child)
         if initializing:
-            for at, variable in state_of(child):
-                if at[0] != "params":
+            for location, variable in state_of(child):
+                if location[0] != "params":
                     self.constructed.append((variable, variable.get_raw_value()))
 
     def restore(self) -> None:
@@ -144,7 +145,10 @@ def has_place(x: Any, *, owned: bool) -> bool:
     """Whether an NNX module or Variable belongs to a module already; `owned`: only if it was met in this run."""
     if any(x is other for other in current_run().adopted):
         return True
-    return not owned and any(x is other for module in modules_running() for _, other in nnx.iter_graph(module))
+    if owned:
+        return False
+    in_running = (other for module in modules_running() for _, other in nnx.iter_graph(module))
+    return any(x is other for other in in_running)
 
 
 # ---- variables ----
@@ -160,7 +164,8 @@ def collect(module: Any) -> dict[Location, nnx.Variable[Any]]:
 def _collect(module: Any, names: Path, variables: dict[Location, Any], seen: set[int]) -> None:
     scope: Scope = module.scope
     seen.add(id(module))
-    registered = {key: (collection, name) for key, collection, name in scope._names}  # the last word on each
+    # Of two entries for one attribute the later counts.
+    registered = {key: (collection, name) for key, collection, name in scope._names}
     for key, (collection, name) in registered.items():
         variable = module.__dict__.get(key)
         if collection is not None and isinstance(variable, nnx.Variable) and id(variable) not in seen:
@@ -177,8 +182,8 @@ def _collect(module: Any, names: Path, variables: dict[Location, Any], seen: set
     for key in sorted(module.__dict__, key=order):
         if key not in OWN:
             _collect_value(module.__dict__[key], (*names, names_given.get(key, key)), variables, seen)
-    for at, variable in flat(scope._waiting):
-        variables.setdefault((at[0], *names, *at[1:]), variable)
+    for location, variable in flat(scope._waiting):
+        variables.setdefault(inside(location, names), variable)
 
 
 def _collect_value(x: Any, names: Path, variables: dict[Location, Any], seen: set[int]) -> None:
@@ -201,9 +206,9 @@ def check_writes(
     before: Mapping[Location, Any], after: Mapping[Location, nnx.Variable[Any]], mutable: CollectionFilter
 ) -> None:
     """Raise ModifyScopeVariableError if a collection that is not mutable was written."""
-    for at, variable in after.items():
-        if in_filter(mutable, at[0]) or isinstance(variable, nnx.Intermediate):
+    for location, variable in after.items():
+        if in_filter(mutable, location[0]) or isinstance(variable, nnx.Intermediate):
             continue
         # By identity, so that it works in a trace: who writes an equal value writes.
-        if at in before and not same_leaves(before[at], variable.get_raw_value()):
-            raise flax.errors.ModifyScopeVariableError(at[0], *linen_place(at))
+        if location in before and not same_leaves(before[location], variable.get_raw_value()):
+            raise flax.errors.ModifyScopeVariableError(location[0], *linen_place(location))

@@ -20,7 +20,7 @@ from bridge._errors import linen_not_found, linen_place
 from bridge._types import Location, Path
 from bridge.nnx_in_linen.host import Host, LinenRngs, LinenStream, MissingRng, give_back_streams, hosted
 from bridge.variables.kinds import variable_type
-from bridge.variables.mapping import EMPTY, leaves, nest, put
+from bridge.variables.mapping import EMPTY, inside, leaves, nest, put
 from bridge.variables.metadata import to_nnx_variable
 from bridge.variables.state import attach, state_of, taker_of
 
@@ -35,9 +35,9 @@ def waiting_of(variables: Mapping[str, Any]) -> Waiting:
     Param(1.0)
     """
     waiting: Waiting = {}
-    for at, value in leaves({key: _with_string_keys(tree) for key, tree in variables.items()}):
+    for location, value in leaves({key: _with_string_keys(tree) for key, tree in variables.items()}):
         if value is not EMPTY:
-            put(waiting, at, to_nnx_variable(at[0], value))
+            put(waiting, location, to_nnx_variable(location[0], value))
     return waiting
 
 
@@ -76,13 +76,13 @@ def _values(tree: Any) -> Any:
     return tree.get_raw_value()
 
 
-def flat(waiting: Any, at: Location = ()) -> Iterator[tuple[Location, nnx.Variable[Any]]]:
+def flat(waiting: Any, location: Location = ()) -> Iterator[tuple[Location, nnx.Variable[Any]]]:
     """(location, Variable) of all that waits."""
     for key, child in waiting.items():
         if isinstance(child, dict):
-            yield from flat(child, (*at, key))
+            yield from flat(child, (*location, key))
         else:
-            yield (*at, key), child
+            yield (*location, key), child
 
 
 class Parked(nnx.Dict[Any]):
@@ -92,24 +92,25 @@ class Parked(nnx.Dict[Any]):
 def parked(waiting: Waiting) -> dict[str, Parked]:
     """name -> what waits below this name; Variables at the top are left out."""
     below: dict[str, dict[Location, nnx.Variable[Any]]] = {}
-    for at, variable in flat(waiting):
-        if len(at) > 2:
-            below.setdefault(at[1], {})[at[0], *at[2:]] = variable
+    for location, variable in flat(waiting):
+        if len(location) > 2:
+            below.setdefault(location[1], {})[location[0], *location[2:]] = variable
     return {name: Parked(nest(variables, Parked)) for name, variables in below.items()}
 
 
-def check_shape(at: Location, variable: nnx.Variable[Any], make: Callable[[Any], Any]) -> None:
+def check_shape(location: Location, variable: nnx.Variable[Any], make: Callable[[Any], Any]) -> None:
     """Raise ScopeParamShapeError unless `variable` has the shape that its initializer gives."""
 
     def initial() -> Any:
         value = make(jax.random.key(0))
-        return value.raw_value if isinstance(value, nnx.VariableMetadata) else value  # a box is a pytree of its value
+        # A box is a pytree of its value.
+        return value.raw_value if isinstance(value, nnx.VariableMetadata) else value
 
     # The initializer is traced, and computes nothing; of pytrees that are not alike, what both have is compared.
     leaves, initial_leaves = jax.tree.leaves(variable.get_raw_value()), jax.tree.leaves(jax.eval_shape(initial))
     for leaf, expected in zip(leaves, initial_leaves, strict=False):
         if np.shape(leaf) != expected.shape:
-            raise flax.errors.ScopeParamShapeError(*linen_place(at), np.shape(leaf), expected.shape)
+            raise flax.errors.ScopeParamShapeError(*linen_place(location), np.shape(leaf), expected.shape)
 
 
 # ---- NNX modules ----
@@ -123,26 +124,27 @@ def fill(child: Any, waiting: Waiting, path: Path, may_make: Callable[[str], boo
         made now.
       ScopeParamShapeError: if a parameter has another shape.
     """
-    replacements: dict[int, nnx.Variable[Any]] = {}  # by the id of what is replaced: Variables have no other name here
-    for at, variable in state_of(child):
-        level, whole_at = _level(waiting, at[:-1]), (at[0], *path, *at[1:])
-        if level is not None and at[-1] in level:
-            replacements[id(variable)] = _fitting(variable, level.pop(at[-1]), whole_at)
-        elif not may_make(at[0]):
-            raise linen_not_found(whole_at, empty=at[0] not in waiting)
+    # By the id of what is replaced: a Variable that is met again in `_put_in_place` is known by nothing else.
+    replacements: dict[int, nnx.Variable[Any]] = {}
+    for location, variable in state_of(child):
+        level, whole_location = _level(waiting, location[:-1]), inside(location, path)
+        if level is not None and location[-1] in level:
+            replacements[id(variable)] = _fitting(variable, level.pop(location[-1]), whole_location)
+        elif not may_make(location[0]):
+            raise linen_not_found(whole_location, empty=location[0] not in waiting)
     _put_in_place(child, replacements)
     rest: Waiting = {}
-    for at, variable in list(flat(waiting)):
-        if not _attach(child, at, variable):
-            put(rest, at, variable)
+    for location, variable in list(flat(waiting)):
+        if not _attach(child, location, variable):
+            put(rest, location, variable)
     return rest
 
 
-def _fitting(variable: nnx.Variable[Any], new: Any, at: Location) -> nnx.Variable[Any]:
+def _fitting(variable: nnx.Variable[Any], new: Any, location: Location) -> nnx.Variable[Any]:
     """The Variable that waited in place of `variable`, or, of another type, `variable` with its value."""
     value, expected = _values(new), getattr(variable.get_raw_value(), "shape", None)
-    if at[0] == "params" and expected is not None and np.shape(value) != expected:
-        raise flax.errors.ScopeParamShapeError(*linen_place(at), np.shape(value), expected)
+    if location[0] == "params" and expected is not None and np.shape(value) != expected:
+        raise flax.errors.ScopeParamShapeError(*linen_place(location), np.shape(value), expected)
     metadata = new.get_metadata() if isinstance(new, nnx.Variable) else {}
     if type(new) is type(variable):
         if own_metadata := variable.get_metadata():
@@ -167,11 +169,11 @@ def _put_in_place(child: Any, replacements: Mapping[int, nnx.Variable[Any]]) -> 
             variable.set_raw_value(new.get_raw_value())
 
 
-def _attach(child: Any, at: Location, variable: nnx.Variable[Any]) -> bool:
+def _attach(child: Any, location: Location, variable: nnx.Variable[Any]) -> bool:
     """Give `child` a Variable that a call made; whether there is a place for it."""
-    taker = taker_of(child, at)
+    taker = taker_of(child, location)
     if taker is None:
-        return attach(child, at, variable)
+        return attach(child, location, variable)
     owner, inside = taker
     owner._nnx_take(inside, variable)
     return True

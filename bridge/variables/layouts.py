@@ -118,7 +118,7 @@ class Layout:
         state: dict[NnxPath, Any] = {}
         for entry in self.entries:
             if entry.linen[0] in flat:  # else it is optional
-                parts = [flat[at] for at in entry.linen]
+                parts = [flat[location] for location in entry.linen]
                 state[entry.nnx] = parts[0] if len(parts) == 1 else _join(entry, parts)
         return state
 
@@ -177,7 +177,7 @@ class Layout:
 def _split(entry: Entry, value: Any) -> list[Any]:
     count, shape = len(entry.linen), np.shape(value)
     if not shape or shape[entry.axis] % count:
-        parts = ", ".join(show_path(at) for at in entry.linen)
+        parts = ", ".join(show_path(location) for location in entry.linen)
         raise LayoutError(
             entry.nnx,
             f"an axis {entry.axis} of {count} equal parts: {parts}",
@@ -193,10 +193,10 @@ def _split(entry: Entry, value: Any) -> list[Any]:
 
 def _join(entry: Entry, parts: list[Any]) -> Any:
     forms = [(np.shape(part), getattr(part, "dtype", type(part))) for part in parts]
-    for at, form in zip(entry.linen, forms, strict=True):
+    for location, form in zip(entry.linen, forms, strict=True):
         if form != forms[0] or not form[0]:
             raise LayoutError(
-                at,
+                location,
                 f"shape and dtype of {show_path(entry.linen[0])}, {forms[0]}, with which it is joined",
                 form,
                 f"Together they are {show_path(entry.nnx)}. Cast or reshape them before.",
@@ -210,7 +210,8 @@ def _join(entry: Entry, parts: list[Any]) -> Any:
 
 
 def _abstract(shape: Sequence[int], like: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(like, "sharding", None)  # of the same rank, so that its axes keep their meaning
+    # Of the same rank, so that its axes keep their meaning.
+    sharding = getattr(like, "sharding", None)
     return jax.ShapeDtypeStruct(tuple(shape), like.dtype, sharding=sharding)
 
 
@@ -368,8 +369,9 @@ def _own_entries(node: Any, layout: Layout, nnx_path: NnxPath, linen_path: Locat
             )
         if id(variable) not in seen:
             seen.add(id(variable))
-            collection = collection_of(type(variable))  # `params` in the table, unless the model says otherwise
-            yield replace(here, linen=tuple((collection, *at[1:]) for at in here.linen), optional=False)
+            # `params` in the table, unless the model says otherwise.
+            collection = collection_of(type(variable))
+            yield replace(here, linen=tuple((collection, *location[1:]) for location in here.linen), optional=False)
 
 
 # ---- layers that wrap a layer ----
@@ -378,30 +380,31 @@ def _own_entries(node: Any, layout: Layout, nnx_path: NnxPath, linen_path: Locat
 def _weight_norm(node: Any, nnx_path: NnxPath, linen_path: Location, seen: set[int]) -> Iterator[Entry]:
     inner = yield from _wrapped(node, nnx_path, linen_path, seen)
     for path, variable in _variables_in(node.scales, seen):
-        target = _target(inner, (*nnx_path, "scales", *path), path)
+        scale = (*nnx_path, "scales", *path)
+        target = _target(inner, scale, path)
         if len(target.linen) > 1 and node.feature_axes not in (-1, (-1,)):
             raise LayoutError(
-                (*nnx_path, "scales", *path),
+                scale,
                 "feature_axes=-1: each gate has scales of its own in Linen",
                 f"feature_axes={node.feature_axes}",
                 "Wrap a cell with one kernel for each gate, such as LSTMCell.",
             )
-        yield _keyed(variable, (*nnx_path, "scales", *path), linen_path, target, "scale")
+        yield _keyed(variable, scale, linen_path, target, "scale")
 
 
 def _spectral_norm(node: Any, nnx_path: NnxPath, linen_path: Location, seen: set[int]) -> Iterator[Entry]:
     inner = yield from _wrapped(node, nnx_path, linen_path, seen)
     for path, variable in _variables_in(node.batch_stats, seen):
-        at = (*nnx_path, "batch_stats", *path)
-        target = _target(inner, at, path[:-1])
+        statistic = (*nnx_path, "batch_stats", *path)
+        target = _target(inner, statistic, path[:-1])
         if len(target.linen) > 1:
             raise LayoutError(
-                at,
+                statistic,
                 "one kernel for each gate: each has a spectral norm of its own in Linen",
                 f"one for {', '.join(map(show_path, target.linen))}",
                 "Wrap a cell with one kernel for each gate, such as LSTMCell.",
             )
-        yield _keyed(variable, at, linen_path, target, str(path[-1]))
+        yield _keyed(variable, statistic, linen_path, target, str(path[-1]))
 
 
 def _wrapped(node: Any, nnx_path: NnxPath, linen_path: Location, seen: set[int]) -> Any:
@@ -412,7 +415,7 @@ def _wrapped(node: Any, nnx_path: NnxPath, linen_path: Location, seen: set[int])
     depth = len(linen_path) + 1  # the collection goes before
     below: dict[NnxPath, Entry] = {}
     for entry in inner:
-        linen = tuple(at[depth:] for at in entry.linen)
+        linen = tuple(location[depth:] for location in entry.linen)
         below[entry.nnx[len(nnx_path) + 1 :]] = replace(entry, linen=linen)
     return below
 
@@ -424,10 +427,11 @@ def _variables_in(tree: Any, seen: set[int]) -> Iterator[tuple[NnxPath, nnx.Vari
             yield path, x
 
 
-def _target(inner: Mapping[NnxPath, Entry], at: NnxPath, path: NnxPath) -> Entry:
+def _target(inner: Mapping[NnxPath, Entry], statistic: NnxPath, path: NnxPath) -> Entry:
+    """The entry, at `path` in the wrapped layer, of what the Variable at `statistic` belongs to."""
     if path not in inner:
         raise LayoutError(
-            at,
+            statistic,
             f"the parameter {show_path(path)} in the wrapped layer, and in no other module before it",
             "none: the layer is shared, and Linen names the key after another place",
             "Let the wrapper be the only one that holds the layer.",
@@ -435,11 +439,11 @@ def _target(inner: Mapping[NnxPath, Entry], at: NnxPath, path: NnxPath) -> Entry
     return inner[path]
 
 
-def _keyed(variable: Any, at: NnxPath, linen_path: Location, target: Entry, name: str) -> Entry:
+def _keyed(variable: Any, nnx_path: NnxPath, linen_path: Location, target: Entry, name: str) -> Entry:
     """The entry of a Variable that Linen keeps under one key, named after the path of what it belongs to."""
     collection = collection_of(type(variable))
     keys = ["/".join((*path, name)) for path in target.linen]
-    return Entry(at, tuple((collection, *linen_path, key) for key in keys))
+    return Entry(nnx_path, tuple((collection, *linen_path, key) for key in keys))
 
 
 _WRAPPERS: dict[type, Callable[[Any, NnxPath, Location, set[int]], Iterator[Entry]]] = {

@@ -83,10 +83,10 @@ def load_variables(
     (2, 6.0)
     """
     matches = _Matches(_targets(model))
-    values = ((at, value) for at, value in leaves(variables) if value is not EMPTY)
+    values = ((location, value) for location, value in leaves(variables) if value is not EMPTY)
     renamed = _renamed(values, renaming(rename))
-    for at, (path, value) in renamed.items():
-        matches.find(at, (at[0], *path), value)
+    for location, (path, value) in renamed.items():
+        matches.find(location, (location[0], *path), value)
     report = matches.report()
     if strict and not report.complete:
         has_variables = any(_is_required(variable) for _, variable in matches.targets)
@@ -115,9 +115,9 @@ def variables_of(model: nnx.Object, rename: Rename | None = None) -> dict[str, A
     (2, 3)
     """
     back = rename if callable(rename) else _inverse(rename or {})
-    variables = [(at, variable) for at, variable in _targets(model) if _is_required(variable)]
+    variables = [target for target in _targets(model) if _is_required(target[1])]
     renamed = _renamed(variables, renaming(back))
-    return linen_tree({(at[0], *path): variable for at, (path, variable) in renamed.items()})
+    return linen_tree({(location[0], *path): variable for location, (path, variable) in renamed.items()})
 
 
 # ---- renaming ----------------------------------------------------------------------------------------------
@@ -166,14 +166,14 @@ def _renamed(pairs: Iterable[tuple[Location, Any]], rename: Callable[[Path], Pat
     """location -> (new path, value); RenameClashError if a new path is, or begins with, another one."""
     renamed: dict[Location, tuple[Path, Any]] = {}
     owners: dict[Location, Location] = {}  # new location -> old one
-    for at, value in pairs:
-        at = (at[0], *map(str, at[1:]))
-        new_path = rename(at[1:])
-        new = (at[0], *new_path)
-        first = owners.setdefault(new, at)
-        if first != at:
-            raise RenameClashError(first, new, at, new)
-        renamed[at] = new_path, value
+    for location, value in pairs:
+        location = (location[0], *map(str, location[1:]))
+        new_path = rename(location[1:])
+        new = (location[0], *new_path)
+        first = owners.setdefault(new, location)
+        if first != location:
+            raise RenameClashError(first, new, location, new)
+        renamed[location] = new_path, value
     for new, old in owners.items():
         for length in range(2, len(new)):
             beginning = new[:length]
@@ -207,21 +207,21 @@ class _Matches:
 
     def __post_init__(self) -> None:
         self._exact = dict(self.targets)
-        self._at: dict[Path, list[tuple[Location, nnx.Variable[Any]]]] = {}
-        for at, variable in self.targets:
-            self._at.setdefault(at[1:], []).append((at, variable))
+        self._by_path: dict[Path, list[tuple[Location, nnx.Variable[Any]]]] = {}
+        for location, variable in self.targets:
+            self._by_path.setdefault(location[1:], []).append((location, variable))
         self._met: set[Location] = set()
 
-    def find(self, source: Location, at: Location, value: Any) -> None:
-        """Find the Variable for the `value` that is at `source` in Linen and belongs at `at` in the model."""
-        target = self._target_at(at)
-        if target is None and len(at) > 2 and at[-1] == "value":  # a Linen box, saved and restored as a dict
-            target = self._target_at(at[:-1])
+    def find(self, source: Location, location: Location, value: Any) -> None:
+        """Find the Variable for the `value` that is at `source` in Linen and belongs at `location` in the model."""
+        target = self._target_at(location)
+        if target is None and len(location) > 2 and location[-1] == "value":
+            target = self._target_at(location[:-1])  # a Linen box, saved and restored as a dict
         if target is None or target[0] in self._met:
             self.unexpected.append(source)
             return
-        at, variable = target
-        self._met.add(at)
+        location, variable = target
+        self._met.add(location)
         new = to_nnx_variable(source[0], value)
         old_form, new_form = _form(variable.get_raw_value()), _form(new.get_raw_value())
         if old_form.shape != new_form.shape:
@@ -231,17 +231,18 @@ class _Matches:
         else:
             self.writes[source] = variable, new
 
-    def _target_at(self, at: Location) -> tuple[Location, nnx.Variable[Any]] | None:
-        if at in self._exact:
-            return at, self._exact[at]
-        kind = variable_type(at[0])
-        for target in self._at.get(at[1:], ()):
+    def _target_at(self, location: Location) -> tuple[Location, nnx.Variable[Any]] | None:
+        if location in self._exact:
+            return location, self._exact[location]
+        kind = variable_type(location[0])
+        for target in self._by_path.get(location[1:], ()):
             if isinstance(target[1], kind):
                 return target
         return None
 
     def report(self) -> LoadReport:
-        missing = [at for at, variable in self.targets if at not in self._met and _is_required(variable)]
+        required = [location for location, variable in self.targets if _is_required(variable)]
+        missing = [location for location in required if location not in self._met]
         return LoadReport(
             tuple(self.writes),
             tuple(missing),
@@ -251,9 +252,9 @@ class _Matches:
         )
 
     def write(self) -> None:
-        for at, (variable, _) in self.writes.items():
+        for location, (variable, _) in self.writes.items():
             if variable._trace_state != current_trace():
-                raise TraceError(f"{type(variable).__name__} at {'/'.join(at)}")
+                raise TraceError(f"{type(variable).__name__} at {'/'.join(location)}")
         for variable, new in self.writes.values():
             variable.overwrite(_placed(new.get_raw_value(), variable.get_raw_value()))
             metadata = {key: x for key, x in new.get_metadata().items() if not variable.has_metadata(key)}
@@ -292,5 +293,6 @@ def _place(x: Any, target: Any) -> Any:
         return x
     sharding = getattr(target, "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-        return jax.device_put(x, sharding)  # from the host straight to each device: never whole on one of them
+        # From the host straight to each device: never whole on one of them.
+        return jax.device_put(x, sharding)
     return x if isinstance(x, jax.Array) else jnp.asarray(x)

@@ -54,7 +54,7 @@ def linen_vars_to_nnx_attrs(variables: Mapping[str, Any]) -> dict[str, Any]:
     >>> linen_vars_to_nnx_attrs({"params": {"Dense_0": {"bias": jnp.ones(2)}}})
     {'Dense_0': {'bias': Param(float32[2] [1., 1.])}}
     """
-    return nest({at: to_nnx_variable(at[0], value) for at, value in leaves(variables)})
+    return nest(variables_from(leaves(variables)))
 
 
 def nnx_attrs_to_linen_vars(nnx_attrs: Mapping[Any, Any]) -> dict[str, Any]:
@@ -81,12 +81,12 @@ def leaves(variables: Mapping[str, Any]) -> Iterator[tuple[Location, Any]]:
             yield from _leaves(tree, (collection,))
 
 
-def _leaves(tree: Any, at: Location) -> Iterator[tuple[Location, Any]]:
+def _leaves(tree: Any, location: Location) -> Iterator[tuple[Location, Any]]:
     if is_subtree(tree):
         for key, child in tree.items():
-            yield from _leaves(child, (*at, key))
+            yield from _leaves(child, (*location, key))
     else:
-        yield at, {} if isinstance(tree, Mapping) and not tree else tree
+        yield location, {} if isinstance(tree, Mapping) and not tree else tree
 
 
 def is_subtree(x: Any) -> bool:
@@ -102,24 +102,29 @@ def is_subtree(x: Any) -> bool:
 def tree_of(pairs: Iterable[tuple[Location, Any]]) -> dict[str, Any]:
     """Linen variables from (location, value) pairs; the inverse of `leaves`."""
     variables: dict[str, Any] = {}
-    for at, value in pairs:
+    for location, value in pairs:
         if value is EMPTY or type(value) is _Empty:
-            variables.setdefault(at[0], {})
+            variables.setdefault(location[0], {})
             continue
-        put(variables, at, value)
+        put(variables, location, value)
     return variables
+
+
+def variables_from(values: Iterable[tuple[Location, Any]]) -> dict[Location, nnx.Variable[Any]]:
+    """New Variables from (location, value) pairs, values boxed or not."""
+    return {location: to_nnx_variable(location[0], value) for location, value in values}
 
 
 def linen_tree(variables: Mapping[Location, nnx.Variable[Any]]) -> dict[str, Any]:
     """Linen variables from Variables by location, boxed where they have metadata."""
-    return tree_of((at, to_linen_value(variable)) for at, variable in variables.items())
+    return tree_of((location, to_linen_value(variable)) for location, variable in variables.items())
 
 
-def put(tree: dict[str, Any], at: Path, value: Any) -> None:
+def put(tree: dict[str, Any], path: Path, value: Any) -> None:
     """Set `value` in nested dicts, which are made where there are none."""
-    for key in at[:-1]:
+    for key in path[:-1]:
         tree = tree.setdefault(key, {})
-    tree[at[-1]] = value
+    tree[path[-1]] = value
 
 
 def location_of(path: Sequence[Any], variable: nnx.Variable[Any]) -> Location:
@@ -134,6 +139,15 @@ def location_of(path: Sequence[Any], variable: nnx.Variable[Any]) -> Location:
         return (collection,)
     *above, key = map(str, path)
     return (collection, *above, name_of(key, collection))
+
+
+def inside(location: Location, path: Path) -> Location:
+    """The location, in a model, of what has this one in a module at `path`.
+
+    >>> inside(("params", "kernel"), ("encoder", "Dense_0"))
+    ('params', 'encoder', 'Dense_0', 'kernel')
+    """
+    return (location[0], *path, *location[1:])
 
 
 def locations(attrs: Mapping[Any, Any]) -> Iterator[tuple[Location, nnx.Variable[Any]]]:
@@ -157,7 +171,7 @@ def nest(
     variables: Mapping[Location, nnx.Variable[Any]], level: Callable[[dict[str, Any]], Any] = dict
 ) -> dict[str, Any]:
     """Attributes from Variables by location: nested dicts, or what `level` makes of one below the top."""
-    return _nest([(at[0], at[1:], v) for at, v in variables.items()], level)
+    return _nest([(location[0], location[1:], v) for location, v in variables.items()], level)
 
 
 def _nest(entries: list[tuple[str, Path, Any]], level: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:

@@ -119,7 +119,8 @@ class LinenBox:
         return bool(self.treedef == other.treedef)
 
     def __hash__(self) -> int:
-        return hash(type(self.template))  # the fields of a box need not be hashable: Linen takes lists
+        # The fields of a box need not be hashable: Linen takes lists.
+        return hash(type(self.template))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LinenBox, (self.template,)

@@ -2,6 +2,7 @@
 
 Law: every class is a `BridgeError` and also the builtin that plain Python code would catch; every message
 names where it happened, what was expected, what was found and what to do next.
+What Linen itself raises for a missing variable is said here too, for every room that stands in for Linen.
 Knows key paths and text; knows nothing of modules, arrays or file formats.
 """
 
@@ -11,7 +12,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bridge._types import Path
+import flax.errors
+
+from bridge._types import Location, Path
 
 # difflib compares each missing path with each unexpected one; past this many pairs a hint costs seconds.
 _MOST_COMPARISONS = 20_000
@@ -27,8 +30,12 @@ def show_path(path: Sequence[object] | str) -> str:
     """
     if isinstance(path, str):
         return path
-    keys = (str(key) for key in path)
-    return "/".join(repr(key) if "/" in key or not key else key for key in keys) or "(root)"
+    return "/".join(map(_show_key, path)) or "(root)"
+
+
+def _show_key(key: object) -> str:
+    text = str(key)
+    return repr(text) if "/" in text or not text else text
 
 
 def near_misses(wanted: str, candidates: Iterable[str], count: int = 3) -> list[str]:
@@ -48,6 +55,37 @@ def cut_short(lines: Sequence[str], most: int, indent: str = "  ") -> list[str]:
     """
     rest = len(lines) - most
     return [*lines[:most], f"{indent}and {rest} more"] if rest > 0 else list(lines)
+
+
+#: What Linen raises for a variable that is missing.
+LINEN_NOT_FOUND = (
+    flax.errors.ScopeCollectionNotFound,
+    flax.errors.ScopeParamNotFoundError,
+    flax.errors.ScopeVariableNotFoundError,
+)
+
+
+def linen_place(location: Location, inside: Path = ()) -> tuple[str, str]:
+    """(name, path of its scope) as Linen's errors show a variable; `inside`: where the module with it is.
+
+    >>> linen_place(("params", "Dense_0", "kernel"), inside=("Block_1",))
+    ('kernel', '/Block_1/Dense_0')
+    """
+    return location[-1], "/" + "/".join((*inside, *location[1:-1]))
+
+
+def linen_not_found(location: Location, inside: Path = (), *, empty: bool) -> Exception:
+    """What Linen raises for a variable that is missing; `empty`: so is its collection.
+
+    >>> type(linen_not_found(("params", "kernel"), empty=False)).__name__
+    'ScopeParamNotFoundError'
+    """
+    collection, (name, scope) = location[0], linen_place(location, inside)
+    if empty:
+        return flax.errors.ScopeCollectionNotFound(collection, name, scope)
+    if collection == "params":
+        return flax.errors.ScopeParamNotFoundError(name, scope)
+    return flax.errors.ScopeVariableNotFoundError(name, collection, scope)
 
 
 class BridgeError(Exception):
@@ -194,12 +232,13 @@ class VariablesMismatchError(BridgeError, ValueError):
 
 
 def _with_hints(missing: list[Path], unexpected: list[Path]) -> list[str]:
-    few = len(missing) * len(unexpected) <= _MOST_COMPARISONS
-    candidates = [show_path(path) for path in unexpected] if few else []
+    are_few = len(missing) * len(unexpected) <= _MOST_COMPARISONS
+    candidates = list(map(show_path, unexpected)) if are_few else []
     lines = []
     for path in missing:
         close = near_misses(show_path(path), candidates)
-        lines.append(f"  {show_path(path)}" + (f"   (did you mean {' or '.join(close)}?)" if close else ""))
+        hint = f"   (did you mean {' or '.join(close)}?)" if close else ""
+        lines.append(f"  {show_path(path)}{hint}")
     return lines
 
 

@@ -42,8 +42,8 @@ def nnx_in_bridge_mdl(factory: Callable[[nnx.Rngs], nnx.Module], name: str | Non
     """
     entry = _running("nnx_in_bridge_mdl")
     scope, kind = entry.module.scope, type(entry.module).__name__
-    made = factory(scope.rngs) if scope._initializing else abstract(factory, scope.rngs, kind)
-    return _attached(entry, made, type(made), name)
+    module = factory(scope.rngs) if scope._initializing else abstract(factory, scope.rngs, kind)
+    return _attached(entry, module, type(module), name)
 
 
 def linen_in_bridge_mdl(linen_module: nn.Module, name: str | None = None) -> nnx.Module:
@@ -69,10 +69,10 @@ def linen_in_bridge_mdl(linen_module: nn.Module, name: str | None = None) -> nnx
     """
     entry = _running("linen_in_bridge_mdl")
     scope = entry.module.scope
-    made = ToNNX(linen_module, rngs=scope.rngs if scope._initializing else None)
+    module = ToNNX(linen_module, rngs=scope.rngs if scope._initializing else None)
     if not scope._initializing:
-        made.rngs = scope.rngs  # the streams themselves: a fork would draw from each of them
-    return _attached(entry, made, type(linen_module), name)
+        module.rngs = scope.rngs  # the streams themselves: a fork would draw from each of them
+    return _attached(entry, module, type(linen_module), name)
 
 
 def _running(function: str) -> ModuleStackEntry:
@@ -82,7 +82,7 @@ def _running(function: str) -> ModuleStackEntry:
     return entry
 
 
-def _attached(entry: ModuleStackEntry, made: Any, kind: type, name: str | None) -> Any:
+def _attached(entry: ModuleStackEntry, module: nnx.Module, kind: type, name: str | None) -> Any:
     if not entry.in_compact and name is None:
-        return made  # the attribute that it is assigned to names it
-    return entry.module._attach(entry, name or entry.automatic_name(kind), made)
+        return module  # the attribute that it is assigned to names it
+    return entry.module._attach(entry, name or entry.automatic_name(kind), module)

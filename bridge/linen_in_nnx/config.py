@@ -7,7 +7,9 @@ Knows Linen modules and their fields; knows nothing of variables or graphs.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -67,25 +69,39 @@ class Wrapped:
     def __repr__(self) -> str:
         return repr(self.module)
 
+    # ---- calls ----
+
+    def method(
+        self, method: Callable[..., Any] | str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """What to call with the bound module, and keywords with the flags that the caller left open."""
+        if inspect.ismethod(method) and isinstance(method.__self__, nn.Module):
+            method = method.__func__
+        run = method if callable(method) else _by_name(method)
+        if self.defaults:
+            target = method if callable(method) else getattr(type(self.module), method or "__call__")
+            kwargs = {**_open_flags(target, self.defaults, args, kwargs), **kwargs}
+        return run, kwargs
+
     # ---- flags: fields of the module or of modules in its fields, and arguments of `__call__` ----
 
     def has(self, name: str) -> bool:
         """Whether `name` is a field, or a training flag that something stands for."""
-        return name in self._field_names() or bool(self._targets(name))
+        return self._is_field(name) or bool(self._targets(name))
 
     def get(self, name: str) -> Any:
         """The value of the field or flag `name`; None for one that was never set."""
-        for target, same in self._targets(name):
+        for target, is_same in self._targets(name):
             value = dict(self.defaults).get(target, _flag_in(self.module, target))
             if value is not None:
-                return value if same else not value
-        return getattr(self.module, name, None) if name in self._field_names() else None
+                return value if is_same else not value
+        return getattr(self.module, name, None) if self._is_field(name) else None
 
     def set(self, name: str, value: Any) -> Wrapped:
         """With the field or flag `name` set, wherever it is."""
         wrapped = self
-        for target, same in self._targets(name) or [(name, True)]:
-            wrapped = wrapped._set_one(target, value if same or value is None else not value)
+        for target, is_same in self._targets(name) or [(name, True)]:
+            wrapped = wrapped._set_one(target, value if is_same or value is None else not value)
         # `train()` of a container sets one of NNX's flags after the other; once both agree it is a mode.
         if name in _OF_NNX and all(self._knows(flag) and wrapped.get(flag) is value for flag in _OF_NNX):
             for flag in filter(self._knows, ("train", "training")):
@@ -99,8 +115,8 @@ class Wrapped:
             return self.replace(defaults=tuple({**dict(self.defaults), name: value}.items()))
         return self.replace(module=_with_field(self.module, name, value))
 
-    def _field_names(self) -> set[str]:
-        return {f.name for f in fields_of(self.module)} - {"name"}
+    def _is_field(self, name: str) -> bool:
+        return name != "name" and name in _field_names(self.module)
 
     def _targets(self, name: str) -> list[tuple[str, bool]]:
         """Which flags stand for the flag `name`, and whether they mean the same or the opposite."""
@@ -108,12 +124,18 @@ class Wrapped:
             return []
         if self._knows(name):
             return [(name, True)]
-        return [(n, False) for n in ("train", "training") if name in _OF_NNX and self._knows(n)]
+        if name not in _OF_NNX:
+            return []
+        return [(flag, False) for flag in ("train", "training") if self._knows(flag)]
 
     def _knows(self, flag: str) -> bool:
-        return flag in _call_parameters(self.module) or any(
-            flag in {f.name for f in fields_of(m)} for m in _modules_in(self.module)
-        )
+        if flag in _call_parameters(self.module):
+            return True
+        return any(flag in _field_names(part) for part in _all_modules(self.module))
+
+
+def _field_names(module: nn.Module) -> set[str]:
+    return {field.name for field in fields_of(module)}
 
 
 def _call_parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
@@ -121,43 +143,71 @@ def _call_parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(method).parameters if inspect.isfunction(method) else {}
 
 
-def open_flags(
+@functools.cache
+def _by_name(method: str | None) -> Callable[..., Any]:
+    # One function for each name: JAX and Linen remember what they made of a function by the object.
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (module if method is None else getattr(module, method))(*args, **kwargs)
+
+    return call
+
+
+def _open_flags(
     method: Callable[..., Any], defaults: tuple[tuple[str, Any], ...], args: Any, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Those of `defaults` that `method` takes and this call does not give."""
     signature = inspect.signature(method)
-    given = signature.bind_partial(None, *args, **kwargs).arguments
-    return {name: x for name, x in defaults if name in signature.parameters and name not in given}
+    arguments = signature.bind_partial(None, *args, **kwargs).arguments
+    return {name: x for name, x in defaults if name in signature.parameters and name not in arguments}
 
 
-def _modules_in(x: Any) -> Iterator[nn.Module]:
-    """`x` and every Linen module in its fields, however deep."""
+def modules_in(x: Any) -> Iterator[nn.Module]:
+    """The Linen module that `x` is, or those that it holds as a list, tuple or mapping."""
     if isinstance(x, nn.Module):
         yield x
-        for field in fields_of(x):
-            yield from _modules_in(getattr(x, field.name))
-    elif isinstance(x, list | tuple | Mapping):
-        for child in x.values() if isinstance(x, Mapping) else x:
-            yield from _modules_in(child)
+    elif isinstance(x, Mapping):
+        for child in x.values():
+            yield from modules_in(child)
+    elif isinstance(x, list | tuple):
+        for child in x:
+            yield from modules_in(child)
+
+
+def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """`module` and every Linen module in its fields, however deep."""
+    yield module
+    for field in fields_of(module):
+        for child in modules_in(getattr(module, field.name)):
+            yield from _all_modules(child)
 
 
 def _flag_in(module: nn.Module, flag: str) -> Any:
-    return next((v for m in _modules_in(module) if (v := getattr(m, flag, None)) is not None and not callable(v)), None)
+    for part in _all_modules(module):
+        value = getattr(part, flag, None)
+        if value is not None and not callable(value):
+            return value
+    return None
 
 
 def _with_field(x: Any, name: str, value: Any) -> Any:
     """A copy of `x` with the field `name` set in every module that has it; `x` itself where none has."""
+    # By identity: what holds no such module stays the very object, so that a field nobody set is not cloned.
     if isinstance(x, nn.Module):
-        old = {f.name: getattr(x, f.name) for f in fields_of(x)}
-        new = {key: value if key == name else _with_field(child, name, value) for key, child in old.items()}
-        changes = {key: child for key, child in new.items() if child is not old[key]}
+        changes = {}
+        for field in fields_of(x):
+            old = getattr(x, field.name)
+            new = value if field.name == name else _with_field(old, name, value)
+            if new is not old:
+                changes[field.name] = new
         return x.clone(**changes) if changes else x
     if isinstance(x, Mapping):
         children = {key: _with_field(child, name, value) for key, child in x.items()}
-        return type(x)(children) if any(children[key] is not x[key] for key in x) else x
+        if all(map(operator.is_, children.values(), x.values())):
+            return x
+        return type(x)(children)
     if isinstance(x, list | tuple):
         items = [_with_field(child, name, value) for child in x]
-        if all(a is b for a, b in zip(items, x, strict=True)):
+        if all(map(operator.is_, items, x)):
             return x
         return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
     return x

@@ -41,18 +41,19 @@ class Keys:
         self.by_name: dict[str, jax.Array] = {}
         self._streams: dict[str, nnx.RngStream] = {}
         self._counters: Mapping[Any, Any] = {}
-        for name, key in _by_name(source).items():
-            if not isinstance(key, nnx.RngStream):
-                self.by_name[name] = nnx.rnglib.as_key(key)
-            elif (drawn := _key_of(key, exact)) is not None:
-                self.by_name[name] = drawn
+        for name, stream in _by_name(source).items():
+            if not isinstance(stream, nnx.RngStream):
+                self.by_name[name] = nnx.rnglib.as_key(stream)  # a key or a seed
+            elif (next_key := _key_of(stream, exact)) is not None:
+                self.by_name[name] = next_key
                 if not exact:
-                    self._streams[name] = key
+                    self._streams[name] = stream
 
     def watching(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """`method`, a function of a bound Linen module, seen by `settle`."""
 
         def watched(module: Any, *args: Any, **kwargs: Any) -> Any:
+            # Linen's own, and shared with the scopes of lifted transforms: read in `settle`, once the call is over.
             self._counters = module.scope.root.rng_counters
             return method(module, *args, **kwargs)
 
@@ -98,13 +99,15 @@ _next: weakref.WeakKeyDictionary[nnx.RngStream, tuple[Any, Any, jax.Array]] = we
 
 def _folded(stream: nnx.RngStream, key: jax.Array) -> jax.Array:
     count = stream.count.get_value()
-    known = _next.get(stream)
-    if known is not None and known[0] is key and known[1] is count:
-        return known[2]
-    drawn = jax.random.fold_in(key, count)
-    if isinstance(count, jax.Array) and not isinstance(drawn, jax.core.Tracer):  # numpy's could change in place
-        _next[stream] = key, count, drawn
-    return drawn
+    last_key, last_count, last_folded = _next.get(stream, (None, None, None))
+    # By identity: no array is read, and nothing is traced.
+    if last_folded is not None and last_key is key and last_count is count:
+        return last_folded
+    folded = jax.random.fold_in(key, count)
+    # A count of numpy's could change in place.
+    if isinstance(count, jax.Array) and not isinstance(folded, jax.core.Tracer):
+        _next[stream] = key, count, folded
+    return folded
 
 
 def _was_used(counters: Mapping[Any, Any], name: str) -> bool:

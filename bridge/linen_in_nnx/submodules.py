@@ -2,7 +2,7 @@
 
 Law: what is read is what Linen's bound module says with the variables of now; nothing is written by reading, and no
 bound module gets out. A submodule is named by its path of Linen names, from the wrapper on.
-Knows Linen modules, and wrappers as what calls them; knows nothing of the object graph.
+Knows Linen modules, and wrappers as what calls them and has their variables; knows nothing of the object graph.
 """
 
 from __future__ import annotations
@@ -12,17 +12,37 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import flax.errors
 from flax import linen as nn
 
-from bridge._types import Path
+import nnx_core as nnx
+from bridge._types import Location, Path
 from bridge.linen_in_nnx._errors import SubmoduleAccessError
+from bridge.linen_in_nnx.config import modules_in
 from nnx_core.inspect.recording import part_recorder
 
 #: Attributes of a Linen module that say where it is bound; they do not leave it.
 BOUND = ("name", "parent", "scope", "_state", "_parent_ref", "_id")
+
+
+class Wrapper(Protocol):
+    """What is needed of a wrapped Linen module to look into it."""
+
+    module: nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns."""
+
+    def _nnx_at(self, path: Path) -> Any:
+        """The submodule at `path`: itself, its variables, or a view where it has none."""
+
+    def _nnx_variable_at(self, location: Location) -> nnx.Variable[Any]:
+        """The Variable at a location."""
+
+    def _nnx_linen_variables(self) -> dict[str, Any]:
+        """Linen's variables dict, with the values of now."""
 
 
 class Submodule:
@@ -44,7 +64,7 @@ class Submodule:
 
     __slots__ = ("_path", "_wrapper")
 
-    def __init__(self, wrapper: Any, path: Path):
+    def __init__(self, wrapper: Wrapper, path: Path):
         self._wrapper, self._path = wrapper, path
 
     def __call__(self, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
@@ -58,25 +78,28 @@ class Submodule:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in Submodule.__slots__:
             raise AttributeError(name)
-        found = self._wrapper._nnx_at(self._path)
-        return look(self._wrapper, self._path, name) if isinstance(found, Submodule) else getattr(found, name)
+        here = self._wrapper._nnx_at(self._path)
+        if isinstance(here, Submodule):
+            return look(self._wrapper, self._path, name)
+        return getattr(here, name)  # it has variables by now
 
-    def _nnx_place(self) -> tuple[Any, Path]:
+    def _nnx_place(self) -> tuple[Wrapper, Path]:
         return self._wrapper, self._path
 
     def __repr__(self) -> str:
-        kind = self._wrapper.module.apply(
-            self._wrapper._nnx_linen_variables(), method=lambda module: type(submodule_at(module, self._path)).__name__
-        )
-        return f"Submodule({'.'.join(self._path)}: {kind})"
+        def kind(module: nn.Module) -> str:
+            return type(submodule_at(module, self._path)).__name__
+
+        name = self._wrapper.module.apply(self._wrapper._nnx_linen_variables(), method=kind)
+        return f"Submodule({'.'.join(self._path)}: {name})"
 
 
 def method_at(path: Path, name: str | None) -> Callable[..., Any]:
     """A function of the wrapped module, bound, that calls the submodule at `path`, or its method `name`."""
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found: Any = submodule_at(module, path)
-        return (found if name is None else getattr(found, name))(*args, **kwargs)
+        submodule: Any = submodule_at(module, path)
+        return (submodule if name is None else getattr(submodule, name))(*args, **kwargs)
 
     return call
 
@@ -91,27 +114,20 @@ def submodule_at(module: nn.Module, path: Path) -> nn.Module:
 
 
 def _child(path: Path, module: nn.Module, name: str) -> nn.Module:
-    found = getattr(module, name, None)  # asking makes Linen run `setup`
-    if isinstance(found, nn.Module) and found.name == name:
-        return found
+    attribute = getattr(module, name, None)  # asking makes Linen run `setup`
+    if isinstance(attribute, nn.Module) and attribute.name == name:
+        return attribute
+    # Its name may be another than the attribute's: `layers_0` in a list. `_state` and `parent` are Linen's own.
     attributes = {key: getattr(module, key) for key in vars(module) if key not in ("parent", "_state")}
-    for child in _modules_in(attributes):
+    for child in modules_in(attributes):
         if child.name == name:
             return child
     raise SubmoduleAccessError(type(module).__name__, path)
 
 
-def _modules_in(x: Any) -> Iterator[nn.Module]:
-    if isinstance(x, nn.Module):
-        yield x
-    elif isinstance(x, list | tuple | Mapping):
-        for child in x.values() if isinstance(x, Mapping) else x:
-            yield from _modules_in(child)
-
-
 def holds_modules(x: Any) -> bool:
     """Whether `x` is a Linen module, or a list, tuple or mapping with one inside."""
-    return next(_modules_in(x), None) is not None
+    return next(modules_in(x), None) is not None
 
 
 def has_setup(module: nn.Module) -> bool:
@@ -121,11 +137,13 @@ def has_setup(module: nn.Module) -> bool:
 
 def of_class(kind: type[nn.Module], name: str) -> Any:
     """What the class of a Linen module adds to `nn.Module` by this name; None if nothing."""
-    found = inspect.getattr_static(kind, name, None)
-    return None if name in BOUND or found is inspect.getattr_static(nn.Module, name, None) else found
+    attribute = inspect.getattr_static(kind, name, None)
+    if name in BOUND or attribute is inspect.getattr_static(nn.Module, name, None):
+        return None
+    return attribute
 
 
-def look(wrapper: Any, path: Path, name: str) -> Any:
+def look(wrapper: Wrapper, path: Path, name: str) -> Any:
     """The attribute `name` of the submodule at `path`: submodules as views, methods as functions of the wrapper.
 
     Raises:
@@ -143,7 +161,7 @@ def look(wrapper: Any, path: Path, name: str) -> Any:
         raise AttributeError(f"{'.'.join((*path, name))} of {type(wrapper.module).__name__}: {error}") from error
 
 
-def _outside(x: Any, wrapper: Any) -> Any:
+def _outside(x: Any, wrapper: Wrapper) -> Any:
     """`x`, found in a bound module, as it can leave it."""
     if isinstance(x, nn.Module):
         return wrapper._nnx_at(x.path) if x.scope is not None else x
@@ -162,10 +180,11 @@ def _outside(x: Any, wrapper: Any) -> Any:
 
 # ---- what tabulate shows of it ----
 
-_shown: ContextVar[Any] = ContextVar("bridge_shown", default=None)  # whose Linen module is running, for `nnx.tabulate`
+# Whose Linen module is running, for `nnx.tabulate`.
+_shown: ContextVar[Any] = ContextVar("bridge_shown", default=None)
 
 
-def reported(wrapper: Any) -> AbstractContextManager[Any]:
+def reported(wrapper: nnx.Object) -> AbstractContextManager[Any]:
     """While the Linen module of `wrapper` runs in here, `nnx.tabulate` is told of the calls of its submodules."""
     record = part_recorder(wrapper) if wrapper._nnx_marks else None
     if record is None and _shown.get() is None:
@@ -174,13 +193,17 @@ def reported(wrapper: Any) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _reporting(wrapper: Any, record: Callable[..., Any] | None) -> Iterator[None]:
+def _reporting(wrapper: nnx.Object, record: Callable[..., Any] | None) -> Iterator[None]:
     def intercept(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
-        hidden = record is None or _shown.get() is not wrapper or name == "setup" or not module.path
-        if hidden:
+        is_part = _shown.get() is wrapper and name != "setup" and module.path
+        if record is None or not is_part:
             return method(*args, **kwargs)
-        return record(name, lambda _, *a, **k: method(*a, **k), (module, *args), kwargs, (module.path, type(module)))
+
+        def run(_: Any, *args: Any, **kwargs: Any) -> Any:
+            return method(*args, **kwargs)
+
+        return record(name, run, (module, *args), kwargs, (module.path, type(module)))
 
     token = _shown.set(wrapper)
     try:

@@ -12,10 +12,11 @@ import functools
 from typing import Any
 
 import nnx_core as nnx
+from bridge._types import Path
 from bridge.modules.scope import current_context
 from bridge.modules.tree import current_run, has_place, is_bridge_module, rebuilt_with, unbound
 from bridge.modules.waiting import Parked, Waiting, fill, flat, parked, put, take
-from bridge.variables.mapping import locations
+from bridge.variables.mapping import inside, locations
 from nnx_core.graph.walk import children
 
 
@@ -39,9 +40,9 @@ def park(module: Any) -> None:
     if not scope._stays:
         return
     waiting, scope._waiting = scope._waiting, {}
-    for at, variable in list(flat(waiting)):
-        if len(at) == 2:
-            keep(module, *at, variable)
+    for location, variable in list(flat(waiting)):
+        if len(location) == 2:
+            keep(module, *location, variable)
     for name, tree in parked(waiting).items():
         key = free_key(module, name)
         scope.register(key, None, name)
@@ -53,32 +54,35 @@ def unpark(module: Any, name: str) -> None:
     key = module.scope.attribute_of(None, name)
     tree = module.__dict__.get(key)
     if isinstance(tree, Parked):
-        for at, variable in locations(tree):
-            put(module.scope._waiting, (at[0], name, *at[1:]), variable)
+        for location, variable in locations(tree):
+            put(module.scope._waiting, inside(location, (name,)), variable)
         nnx.Module.__delattr__(module, key)
         module.scope.forget(key)
 
 
-def adopt(module: Any, names: tuple[str, ...], value: Any, *, owned: bool) -> Any:
+def adopt(module: Any, names: Path, value: Any, *, owned: bool) -> Any:
     """`value`, about to be the attribute `names`, with what waits for it; a copy of a module that is not ours."""
     unpark(module, names[0])
     if is_bridge_module(value):
         return _adopt_module(module, names, value, owned=owned)
     if isinstance(value, nnx.List | nnx.Dict) or type(value) in (list, tuple, dict):
-        keyed = children(value)
-        new = {key: adopt(module, (*names, str(key)), child, owned=owned) for key, child in keyed}
-        changed = {key: new[key] for key, child in keyed if new[key] is not child}
+        changed = {}
+        for key, child in children(value):
+            new = adopt(module, (*names, str(key)), child, owned=owned)
+            if new is not child:
+                changed[key] = new
         return rebuilt_with(value, changed)
-    if isinstance(value, nnx.Object | nnx.Variable) and not isinstance(value, nnx.Rngs | nnx.RngStream | nnx.RngState):
+    is_random = isinstance(value, nnx.Rngs | nnx.RngStream | nnx.RngState)
+    if isinstance(value, nnx.Object | nnx.Variable) and not is_random:
         _adopt_nnx(module, names, value, owned=owned)
     return value
 
 
-def _adopt_module(module: Any, names: tuple[str, ...], child: Any, *, owned: bool) -> Any:
+def _adopt_module(module: Any, names: Path, child: Any, *, owned: bool) -> Any:
     waiting = take(module.scope._waiting, names)
     if child.scope is not None:  # made elsewhere; what waits here is for it all the same
-        for at, variable in flat(waiting):
-            put(child.scope._waiting, at, variable)
+        for location, variable in flat(waiting):
+            put(child.scope._waiting, location, variable)
         return child
     entry = current_context()
     owned = owned or (entry is not None and any(child is x for x in entry.created))
@@ -90,7 +94,7 @@ def _adopt_module(module: Any, names: tuple[str, ...], child: Any, *, owned: boo
     return child
 
 
-def _adopt_nnx(module: Any, names: tuple[str, ...], child: Any, *, owned: bool) -> None:
+def _adopt_nnx(module: Any, names: Path, child: Any, *, owned: bool) -> None:
     scope, entry = module.scope, current_context()
     waiting = take(scope._waiting, names, nnx.Variable if isinstance(child, nnx.Variable) else dict)
     if not waiting and has_place(child, owned=owned):
@@ -101,13 +105,13 @@ def _adopt_nnx(module: Any, names: tuple[str, ...], child: Any, *, owned: bool) 
     _fill_nnx(module, names, child, waiting)
 
 
-def _fill_if_due(module: Any, names: tuple[str, ...], child: Any) -> None:
+def _fill_if_due(module: Any, names: Path, child: Any) -> None:
     if not has_place(child, owned=True):
         _fill_nnx(module, names, child, {})
 
 
-def _fill_nnx(module: Any, names: tuple[str, ...], child: Any, waiting: Waiting) -> None:
+def _fill_nnx(module: Any, names: Path, child: Any, waiting: Waiting) -> None:
     scope = module.scope
-    for at, variable in flat(fill(child, waiting, (*scope._path, *names), scope.may_make)):
-        put(scope._waiting, (at[0], *names, *at[1:]), variable)
+    for location, variable in flat(fill(child, waiting, (*scope._path, *names), scope.may_make)):
+        put(scope._waiting, inside(location, names), variable)
     current_run().note(child, initializing=scope._initializing)

@@ -4,26 +4,25 @@ A module is configuration until `init`, `apply` or `bind` gives a copy of it var
 submodules are attributes, and everything that works on NNX modules works on it.
 Law: the variables that `init` returns are what `apply` takes, under Linen's names; what apply may not write, it cannot
 change; what is missing is an error. The caller's module, variables and other modules stay as they are.
-Knows names, attributes and runs of methods; knows nothing of the wrappers ToNNX and ToLinen.
+Knows names and attributes; knows nothing of the wrappers ToNNX and ToLinen.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
-import flax.errors
 import jax
 from flax.core import FrozenDict, freeze, meta
 from flax.core.scope import CollectionFilter, DenyList, in_filter
 
 import nnx_core as nnx
-from bridge._errors import UnboundModuleError
+from bridge._errors import UnboundModuleError, linen_not_found
 from bridge._types import Location
 from bridge.modules.attributes import adopt, free_key, keep, park, unpark
+from bridge.modules.methods import ModuleMeta, compact, method_of, note_methods
 from bridge.modules.scope import (
     AttrPriority,
     ModuleStackEntry,
@@ -45,94 +44,19 @@ from bridge.modules.tree import (
 from bridge.modules.waiting import (
     check_shape,
     flat,
-    not_found,
     put,
     take_one,
     waiting_of,
 )
 from bridge.nnx_in_linen.host import Host, hosted
 from bridge.variables.kinds import collection_of, variable_type
-from bridge.variables.mapping import tree_of
+from bridge.variables.mapping import inside, linen_tree
 from bridge.variables.metadata import to_linen_value, to_nnx_variable
 
 __all__ = ["AttrPriority", "Module", "ModuleStackEntry", "Scope", "compact", "current_context", "current_module"]
 
-F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound="Module")
 _ALL_BUT_PARAMS = DenyList("params")
-
-
-# ---- methods ----
-
-
-def compact(f: F) -> F:
-    """A method that makes submodules where it uses them; they are named `Class_0`, `Class_1`, or by `name=`.
-
-    Raises:
-      UnboundModuleError: (the method) outside `init`, `apply` and `bind`.
-
-    >>> import jax, jax.numpy as jnp, nnx_core as nnx
-    >>> class Dense(Module):
-    ...     features: int
-    ...
-    ...     @compact
-    ...     def __call__(self, x):
-    ...         return x @ self.param("kernel", nnx.initializers.lecun_normal(), (x.shape[-1], self.features))
-    >>> class MLP(Module):
-    ...     @compact
-    ...     def __call__(self, x):
-    ...         x = nnx.relu(Dense(3)(x))
-    ...         return Dense(2)(x)
-    >>> jax.tree.map(jnp.shape, MLP().init(0, jnp.ones((1, 4))))
-    {'params': {'Dense_0': {'kernel': (4, 3)}, 'Dense_1': {'kernel': (3, 2)}}}
-    """
-
-    @functools.wraps(f)
-    def method(self: Module, *args: Any, **kwargs: Any) -> Any:
-        if self.scope is None:
-            raise UnboundModuleError(type(self), f"a call of {f.__name__!r}")
-        with running(ModuleStackEntry(self, in_compact=True, method=f.__qualname__)):
-            return f(self, *args, **kwargs)
-
-    method._bridge_wrapped = True  # type: ignore[attr-defined]
-    return method  # type: ignore[return-value]  # the signature is the same
-
-
-def _noted(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f`, a method, that can be found out to be running."""
-
-    @functools.wraps(f)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, "scope", None) is None:
-            return f(self, *args, **kwargs)
-        with running(ModuleStackEntry(self, in_compact=False, method=f.__qualname__)):
-            return f(self, *args, **kwargs)
-
-    method._bridge_wrapped = True  # type: ignore[attr-defined]
-    return method
-
-
-class ModuleMeta(type):
-    """The type of bridge modules: one made in a compact method becomes a submodule of the one that is running."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A module; inside another, `name=` is its name there, and `parent=None` leaves it on its own."""
-        entry = current_context()
-        name, parent = None, ...
-        if entry is not None:
-            taken = inspect.signature(cls.__init__).parameters
-            name = None if "name" in taken else kwargs.pop("name", None)
-            parent = ... if "parent" in taken else kwargs.pop("parent", ...)
-        module = super().__call__(*args, **kwargs)
-        for key, default in (("scope", None), ("attr_priorities", {})):
-            if key not in module.__dict__:
-                object.__setattr__(module, key, default)
-        if entry is None or parent is None:
-            return module
-        entry.created.append(module)
-        if entry.in_compact or name is not None:
-            return entry.module._attach(entry, name or entry.automatic_name(cls), module)
-        return module
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field, nnx.data, nnx.static))
@@ -162,13 +86,10 @@ class Module(nnx.Module, metaclass=ModuleMeta):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        for name, f in list(vars(cls).items()):
-            plain = inspect.isfunction(f) and not hasattr(f, "_bridge_wrapped") and name != "setup"
-            if plain and (name == "__call__" or not name.startswith("__")):
-                setattr(cls, name, _noted(f))
-        own_init = any("__init__" in vars(base) and not hasattr(base.__init__, "_bridge_made") for base in _user(cls))
-        dataclasses.dataclass(init=not own_init, repr=False, eq=False)(cls)
-        if "__init__" in vars(cls) and not own_init:
+        note_methods(cls)
+        has_own_init = any(map(_defines_init, _user_bases(cls)))
+        dataclasses.dataclass(init=not has_own_init, repr=False, eq=False)(cls)
+        if "__init__" in vars(cls) and not has_own_init:
             cls.__init__._bridge_made = True  # type: ignore[attr-defined]
 
     # ---- init, apply, bind ----
@@ -234,20 +155,24 @@ class Module(nnx.Module, metaclass=ModuleMeta):
         scope = Scope(streams(rngs), True if _initialize else mutable)
         scope._initializing = _initialize
         scope._waiting = waiting_of(variables)
-        before = {at: v.get_raw_value() for at, v in flat(scope._waiting)}
-        run, bound = _method_of(method), unbound(self)
-        make_key = lambda name: scope.make_key(name, type(bound).__name__)  # noqa: E731
+        before = {location: variable.get_raw_value() for location, variable in flat(scope._waiting)}
+        run, bound = method_of(method), unbound(self)
+
+        def make_key(name: str) -> jax.Array:
+            return scope.make_key(name, type(bound).__name__)
+
         host = Host(None, _initialize, tuple(scope.rngs), make_key, mutable=mutable)
         with hosted(host), run_of() as met, running(ModuleStackEntry(bound, in_compact=False, method="apply")):
             bound._bind(scope, owned=True)
             out = run(bound, *args, **kwargs)
         met.restore()
-        found = collect(bound)
+        after = collect(bound)
         if not _initialize:
-            check_writes(before, found, mutable)
+            check_writes(before, after, mutable)
         if mutable is False:
             return out
-        return out, tree_of((at, to_linen_value(v)) for at, v in found.items() if in_filter(mutable, at[0]))
+        shown = {location: variable for location, variable in after.items() if in_filter(mutable, location[0])}
+        return out, linen_tree(shown)
 
     def bind(
         self: M,
@@ -350,8 +275,8 @@ class Module(nnx.Module, metaclass=ModuleMeta):
     @property
     def variables(self) -> FrozenDict[str, Any]:
         """The variables of a bound module, as a FrozenDict; empty for others."""
-        found = {} if self.scope is None else collect(self)
-        return freeze(tree_of((at, to_linen_value(v)) for at, v in found.items()))
+        variables = {} if self.scope is None else collect(self)
+        return freeze(linen_tree(variables))
 
     def sow(
         self,
@@ -411,7 +336,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
 
     def _new(self, collection: str, name: str, make: Callable[[], Any] | None) -> nnx.Variable[Any]:
         if make is None or not self.scope.may_make(collection):
-            raise not_found(self._at(collection, name), empty=collection not in self.scope._waiting)
+            raise linen_not_found(self._at(collection, name), empty=collection not in self.scope._waiting)
         value = make()
         if isinstance(value, meta.AxisMetadata):
             variable = to_nnx_variable(collection, value)
@@ -434,7 +359,8 @@ class Module(nnx.Module, metaclass=ModuleMeta):
         if not hasattr(type(self), "setup"):
             park(self)
         elif entry is not None and entry.method == "setup" and not scope._initializing:
-            scope._setup_due = True  # an attribute yet to come may name it, and its variables wait there
+            # An attribute yet to come may name it, and its variables wait there.
+            scope._setup_due = True
             entry.due.append(self._setup_if_due)
         else:
             self._run_setup()
@@ -462,8 +388,8 @@ class Module(nnx.Module, metaclass=ModuleMeta):
         if old is not None:
             if not is_bridge_module(old) or (type(old) is type(child) and config_of(old) == config_of(child)):
                 return old
-            for at, variable in collect(old).items():
-                put(scope._waiting, (at[0], name, *at[1:]), variable)
+            for location, variable in collect(old).items():
+                put(scope._waiting, inside(location, (name,)), variable)
             nnx.Module.__delattr__(self, key)
         key = free_key(self, name)
         scope.register(key, None, name)
@@ -477,11 +403,12 @@ class Module(nnx.Module, metaclass=ModuleMeta):
         if scope is None or name in OWN:
             super().__setattr__(name, value)
             return
-        held = [(c, n) for key, c, n in scope._names if key == name and c is not None]
-        if held and value is not (variable := self.__dict__[name]):
-            super().__delattr__(name)  # `self.w = self.param("w", ...)[...]`: the attribute is the user's
+        held = scope.variable_at(name)
+        if held is not None and value is not (variable := self.__dict__[name]):
+            # `self.w = self.param("w", ...)[...]`: the attribute is the user's.
+            super().__delattr__(name)
             super().__setattr__(name, value)
-            keep(self, *held[0], variable)
+            keep(self, *held, variable)
             return
         super().__setattr__(name, adopt(self, (name,), value, owned=False))
 
@@ -504,25 +431,18 @@ class Module(nnx.Module, metaclass=ModuleMeta):
         return object.__hash__(self)
 
 
-def _user(cls: type) -> list[type]:
+def _user_bases(cls: type) -> list[type]:
     return [base for base in cls.__mro__ if issubclass(base, Module) and "__bridge_base__" not in vars(base)]
+
+
+def _defines_init(cls: type) -> bool:
+    return "__init__" in vars(cls) and not hasattr(cls.__init__, "_bridge_made")
 
 
 Module.__bridge_base__ = True  # type: ignore[attr-defined]
 
 
 # ---- helpers ----
-
-
-def _method_of(method: Any) -> Callable[..., Any]:
-    """A function of (module, *args, **kwargs) from a name, a method or a function."""
-    if isinstance(method, str):
-        return lambda module, *args, **kwargs: getattr(module, method)(*args, **kwargs)
-    if inspect.ismethod(method):
-        return method.__func__
-    if not callable(method):
-        raise flax.errors.ApplyModuleInvalidMethodError(method)
-    return method
 
 
 def _class_of(variable_type_or_name: Any) -> type[nnx.Variable[Any]]:

@@ -53,15 +53,17 @@ class Scope(nnx.Object):
 
     def __init__(self, rngs: nnx.Rngs, mutable: CollectionFilter):
         self.rngs = rngs
-        self.mutable = _hashable(mutable)
+        self.mutable = _hashable_filter(mutable)
         self._path: tuple[str, ...] = ()
         self._initializing = False
         self._waiting: Waiting = {}
         self._config: tuple[str, ...] = ()  # attributes that the module was made with
-        self._names: tuple[tuple[str, str | None, str], ...] = ()  # (attribute, collection or None, name in Linen)
+        # (attribute, collection or None, name in Linen)
+        self._names: tuple[tuple[str, str | None, str], ...] = ()
         self._made_in: tuple[tuple[str, str], ...] = ()  # (name, method that gave it)
         self._setup_due = False
-        self._stays = False  # whether the module is kept, as NNX modules are, and not only for one call
+        # Whether the module is kept, as NNX modules are, and not only for one call.
+        self._stays = False
 
     def copy(self) -> Scope:
         """A scope of its own with the same streams, for a module below."""
@@ -75,7 +77,17 @@ class Scope(nnx.Object):
 
     def attribute_of(self, collection: str | None, name: str) -> str | None:
         """The attribute that holds the variable (or, for None, the submodule) of this name."""
-        return next((key for key, *other in self._names if other == [collection, name]), None)
+        for key, *what in self._names:
+            if what == [collection, name]:
+                return key
+        return None
+
+    def variable_at(self, attribute: str) -> tuple[str, str] | None:
+        """(collection, name in Linen) of the variable that `attribute` holds; None if it holds none."""
+        for key, collection, name in self._names:
+            if key == attribute and collection is not None:
+                return collection, name
+        return None
 
     def register(self, attribute: str, collection: str | None, name: str) -> None:
         """Remember that `attribute` holds what Linen calls `name`."""
@@ -88,15 +100,15 @@ class Scope(nnx.Object):
 
     def make_key(self, name: str, module: str) -> jax.Array:
         """The next key of a stream. Raises InvalidRngError if none can stand for it."""
-        found = stream_name(self.rngs, name)
-        if found is None:
+        stream = stream_name(self.rngs, name)
+        if stream is None:
             raise flax.errors.InvalidRngError(f'{module} at /{"/".join(self._path)} needs PRNG for "{name}"')
-        return self.rngs[found]()
+        return self.rngs[stream]()
 
 
-def _hashable(mutable: Any) -> Any:
+def _hashable_filter(mutable: Any) -> Any:
     if isinstance(mutable, DenyList):
-        return DenyList(_hashable(mutable.deny))
+        return DenyList(_hashable_filter(mutable.deny))
     return mutable if isinstance(mutable, bool | str) else tuple(mutable)
 
 
@@ -124,7 +136,7 @@ class ModuleStackEntry:
     in_compact: bool
     type_counter: defaultdict[type, int] = dataclasses.field(default_factory=lambda: defaultdict(int))
     method: str = ""
-    given: set[tuple[str | None, str]] = dataclasses.field(repr=False, default_factory=set)
+    names_given: set[tuple[str | None, str]] = dataclasses.field(repr=False, default_factory=set)
     created: list[Any] = dataclasses.field(repr=False, default_factory=list)
     due: list[Any] = dataclasses.field(repr=False, default_factory=list)
 
@@ -138,22 +150,22 @@ class ModuleStackEntry:
         where = kind.__name__, "/" + "/".join(scope._path), name, what
         if name in scope._config:
             raise NameTwiceError(*where, "a field of the module")
-        taken = [c for c, n in self.given if n == name and (c is None or collection is None or c == collection)]
-        if taken:
-            raise NameTwiceError(*where, f"a {'submodule' if taken[0] is None else taken[0] + ' variable'} made before")
-        others = dict(scope._made_in)
+        for other, taken in self.names_given:
+            if taken == name and (other == collection or None in (other, collection)):
+                raise NameTwiceError(*where, f"a {'submodule' if other is None else f'{other} variable'} made before")
+        makers = dict(scope._made_in)
         key = f"{collection}/{name}"
-        if others.setdefault(key, self.method) != self.method:
-            raise NameTwiceError(*where, f"one that the method {others[key].rpartition('<locals>.')[2]!r} made")
-        self.given.add((collection, name))
-        scope._made_in = tuple(others.items())
+        if makers.setdefault(key, self.method) != self.method:
+            raise NameTwiceError(*where, f"one that the method {makers[key].rpartition('<locals>.')[2]!r} made")
+        self.names_given.add((collection, name))
+        scope._made_in = tuple(makers.items())
 
     def automatic_name(self, cls: type) -> str:
         """The next free name for a submodule of this class."""
         while True:
             name = f"{cls.__name__}_{self.type_counter[cls]}"
             self.type_counter[cls] += 1
-            if all(n != name for _, n in self.given):
+            if all(taken != name for _, taken in self.names_given):
                 return name
 
 

@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import flax.errors
-import jax
 from flax.core.scope import CollectionFilter, in_filter
 
 import nnx_core as nnx
-from bridge._types import Location
+from bridge._errors import linen_place
+from bridge._types import Location, Path
 from bridge.modules.scope import AttrPriority, Scope, modules_running
-from bridge.modules.waiting import flat, place, state_of
+from bridge.modules.waiting import flat
 from bridge.variables.hashable import frozen
-from bridge.variables.kinds import collection_of
-from bridge.variables.mapping import name_of
+from bridge.variables.identity import same_leaves
+from bridge.variables.mapping import inside, location_of
+from bridge.variables.state import state_of
 from nnx_core._trace import current_trace
 from nnx_core.graph.walk import children
 
@@ -41,7 +42,9 @@ def is_bridge_module(x: Any) -> bool:
 def config_keys(module: Any) -> tuple[str, ...]:
     """The attributes that a module was made with."""
     scope = module.__dict__.get("scope")
-    return tuple(key for key in module.__dict__ if key not in OWN) if scope is None else scope._config
+    if scope is not None:
+        return scope._config
+    return tuple(key for key in module.__dict__ if key not in OWN)
 
 
 def config_of(module: Any) -> Any:
@@ -55,6 +58,7 @@ def _config_value(x: Any) -> Any:
 
 def unbound(x: Any, done: dict[int, Any] | None = None) -> Any:
     """A copy of a module, or of what a field holds, without variables; what is shared stays shared."""
+    # By id of the original: what is shared stays shared.
     done = {} if done is None else done
     if id(x) in done:
         return done[id(x)]
@@ -108,7 +112,9 @@ class Run:
         """`child` has its place; if it has just been made, what its constructor made of it."""
         self.adopted.append(child)
         if initializing:
-            self.constructed += [(v, v.get_raw_value()) for at, v in state_of(child) if at[0] != "params"]
+            for location, variable in state_of(child):
+                if location[0] != "params":
+                    self.constructed.append((variable, variable.get_raw_value()))
 
     def restore(self) -> None:
         """As in Linen's own layers, init returns state as it was before the first step."""
@@ -139,7 +145,10 @@ def has_place(x: Any, *, owned: bool) -> bool:
     """Whether an NNX module or Variable belongs to a module already; `owned`: only if it was met in this run."""
     if any(x is other for other in current_run().adopted):
         return True
-    return not owned and any(x is other for module in modules_running() for _, other in nnx.iter_graph(module))
+    if owned:
+        return False
+    in_running = (other for module in modules_running() for _, other in nnx.iter_graph(module))
+    return any(x is other for other in in_running)
 
 
 # ---- variables ----
@@ -147,64 +156,59 @@ def has_place(x: Any, *, owned: bool) -> bool:
 
 def collect(module: Any) -> dict[Location, nnx.Variable[Any]]:
     """location -> Variable of a bound module and all below, from the place of the module; what waits included."""
-    found: dict[Location, nnx.Variable[Any]] = {}
-    _collect(module, (), found, set())
-    return found
+    variables: dict[Location, nnx.Variable[Any]] = {}
+    _collect(module, (), variables, set())
+    return variables
 
 
-def _collect(module: Any, names: Location, found: dict[Location, Any], seen: set[int]) -> None:
+def _collect(module: Any, names: Path, variables: dict[Location, Any], seen: set[int]) -> None:
     scope: Scope = module.scope
     seen.add(id(module))
-    known = {key: (collection, name) for key, collection, name in scope._names}
-    for key, (collection, name) in known.items():
+    # Of two entries for one attribute the later counts.
+    registered = {key: (collection, name) for key, collection, name in scope._names}
+    for key, (collection, name) in registered.items():
         variable = module.__dict__.get(key)
         if collection is not None and isinstance(variable, nnx.Variable) and id(variable) not in seen:
             seen.add(id(variable))
-            found[collection, *names, name] = variable
+            variables[collection, *names, name] = variable
+    names_given = {key: name for key, (_, name) in registered.items()}
     priorities = module.attr_priorities
 
     def order(key: str) -> Any:
         # What `nnx_in_bridge_mdl` named took its variables by that name: no other attribute may name it.
-        fixed = key in known and not is_bridge_module(module.__dict__[key])
-        return not fixed, priorities.get(key, AttrPriority.DEFAULT), key not in known, key
+        is_fixed = key in names_given and not is_bridge_module(module.__dict__[key])
+        return not is_fixed, priorities.get(key, AttrPriority.DEFAULT), key not in names_given, key
 
     for key in sorted(module.__dict__, key=order):
         if key not in OWN:
-            _collect_value(module.__dict__[key], (*names, known.get(key, (None, key))[1]), found, seen)
-    for at, variable in flat(scope._waiting):
-        found.setdefault((at[0], *names, *at[1:]), variable)
+            _collect_value(module.__dict__[key], (*names, names_given.get(key, key)), variables, seen)
+    for location, variable in flat(scope._waiting):
+        variables.setdefault(inside(location, names), variable)
 
 
-def _collect_value(x: Any, names: Location, found: dict[Location, Any], seen: set[int]) -> None:
+def _collect_value(x: Any, names: Path, variables: dict[Location, Any], seen: set[int]) -> None:
     if isinstance(x, nnx.Object | nnx.Variable):
         if id(x) in seen:
             return
         seen.add(id(x))
     if isinstance(x, nnx.Variable):
         if not isinstance(x, nnx.RngState):
-            collection = collection_of(type(x))
-            found[collection, *names[:-1], name_of(names[-1], collection)] = x
+            variables[location_of(names, x)] = x
     elif is_bridge_module(x):
         if x.scope is not None:
-            _collect(x, names, found, seen)
+            _collect(x, names, variables, seen)
     elif isinstance(x, nnx.Object | list | tuple | Mapping):
         for key, child in children(x):
-            _collect_value(child, (*names, str(key)), found, seen)
+            _collect_value(child, (*names, str(key)), variables, seen)
 
 
 def check_writes(
-    before: Mapping[Location, Any], found: Mapping[Location, nnx.Variable[Any]], mutable: CollectionFilter
+    before: Mapping[Location, Any], after: Mapping[Location, nnx.Variable[Any]], mutable: CollectionFilter
 ) -> None:
     """Raise ModifyScopeVariableError if a collection that is not mutable was written."""
-    for at, variable in found.items():
-        if in_filter(mutable, at[0]) or isinstance(variable, nnx.Intermediate):
+    for location, variable in after.items():
+        if in_filter(mutable, location[0]) or isinstance(variable, nnx.Intermediate):
             continue
-        if at in before and not _same(before[at], variable.get_raw_value()):
-            raise flax.errors.ModifyScopeVariableError(at[0], *place(at))
-
-
-def _same(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    ours, theirs = jax.tree.flatten(a), jax.tree.flatten(b)
-    return ours[1] == theirs[1] and all(x is y for x, y in zip(ours[0], theirs[0], strict=True))
+        # By identity, so that it works in a trace: who writes an equal value writes.
+        if location in before and not same_leaves(before[location], variable.get_raw_value()):
+            raise flax.errors.ModifyScopeVariableError(location[0], *linen_place(location))

@@ -16,12 +16,13 @@ import jax
 import numpy as np
 
 import nnx_core as nnx
-from bridge._types import Location
+from bridge._errors import linen_not_found, linen_place
+from bridge._types import Location, Path
 from bridge.nnx_in_linen.host import Host, LinenRngs, LinenStream, MissingRng, give_back_streams, hosted
-from bridge.variables.kinds import collection_of, variable_type
-from bridge.variables.mapping import EMPTY, leaves, name_of, nest
+from bridge.variables.kinds import variable_type
+from bridge.variables.mapping import EMPTY, inside, leaves, nest, put
 from bridge.variables.metadata import to_nnx_variable
-from nnx_core.graph.walk import children
+from bridge.variables.state import attach, state_of, taker_of
 
 #: {collection: {name: ... Variable}}
 Waiting = dict[str, Any]
@@ -34,9 +35,9 @@ def waiting_of(variables: Mapping[str, Any]) -> Waiting:
     Param(1.0)
     """
     waiting: Waiting = {}
-    for at, value in leaves({key: _with_string_keys(tree) for key, tree in variables.items()}):
+    for location, value in leaves({key: _with_string_keys(tree) for key, tree in variables.items()}):
         if value is not EMPTY:
-            put(waiting, at, to_nnx_variable(at[0], value))
+            put(waiting, location, to_nnx_variable(location[0], value))
     return waiting
 
 
@@ -46,44 +47,42 @@ def _with_string_keys(tree: Any) -> Any:
     return {str(key): _with_string_keys(child) for key, child in tree.items()}
 
 
-def put(waiting: Waiting, at: Location, variable: Any) -> None:
-    """Let `variable` wait at a location."""
-    for key in at[:-1]:
-        waiting = waiting.setdefault(key, {})
-    waiting[at[-1]] = variable
-
-
-def take(waiting: Waiting, names: tuple[str, ...], kind: type = dict) -> Waiting:
+def take(waiting: Waiting, names: Path, kind: type = dict) -> Waiting:
     """What waits at `names` in every collection, levels or (`kind`) Variables; it waits there no longer."""
-    found = {collection: _pop(tree, names, kind) for collection, tree in waiting.items()}
-    return {collection: x for collection, x in found.items() if x is not None}
+    taken: Waiting = {}
+    for collection, tree in waiting.items():
+        level = _level(tree, names[:-1])
+        if level is not None and isinstance(level.get(names[-1]), kind):
+            taken[collection] = level.pop(names[-1])
+    return taken
 
 
 def take_one(waiting: Waiting, collection: str, name: str) -> nnx.Variable[Any] | None:
     """The Variable that waits at `name`, or one of all that waits below `name`; None if nothing does."""
-    found = waiting.get(collection, {}).pop(name, None)
-    return variable_type(collection)(_values(found)) if isinstance(found, dict) else found
+    child = waiting.get(collection, {}).pop(name, None)
+    return variable_type(collection)(_values(child)) if isinstance(child, dict) else child
 
 
-def _pop(tree: dict[str, Any], names: tuple[str, ...], kind: type) -> Any:
-    for key in names[:-1]:
-        tree = tree.get(key, {})
-        if not isinstance(tree, dict):
-            return None
-    return tree.pop(names[-1]) if isinstance(tree.get(names[-1]), kind) else None
+def _level(tree: Any, names: Path) -> dict[str, Any] | None:
+    """The level of nested dicts that is under these names; None if there is none."""
+    for name in names:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else None
 
 
 def _values(tree: Any) -> Any:
-    return {key: _values(child) for key, child in tree.items()} if isinstance(tree, dict) else tree.get_raw_value()
+    if isinstance(tree, dict):
+        return {key: _values(child) for key, child in tree.items()}
+    return tree.get_raw_value()
 
 
-def flat(waiting: Any, at: Location = ()) -> Iterator[tuple[Location, nnx.Variable[Any]]]:
+def flat(waiting: Any, location: Location = ()) -> Iterator[tuple[Location, nnx.Variable[Any]]]:
     """(location, Variable) of all that waits."""
     for key, child in waiting.items():
         if isinstance(child, dict):
-            yield from flat(child, (*at, key))
+            yield from flat(child, (*location, key))
         else:
-            yield (*at, key), child
+            yield (*location, key), child
 
 
 class Parked(nnx.Dict[Any]):
@@ -92,67 +91,32 @@ class Parked(nnx.Dict[Any]):
 
 def parked(waiting: Waiting) -> dict[str, Parked]:
     """name -> what waits below this name; Variables at the top are left out."""
-    found: dict[str, dict[Location, nnx.Variable[Any]]] = {}
-    for at, variable in flat(waiting):
-        if len(at) > 2:
-            found.setdefault(at[1], {})[at[0], *at[2:]] = variable
-    return {name: Parked(nest(variables, Parked)) for name, variables in found.items()}
+    below: dict[str, dict[Location, nnx.Variable[Any]]] = {}
+    for location, variable in flat(waiting):
+        if len(location) > 2:
+            below.setdefault(location[1], {})[location[0], *location[2:]] = variable
+    return {name: Parked(nest(variables, Parked)) for name, variables in below.items()}
 
 
-# ---- errors, as Linen raises them ----
-
-
-def place(location: Location) -> tuple[str, str]:
-    """(name, path of its scope) as Linen's errors show them."""
-    return location[-1], "/" + "/".join(location[1:-1])
-
-
-def not_found(location: Location, *, empty: bool) -> Exception:
-    """What Linen raises for a variable that is missing; `empty`: so is its collection."""
-    collection, (name, path) = location[0], place(location)
-    if empty:
-        return flax.errors.ScopeCollectionNotFound(collection, name, path)
-    if collection == "params":
-        return flax.errors.ScopeParamNotFoundError(name, path)
-    return flax.errors.ScopeVariableNotFoundError(name, collection, path)
-
-
-def check_shape(at: Location, variable: nnx.Variable[Any], make: Callable[[Any], Any]) -> None:
+def check_shape(location: Location, variable: nnx.Variable[Any], make: Callable[[Any], Any]) -> None:
     """Raise ScopeParamShapeError unless `variable` has the shape that its initializer gives."""
 
     def initial() -> Any:
-        made = make(jax.random.key(0))
-        return made.raw_value if isinstance(made, nnx.VariableMetadata) else made  # a box is a pytree of its value
+        value = make(jax.random.key(0))
+        # A box is a pytree of its value.
+        return value.raw_value if isinstance(value, nnx.VariableMetadata) else value
 
-    pairs = zip(jax.tree.leaves(variable.get_raw_value()), jax.tree.leaves(jax.eval_shape(initial)), strict=False)
-    for found, expected in pairs:
-        if np.shape(found) != expected.shape:
-            raise flax.errors.ScopeParamShapeError(*place(at), np.shape(found), expected.shape)
+    # The initializer is traced, and computes nothing; of pytrees that are not alike, what both have is compared.
+    leaves, initial_leaves = jax.tree.leaves(variable.get_raw_value()), jax.tree.leaves(jax.eval_shape(initial))
+    for leaf, expected in zip(leaves, initial_leaves, strict=False):
+        if np.shape(leaf) != expected.shape:
+            raise flax.errors.ScopeParamShapeError(*linen_place(location), np.shape(leaf), expected.shape)
 
 
 # ---- NNX modules ----
 
 
-def state_of(x: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[Location, nnx.Variable[Any]]]:
-    """(location, Variable) of everything in an NNX value but random state, at `names`; shared ones once."""
-    yield from _state_of(x, names, set())
-
-
-def _state_of(x: Any, names: tuple[str, ...], seen: set[int]) -> Iterator[tuple[Location, nnx.Variable[Any]]]:
-    if isinstance(x, nnx.Variable | nnx.Object):
-        if id(x) in seen:
-            return
-        seen.add(id(x))
-    if isinstance(x, nnx.Variable):
-        collection = collection_of(type(x))
-        if not isinstance(x, nnx.RngState):
-            yield (collection, *names[:-1], *(name_of(name, collection) for name in names[-1:])), x
-        return
-    for key, child in children(x):
-        yield from _state_of(child, (*names, str(key)), seen)
-
-
-def fill(child: Any, waiting: Waiting, path: tuple[str, ...], may_make: Callable[[str], bool]) -> Waiting:
+def fill(child: Any, waiting: Waiting, path: Path, may_make: Callable[[str], bool]) -> Waiting:
     """Give the NNX module `child`, which is at `path`, the values that wait for it; what no place was found for.
 
     Raises:
@@ -160,96 +124,90 @@ def fill(child: Any, waiting: Waiting, path: tuple[str, ...], may_make: Callable
         made now.
       ScopeParamShapeError: if a parameter has another shape.
     """
-    found: dict[int, nnx.Variable[Any]] = {}
-    for at, variable in state_of(child):
-        tree = waiting
-        for key in at[:-1]:
-            tree = tree.get(key, {}) if isinstance(tree, dict) else {}
-        if isinstance(tree, dict) and at[-1] in tree:
-            found[id(variable)] = _fitting(variable, tree.pop(at[-1]), (at[0], *path, *at[1:]))
-        elif not may_make(at[0]):
-            raise not_found((at[0], *path, *at[1:]), empty=at[0] not in waiting)
-    _put_in_place(child, found)
+    # By the id of what is replaced: a Variable that is met again in `_put_in_place` is known by nothing else.
+    replacements: dict[int, nnx.Variable[Any]] = {}
+    for location, variable in state_of(child):
+        level, whole_location = _level(waiting, location[:-1]), inside(location, path)
+        if level is not None and location[-1] in level:
+            replacements[id(variable)] = _fitting(variable, level.pop(location[-1]), whole_location)
+        elif not may_make(location[0]):
+            raise linen_not_found(whole_location, empty=location[0] not in waiting)
+    _put_in_place(child, replacements)
     rest: Waiting = {}
-    for at, variable in list(flat(waiting)):
-        if not _attach(child, at, variable):
-            put(rest, at, variable)
+    for location, variable in list(flat(waiting)):
+        if not _attach(child, location, variable):
+            put(rest, location, variable)
     return rest
 
 
-def _fitting(variable: nnx.Variable[Any], new: Any, at: Location) -> nnx.Variable[Any]:
+def _fitting(variable: nnx.Variable[Any], new: Any, location: Location) -> nnx.Variable[Any]:
     """The Variable that waited in place of `variable`, or, of another type, `variable` with its value."""
     value, expected = _values(new), getattr(variable.get_raw_value(), "shape", None)
-    if at[0] == "params" and expected is not None and np.shape(value) != expected:
-        raise flax.errors.ScopeParamShapeError(*place(at), np.shape(value), expected)
+    if location[0] == "params" and expected is not None and np.shape(value) != expected:
+        raise flax.errors.ScopeParamShapeError(*linen_place(location), np.shape(value), expected)
     metadata = new.get_metadata() if isinstance(new, nnx.Variable) else {}
-    same = type(new) is type(variable)
-    if same and (more := variable.get_metadata()):
-        new.set_metadata(**{**more, **metadata})
-    if not same:
-        variable.set_raw_value(value)
-        if metadata:
-            variable.set_metadata(**metadata)
-    return new if same else variable
+    if type(new) is type(variable):
+        if own_metadata := variable.get_metadata():
+            new.set_metadata(**{**own_metadata, **metadata})
+        return new
+    variable.set_raw_value(value)
+    if metadata:
+        variable.set_metadata(**metadata)
+    return variable
 
 
-def _put_in_place(child: Any, found: Mapping[int, nnx.Variable[Any]]) -> None:
+def _put_in_place(child: Any, replacements: Mapping[int, nnx.Variable[Any]]) -> None:
     """Replace the Variables in `child`, by id; one that is in a plain list or dict gets the value instead."""
     for _, owner in list(nnx.iter_graph(child)):
         if isinstance(owner, nnx.Object):
-            items = owner._nnx_items().items()
-            changed = {key: found[id(x)] for key, x in items if isinstance(x, nnx.Variable) and id(x) in found}
+            changed = {key: replacements[id(x)] for key, x in owner._nnx_items().items() if id(x) in replacements}
             if changed:
                 owner._nnx_assign(changed, ())
     for _, variable in state_of(child):
-        if (new := found.get(id(variable))) is not None and new is not variable:
+        new = replacements.get(id(variable))
+        if new is not None and new is not variable:
             variable.set_raw_value(new.get_raw_value())
 
 
-def _attach(child: Any, at: Location, variable: nnx.Variable[Any]) -> bool:
+def _attach(child: Any, location: Location, variable: nnx.Variable[Any]) -> bool:
     """Give `child` a Variable that a call made; whether there is a place for it."""
-    owner, collection, *names = child, *at
-    for i, name in enumerate(names):
-        if hasattr(type(owner), "_nnx_take"):  # a wrapped Linen module: it has no variables until it gets them
-            owner._nnx_take((collection, *names[i:]), variable)
-            return True
-        if i == len(names) - 1:
-            break
-        owner = next((x for key, x in children(owner) if str(key) == name), None)
-    free = isinstance(owner, nnx.Module) and not hasattr(type(owner), name) and owner._nnx_items().get(name) is None
-    if free and collection != "params":
-        owner._nnx_assign({name: variable}, ())
-        return True
-    return False
+    taker = taker_of(child, location)
+    if taker is None:
+        return attach(child, location, variable)
+    owner, inside = taker
+    owner._nnx_take(inside, variable)
+    return True
 
 
-def abstract(factory: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs, module: str) -> Any:
+def abstract(factory: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs, owner: str) -> Any:
     """What `factory` makes, without its numbers; its random streams are those in `rngs`, and it draws no key.
 
-    A stream that `rngs` has not may not be drawn from: who does is told what Linen says then.
+    A stream that `rngs` has not may not be drawn from: who does is told what Linen says of the module `owner` then.
     """
 
     def make() -> Any:
         host = Host.abstract(tuple(rngs))
         with hosted(host):
-            made = nnx.clone(factory(LinenRngs.of(host)))
-            give_back_streams(made)
-            return made
+            module = nnx.clone(factory(LinenRngs.of(host)))
+            give_back_streams(module)
+            return module
+
+    def with_streams(_: Any, x: Any) -> Any:
+        return _stream_for(x, rngs, owner) if isinstance(x, LinenStream) else x
 
     with hosted(None):  # a host would hand its keys to the streams that are walked over
-        made = nnx.eval_shape(make)
-        return nnx.recursive_map(lambda _, x: _stream_for(x, rngs, module) if isinstance(x, LinenStream) else x, made)
+        return nnx.recursive_map(with_streams, nnx.eval_shape(make))
 
 
-def _stream_for(stream: LinenStream, rngs: nnx.Rngs, module: str) -> nnx.RngStream:
+def _stream_for(stream: LinenStream, rngs: nnx.Rngs, owner: str) -> nnx.RngStream:
     name = stream_name(rngs, stream.tag)
     if name is None:
         own = nnx.RngStream(0, tag=stream.tag)
-        own.key = nnx.RngKey(jax.random.key(0), tag=stream.tag, on_get_value=MissingRng(module, stream.tag))
+        own.key = nnx.RngKey(jax.random.key(0), tag=stream.tag, on_get_value=MissingRng(owner, stream.tag))
         return own
     return rngs[name].fork(split=stream.shape) if stream.shape else rngs[name]
 
 
 def stream_name(rngs: nnx.Rngs, name: str) -> str | None:
     """The stream that stands for `name`: itself, `default` as in NNX, or `params` as in Linen."""
-    return next((found for found in (name, "default", "params") if found in rngs), None)
+    return next((candidate for candidate in (name, "default", "params") if candidate in rngs), None)

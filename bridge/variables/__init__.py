@@ -1,7 +1,8 @@
 """Variables of Linen and Variables of NNX, in both directions: names, values, axis metadata, layouts.
 
 Law: there and back is the identity, and nothing that was passed in is changed.
-Knows values by location; knows no modules. The names of flax.nnx's `bridge.variables` are listed here.
+Knows values by location, and object graphs that hold them; knows no wrappers.
+The names of flax.nnx's `bridge.variables` are listed here.
 """
 
 from bridge.variables.flax_names import (

@@ -32,7 +32,7 @@ import numpy as np
 
 import nnx_core as nnx
 from bridge._errors import BridgeError, VariablesMismatchError, show_path
-from bridge._types import Location
+from bridge._types import Location, Path
 from bridge.variables.kinds import collection_of
 
 #: A path in an NNX state: attribute names, and keys or indices of containers.
@@ -65,6 +65,11 @@ class Entry:
     optional: bool = False
     in_flax_nnx: bool = True
 
+    def at(self, nnx_path: NnxPath, linen_path: Location) -> Entry:
+        """The same of a layer at `nnx_path` of a model, which is at `linen_path` in each of Linen's collections."""
+        linen = tuple((collection, *linen_path, *names) for collection, *names in self.linen)
+        return replace(self, nnx=(*nnx_path, *self.nnx), linen=linen)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -91,15 +96,15 @@ class Layout:
             VariablesMismatchError: paths are missing or unexpected.
             LayoutError: a value that is to be split has no axis of a fitting size.
         """
-        given = {_strings(path): value for path, value in flat.items()}
-        known = {_strings(entry.nnx): entry for entry in self.entries}
-        _require_paths(known, given, {path for path, e in known.items() if e.optional}, "the NNX state")
-        result: dict[Location, Any] = {}
-        for path, value in given.items():
-            entry = known[path]
+        values = {_strings(path): value for path, value in flat.items()}
+        entries = {_strings(entry.nnx): entry for entry in self.entries}
+        _require_paths(entries, values, "the NNX state")
+        linen: dict[Location, Any] = {}
+        for path, value in values.items():
+            entry = entries[path]
             parts = [value] if len(entry.linen) == 1 else _split(entry, value)
-            result.update(zip(entry.linen, parts, strict=True))
-        return result
+            linen.update(zip(entry.linen, parts, strict=True))
+        return linen
 
     def from_linen(self, flat: Mapping[Location, Any]) -> dict[NnxPath, Any]:
         """The flat tree of an `nnx.State` from Linen's.
@@ -108,13 +113,14 @@ class Layout:
             VariablesMismatchError: paths are missing or unexpected.
             LayoutError: values that are to be joined differ in shape or dtype.
         """
-        known = {location: entry for entry in self.entries for location in entry.linen}
-        _require_paths(known, flat, {at for at, e in known.items() if e.optional}, "the Linen variables")
-        return {
-            entry.nnx: flat[entry.linen[0]] if len(entry.linen) == 1 else _join(entry, [flat[at] for at in entry.linen])
-            for entry in self.entries
-            if entry.linen[0] in flat
-        }
+        entries = {location: entry for entry in self.entries for location in entry.linen}
+        _require_paths(entries, flat, "the Linen variables")
+        state: dict[NnxPath, Any] = {}
+        for entry in self.entries:
+            if entry.linen[0] in flat:  # else it is optional
+                parts = [flat[location] for location in entry.linen]
+                state[entry.nnx] = parts[0] if len(parts) == 1 else _join(entry, parts)
+        return state
 
     def at(self, nnx_path: NnxPath, linen_path: Location) -> Layout:
         """The same for a layer at `nnx_path` of a model, which is at `linen_path` in each of Linen's collections.
@@ -122,12 +128,7 @@ class Layout:
         >>> layout_of(nnx.LSTMCell).at(("cell",), ("cell",)).entries[0].linen
         (('params', 'cell', 'hf', 'bias'),)
         """
-        return Layout(
-            tuple(
-                replace(e, nnx=(*nnx_path, *e.nnx), linen=tuple((at[0], *linen_path, *at[1:]) for at in e.linen))
-                for e in self.entries
-            )
-        )
+        return Layout(tuple(entry.at(nnx_path, linen_path) for entry in self.entries))
 
     def to_flax_nnx(self, flat: Mapping[NnxPath, Any]) -> dict[NnxPath, Any]:
         """`flat` without what flax.nnx has no place for: GRUCell's `hn_bias`.
@@ -137,11 +138,14 @@ class Layout:
         """
         only_here = self._only_here()
         for path, value in flat.items():
-            if _strings(path) in only_here and (isinstance(value, jax.ShapeDtypeStruct) or np.any(np.asarray(value))):
+            if _strings(path) not in only_here:
+                continue
+            is_abstract = isinstance(value, jax.ShapeDtypeStruct)
+            if is_abstract or np.any(np.asarray(value)):
                 raise LayoutError(
                     path,
                     "zeros: the GRUCell of flax.nnx has no bias there",
-                    f"an abstract {value}" if isinstance(value, jax.ShapeDtypeStruct) else "other values",
+                    f"an abstract {value}" if is_abstract else "other values",
                     "Keep the model in nnx_core, or train it with this bias at zero.",
                 )
         return {path: value for path, value in flat.items() if _strings(path) not in only_here}
@@ -152,12 +156,16 @@ class Layout:
         Raises:
             VariablesMismatchError: a GRUCell has no `dense_h/kernel`, whose size and dtype the bias has.
         """
-        given = {_strings(path): value for path, value in flat.items()}
+        values = {_strings(path): value for path, value in flat.items()}
         kernels = {path: (*path[:-1], "dense_h", "kernel") for path in self._only_here()}
-        if lost := [kernel for kernel in kernels.values() if kernel not in given]:
-            raise VariablesMismatchError(missing=lost, source="the flax.nnx state", target="the layout")
-        zeros = {entry.nnx: given[kernels[path]] for path, entry in self._only_here().items() if path not in given}
-        return {**flat, **{path: _zeros_for(kernel) for path, kernel in zeros.items()}}
+        missing = [kernel for kernel in kernels.values() if kernel not in values]
+        if missing:
+            raise VariablesMismatchError(missing=missing, source="the flax.nnx state", target="the layout")
+        state = dict(flat)
+        for path, entry in self._only_here().items():
+            if path not in values:
+                state[entry.nnx] = _zeros_for(values[kernels[path]])
+        return state
 
     def _only_here(self) -> dict[Location, Entry]:
         return {_strings(entry.nnx): entry for entry in self.entries if not entry.in_flax_nnx}
@@ -169,7 +177,7 @@ class Layout:
 def _split(entry: Entry, value: Any) -> list[Any]:
     count, shape = len(entry.linen), np.shape(value)
     if not shape or shape[entry.axis] % count:
-        parts = ", ".join(show_path(at) for at in entry.linen)
+        parts = ", ".join(show_path(location) for location in entry.linen)
         raise LayoutError(
             entry.nnx,
             f"an axis {entry.axis} of {count} equal parts: {parts}",
@@ -185,10 +193,10 @@ def _split(entry: Entry, value: Any) -> list[Any]:
 
 def _join(entry: Entry, parts: list[Any]) -> Any:
     forms = [(np.shape(part), getattr(part, "dtype", type(part))) for part in parts]
-    for at, form in zip(entry.linen, forms, strict=True):
+    for location, form in zip(entry.linen, forms, strict=True):
         if form != forms[0] or not form[0]:
             raise LayoutError(
-                at,
+                location,
                 f"shape and dtype of {show_path(entry.linen[0])}, {forms[0]}, with which it is joined",
                 form,
                 f"Together they are {show_path(entry.nnx)}. Cast or reshape them before.",
@@ -202,7 +210,8 @@ def _join(entry: Entry, parts: list[Any]) -> Any:
 
 
 def _abstract(shape: Sequence[int], like: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(like, "sharding", None)  # of the same rank, so that its axes keep their meaning
+    # Of the same rank, so that its axes keep their meaning.
+    sharding = getattr(like, "sharding", None)
     return jax.ShapeDtypeStruct(tuple(shape), like.dtype, sharding=sharding)
 
 
@@ -217,10 +226,10 @@ def _strings(path: Iterable[Any]) -> tuple[str, ...]:
     return tuple(map(str, path))
 
 
-def _require_paths(
-    known: Mapping[Location, Any], given: Mapping[Location, Any], optional: set[Location], source: str
-) -> None:
-    missing, unexpected = known.keys() - given.keys() - optional, given.keys() - known.keys()
+def _require_paths(entries: Mapping[Path, Entry], values: Mapping[Path, Any], source: str) -> None:
+    optional = {path for path, entry in entries.items() if entry.optional}
+    missing = entries.keys() - values.keys() - optional
+    unexpected = values.keys() - entries.keys()
     if missing or unexpected:
         raise VariablesMismatchError(missing, unexpected, source=source, target="the layout")
 
@@ -360,8 +369,9 @@ def _own_entries(node: Any, layout: Layout, nnx_path: NnxPath, linen_path: Locat
             )
         if id(variable) not in seen:
             seen.add(id(variable))
+            # `params` in the table, unless the model says otherwise.
             collection = collection_of(type(variable))
-            yield replace(here, linen=tuple((collection, *at[1:]) for at in here.linen), optional=False)
+            yield replace(here, linen=tuple((collection, *location[1:]) for location in here.linen), optional=False)
 
 
 # ---- layers that wrap a layer ----
@@ -370,30 +380,31 @@ def _own_entries(node: Any, layout: Layout, nnx_path: NnxPath, linen_path: Locat
 def _weight_norm(node: Any, nnx_path: NnxPath, linen_path: Location, seen: set[int]) -> Iterator[Entry]:
     inner = yield from _wrapped(node, nnx_path, linen_path, seen)
     for path, variable in _variables_in(node.scales, seen):
-        target = _target(inner, (*nnx_path, "scales", *path), path)
+        scale = (*nnx_path, "scales", *path)
+        target = _target(inner, scale, path)
         if len(target.linen) > 1 and node.feature_axes not in (-1, (-1,)):
             raise LayoutError(
-                (*nnx_path, "scales", *path),
+                scale,
                 "feature_axes=-1: each gate has scales of its own in Linen",
                 f"feature_axes={node.feature_axes}",
                 "Wrap a cell with one kernel for each gate, such as LSTMCell.",
             )
-        yield _keyed(variable, (*nnx_path, "scales", *path), linen_path, target, "scale")
+        yield _keyed(variable, scale, linen_path, target, "scale")
 
 
 def _spectral_norm(node: Any, nnx_path: NnxPath, linen_path: Location, seen: set[int]) -> Iterator[Entry]:
     inner = yield from _wrapped(node, nnx_path, linen_path, seen)
     for path, variable in _variables_in(node.batch_stats, seen):
-        at = (*nnx_path, "batch_stats", *path)
-        target = _target(inner, at, path[:-1])
+        statistic = (*nnx_path, "batch_stats", *path)
+        target = _target(inner, statistic, path[:-1])
         if len(target.linen) > 1:
             raise LayoutError(
-                at,
+                statistic,
                 "one kernel for each gate: each has a spectral norm of its own in Linen",
                 f"one for {', '.join(map(show_path, target.linen))}",
                 "Wrap a cell with one kernel for each gate, such as LSTMCell.",
             )
-        yield _keyed(variable, at, linen_path, target, str(path[-1]))
+        yield _keyed(variable, statistic, linen_path, target, str(path[-1]))
 
 
 def _wrapped(node: Any, nnx_path: NnxPath, linen_path: Location, seen: set[int]) -> Any:
@@ -402,7 +413,11 @@ def _wrapped(node: Any, nnx_path: NnxPath, linen_path: Location, seen: set[int])
     inner = list(_entries(node.layer_instance, (*nnx_path, layer), (*linen_path, layer), seen))
     yield from inner
     depth = len(linen_path) + 1  # the collection goes before
-    return {e.nnx[len(nnx_path) + 1 :]: replace(e, linen=tuple(at[depth:] for at in e.linen)) for e in inner}
+    below: dict[NnxPath, Entry] = {}
+    for entry in inner:
+        linen = tuple(location[depth:] for location in entry.linen)
+        below[entry.nnx[len(nnx_path) + 1 :]] = replace(entry, linen=linen)
+    return below
 
 
 def _variables_in(tree: Any, seen: set[int]) -> Iterator[tuple[NnxPath, nnx.Variable[Any]]]:
@@ -412,10 +427,11 @@ def _variables_in(tree: Any, seen: set[int]) -> Iterator[tuple[NnxPath, nnx.Vari
             yield path, x
 
 
-def _target(inner: Mapping[NnxPath, Entry], at: NnxPath, path: NnxPath) -> Entry:
+def _target(inner: Mapping[NnxPath, Entry], statistic: NnxPath, path: NnxPath) -> Entry:
+    """The entry, at `path` in the wrapped layer, of what the Variable at `statistic` belongs to."""
     if path not in inner:
         raise LayoutError(
-            at,
+            statistic,
             f"the parameter {show_path(path)} in the wrapped layer, and in no other module before it",
             "none: the layer is shared, and Linen names the key after another place",
             "Let the wrapper be the only one that holds the layer.",
@@ -423,10 +439,11 @@ def _target(inner: Mapping[NnxPath, Entry], at: NnxPath, path: NnxPath) -> Entry
     return inner[path]
 
 
-def _keyed(variable: Any, at: NnxPath, linen_path: Location, target: Entry, name: str) -> Entry:
+def _keyed(variable: Any, nnx_path: NnxPath, linen_path: Location, target: Entry, name: str) -> Entry:
     """The entry of a Variable that Linen keeps under one key, named after the path of what it belongs to."""
     collection = collection_of(type(variable))
-    return Entry(at, tuple((collection, *linen_path, "/".join((*path, name))) for path in target.linen))
+    keys = ["/".join((*path, name)) for path in target.linen]
+    return Entry(nnx_path, tuple((collection, *linen_path, key) for key in keys))
 
 
 _WRAPPERS: dict[type, Callable[[Any, NnxPath, Location, set[int]], Iterator[Entry]]] = {

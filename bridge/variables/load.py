@@ -8,7 +8,7 @@ Knows trees, paths and Variables; knows nothing of how the model is made: wrappe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,8 @@ import nnx_core as nnx
 from bridge._errors import RenameClashError, VariablesMismatchError
 from bridge._types import Location, Path
 from bridge.variables.kinds import variable_type
-from bridge.variables.mapping import EMPTY, leaves, locations, tree_of
-from bridge.variables.metadata import to_linen_value, to_nnx_variable
+from bridge.variables.mapping import EMPTY, leaves, linen_tree, locations
+from bridge.variables.metadata import to_nnx_variable
 from nnx_core._errors import TraceError
 from nnx_core._trace import current_trace
 
@@ -82,19 +82,19 @@ def load_variables(
     >>> len(report.loaded), float(model.layers[0].kernel.sum())
     (2, 6.0)
     """
-    plan = _Plan(_targets(model))
-    values = ((at, value) for at, value in leaves(variables) if value is not EMPTY)
+    matches = _Matches(_targets(model))
+    values = ((location, value) for location, value in leaves(variables) if value is not EMPTY)
     renamed = _renamed(values, renaming(rename))
-    for at, (path, value) in renamed.items():
-        plan.match(at, (at[0], *path), value)
-    report = plan.report()
+    for location, (path, value) in renamed.items():
+        matches.find(location, (location[0], *path), value)
+    report = matches.report()
     if strict and not report.complete:
-        empty = not any(_is_required(v) for _, v in plan.targets)
-        target = "the model (it has no variables yet: lazy_init makes them)" if empty else "the model"
+        has_variables = any(_is_required(variable) for _, variable in matches.targets)
+        target = "the model" if has_variables else "the model (it has no variables yet: lazy_init makes them)"
         raise VariablesMismatchError(
             report.missing, report.unexpected, report.wrong_shape, report.wrong_dtype, target=target
         )
-    plan.write()
+    matches.write()
     return report
 
 
@@ -115,9 +115,9 @@ def variables_of(model: nnx.Object, rename: Rename | None = None) -> dict[str, A
     (2, 3)
     """
     back = rename if callable(rename) else _inverse(rename or {})
-    found = [(at, v) for at, v in _targets(model) if not isinstance(v, nnx.RngState | nnx.Intermediate)]
-    renamed = _renamed(found, renaming(back))
-    return tree_of(((at[0], *path), to_linen_value(v)) for at, (path, v) in renamed.items())
+    variables = [target for target in _targets(model) if _is_required(target[1])]
+    renamed = _renamed(variables, renaming(back))
+    return linen_tree({(location[0], *path): variable for location, (path, variable) in renamed.items()})
 
 
 # ---- renaming ----------------------------------------------------------------------------------------------
@@ -137,9 +137,10 @@ def renaming(rename: Rename | None) -> Callable[[Path], Path]:
     lengths = sorted({len(old) for old in rules}, reverse=True)
 
     def apply(path: Path) -> Path:
-        for n in lengths:
-            if path[:n] in rules and n <= len(path):
-                return (*rules[path[:n]], *path[n:])
+        for length in lengths:
+            prefix, rest = path[:length], path[length:]
+            if len(prefix) == length and prefix in rules:
+                return (*rules[prefix], *rest)
         return path
 
     return apply
@@ -154,26 +155,31 @@ def _path(keys: str | tuple[Hashable, ...]) -> Path:
 def _inverse(rename: Mapping[Any, Any]) -> dict[Path, Path]:
     back: dict[Path, Path] = {}
     for old, new in rename.items():
-        if _path(new) in back:
-            raise RenameClashError(back[_path(new)], _path(new), _path(old), _path(new))
-        back[_path(new)] = _path(old)
+        old_path, new_path = _path(old), _path(new)
+        if new_path in back:
+            raise RenameClashError(back[new_path], new_path, old_path, new_path)
+        back[new_path] = old_path
     return back
 
 
-def _renamed(pairs: Any, rename: Callable[[Path], Path]) -> dict[Location, tuple[Path, Any]]:
-    found: dict[Location, tuple[Path, Any]] = {}
-    owners: dict[Location, Location] = {}
-    for at, value in pairs:
-        at = (at[0], *map(str, at[1:]))
-        new = rename(at[1:])
-        first = owners.setdefault((at[0], *new), at)
-        if first != at:
-            raise RenameClashError(first, (at[0], *new), at, (at[0], *new))
-        found[at] = new, value
-    for at, first in owners.items():
-        for inner in (at[:n] for n in range(2, len(at)) if at[:n] in owners):
-            raise RenameClashError(owners[inner], inner, first, at)
-    return found
+def _renamed(pairs: Iterable[tuple[Location, Any]], rename: Callable[[Path], Path]) -> dict[Location, tuple[Path, Any]]:
+    """location -> (new path, value); RenameClashError if a new path is, or begins with, another one."""
+    renamed: dict[Location, tuple[Path, Any]] = {}
+    owners: dict[Location, Location] = {}  # new location -> old one
+    for location, value in pairs:
+        location = (location[0], *map(str, location[1:]))
+        new_path = rename(location[1:])
+        new = (location[0], *new_path)
+        first = owners.setdefault(new, location)
+        if first != location:
+            raise RenameClashError(first, new, location, new)
+        renamed[location] = new_path, value
+    for new, old in owners.items():
+        for length in range(2, len(new)):
+            beginning = new[:length]
+            if beginning in owners:
+                raise RenameClashError(owners[beginning], beginning, old, new)
+    return renamed
 
 
 # ---- matching ----------------------------------------------------------------------------------------------
@@ -190,7 +196,7 @@ def _is_required(variable: nnx.Variable[Any]) -> bool:
 
 
 @dataclass
-class _Plan:
+class _Matches:
     """Which value goes into which Variable, and what does not fit."""
 
     targets: list[tuple[Location, nnx.Variable[Any]]]
@@ -201,21 +207,21 @@ class _Plan:
 
     def __post_init__(self) -> None:
         self._exact = dict(self.targets)
-        self._at: dict[Path, list[tuple[Location, nnx.Variable[Any]]]] = {}
-        for at, variable in self.targets:
-            self._at.setdefault(at[1:], []).append((at, variable))
+        self._by_path: dict[Path, list[tuple[Location, nnx.Variable[Any]]]] = {}
+        for location, variable in self.targets:
+            self._by_path.setdefault(location[1:], []).append((location, variable))
         self._met: set[Location] = set()
 
-    def match(self, source: Location, at: Location, value: Any) -> None:
-        """Find the Variable for the `value` that is at `source` in Linen and belongs at `at` in the model."""
-        target = self._find(at)
-        if target is None and len(at) > 2 and at[-1] == "value":  # a Linen box, saved and restored as a dict
-            target = self._find(at[:-1])
+    def find(self, source: Location, location: Location, value: Any) -> None:
+        """Find the Variable for the `value` that is at `source` in Linen and belongs at `location` in the model."""
+        target = self._target_at(location)
+        if target is None and len(location) > 2 and location[-1] == "value":
+            target = self._target_at(location[:-1])  # a Linen box, saved and restored as a dict
         if target is None or target[0] in self._met:
             self.unexpected.append(source)
             return
-        at, variable = target
-        self._met.add(at)
+        location, variable = target
+        self._met.add(location)
         new = to_nnx_variable(source[0], value)
         old_form, new_form = _form(variable.get_raw_value()), _form(new.get_raw_value())
         if old_form.shape != new_form.shape:
@@ -225,14 +231,18 @@ class _Plan:
         else:
             self.writes[source] = variable, new
 
-    def _find(self, at: Location) -> tuple[Location, nnx.Variable[Any]] | None:
-        if at in self._exact:
-            return at, self._exact[at]
-        kind = variable_type(at[0])
-        return next(((a, v) for a, v in self._at.get(at[1:], ()) if isinstance(v, kind)), None)
+    def _target_at(self, location: Location) -> tuple[Location, nnx.Variable[Any]] | None:
+        if location in self._exact:
+            return location, self._exact[location]
+        kind = variable_type(location[0])
+        for target in self._by_path.get(location[1:], ()):
+            if isinstance(target[1], kind):
+                return target
+        return None
 
     def report(self) -> LoadReport:
-        missing = [at for at, v in self.targets if at not in self._met and _is_required(v)]
+        required = [location for location, variable in self.targets if _is_required(variable)]
+        missing = [location for location in required if location not in self._met]
         return LoadReport(
             tuple(self.writes),
             tuple(missing),
@@ -242,14 +252,14 @@ class _Plan:
         )
 
     def write(self) -> None:
-        for at, (variable, _) in self.writes.items():
+        for location, (variable, _) in self.writes.items():
             if variable._trace_state != current_trace():
-                raise TraceError(f"{type(variable).__name__} at {'/'.join(at)}")
+                raise TraceError(f"{type(variable).__name__} at {'/'.join(location)}")
         for variable, new in self.writes.values():
             variable.overwrite(_placed(new.get_raw_value(), variable.get_raw_value()))
-            news = {k: x for k, x in new.get_metadata().items() if not variable.has_metadata(k)}
-            if news:
-                variable.set_metadata(**news)
+            metadata = {key: x for key, x in new.get_metadata().items() if not variable.has_metadata(key)}
+            if metadata:
+                variable.set_metadata(**metadata)
 
 
 @dataclass(frozen=True)
@@ -263,15 +273,17 @@ class _Form:
 def _form(value: Any) -> _Form:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return _Form(tuple(value.shape), str(value.dtype))
-    leaves, treedef = jax.tree.flatten(value)
-    if treedef.num_nodes == 1 and leaves:  # a number
+    treedef = jax.tree.structure(value)
+    if treedef.num_nodes == 1 and treedef.num_leaves == 1:  # a number
         return _Form((), str(jnp.result_type(value)))
-    shapes = treedef.unflatten([jnp.shape(x) for x in leaves])
-    return _Form(str(shapes), str(treedef.unflatten([str(jnp.result_type(x)) for x in leaves])))
+    shapes = jax.tree.map(jnp.shape, value)
+    dtypes = jax.tree.map(lambda x: str(jnp.result_type(x)), value)
+    return _Form(str(shapes), str(dtypes))
 
 
 def _placed(value: Any, target: Any) -> Any:
     """`value` as jax arrays, each where its place in `target` says: array, Ref or ShapeDtypeStruct."""
+    # Not jax.tree.map: two trees of equal leaves may be of other types, a State and a dict.
     leaves, treedef = jax.tree.flatten(value)
     return treedef.unflatten(map(_place, leaves, jax.tree.leaves(target)))
 
@@ -281,5 +293,6 @@ def _place(x: Any, target: Any) -> Any:
         return x
     sharding = getattr(target, "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-        return jax.device_put(x, sharding)  # from the host straight to each device: never whole on one of them
+        # From the host straight to each device: never whole on one of them.
+        return jax.device_put(x, sharding)
     return x if isinstance(x, jax.Array) else jnp.asarray(x)

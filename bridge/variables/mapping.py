@@ -17,7 +17,7 @@ Knows trees, names and values; knows nothing of modules.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -25,7 +25,7 @@ import jax
 from flax.core import meta
 
 import nnx_core as nnx
-from bridge._types import Location
+from bridge._types import Location, Path
 from bridge.variables.kinds import collection_of
 from bridge.variables.metadata import to_linen_value, to_nnx_variable
 
@@ -54,7 +54,7 @@ def linen_vars_to_nnx_attrs(variables: Mapping[str, Any]) -> dict[str, Any]:
     >>> linen_vars_to_nnx_attrs({"params": {"Dense_0": {"bias": jnp.ones(2)}}})
     {'Dense_0': {'bias': Param(float32[2] [1., 1.])}}
     """
-    return nest({at: to_nnx_variable(at[0], value) for at, value in leaves(variables)})
+    return nest(variables_from(leaves(variables)))
 
 
 def nnx_attrs_to_linen_vars(nnx_attrs: Mapping[Any, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def nnx_attrs_to_linen_vars(nnx_attrs: Mapping[Any, Any]) -> dict[str, Any]:
     >>> nnx_attrs_to_linen_vars({"norm": {"mean": nnx.BatchStat(jnp.zeros(1))}})
     {'batch_stats': {'norm': {'mean': Array([0.], dtype=float32)}}}
     """
-    return tree_of((at, to_linen_value(variable)) for at, variable in locations(nnx_attrs))
+    return linen_tree(dict(locations(nnx_attrs)))
 
 
 # ---- the two shapes as flat (location, value) pairs ----
@@ -81,12 +81,12 @@ def leaves(variables: Mapping[str, Any]) -> Iterator[tuple[Location, Any]]:
             yield from _leaves(tree, (collection,))
 
 
-def _leaves(tree: Any, at: Location) -> Iterator[tuple[Location, Any]]:
+def _leaves(tree: Any, location: Location) -> Iterator[tuple[Location, Any]]:
     if is_subtree(tree):
         for key, child in tree.items():
-            yield from _leaves(child, (*at, key))
+            yield from _leaves(child, (*location, key))
     else:
-        yield at, {} if isinstance(tree, Mapping) and not tree else tree
+        yield location, {} if isinstance(tree, Mapping) and not tree else tree
 
 
 def is_subtree(x: Any) -> bool:
@@ -102,25 +102,61 @@ def is_subtree(x: Any) -> bool:
 def tree_of(pairs: Iterable[tuple[Location, Any]]) -> dict[str, Any]:
     """Linen variables from (location, value) pairs; the inverse of `leaves`."""
     variables: dict[str, Any] = {}
-    for at, value in pairs:
+    for location, value in pairs:
         if value is EMPTY or type(value) is _Empty:
-            variables.setdefault(at[0], {})
+            variables.setdefault(location[0], {})
             continue
-        level = variables
-        for key in at[:-1]:
-            level = level.setdefault(key, {})
-        level[at[-1]] = value
+        put(variables, location, value)
     return variables
+
+
+def variables_from(values: Iterable[tuple[Location, Any]]) -> dict[Location, nnx.Variable[Any]]:
+    """New Variables from (location, value) pairs, values boxed or not."""
+    return {location: to_nnx_variable(location[0], value) for location, value in values}
+
+
+def linen_tree(variables: Mapping[Location, nnx.Variable[Any]]) -> dict[str, Any]:
+    """Linen variables from Variables by location, boxed where they have metadata."""
+    return tree_of((location, to_linen_value(variable)) for location, variable in variables.items())
+
+
+def put(tree: dict[str, Any], path: Path, value: Any) -> None:
+    """Set `value` in nested dicts, which are made where there are none."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def location_of(path: Sequence[Any], variable: nnx.Variable[Any]) -> Location:
+    """Where Linen keeps the Variable that has this path in NNX.
+
+    >>> import nnx_core as nnx
+    >>> location_of(("layers", 0, "mean@batch_stats"), nnx.BatchStat(0.0))
+    ('batch_stats', 'layers', '0', 'mean')
+    """
+    collection = collection_of(type(variable))
+    if not path:
+        return (collection,)
+    *above, key = map(str, path)
+    return (collection, *above, name_of(key, collection))
+
+
+def inside(location: Location, path: Path) -> Location:
+    """The location, in a model, of what has this one in a module at `path`.
+
+    >>> inside(("params", "kernel"), ("encoder", "Dense_0"))
+    ('params', 'encoder', 'Dense_0', 'kernel')
+    """
+    return (location[0], *path, *location[1:])
 
 
 def locations(attrs: Mapping[Any, Any]) -> Iterator[tuple[Location, nnx.Variable[Any]]]:
     """(location, Variable) of every Variable in nested attributes, in their order."""
     for path, variable in _variables(attrs, ()):
-        collection = collection_of(type(variable))
-        yield (collection, *path[:-1], name_of(path[-1], collection)), variable
+        yield location_of(path, variable), variable
 
 
-def _variables(attrs: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _variables(attrs: Mapping[Any, Any], path: Path) -> Iterator[tuple[Path, Any]]:
     for key, child in attrs.items():
         if isinstance(child, nnx.Variable):
             yield (*path, str(key)), child
@@ -135,11 +171,11 @@ def nest(
     variables: Mapping[Location, nnx.Variable[Any]], level: Callable[[dict[str, Any]], Any] = dict
 ) -> dict[str, Any]:
     """Attributes from Variables by location: nested dicts, or what `level` makes of one below the top."""
-    return _nest([(at[0], at[1:], v) for at, v in variables.items()], level)
+    return _nest([(location[0], location[1:], v) for location, v in variables.items()], level)
 
 
-def _nest(entries: list[tuple[str, tuple[str, ...], Any]], level: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    below: dict[str, list[tuple[str, tuple[str, ...], Any]]] = {}
+def _nest(entries: list[tuple[str, Path, Any]], level: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    below: dict[str, list[tuple[str, Path, Any]]] = {}
     here: list[tuple[str, str, Any]] = []
     order: dict[Any, None] = {}  # levels by name, Variables by (name, collection): as they came
     for collection, path, variable in entries:
@@ -150,8 +186,15 @@ def _nest(entries: list[tuple[str, tuple[str, ...], Any]], level: Callable[[dict
             below.setdefault(path[0], []).append((collection, path[1:], variable))
             order[path[0]] = None
     keys = _keys([(collection, name) for collection, name, _ in here], below)
-    found = {(name, collection): (keys[collection, name], variable) for collection, name, variable in here}
-    return dict(found[name] if isinstance(name, tuple) else (name, level(_nest(below[name], level))) for name in order)
+    variables = {(name, collection): variable for collection, name, variable in here}
+    attributes: dict[str, Any] = {}
+    for what in order:
+        if isinstance(what, tuple):
+            name, collection = what
+            attributes[keys[collection, name]] = variables[what]
+        else:
+            attributes[what] = level(_nest(below[what], level))
+    return attributes
 
 
 def _keys(variables: list[tuple[str, str]], taken: Iterable[str]) -> dict[tuple[str, str], str]:

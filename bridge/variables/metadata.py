@@ -29,6 +29,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import nnx_core as nnx
 from bridge.variables._errors import AxisIndexError, AxisNameError
+from bridge.variables.hashable import with_tuples
 from bridge.variables.kinds import variable_type
 from nnx_core.sharding import get_named_sharding, get_var_pspec, keep_rules_in
 from nnx_core.variables import current_keys, freeze_metadata, thaw_metadata
@@ -103,8 +104,10 @@ class LinenBox:
 
     def around(self, value: Any, metadata: Mapping[str, Any]) -> meta.AxisMetadata[Any]:
         """The box around `value`, with what `metadata` says now where that has changed."""
-        now, shown = metadata.get, self.shown.get
-        changes = {field: now(key) for key, field in _FIELDS.items() if now(key) != shown(key)}
+        changes = {}
+        for key, field in _FIELDS.items():
+            if metadata.get(key) != self.shown.get(key):
+                changes[field] = metadata.get(key)
         if not changes:
             return self.treedef.unflatten([value])  # type: ignore[no-any-return]
         box = self.template.replace(**changes)  # type: ignore[attr-defined]  # only a Partitioned shows anything
@@ -116,7 +119,8 @@ class LinenBox:
         return bool(self.treedef == other.treedef)
 
     def __hash__(self) -> int:
-        return hash(type(self.template))  # the fields of a box need not be hashable: Linen takes lists
+        # The fields of a box need not be hashable: Linen takes lists.
+        return hash(type(self.template))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LinenBox, (self.template,)
@@ -132,8 +136,8 @@ def _structure(box: meta.AxisMetadata[Any]) -> Any:
 def _shown(box: meta.AxisMetadata[Any]) -> dict[str, Any]:
     if not isinstance(box, meta.Partitioned):
         return {}
-    found = {NAMES: box.names, MESH: box.mesh, RULES: _rules_for_nnx(box)}
-    return {key: _hashable(x) for key, x in found.items() if x is not None}
+    metadata = {NAMES: box.names, MESH: box.mesh, RULES: _rules_for_nnx(box)}
+    return {key: with_tuples(x) for key, x in metadata.items() if x is not None}
 
 
 def _rules_for_nnx(box: meta.Partitioned[Any]) -> Any:
@@ -147,16 +151,12 @@ def _rules_for_nnx(box: meta.Partitioned[Any]) -> Any:
     except ValueError:  # one name for two axes: Linen has no reading of that
         return rules
     spec = dict(zip(names, axes or (), strict=True))
-    wanted = {name: _hashable(axis) for name, axis in spec.items() if isinstance(name, str)}
-    read = {logical: _hashable(axis) for logical, axis in rules}
+    wanted = {name: with_tuples(axis) for name, axis in spec.items() if isinstance(name, str)}
+    read = {logical: with_tuples(axis) for logical, axis in rules}
     if all(read.get(name, name) == axis for name, axis in wanted.items()):
         return rules
     first = dict(reversed(rules))
     return tuple({**first, **wanted}.items())
-
-
-def _hashable(x: Any) -> Any:
-    return tuple(map(_hashable, x)) if type(x) in (list, tuple) else x
 
 
 class NNXMeta(meta.AxisMetadata[Any]):
@@ -232,8 +232,8 @@ class NNXMeta(meta.AxisMetadata[Any]):
         >>> box.get_sharding(mesh).spec
         P(None, 'model')
         """
-        found = get_named_sharding(self.to_nnx_variable(), mesh).get_raw_value()
-        return NamedSharding(mesh, PartitionSpec()) if found is None else found
+        sharding = get_named_sharding(self.to_nnx_variable(), mesh).get_raw_value()
+        return NamedSharding(mesh, PartitionSpec()) if sharding is None else sharding
 
     # ---- axes ----
 
@@ -267,9 +267,9 @@ class NNXMeta(meta.AxisMetadata[Any]):
         name = self._axis_name(index, params)
         names = _names(self.metadata.get(NAMES)) or ()
         index = self._normalised(index, max(self._rank(), len(names)))
-        at = names[index] if index < len(names) else None
-        if NAMES in self.metadata and at != name:
-            raise AxisNameError(str(self), index, f"the name {name!r}, as the transform says", f"{at!r}")
+        own_name = names[index] if index < len(names) else None
+        if NAMES in self.metadata and own_name != name:
+            raise AxisNameError(str(self), index, f"the name {name!r}, as the transform says", f"{own_name!r}")
         variable = self._with_names(names).to_nnx_variable()
         variable.remove_axis(index, name)
         if stack := variable.get_metadata(_PADDING, ()):
@@ -297,7 +297,9 @@ class NNXMeta(meta.AxisMetadata[Any]):
         return index + rank if index < 0 else index
 
     def _with_names(self, names: Any) -> NNXMeta:
-        return self.replace(metadata={**self.metadata, NAMES: tuple(names)}) if NAMES in self.metadata else self
+        if NAMES not in self.metadata:
+            return self
+        return self.replace(metadata={**self.metadata, NAMES: tuple(names)})
 
     def _after(self, variable: nnx.Variable[Any]) -> NNXMeta:
         metadata = variable.get_metadata()
@@ -333,8 +335,9 @@ def _boxed(variable: nnx.Variable[Any]) -> NNXMeta:
 def _same_values(a: Any, b: Any) -> bool:
     if a is b:
         return True
-    ours, theirs = jax.tree.flatten(a), jax.tree.flatten(b)
-    return bool(ours[1] == theirs[1]) and all(map(_same_leaf, ours[0], theirs[0]))
+    leaves, treedef = jax.tree.flatten(a)
+    other_leaves, other_treedef = jax.tree.flatten(b)
+    return bool(treedef == other_treedef) and all(map(_same_leaf, leaves, other_leaves))
 
 
 def _same_leaf(a: Any, b: Any) -> bool:
@@ -342,7 +345,9 @@ def _same_leaf(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, jax.ShapeDtypeStruct) or isinstance(b, jax.ShapeDtypeStruct):
         return bool(a == b)
-    return bool(a.dtype == b.dtype and np.array_equal(a, b)) if hasattr(a, "dtype") else bool(a == b)
+    if not hasattr(a, "dtype"):
+        return bool(a == b)
+    return bool(a.dtype == b.dtype and np.array_equal(a, b))
 
 
 def _names(sharding: Any) -> tuple[Any, ...] | None:
@@ -363,8 +368,11 @@ def _like(sharding: Any, names: tuple[Any, ...]) -> Any:
 
 
 def _flatten(box: NNXMeta) -> tuple[tuple[Any], Any]:
-    hashable = {k: [*map(_hashable, x)] if type(x) is list else _hashable(x) for k, x in box.metadata.items()}
-    return (box.value,), (box.var_type, freeze_metadata(hashable))
+    metadata: dict[str, Any] = {}
+    for key, x in box.metadata.items():
+        # A list comes back as one (`freeze_metadata` marks it); lists inside become tuples, as names of axes may be.
+        metadata[key] = list(map(with_tuples, x)) if type(x) is list else with_tuples(x)
+    return (box.value,), (box.var_type, freeze_metadata(metadata))
 
 
 def _flatten_with_keys(box: NNXMeta) -> tuple[tuple[tuple[Any, Any]], Any]:

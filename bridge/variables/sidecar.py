@@ -49,11 +49,11 @@ def split_metadata(
     ('in', None)
     """
     plain, sidecar = [], []
-    for at, value in leaves(variables):
-        value, boxes = _opened(value, at, leave_out)
-        plain.append((at, value))
+    for location, value in leaves(variables):
+        value, boxes = _opened(value, location, leave_out)
+        plain.append((location, value))
         if boxes:
-            sidecar.append({"path": list(at), "boxes": boxes})
+            sidecar.append({"path": list(location), "boxes": boxes})
     return tree_of(plain), sidecar
 
 
@@ -67,65 +67,73 @@ def join_metadata(plain: Mapping[str, Any], sidecar: list[dict[str, Any]]) -> di
     Raises:
       SidecarError: if an entry has no value, or names a box that there is not.
     """
-    found = dict(leaves(plain))
+    values = dict(leaves(plain))
     for entry in sidecar:
-        at = tuple(entry["path"])
-        if at not in found and (*at, "value") in found:
-            found = {at if place == (*at, "value") else place: x for place, x in found.items()}
-        if at not in found:
-            raise SidecarError(at, "a value", "none")
+        location = tuple(entry["path"])
+        inside = (*location, "value")  # of a box that Linen saved as a dict
+        if location not in values and inside in values:
+            values[location] = values.pop(inside)
+        if location not in values:
+            raise SidecarError(location, "a value", "none")
         for box in entry["boxes"]:
-            found[at] = _closed(found[at], box, at)
-    return tree_of(found.items())
+            values[location] = _closed(values[location], box, location)
+    return tree_of(values.items())
 
 
-def _opened(value: Any, at: Path, leave_out: Collection[str]) -> tuple[Any, list[dict[str, Any]]]:
+def _opened(value: Any, location: Path, leave_out: Collection[str]) -> tuple[Any, list[dict[str, Any]]]:
     """What is in all boxes, and the boxes, innermost first."""
     boxes: list[dict[str, Any]] = []
     while isinstance(value, meta.AxisMetadata):
-        boxes.insert(0, _said_box(value, at, leave_out))
+        boxes.insert(0, _said_box(value, location, leave_out))
         value = value.value  # type: ignore[attr-defined]  # of the boxes that can be said
     return value, boxes
 
 
-def _said_box(box: meta.AxisMetadata[Any], at: Path, leave_out: Collection[str]) -> dict[str, Any]:
+def _said_box(box: meta.AxisMetadata[Any], location: Path, leave_out: Collection[str]) -> dict[str, Any]:
     if isinstance(box, NNXMeta):
-        kept = {k: _said(x, at, k, leave_out) for k, x in box.metadata.items() if k not in leave_out}
-        return {"box": "NNXMeta", "type": collection_of(box.var_type), "metadata": kept}
+        metadata = _said_fields(box.metadata, location, leave_out)
+        return {"box": "NNXMeta", "type": collection_of(box.var_type), "metadata": metadata}
     if type(box) not in _LINEN.values():
-        raise UnsayableMetadataError(at, None, box)
-    fields = {k: getattr(box, k) for k in _FIELDS if getattr(box, k, None) is not None and k not in leave_out}
-    return {"box": type(box).__name__, **{k: _said(x, at, k, leave_out) for k, x in fields.items()}}
+        raise UnsayableMetadataError(location, None, box)
+    fields = {name: getattr(box, name, None) for name in _FIELDS}
+    set_fields = {name: x for name, x in fields.items() if x is not None}
+    return {"box": type(box).__name__, **_said_fields(set_fields, location, leave_out)}
 
 
-def _said(x: Any, at: Path, key: str, leave_out: Collection[str]) -> Any:
+def _said_fields(fields: Mapping[str, Any], location: Path, leave_out: Collection[str]) -> dict[str, Any]:
+    return {key: _said(x, location, key, leave_out) for key, x in fields.items() if key not in leave_out}
+
+
+def _said(x: Any, location: Path, key: str, leave_out: Collection[str]) -> Any:
     if x is None or isinstance(x, bool | int | float | str):
         return x
     if isinstance(x, LinenBox):
-        return {"inside": _said_box(x.template, at, leave_out)}
+        return {"inside": _said_box(x.template, location, leave_out)}
     if isinstance(x, list | tuple | PartitionSpec):
-        items = [_said(item, at, key, leave_out) for item in x]
-        return items if isinstance(x, list) else {"spec" if isinstance(x, PartitionSpec) else "tuple": items}
-    raise UnsayableMetadataError(at, key, x)
+        items = [_said(item, location, key, leave_out) for item in x]
+        if isinstance(x, list):
+            return items
+        return {"spec" if isinstance(x, PartitionSpec) else "tuple": items}
+    raise UnsayableMetadataError(location, key, x)
 
 
-def _closed(value: Any, said: Mapping[str, Any], at: Path) -> meta.AxisMetadata[Any]:
+def _closed(value: Any, said: Mapping[str, Any], location: Path) -> meta.AxisMetadata[Any]:
     if said["box"] == "NNXMeta":
-        metadata = {key: _meant(x, at) for key, x in said["metadata"].items()}
+        metadata = {key: _meant(x, location) for key, x in said["metadata"].items()}
         return NNXMeta(variable_type(said["type"]), value, metadata)
     if said["box"] not in _LINEN:
-        raise SidecarError(at, f"a box that is one of {['NNXMeta', *_LINEN]}", repr(said["box"]))
-    fields = {key: _meant(x, at) for key, x in said.items() if key != "box"}
+        raise SidecarError(location, f"a box that is one of {['NNXMeta', *_LINEN]}", repr(said["box"]))
+    fields = {key: _meant(x, location) for key, x in said.items() if key != "box"}
     return _LINEN[said["box"]](value, **{"names": (), **fields})
 
 
-def _meant(x: Any, at: Path) -> Any:
+def _meant(x: Any, location: Path) -> Any:
     if isinstance(x, list):
-        return [_meant(item, at) for item in x]
+        return [_meant(item, location) for item in x]
     if not isinstance(x, Mapping):
         return x
     [(kind, content)] = x.items()
     if kind == "inside":
-        return LinenBox(_closed(None, content, at))
-    items = [_meant(item, at) for item in content]
+        return LinenBox(_closed(None, content, location))
+    items = [_meant(item, location) for item in content]
     return PartitionSpec(*items) if kind == "spec" else tuple(items)

@@ -91,12 +91,12 @@ def test_fields_with_arrays_sets_and_partials_are_hashed_row36():
 def test_a_steady_call_does_not_walk():
     model = ToNNX(CNN(), nnx.Rngs(0)).lazy_init(X)
     model(X)
-    view = model._view()
+    view = model._nnx_inventory()
     model(X)
     model(X, train=True)
-    assert model._view() is view
+    assert model._nnx_inventory() is view
     model.Conv_0.kernel.set_metadata(unit="m")
-    assert model._view() is not view
+    assert model._nnx_inventory() is not view
 
 
 def test_a_module_made_inside_another_linen_module_row14():

@@ -351,3 +351,18 @@ def test_a_method_of_a_subclass_is_what_is_initialised():
     model = Encoder(nn.Dense(3), {"params": KEY}, parity=True)
     bridge.lazy_init(model.scaled, X)
     assert_trees_equal(model.scaled(X), 2 * nn.Dense(3).apply(nn.Dense(3).init(KEY, X), X))
+
+
+class Doubled(ToNNX):
+    """A wrapper with a call of its own."""
+
+    def __call__(self, x):
+        return super().__call__(jnp.concatenate([x, x], axis=-1))
+
+
+def test_a_call_of_a_subclass_runs_like_any_method():
+    model = Doubled(nn.Dense(3), {"params": KEY}, parity=True)
+    bridge.lazy_init(model.__call__, X)  # as before: `lazy_init(model, x)` is that of the wrapped module
+    assert model.kernel.shape == (2 * X.shape[-1], 3)
+    direct = Doubled(nn.Dense(3), {"params": KEY}, parity=True).lazy_init(X)
+    assert direct.kernel.shape == (X.shape[-1], 3)

@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import nnx_core as nnx
 from bridge._errors import BridgeError
-from bridge.variables.metadata import BOX, NNXMeta, _hashable, to_linen_value, to_nnx_variable
+from bridge.variables.hashable import with_tuples
+from bridge.variables.metadata import BOX, NNXMeta, to_linen_value, to_nnx_variable
 from nnx_core.sharding import get_logical_axis_rules
 from tests.tolerance import assert_trees_equal
 
@@ -290,7 +291,7 @@ AXIS_NAMES = [
 @pytest.mark.parametrize("names", AXIS_NAMES, ids=str)
 def test_logical_rules_are_read_as_flax_does(names, rules):
     """NNXMeta as flax.nnx.bridge's: the last rule for a name counts, a name without one is a mesh axis."""
-    own = tuple((name, _hashable(axis)) for name, axis in rules)
+    own = tuple((name, with_tuples(axis)) for name, axis in rules)
     with flax_nnx.use_eager_sharding(False):
         theirs = flax_nnx.bridge.NNXMeta(flax_nnx.Param, VALUE, {"out_sharding": names})
         with nn.logical_axis_rules(rules):

@@ -20,7 +20,7 @@ import numpy as np
 from bridge._types import Path
 from bridge.checkpoint.formats.open import open_source
 from bridge.checkpoint.formats.protocol import Source
-from bridge.checkpoint.plan import note as memo
+from bridge.checkpoint.plan.note import read_note
 from bridge.checkpoint.plan.plan import make_plan
 from bridge.checkpoint.stream import Batch, Progress, batches, host
 from bridge.checkpoint.tree import layout
@@ -169,7 +169,7 @@ def _sides(a: Source, b: Source, raw: bool, rules: Any) -> tuple[_Side, _Side, s
 
 
 def _parts(source: Source, found: Layout) -> Parts:
-    return take_apart(source.tree, found, memo.read(source.metadata).known)
+    return take_apart(source.tree, found, read_note(source.metadata).known)
 
 
 def _common(form: Form) -> Form:

@@ -24,7 +24,7 @@ _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpo
 _INPUT = 1  # the bit of whatever is no variable of a unit
 
 
-class Flow:
+class DataFlow:
     """The order that the data force on the layers of a model.
 
     >>> from flax import linen as nn
@@ -32,7 +32,7 @@ class Flow:
     >>> from bridge.tracing.trace import trace_linen
     >>> model, inputs = nn.Sequential([nn.Dense(4), nn.Dense(4)]), (jax.ShapeDtypeStruct((1, 4), "float32"),)
     >>> first, second = units = trace_linen(model, "__call__", None, inputs, {})
-    >>> flow = Flow(units, linen_call(model, "__call__", None, inputs, {}), None, inputs, {})
+    >>> flow = DataFlow(units, linen_call(model, "__call__", None, inputs, {}), None, inputs, {})
     >>> flow.in_order((first, ()), (second, ())), flow.in_order((second, ()), (first, ()))
     (True, False)
     """

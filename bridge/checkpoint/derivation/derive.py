@@ -25,7 +25,7 @@ from bridge.checkpoint.derivation.forward import ForwardMismatchError, ForwardRe
 from bridge.checkpoint.derivation.to_rules import rules_of
 from bridge.checkpoint.rules.apply import RuleResult, Rules
 from bridge.checkpoint.tree.ops import Block, Join, Op, Pick, Read, Transpose
-from bridge.tracing.data_flow import Flow
+from bridge.tracing.data_flow import DataFlow
 from bridge.tracing.pairs import Doubt, Index, Instance, Link, Pairing, Tie, is_whole, pair, permutation, raw_axis
 from bridge.tracing.pure_call import linen_call, module_of, nnx_call, streams_of
 from bridge.tracing.trace import TRANSIENT, Method, Part, Slot, Unit, trace_linen, trace_nnx
@@ -402,8 +402,8 @@ def derive(
     derived = Derived(tuple(links), dropped, kept)
     if found.ties:
         call = linen_call(linen_module, methods[0], rngs, inputs, kwargs)
-        theirs = Flow(linen, call, streams_of(rngs), inputs, kwargs)
-        own = Flow(ours, nnx_call(model, methods[1]), None, inputs, kwargs)
+        theirs = DataFlow(linen, call, streams_of(rngs), inputs, kwargs)
+        own = DataFlow(ours, nnx_call(model, methods[1]), None, inputs, kwargs)
         found.ties = [tie for tie in found.ties if not (theirs.in_order(*tie.linen) and own.in_order(*tie.nnx))]
     derived = replace(derived, unsure=_groups(found.ties))
     if check or (check is None and derived.unsure):

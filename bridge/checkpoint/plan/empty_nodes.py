@@ -18,20 +18,19 @@ _ROOT = ("opt_state",)
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class EmptyNodes:
     """Entries without content, path -> 'None', 'Dict', ...; and nodes that are lists."""
 
     empty: Mapping[Path, str] = field(default_factory=dict)
     sequences: frozenset[Path] = frozenset()
 
 
-def from_keys(keys: Iterable[Key], form: Form) -> Skeleton:
+def from_keys(keys: Iterable[Key]) -> EmptyNodes:
     """What the keys of an optimizer state tell: lists, and gaps in them.
 
     EmptyStates at the end of a chain leave no trace.
 
-    >>> from bridge.checkpoint.tree.layout import Kind
-    >>> from_keys([Key(Role.OPTIMIZER, ("1", "count"))], Form(Kind.LINEN_TRAIN_STATE)).empty
+    >>> from_keys([Key(Role.OPTIMIZER, ("1", "count"))]).empty
     {('opt_state', '0'): 'None'}
     """
     below: dict[Path, set[str]] = {}
@@ -51,7 +50,7 @@ def from_keys(keys: Iterable[Key], form: Form) -> Skeleton:
         for index in range(max(map(int, names)))
         if str(index) not in names
     }
-    return Skeleton(empty, frozenset(lists))
+    return EmptyNodes(empty, frozenset(lists))
 
 
 def tails(keys: Iterable[Key], form: Form) -> frozenset[Path]:
@@ -60,8 +59,8 @@ def tails(keys: Iterable[Key], form: Form) -> frozenset[Path]:
     return frozenset(form.path(key)[:-1] for key in listed)
 
 
-def fitting(found: Skeleton, paths: Iterable[Path]) -> Skeleton:
-    """What of a skeleton goes with leaves and masked params at these paths."""
+def fitting(found: EmptyNodes, paths: Iterable[Path]) -> EmptyNodes:
+    """Those that go with leaves and masked params at these paths."""
     taken = set(paths)
     above = {path[:depth] for path in (*taken, *found.empty) for depth in range(len(path))}
     empty = {
@@ -74,7 +73,7 @@ def fitting(found: Skeleton, paths: Iterable[Path]) -> Skeleton:
         for depth in range(len(path)):
             below.setdefault(path[:depth], set()).add(path[depth])
     lists = {at for at in found.sequences if below.get(at) == set(map(str, range(len(below.get(at, ())))))}
-    return Skeleton(empty, frozenset(lists))
+    return EmptyNodes(empty, frozenset(lists))
 
 
 def called(empty: Mapping[Path, str], name: str, keys: Iterable[Key]) -> dict[Path, str]:

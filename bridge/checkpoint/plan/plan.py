@@ -18,14 +18,13 @@ import numpy as np
 from bridge._errors import BridgeError, CheckpointLayoutError, OptStateOrderError, cut_short, show_path
 from bridge._types import Location, Path
 from bridge.checkpoint.derivation.derive import Derived
-from bridge.checkpoint.plan import empty_nodes as skeleton
-from bridge.checkpoint.plan import note as memos
+from bridge.checkpoint.plan import empty_nodes
 from bridge.checkpoint.plan.commute import probe, stacks, warning_without_tx
-from bridge.checkpoint.plan.empty_nodes import Skeleton
-from bridge.checkpoint.plan.note import LinenMemo, Memo
+from bridge.checkpoint.plan.empty_nodes import EmptyNodes
+from bridge.checkpoint.plan.note import LinenNote, Note, read_note, write_note
 from bridge.checkpoint.plan.slots import follow, read_of
-from bridge.checkpoint.plan.target import Goal, aim, fit, fresh_stream, show
-from bridge.checkpoint.plan.tx_template import Template, template_of
+from bridge.checkpoint.plan.target import Target, aim, fit, fresh_stream, show
+from bridge.checkpoint.plan.tx_template import TxTemplate, template_of
 from bridge.checkpoint.rules.apply import Rules
 from bridge.checkpoint.tree.canonical import STEP, UNKNOWN, VALUE, Form, Key, Known, Parts, Role, take_apart
 from bridge.checkpoint.tree.from_objects import Live, of_object
@@ -85,7 +84,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     source_layout: Kind = Kind.UNKNOWN
     target_layout: Kind = Kind.UNKNOWN
-    memo: Memo = field(default_factory=Memo)
+    memo: Note = field(default_factory=Note)
 
     @property
     def lost(self) -> dict[Path, str]:
@@ -108,7 +107,7 @@ class Plan:
 
     def metadata(self) -> dict[str, Any]:
         """What to keep beside the target's arrays, so that the way back is exact. JSON types."""
-        return memos.write(self.memo)
+        return write_note(self.memo)
 
     def report(self) -> ConversionReport:
         """What goes where, as data."""
@@ -231,24 +230,24 @@ def make_plan(
     """
     if to not in ("nnx", "linen"):
         raise ValueError(f"make_plan(to={to!r}):\n  expected 'nnx' or 'linen'")
-    note = memos.read(metadata or {})
+    note = read_note(metadata or {})
     found = layout or tree.layout
-    goal = None
+    wanted = None
     if target is not None:
         live = target if isinstance(target, Live) else of_object(target)
-        goal = Goal(live, live.parts())
+        wanted = Target(live, live.parts())
     known = known or note.known
     if known.collections is None and isinstance(rules, Derived):  # it has seen both models
         known = replace(known, collections={at[1:]: at[0] for at in (*rules.inverse().made, *rules.fresh)})
-    planner = _Planner(tree, take_apart(tree, found, known), to, note, goal)
+    planner = _Planner(tree, take_apart(tree, found, known), to, note, wanted)
     return planner.plan(rules, rng, tx, nested, empty)
 
 
 class _Planner:
     """One conversion while it is planned."""
 
-    def __init__(self, tree: Tree, source: Parts, to: str, note: Memo, goal: Goal | None):
-        self.tree, self.source, self.to, self.note, self.goal = tree, source, to, note, goal
+    def __init__(self, tree: Tree, source: Parts, to: str, note: Note, target: Target | None):
+        self.tree, self.source, self.to, self.note, self.target = tree, source, to, note, target
         self.made: dict[Key, Op] = {}
         self.masked: set[Key] = set()
         self.dropped: dict[Path, str] = {}
@@ -263,12 +262,12 @@ class _Planner:
         self._take_rest(rng)
         form = self._form(nested)
         self._require_places(form)
-        self.template: Template | None = None
+        self.template: TxTemplate | None = None
         if tx is not None:
             self.template = template_of(tx, self._trained(form), form)
             self.template.require(self.made)
-        if self.goal is not None:
-            self._fit(self.goal, new, rng)
+        if self.target is not None:
+            self._fit(self.target, new, rng)
         tree, made = self._tree(form, empty)
         read = {path for op in made.values() for path in op.sources()}
         for path in self.tree.leaves.keys() - read - self.dropped.keys():
@@ -283,7 +282,7 @@ class _Planner:
             tuple(self.notes),
             self.source.form.kind,
             form.kind,
-            self._memo(form, tree),
+            self._note(form, tree),
         )
 
     # what is made
@@ -299,20 +298,20 @@ class _Planner:
         made: dict[Location, Op] = {at: Read(at, leaf.shape, leaf.dtype) for at, leaf in self.forms.items()}
         new: frozenset[Location] = frozenset()
         if rules is not None:
-            result = rules.apply(made, self._goal_locations()) if isinstance(rules, Rules) else rules.apply(made)
+            result = rules.apply(made, self._target_locations()) if isinstance(rules, Rules) else rules.apply(made)
             made, new = dict(result.made), frozenset(result.new)
             for at, why in result.dropped.items():
                 self._drop(self.paths[at], why, asked=True)
-        if self.goal is not None:
-            made = aim(self.goal, made)
+        if self.target is not None:
+            made = aim(self.target, made)
         for at, op in made.items():
             self.made[Key(Role.MODEL, location=at)] = op.on(lambda old: read_of(self.forms[old]))
         return made, new
 
-    def _goal_locations(self) -> list[Location] | None:
-        if self.goal is None:
+    def _target_locations(self) -> list[Location] | None:
+        if self.target is None:
             return None
-        return [key.location for key in self.goal.parts.leaves if key.role is Role.MODEL and key.location]
+        return [key.location for key in self.target.parts.leaves if key.role is Role.MODEL and key.location]
 
     def _drop(self, path: Path, why: str, asked: bool = False) -> None:
         self.dropped[path] = why
@@ -392,7 +391,7 @@ class _Planner:
             listed = ", ".join(show_path(at[1:]) for at in self.source.convention[:5])
             more = ", ..." if len(self.source.convention) > 5 else ""
             self.notes.append(f"taken to be params, from their names or the optimizer's slots: {listed}{more}")
-        if self.source.guessed_boxes and self.goal is None:
+        if self.source.guessed_boxes and self.target is None:
             listed = ", ".join(show_path(at) for at in sorted(self.source.form.boxed)[:5])
             self.notes.append(f"taken to be boxes, from a level `value` that is alone: {listed}")
 
@@ -410,15 +409,15 @@ class _Planner:
         if (self.to == "nnx") == self.source.form.is_nnx:
             return op
         wanted = "uint32" if self.to == "nnx" else (self.note.linen.step if self.note.linen else "int32")
-        if self.goal is not None and STEP in self.goal.parts.leaves:
-            wanted = "int32" if self.goal.is_number(STEP) else self.goal.leaf(STEP).dtype
+        if self.target is not None and STEP in self.target.parts.leaves:
+            wanted = "int32" if self.target.is_number(STEP) else self.target.leaf(STEP).dtype
         return op if op.dtype == wanted else Cast(op, wanted)
 
     # where it goes
 
     def _form(self, nested: bool | None) -> Form:
-        if self.goal is not None:
-            return self.goal.parts.form
+        if self.target is not None:
+            return self.target.parts.form
         trains = any(key.role is not Role.MODEL and key.role is not Role.STREAM for key in self.made)
         if self.to == "nnx":
             if self.source.form.is_nnx:
@@ -471,8 +470,8 @@ class _Planner:
             return models
         return {at: op for at, op in models.items() if (at in slots if slots else at[0] == "params")}
 
-    def _fit(self, goal: Goal, new: frozenset[Location], rng: str | int) -> None:
-        fitted = fit(goal, self.made, self.masked, new, rng)
+    def _fit(self, target: Target, new: frozenset[Location], rng: str | int) -> None:
+        fitted = fit(target, self.made, new, rng)
         for key in fitted.without_place:
             for path in dict.fromkeys(self.made[key].sources()):
                 self._drop(path, f"the target has no place for {key.role.value} {show_path(show(key))}")
@@ -481,78 +480,78 @@ class _Planner:
         if own:
             more = ", ..." if len(own) > 5 else ""
             self.notes.append(f"taken from the target, or made anew: {', '.join(own[:5])}{more}")
-        self.masked = set(goal.parts.masked)
+        self.masked = set(target.parts.masked)
 
     # the tree that comes out
 
     def _tree(self, form: Form, empty: str | None) -> tuple[Tree, dict[Path, Op]]:
-        if self.goal is not None:
-            made = {path: self.made[key] for key, path in self.goal.parts.leaves.items() if key in self.made}
-            shape = Skeleton(self.goal.live.tree.empty, self.goal.live.tree.sequences)
+        if self.target is not None:
+            made = {path: self.made[key] for key, path in self.target.parts.leaves.items() if key in self.made}
+            shape = EmptyNodes(self.target.live.tree.empty, self.target.live.tree.sequences)
         else:
             made = {form.path(key): self.made[key] for key in sorted(self.made, key=_order(form))}
-            shape = self._nnx_skeleton(form, made) if form.is_nnx else self._linen_skeleton(form, made, empty)
+            shape = self._nnx_nodes(form, made) if form.is_nnx else self._linen_nodes(form, made, empty)
         leaves = {path: leaf_of(path, op, self.tree) for path, op in made.items()}
         return Tree(leaves, shape.empty, shape.sequences), made
 
-    def _nnx_skeleton(self, form: Form, made: Iterable[Path]) -> Skeleton:
+    def _nnx_nodes(self, form: Form, made: Iterable[Path]) -> EmptyNodes:
         none = {form.path(key): "None" for key in self.masked}
         none |= self.source.empty if self.source.form.is_nnx else {}
         inside = any(path[: len(form.optimizer)] == form.optimizer for path in (*made, *none))
         if form.kind is Kind.NNX_TRAINING and not inside:
             none[form.optimizer] = "Dict"  # or nobody could tell what the tree is
-        return Skeleton(none, self.source.sequences if self.source.form.is_nnx else frozenset())
+        return EmptyNodes(none, self.source.sequences if self.source.form.is_nnx else frozenset())
 
-    def _linen_skeleton(self, form: Form, made: Iterable[Path], empty: str | None) -> Skeleton:
+    def _linen_nodes(self, form: Form, made: Iterable[Path], empty: str | None) -> EmptyNodes:
         linen, keys = self.note.linen, [*self.made, *self.masked]
         if not self.source.form.is_nnx:
-            base = Skeleton(self.source.empty, self.tree.sequences)
+            base = EmptyNodes(self.source.empty, self.tree.sequences)
         elif linen is not None:
-            base = Skeleton(linen.empty, linen.sequences)
+            base = EmptyNodes(linen.empty, linen.sequences)
         else:
-            base = Skeleton()
+            base = EmptyNodes()
         if self.template is not None:
-            base = Skeleton({**base.empty, **self.template.empty}, base.sequences | self.template.sequences)
+            base = EmptyNodes({**base.empty, **self.template.empty}, base.sequences | self.template.sequences)
         elif not any(path[0] == "opt_state" for path in base.sequences):
-            told = skeleton.from_keys(keys, form)
-            base = Skeleton({**told.empty, **base.empty}, base.sequences | told.sequences)
+            told = empty_nodes.from_keys(keys)
+            base = EmptyNodes({**told.empty, **base.empty}, base.sequences | told.sequences)
             if self.source.form.is_nnx and linen is None and (STEP in self.made or told.sequences):
                 self.warnings.append(
                     "an NNX checkpoint does not tell of optax states without content at the end of a chain, which a "
                     "TrainState has: give tx or a target for Linen's exact structure"
                 )
         masked = {form.path(key): "None" for key in self.masked}
-        base = Skeleton(base.empty, base.sequences | skeleton.tails(keys, form))
-        base = skeleton.fitting(base, [*made, *masked])
+        base = EmptyNodes(base.empty, base.sequences | empty_nodes.tails(keys, form))
+        base = empty_nodes.fitting(base, [*made, *masked])
         if empty is not None:
             masked = dict.fromkeys(masked, empty)
-            return Skeleton({**masked, **skeleton.called(base.empty, empty, keys)}, base.sequences)
+            return EmptyNodes({**masked, **empty_nodes.called(base.empty, empty, keys)}, base.sequences)
         if not self.source.form.is_nnx:
             masked |= {path: self.tree.empty[path] for path in masked if path in self.tree.empty}
-        return Skeleton({**masked, **base.empty}, base.sequences)
+        return EmptyNodes({**masked, **base.empty}, base.sequences)
 
-    def _memo(self, form: Form, tree: Tree) -> Memo:
+    def _note(self, form: Form, tree: Tree) -> Note:
         """The target's own side, and what is known of the other."""
         source, linen, nnx = self.source, self.note.linen, self.note.nnx
         if source.form.is_nnx:
             nnx = source.form
         else:
-            linen = _linen_memo(source.form, self.tree, source.masked.values(), source.leaves.get(STEP))
+            linen = _linen_note(source.form, self.tree, source.masked.values(), source.leaves.get(STEP))
         if not form.is_nnx:
             step = form.path(STEP) if STEP in self.made else None
-            linen = _linen_memo(form, tree, [form.path(key) for key in self.masked], step)
+            linen = _linen_note(form, tree, [form.path(key) for key in self.masked], step)
         named = [key.location for key in self.made if key.role is Role.MODEL and key.location]
         others = [at for at in named if form.is_nnx and at[0] not in ("params", UNKNOWN)]
         collections = {form.variable(at): at[0] for at in others}
         unsure = form.is_nnx and any(at[0] == UNKNOWN for at in named)
-        return Memo(Kind.UNKNOWN if unsure else form.kind, collections, linen, nnx)
+        return Note(Kind.UNKNOWN if unsure else form.kind, collections, linen, nnx)
 
 
-def _linen_memo(form: Form, tree: Tree, masked: Iterable[Path], step: Path | None) -> LinenMemo:
+def _linen_note(form: Form, tree: Tree, masked: Iterable[Path], step: Path | None) -> LinenNote:
     apart = set(masked)
     empty = {path: kind for path, kind in tree.empty.items() if path not in apart}
     dtype = tree.leaves[step].dtype if step in tree.leaves else "int32"
-    return LinenMemo(form, empty, tree.sequences, dtype)
+    return LinenNote(form, empty, tree.sequences, dtype)
 
 
 def _is_loose(key: Key) -> bool:

@@ -29,7 +29,7 @@ _IMPLEMENTATIONS = {"fry": "threefry2x32"}
 
 
 @dataclass(frozen=True)
-class Goal:
+class Target:
     """A target: the object as a tree, and what each leaf of it is."""
 
     live: Live
@@ -58,7 +58,7 @@ class Fitted:
     filled: list[Key]
 
 
-def aim(goal: Goal, variables: Mapping[Location, Op]) -> dict[Location, Op]:
+def aim(target: Target, variables: Mapping[Location, Op]) -> dict[Location, Op]:
     """`variables` under the locations that the target has for them, where names leave one choice.
 
     The target may keep a variable in a collection of a narrower type, may know a collection that the source does not,
@@ -66,7 +66,7 @@ def aim(goal: Goal, variables: Mapping[Location, Op]) -> dict[Location, Op]:
     """
     wanted: dict[Path, list[Location]] = {}
     exact = set()
-    for key in goal.parts.leaves:
+    for key in target.parts.leaves:
         if key.role is Role.MODEL and key.location:
             at = key.location
             exact.add(at)
@@ -78,7 +78,7 @@ def _aim_one(at: Location, exact: Collection[Location], wanted: Mapping[Path, li
     if at in exact:
         return at
     for path in (at[1:], (*at[1:], VALUE)):
-        fits = [target for target in wanted.get(path, ()) if _is_narrower(target[0], at[0])]
+        fits = [place for place in wanted.get(path, ()) if _is_narrower(place[0], at[0])]
         if len(fits) == 1:
             return fits[0]
     return at
@@ -90,11 +90,11 @@ def _is_narrower(target: str, collection: str) -> bool:
     return issubclass(variable_type(target), variable_type(collection))
 
 
-def fit(goal: Goal, made: Mapping[Key, Op], masked: Collection[Key], new: Collection[Location], rng: Any) -> Fitted:
+def fit(target: Target, made: Mapping[Key, Op], new: Collection[Location], rng: Any) -> Fitted:
     """How every leaf of the target is made.
 
     Args:
-      made, masked: what the source gives.
+      made: what the source gives.
       new: variables that come from the target, by the rules, and their slots with them.
       rng: a seed for random streams; else those that the source lacks are the target's own.
 
@@ -104,23 +104,23 @@ def fit(goal: Goal, made: Mapping[Key, Op], masked: Collection[Key], new: Collec
     """
     missing, shapes, dtypes, filled = [], [], [], []
     result: dict[Key, Op] = {}
-    for key in goal.parts.leaves:
-        wanted = goal.leaf(key)
+    for key in target.parts.leaves:
+        wanted = target.leaf(key)
         if key in made:
             op = made[key]
             result[key] = op
             if op.shape != wanted.shape:
                 shapes.append((show(key), wanted.shape, op.shape))
-            elif op.dtype != wanted.dtype and not _takes(goal, key, op):
+            elif op.dtype != wanted.dtype and not _takes(target, key, op):
                 dtypes.append((show(key), wanted.dtype, op.dtype))
-        elif key.role is Role.STREAM or key.location in new or _is_loose_field(goal, key):
-            result[key] = _from_target(goal, key, rng)
+        elif key.role is Role.STREAM or key.location in new or _is_loose_field(target, key):
+            result[key] = _from_target(target, key, rng)
             filled.append(key)
         elif not (key.location and key.location[0] in _PASSING):
             missing.append(show(key))
-    loose = [key for key in made if key not in goal.parts.leaves]
-    without_place = [key for key in loose if _may_go(goal, key)]
-    unexpected = [show(key) for key in loose if not _may_go(goal, key)]
+    loose = [key for key in made if key not in target.parts.leaves]
+    without_place = [key for key in loose if _may_go(target, key)]
+    unexpected = [show(key) for key in loose if not _may_go(target, key)]
     if missing or unexpected or shapes or dtypes:
         raise VariablesMismatchError(
             missing, unexpected, shapes, dtypes, source="the converted checkpoint", target="the target"
@@ -128,14 +128,14 @@ def fit(goal: Goal, made: Mapping[Key, Op], masked: Collection[Key], new: Collec
     return Fitted(result, without_place, filled)
 
 
-def _is_loose_field(goal: Goal, key: Key) -> bool:
+def _is_loose_field(target: Target, key: Key) -> bool:
     """A field that follows no param, such as a dropout key: the target's own is as good as any."""
-    has_value = not isinstance(goal.live.values[goal.parts.leaves[key]], jax.ShapeDtypeStruct)
+    has_value = not isinstance(target.live.values[target.parts.leaves[key]], jax.ShapeDtypeStruct)
     return key.role is Role.EXTRA and key.location is None and has_value
 
 
-def _may_go(goal: Goal, key: Key) -> bool:
-    return key.role in (Role.STREAM, Role.EXTRA) or (key.role is not Role.MODEL and not goal.trains)
+def _may_go(target: Target, key: Key) -> bool:
+    return key.role in (Role.STREAM, Role.EXTRA) or (key.role is not Role.MODEL and not target.trains)
 
 
 def show(key: Key) -> Path:
@@ -155,19 +155,19 @@ def show(key: Key) -> Path:
             return (*key.prefix, *(key.location or ())[1:], *key.tail)
 
 
-def _takes(goal: Goal, key: Key, op: Op) -> bool:
+def _takes(target: Target, key: Key, op: Op) -> bool:
     """A Python number takes any scalar of its kind."""
-    value = goal.live.values[goal.parts.leaves[key]]
+    value = target.live.values[target.parts.leaves[key]]
     kinds = {bool: jnp.bool_, int: jnp.integer, float: jnp.floating, complex: jnp.complexfloating}
     kind = kinds.get(type(value))
     return kind is not None and op.dtype != "object" and jnp.issubdtype(jnp.dtype(op.dtype), kind)
 
 
-def _from_target(goal: Goal, key: Key, rng: Any) -> Op:
-    leaf = goal.leaf(key)
+def _from_target(target: Target, key: Key, rng: Any) -> Op:
+    leaf = target.leaf(key)
     if key.role is Role.STREAM and isinstance(rng, int) and not isinstance(rng, bool):
         return fresh_stream(key, leaf, rng)
-    value = goal.live.values[leaf.path]
+    value = target.live.values[leaf.path]
     if isinstance(value, jax.ShapeDtypeStruct):
         raise CheckpointLayoutError(
             "a value has to come from the target",

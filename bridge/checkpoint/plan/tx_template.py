@@ -22,7 +22,7 @@ from bridge.checkpoint.tree.ops import Op
 
 
 @dataclass(frozen=True)
-class Template:
+class TxTemplate:
     """An abstract optimizer state.
 
     Attributes:
@@ -50,7 +50,7 @@ class Template:
             )
 
 
-def template_of(tx: Any, params: Mapping[Location, Op], form: Form) -> Template:
+def template_of(tx: Any, params: Mapping[Location, Op], form: Form) -> TxTemplate:
     """The state of an optax transformation for these params, under the names that `form` has for them.
 
     >>> import optax
@@ -73,4 +73,4 @@ def template_of(tx: Any, params: Mapping[Location, Op], form: Form) -> Template:
             forms[Key(Role.OPTIMIZER, place.prefix, location, place.tail)] = layout.describe(live.values[path])
         elif location is None:
             empty[("opt_state", *path)] = live.tree.empty[path]
-    return Template(forms, empty, frozenset(("opt_state", *path) for path in live.tree.sequences))
+    return TxTemplate(forms, empty, frozenset(("opt_state", *path) for path in live.tree.sequences))

@@ -331,7 +331,7 @@ class _Taken:
         if self.form.value:
             cut = len(bare) - 1 - bare[::-1].index(VALUE) if bare[-1] != VALUE else len(bare) - 1
         bare, tail = bare[:cut], bare[cut + 1 :]
-        if self._is_stream(bare, path):
+        if self._is_stream(bare):
             self._put(Key(Role.STREAM, bare), path)
             return
         collection = (self.known.collections or {}).get(bare, self.known.default)
@@ -341,7 +341,7 @@ class _Taken:
             self.special[location] = bare
         self._put(Key(Role.MODEL, location=location, tail=tail), path)
 
-    def _is_stream(self, bare: Path, path: Path) -> bool:
+    def _is_stream(self, bare: Path) -> bool:
         """A random key, or the counter beside one: `rngs/params/key`, `dropout/rngs/count`."""
         if self.known.streams is not None:
             return bare in self.known.streams

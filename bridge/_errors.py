@@ -50,6 +50,15 @@ def cut_short(lines: Sequence[str], most: int, indent: str = "  ") -> list[str]:
     return [*lines[:most], f"{indent}and {rest} more"] if rest > 0 else list(lines)
 
 
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names, with commas, and dots if there are more.
+
+    >>> listed(["a", "b", "c"], most=2)
+    'a, b, ...'
+    """
+    return ", ".join([*names[:most], "..."] if len(names) > most else names)
+
+
 class BridgeError(Exception):
     """Base of every error that `bridge` raises on purpose."""
 

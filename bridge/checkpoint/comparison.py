@@ -20,14 +20,14 @@ import numpy as np
 from bridge._types import Path
 from bridge.checkpoint.formats.open import open_source
 from bridge.checkpoint.formats.protocol import Source
+from bridge.checkpoint.options import MAX_MEMORY, ConversionOptions
 from bridge.checkpoint.plan.note import read_note
-from bridge.checkpoint.plan.plan import make_plan
+from bridge.checkpoint.plan.plan import plan_of
 from bridge.checkpoint.stream import Batch, Progress, batches, host
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.canonical import Form, Parts, Role, take_apart
 from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
 from bridge.checkpoint.tree.ops import Op, Read
-from bridge.checkpoint.verification import MAX_MEMORY
 
 # Elements that are compared at once: their float64 copies are small beside the leaves.
 _AT_ONCE = 1 << 20
@@ -188,7 +188,8 @@ def _by_key(source: Source, parts: Parts, form: Form) -> _Side:
 
 def _as_nnx(source: Source, found: Layout, rules: Any, form: Form) -> _Side:
     """A Linen checkpoint under the names of an NNX one."""
-    plan = make_plan(source.tree, to="nnx", layout=found, rules=rules, rng="keep", metadata=source.metadata)
+    options = ConversionOptions(to="nnx", rules=rules, rng="keep")
+    plan = plan_of(source.tree, options, found, source.metadata)
     parts = take_apart(plan.target, Layout(plan.target_layout, "planned"), plan.memo.known)
     return _named(source, plan.made, plan.target.leaves, parts, form)
 

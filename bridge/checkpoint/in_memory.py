@@ -21,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding
 import nnx_core as nnx
 from bridge._errors import CheckpointLayoutError, show_path
 from bridge._types import Path
-from bridge.checkpoint.plan.plan import ConversionReport, Plan, make_plan
+from bridge.checkpoint.options import ConversionOptions, LeafRules
+from bridge.checkpoint.plan.plan import ConversionReport, Plan, plan_of
 from bridge.checkpoint.plan.target import is_own
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.canonical import VALUE, Known
@@ -51,7 +52,7 @@ __all__ = [
 
 
 def variables_to_state(
-    variables: Mapping[str, Any], *, rules: Any = None, target: Any = None
+    variables: Mapping[str, Any], *, rules: LeafRules | None = None, target: Any = None
 ) -> tuple[nnx.State, ConversionReport]:
     """Linen variables as an `nnx.State`, for `nnx.update(model, state)` or `nnx.merge`.
 
@@ -83,7 +84,7 @@ def variables_to_state(
         Known(names=names, boxed=frozenset()),
     )
     wanted = None if target is None else of_training(target)
-    plan = _planned(source, "nnx", rules, wanted)
+    plan = _planned(source, ConversionOptions(to="nnx", rules=rules, target=wanted))
     made: dict[Path, nnx.Variable[Any]] = {}
     for path, op in plan.made.items():
         origin = boxed.get(_origin(op) or ())
@@ -98,7 +99,7 @@ def variables_to_state(
     return nnx.to_nested_state({tuple(map(_key, path[:-1])): v for path, v in made.items()}), report
 
 
-def state_to_variables(state: Any, *, rules: Any = None) -> tuple[dict[str, Any], ConversionReport]:
+def state_to_variables(state: Any, *, rules: LeafRules | None = None) -> tuple[dict[str, Any], ConversionReport]:
     """An `nnx.State`, or a model, as Linen variables. The inverse of `variables_to_state`.
 
     Args:
@@ -116,13 +117,13 @@ def state_to_variables(state: Any, *, rules: Any = None) -> tuple[dict[str, Any]
     {'bias': (3,), 'kernel': (2, 3)}
     """
     source = of_training(state)
-    plan = _planned(source, "linen", rules, None)
+    plan = _planned(source, ConversionOptions(to="linen", rules=rules))
     named = {(*path, VALUE) for path, v in source.variables.items() if v.get_metadata()}
     return tree_of((path, _boxed_value(op, source)) for path, op in plan.made.items()), _reported(plan, named)
 
 
 def train_state_to_states(
-    train_state: Any, model: Any, optimizer: Any = None, *, rules: Any = None
+    train_state: Any, model: Any, optimizer: Any = None, *, rules: LeafRules | None = None
 ) -> tuple[nnx.State, nnx.State | None, ConversionReport]:
     """What `train_state_to_nnx` writes, as States: the model's, and the optimizer's if there is one.
 
@@ -145,7 +146,7 @@ def train_state_to_states(
             found="none",
             hint="Leave the optimizer out to load the weights alone.",
         )
-    plan = _planned(source, "nnx", rules, wanted)
+    plan = _planned(source, ConversionOptions(to="nnx", rules=rules, target=wanted))
     values = {path: _value(op, source) for path, op in plan.made.items() if not is_own(op, wanted.values.get(path))}
     origins = {path: (_origin(op) or ())[:-1] for path, op in plan.made.items()}
     boxes = {path: source.boxes[at] for path, at in origins.items() if at in source.boxes}
@@ -159,7 +160,9 @@ def train_state_to_states(
     return _state_like(model, new(("model",))), _state_like(optimizer, new(("optimizer",))), report
 
 
-def train_state_to_nnx(train_state: Any, model: Any, optimizer: Any = None, *, rules: Any = None) -> ConversionReport:
+def train_state_to_nnx(
+    train_state: Any, model: Any, optimizer: Any = None, *, rules: LeafRules | None = None
+) -> ConversionReport:
     """Write a Linen TrainState into a model and its optimizer, in place; Variables keep identity, ties and metadata.
 
     Args:
@@ -208,7 +211,7 @@ def nnx_to_train_state(
     apply_fn: Callable[..., Any] | None = None,
     like: Any = None,
     cls: type[TrainState] = TrainState,
-    rules: Any = None,
+    rules: LeafRules | None = None,
     **fields: Any,
 ) -> tuple[Any, ConversionReport]:
     """A Linen TrainState from a model and its optimizer. Nothing is changed.
@@ -240,7 +243,7 @@ def nnx_to_train_state(
         like = _like(model, tx, apply_fn, cls, rules, fields)
     source = of_object({"model": state_of(model), "optimizer": state_of(optimizer), **fields})
     wanted = of_object(like)
-    plan = _planned(source, "linen", rules, wanted)
+    plan = _planned(source, ConversionOptions(to="linen", rules=rules, target=wanted))
     values = {path: _value(op, source) for path, op in plan.made.items()}
 
     def new(path: Path, own: Any) -> Any:
@@ -258,8 +261,9 @@ def nnx_to_train_state(
 # ---- one object, one tree ---------------------------------------------------------------------------------------
 
 
-def _planned(source: Live, to: str, rules: Any, target: Live | None) -> Plan:
-    return make_plan(source.tree, layout=source.layout, known=source.known, to=to, rules=rules, target=target)
+def _planned(source: Live, options: ConversionOptions) -> Plan:
+    """What becomes of an object, of which its types tell everything."""
+    return plan_of(source.tree, dataclasses.replace(options, known=source.known), source.layout)
 
 
 def _flat(thing: Any) -> list[Any]:
@@ -272,7 +276,7 @@ def _state_like(thing: Any, new: Callable[[Path, Any], Any]) -> Any:
 
 
 def _like(
-    model: Any, tx: Any, apply_fn: Any, cls: type[TrainState], rules: Any, fields: Mapping[str, Any]
+    model: Any, tx: Any, apply_fn: Any, cls: type[TrainState], rules: LeafRules | None, fields: Mapping[str, Any]
 ) -> TrainState:
     """An abstract TrainState for a model: what `cls.create` would give."""
     if tx is None:
@@ -302,7 +306,7 @@ def _like(
     return cls(step=step, apply_fn=apply_fn, params=params, tx=tx, opt_state=state, **own)
 
 
-def _as_params(field: Any, rules: Any) -> Any:
+def _as_params(field: Any, rules: LeafRules | None) -> Any:
     """Averages under the names that Linen gives the params; what has no Variables (a dropout key) as it is."""
     if not of_object(field).variables:
         return field

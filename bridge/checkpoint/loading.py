@@ -20,7 +20,8 @@ from jax.sharding import AbstractMesh, NamedSharding, Sharding
 
 from bridge._errors import BridgeError, CheckpointLayoutError, VariablesMismatchError, show_path
 from bridge._types import Path, Shape
-from bridge.checkpoint.conversion import open_conversion
+from bridge.checkpoint.conversion import Conversion
+from bridge.checkpoint.options import ConversionOptions, LeafRules
 from bridge.checkpoint.plan.plan import ConversionReport
 from bridge.checkpoint.plan.target import is_own
 from bridge.checkpoint.stream import by_source
@@ -49,7 +50,7 @@ class ShardingError(BridgeError, ValueError):
 def load_into(
     model: Any,
     path: str | FilePath,
-    rules: Any = None,
+    rules: LeafRules | None = None,
     *,
     optimizer: Any = None,
     step: int | None = None,
@@ -105,12 +106,10 @@ def load_into(
     (2, 6.0)
     """
     wanted = of_training(model, optimizer)
-    with (
-        _explained(wanted),
-        open_conversion(
-            path, to="nnx", rules=rules, target=wanted, source_format=format, step=step, item=item, kind=kind, rng=rng
-        ) as conversion,
-    ):
+    options = ConversionOptions(
+        to="nnx", rules=rules, target=wanted, source_format=format, step=step, item=item, kind=kind, rng=rng
+    )
+    with _explained(wanted), Conversion.open(path, options) as conversion:
         made = {at: op for at, op in conversion.plan.made.items() if not is_own(op, wanted.values[at])}
         _require_values(wanted, made, conversion.source.path)
         _require_writable(wanted)

@@ -17,14 +17,12 @@ from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointLayout
 from bridge._types import Path
 from bridge.checkpoint.formats.open import open_source
 from bridge.checkpoint.formats.protocol import Source
+from bridge.checkpoint.options import MAX_MEMORY
 from bridge.checkpoint.stream import Batch, Progress, batches, leaf_hash, values
 from bridge.checkpoint.tree.ops import Read
 
 #: The key of the hashes in the metadata of a checkpoint: a list of `[keys of the path, SHA-256]`.
 HASHES = "hashes"
-
-#: Bytes of leaves in memory at once, unless said otherwise.
-MAX_MEMORY = 2 << 30
 
 _MOST_SHOWN = 20
 

@@ -90,13 +90,13 @@ def _is_narrower(target: str, collection: str) -> bool:
     return issubclass(variable_type(target), variable_type(collection))
 
 
-def fit(target: Target, made: Mapping[Key, Op], new: Collection[Location], rng: Any) -> Fitted:
+def fit(target: Target, made: Mapping[Key, Op], new: Collection[Location], seed: int | None) -> Fitted:
     """How every leaf of the target is made.
 
     Args:
       made: what the source gives.
       new: variables that come from the target, by the rules, and their slots with them.
-      rng: a seed for random streams; else those that the source lacks are the target's own.
+      seed: for random streams; without one those that the source lacks are the target's own.
 
     Raises:
       VariablesMismatchError: lists every leaf that is missing, unexpected, or of another shape or dtype.
@@ -114,7 +114,7 @@ def fit(target: Target, made: Mapping[Key, Op], new: Collection[Location], rng: 
             elif op.dtype != wanted.dtype and not _takes(target, key, op):
                 dtypes.append((show(key), wanted.dtype, op.dtype))
         elif key.role is Role.STREAM or key.location in new or _is_loose_field(target, key):
-            result[key] = _from_target(target, key, rng)
+            result[key] = _from_target(target, key, seed)
             filled.append(key)
         elif not (key.location and key.location[0] in _PASSING):
             missing.append(show(key))
@@ -163,10 +163,10 @@ def _takes(target: Target, key: Key, op: Op) -> bool:
     return kind is not None and op.dtype != "object" and jnp.issubdtype(jnp.dtype(op.dtype), kind)
 
 
-def _from_target(target: Target, key: Key, rng: Any) -> Op:
+def _from_target(target: Target, key: Key, seed: int | None) -> Op:
     leaf = target.leaf(key)
-    if key.role is Role.STREAM and isinstance(rng, int) and not isinstance(rng, bool):
-        return fresh_stream(key, leaf, rng)
+    if key.role is Role.STREAM and seed is not None:
+        return fresh_stream(key, leaf, seed)
     value = target.live.values[leaf.path]
     if isinstance(value, jax.ShapeDtypeStruct):
         raise CheckpointLayoutError(

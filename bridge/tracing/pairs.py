@@ -270,7 +270,8 @@ def _in_group(linen: list[Unit], nnx: list[Unit], ambiguous: list[Doubt]) -> Ite
 def _one_to_one(pairs: Pairs) -> bool:
     """Whether each unit, by identity, has one partner for all of its repetitions."""
     partners = {(id(ours), id(theirs)) for (ours, _), (theirs, _) in pairs}
-    return len(partners) == len({ours for ours, _ in partners}) == len({theirs for _, theirs in partners})
+    linen, nnx = (set(units) for units in zip(*partners, strict=True))
+    return len(partners) == len(linen) == len(nnx)
 
 
 def _by_name(linen: list[Unit], nnx: list[Unit]) -> list[tuple[Unit, Unit]]:
@@ -408,7 +409,8 @@ def _named_like(unit: Unit, partner: Unit, linen: list[Unit], nnx: list[Unit]) -
     if not any(map(is_automatic, unit.path)):
         same = [other for other in nnx if _words(other.path) == _words(unit.path)]
         if len(same) == 1:
-            ours, theirs = [other.path for other in linen], [other.path for other in nnx]
+            ours = [other.path for other in linen]
+            theirs = [other.path for other in nnx]
             return _if_meant(same[0], partner, unit.path, ours, theirs)
     length = len(_words(unit.path[-1:]))
     siblings = [other for other in nnx if other.path[:-1] == partner.path[:-1]]

@@ -238,11 +238,13 @@ def _linen_slots(owner: Path, kind: type | None, parts: Sequence[Part]) -> Mappi
     slots = {(part.location[0], *part.location[depth:]): Slot(part) for part in parts}
     if family_of(kind) not in _KEYED:
         return slots
-    return {_without_layer(name) if len(name) == 2 else name: slot for name, slot in slots.items()}
+    return {_without_layer(name): slot for name, slot in slots.items()}
 
 
 def _without_layer(name: Location) -> Location:
     """WeightNorm and SpectralNorm join keys to one, the wrapped layer's name first: `Dense_0/kernel/scale`."""
+    if len(name) != 2:
+        return name
     collection, joined = name
     return (collection, *joined.split("/")[1:])
 

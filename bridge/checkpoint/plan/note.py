@@ -8,7 +8,7 @@ Knows forms and paths; knows nothing of arrays or conversions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,8 +88,8 @@ def write_note(note: Note) -> dict[str, Any]:
     return {NOTE: table}
 
 
-def _paths(paths: Any) -> list[list[str]]:
-    return sorted(list(path) for path in paths)
+def _paths(paths: Iterable[Path]) -> list[list[str]]:
+    return sorted(map(list, paths))
 
 
 def read_note(metadata: Mapping[str, Any], place: object = "(metadata)") -> Note:
@@ -114,16 +114,18 @@ def read_note(metadata: Mapping[str, Any], place: object = "(metadata)") -> Note
 def _read(table: Mapping[str, Any]) -> Note:
     if table["version"] != 1:
         raise ValueError(f"version {table['version']!r}")
-    collections = {_path(path): str(name) for name, paths in table["collections"].items() for path in paths}
+    collections: dict[Path, str] = {}
+    for name, paths in table["collections"].items():
+        collections |= dict.fromkeys(map(_path, paths), str(name))
     linen = nnx = None
     if "linen" in table:
-        said = table["linen"]
-        form = Form(Kind(said["layout"]), boxed=frozenset(map(_path, said["boxed"])))
-        empty = {_path(path): str(kind) for path, kind in said["empty"]}
-        linen = LinenNote(form, empty, frozenset(map(_path, said["sequences"])), str(said["step"]))
+        side = table["linen"]
+        form = Form(Kind(side["layout"]), boxed=frozenset(map(_path, side["boxed"])))
+        empty = {_path(path): str(kind) for path, kind in side["empty"]}
+        linen = LinenNote(form, empty, frozenset(map(_path, side["sequences"])), str(side["step"]))
     if "nnx" in table:
-        said = table["nnx"]
-        nnx = Form(Kind(said["layout"]), _path(said["model"]), _path(said["optimizer"]))
+        side = table["nnx"]
+        nnx = Form(Kind(side["layout"]), _path(side["model"]), _path(side["optimizer"]))
     return Note(Kind(table["layout"]), collections, linen, nnx)
 
 

@@ -63,17 +63,18 @@ class Plan:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a target leaf, in JSON types: target, sources, shape, dtype, nbytes, op."""
-        return [
-            {
+        rows: list[dict[str, Any]] = []
+        for path, op in self.made.items():
+            row = {
                 "target": list(path),
-                "sources": [list(source) for source in dict.fromkeys(op.sources())],
+                "sources": list(map(list, dict.fromkeys(op.sources()))),
                 "shape": list(op.shape),
                 "dtype": op.dtype,
                 "nbytes": self.target.leaves[path].nbytes,
                 "op": "" if isinstance(op, Read) else str(op),
             }
-            for path, op in self.made.items()
-        ]
+            rows.append(row)
+        return rows
 
     def metadata(self) -> dict[str, Any]:
         """What to keep beside the target's arrays, so that the way back is exact. JSON types."""
@@ -128,13 +129,12 @@ class ConversionReport:
 
     def __str__(self) -> str:
         """A line for each leaf."""
-        made = [
-            f"{row['op'] or ', '.join(show_path(path) for path in row['sources'])} -> {show_path(row['target'])}"
-            f"  {row['dtype']}{row['shape']}"
-            for row in self.rows
-        ]
-        gone = [f"{show_path(row['source'])} is dropped: {row['why']}" for row in self.dropped]
-        return "\n".join([self.summary(), *made, *gone, *self.warnings, *self.notes])
+        lines = [self.summary()]
+        for row in self.rows:
+            how = row["op"] or ", ".join(map(show_path, row["sources"]))
+            lines.append(f"{how} -> {show_path(row['target'])}  {row['dtype']}{row['shape']}")
+        lines += [f"{show_path(row['source'])} is dropped: {row['why']}" for row in self.dropped]
+        return "\n".join([*lines, *self.warnings, *self.notes])
 
 
 # ---- planning ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from bridge._errors import CheckpointLayoutError, VariablesMismatchError
-from bridge._types import Location, Path
+from bridge._types import Location, Path, Shape
 from bridge.checkpoint.tree.canonical import UNKNOWN, VALUE, Key, Parts, Role
 from bridge.checkpoint.tree.from_objects import Live
 from bridge.checkpoint.tree.layout import Leaf
@@ -64,24 +64,25 @@ def aim(target: Target, variables: Mapping[Location, Op]) -> dict[Location, Op]:
     The target may keep a variable in a collection of a narrower type, may know a collection that the source does not,
     and may have a variable called `value` that looked like a box.
     """
-    wanted: dict[Path, list[Location]] = {}
-    exact = set()
+    by_path: dict[Path, list[Location]] = {}
+    exact: set[Location] = set()
     for key in target.parts.leaves:
         if key.role is Role.MODEL and key.location:
-            at = key.location
-            exact.add(at)
-            wanted.setdefault(at[1:], []).append(at)
-    return {_aim_one(at, exact, wanted): op for at, op in variables.items()}
+            exact.add(key.location)
+            by_path.setdefault(key.location[1:], []).append(key.location)
+    return {_aim_one(location, exact, by_path): op for location, op in variables.items()}
 
 
-def _aim_one(at: Location, exact: Collection[Location], wanted: Mapping[Path, list[Location]]) -> Location:
-    if at in exact:
-        return at
-    for path in (at[1:], (*at[1:], VALUE)):
-        fits = [place for place in wanted.get(path, ()) if _is_narrower(place[0], at[0])]
+def _aim_one(location: Location, exact: Collection[Location], by_path: Mapping[Path, list[Location]]) -> Location:
+    if location in exact:
+        return location
+    collection, *keys = location
+    # Where a variable is called `value`, the layout has taken it for the level that each Variable has.
+    for path in (tuple(keys), (*keys, VALUE)):
+        fits = [place for place in by_path.get(path, ()) if _is_narrower(place[0], collection)]
         if len(fits) == 1:
             return fits[0]
-    return at
+    return location
 
 
 def _is_narrower(target: str, collection: str) -> bool:
@@ -102,17 +103,20 @@ def fit(target: Target, made: Mapping[Key, Op], new: Collection[Location], seed:
       VariablesMismatchError: lists every leaf that is missing, unexpected, or of another shape or dtype.
       CheckpointLayoutError: a value has to come from the target, which is abstract.
     """
-    missing, shapes, dtypes, filled = [], [], [], []
+    missing: list[Path] = []
+    shapes: list[tuple[Path, Shape, Shape]] = []
+    dtypes: list[tuple[Path, str, str]] = []
+    filled: list[Key] = []
     result: dict[Key, Op] = {}
     for key in target.parts.leaves:
-        wanted = target.leaf(key)
+        leaf = target.leaf(key)
         if key in made:
             op = made[key]
             result[key] = op
-            if op.shape != wanted.shape:
-                shapes.append((show(key), wanted.shape, op.shape))
-            elif op.dtype != wanted.dtype and not _takes(target, key, op):
-                dtypes.append((show(key), wanted.dtype, op.dtype))
+            if op.shape != leaf.shape:
+                shapes.append((show(key), leaf.shape, op.shape))
+            elif op.dtype != leaf.dtype and not _takes(target, key, op):
+                dtypes.append((show(key), leaf.dtype, op.dtype))
         elif key.role is Role.STREAM or key.location in new or _is_loose_field(target, key):
             result[key] = _from_target(target, key, seed)
             filled.append(key)
@@ -180,7 +184,7 @@ def _from_target(target: Target, key: Key, seed: int | None) -> Op:
 
 
 def is_own(op: Op, value: Any) -> bool:
-    """Whether a plan takes the value that is in the target: the model's own random streams, say."""
+    """Whether a plan takes the value that is in the target, its own random streams, say: itself, no equal one."""
     return isinstance(op, Fill) and op.content is value
 
 

@@ -105,9 +105,9 @@ def convert(
         rules=models.rules,
         tx=transformation(tx),
         rng=parse_rng(rng),
-        kind=None if layout is None else Kind[layout.name],
+        kind=layout and Kind[layout.name],
         known=models.known,
-        source_format=None if source_format is None else source_format.value,
+        source_format=source_format and source_format.value,
         step=step,
         item=item,
         target_format=target_format.value,
@@ -166,21 +166,20 @@ class _Show:
 
     def before(self) -> None:
         """Source and target; for a dry run the table too, since it is all there is to see."""
-        sources = [", ".join(show_path(path) for path in row["sources"]) for row in self.rows]
-        targets = [show_path(row["target"]) for row in self.rows]
-        texts = (sources, targets, [row["op"] for row in self.rows])
-        screen = console(sum(max(map(len, column), default=0) for column in texts))
+        cells = list(map(_cells, self.rows))
+        widths = [max((len(row[column]) for row in cells), default=0) for column in _PATHS_AND_OP]
+        screen = console(sum(widths))
         print_source(screen, self.conversion.source, self.conversion.layout)
         screen.print(plain(f"target: {self.target} ({self.conversion.target_format}, {self.plan.target_layout.value})"))
         if self.dry_run:
-            listed = table("source", "target", "shape", "dtype", "op", "bytes", right=("bytes",))
-            for row, source, made in zip(self.rows, sources, targets, strict=True):
-                last = (tuple(row["shape"]), row["dtype"], row["op"], human_bytes(row["nbytes"]))
-                listed.add_row(*map(plain, (source, made, *last)))
-            screen.print(listed)
-        dropped = [f"dropped: {show_path(path)}: {why}" for path, why in self.plan.dropped.items()]
-        warned = [f"warning: {text}" for text in self.plan.warnings]
-        for text in (*dropped, *warned, *(f"note: {text}" for text in self.plan.notes)):
+            leaves = table("source", "target", "shape", "dtype", "op", "bytes", right=("bytes",))
+            for row in cells:
+                leaves.add_row(*map(plain, row))
+            screen.print(leaves)
+        remarks = [f"dropped: {show_path(path)}: {why}" for path, why in self.plan.dropped.items()]
+        remarks += [f"warning: {text}" for text in self.plan.warnings]
+        remarks += [f"note: {text}" for text in self.plan.notes]
+        for text in remarks:
             screen.print(plain(text), soft_wrap=True)
         screen.print(plain(self.plan.summary()), soft_wrap=True)
         if self.dry_run and self.losses:
@@ -217,3 +216,13 @@ class _Show:
             "result": result,
             "exit_code": _LOSSY if self.losses else 0,
         }
+
+
+_PATHS_AND_OP = (0, 1, 4)  # the columns that may be wide
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """One leaf: source, target, shape, dtype, op, bytes."""
+    sources = ", ".join(map(show_path, row["sources"]))
+    shape = str(tuple(row["shape"]))
+    return sources, show_path(row["target"]), shape, row["dtype"], row["op"], human_bytes(row["nbytes"])

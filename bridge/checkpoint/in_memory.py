@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
-from jax.sharding import Mesh, NamedSharding
 
 import nnx_core as nnx
 from bridge._errors import CheckpointLayoutError, show_path
-from bridge._types import Path
+from bridge._types import Location, Path
 from bridge.checkpoint.options import ConversionOptions, LeafRules
 from bridge.checkpoint.plan.plan import ConversionReport, Plan, plan_of
 from bridge.checkpoint.plan.target import is_own
@@ -39,6 +38,7 @@ from bridge.checkpoint.tree.from_objects import (
 from bridge.checkpoint.tree.layout import Kind
 from bridge.checkpoint.tree.ops import Cast, Op, Read
 from bridge.variables.kinds import variable_type
+from bridge.variables.load import place
 from bridge.variables.mapping import EMPTY, leaves, tree_of
 from bridge.variables.metadata import to_linen_value, to_nnx_variable
 
@@ -75,14 +75,13 @@ def variables_to_state(
     >>> state["Dense_0"]["bias"], report.rows[0]["sources"]
     (Param(float32[2] [1., 1.]), [['params', 'Dense_0', 'bias']])
     """
-    found = {(at[0], *map(str, at[1:])): x for at, x in leaves(variables) if not layout.is_empty(x) and x is not EMPTY}
-    boxed = {at: to_nnx_variable(at[0], x) for at, x in found.items()}
-    names = frozenset(str(name) for name in variables)
-    source = of_leaves(
-        {at: v.get_raw_value() for at, v in boxed.items()},
-        Kind.LINEN_VARIABLES,
-        Known(names=names, boxed=frozenset()),
-    )
+    boxed: dict[Location, nnx.Variable[Any]] = {}  # a box becomes a Variable with metadata
+    for (collection, *keys), x in leaves(variables):
+        if not layout.is_empty(x) and x is not EMPTY:
+            boxed[(collection, *map(str, keys))] = to_nnx_variable(collection, x)
+    raw = {location: variable.get_raw_value() for location, variable in boxed.items()}
+    known = Known(names=frozenset(map(str, variables)), boxed=frozenset())
+    source = of_leaves(raw, Kind.LINEN_VARIABLES, known)
     wanted = None if target is None else of_training(target)
     plan = _planned(source, ConversionOptions(to="nnx", rules=rules, target=wanted))
     made: dict[Path, nnx.Variable[Any]] = {}
@@ -92,8 +91,9 @@ def variables_to_state(
             made[path] = _filled(wanted.variables[path[:-1]], _value(op, source), origin)
         else:
             kind = variable_type(plan.memo.collections.get(path[:-1], "params"))
-            made[path] = kind.from_metadata(_value(op, source), {} if origin is None else origin.get_metadata())
-    report = _reported(plan, {at for at, v in boxed.items() if v.get_metadata()})
+            metadata = {} if origin is None else origin.get_metadata()
+            made[path] = kind.from_metadata(_value(op, source), metadata)
+    report = _reported(plan, {location for location, variable in boxed.items() if variable.get_metadata()})
     if wanted is not None:
         return _state_like(target, lambda at, own: made.get((*at, VALUE), own)), report
     return nnx.to_nested_state({tuple(map(_key, path[:-1])): v for path, v in made.items()}), report
@@ -118,8 +118,9 @@ def state_to_variables(state: Any, *, rules: LeafRules | None = None) -> tuple[d
     """
     source = of_training(state)
     plan = _planned(source, ConversionOptions(to="linen", rules=rules))
-    named = {(*path, VALUE) for path, v in source.variables.items() if v.get_metadata()}
-    return tree_of((path, _boxed_value(op, source)) for path, op in plan.made.items()), _reported(plan, named)
+    named = {(*path, VALUE) for path, variable in source.variables.items() if variable.get_metadata()}
+    tree = tree_of((path, _boxed_value(op, source)) for path, op in plan.made.items())
+    return tree, _reported(plan, named)
 
 
 def train_state_to_states(
@@ -138,7 +139,8 @@ def train_state_to_states(
     (0, True)
     """
     source, wanted = of_object(train_state), of_training(model, optimizer)
-    if optimizer is not None and not any(path[0] == "opt_state" for path in (*source.tree.leaves, *source.tree.empty)):
+    tops = {path[0] for path in (*source.tree.leaves, *source.tree.empty)}
+    if optimizer is not None and "opt_state" not in tops:
         raise CheckpointLayoutError(
             "no optimizer state",
             type(train_state).__name__,
@@ -147,10 +149,15 @@ def train_state_to_states(
             hint="Leave the optimizer out to load the weights alone.",
         )
     plan = _planned(source, ConversionOptions(to="nnx", rules=rules, target=wanted))
-    values = {path: _value(op, source) for path, op in plan.made.items() if not is_own(op, wanted.values.get(path))}
-    origins = {path: (_origin(op) or ())[:-1] for path, op in plan.made.items()}
-    boxes = {path: source.boxes[at] for path, at in origins.items() if at in source.boxes}
-    report = _reported(plan, {(*at, VALUE) for at in source.boxes})
+    values: dict[Path, Any] = {}
+    boxes: dict[Path, Any] = {}
+    for path, op in plan.made.items():
+        if not is_own(op, wanted.values.get(path)):
+            values[path] = _value(op, source)
+        box = source.boxes.get((_origin(op) or ())[:-1])
+        if box is not None:
+            boxes[path] = box
+    report = _reported(plan, {(*path, VALUE) for path in source.boxes})
 
     def new(root: Path) -> Callable[[Path, Any], Any]:
         return lambda at, own: _replaced(own, (*root, *at, VALUE), values, boxes)
@@ -197,9 +204,9 @@ def train_state_to_nnx(
         write(variable, raw_value(variable))  # raises here, before anything is written, if it may not be
     for variable, new in writes:
         write(variable, new.get_raw_value())
-        news = {key: x for key, x in new.get_metadata().items() if not variable.has_metadata(key)}
-        if news:
-            variable.set_metadata(**news)
+        added = {key: x for key, x in new.get_metadata().items() if not variable.has_metadata(key)}
+        if added:
+            variable.set_metadata(**added)
     return report
 
 
@@ -252,10 +259,12 @@ def nnx_to_train_state(
             return value.item()
         return _placed(value, own)
 
-    done = layout.map_leaves(new, like)
-    if isinstance(done, TrainState):
-        done = done.replace(**{name: x for name, x in (("tx", tx), ("apply_fn", apply_fn)) if x is not None})
-    return done, plan.report()
+    train_state = layout.map_leaves(new, like)
+    if isinstance(train_state, TrainState):
+        tx = train_state.tx if tx is None else tx
+        apply_fn = train_state.apply_fn if apply_fn is None else apply_fn
+        train_state = train_state.replace(tx=tx, apply_fn=apply_fn)
+    return train_state, plan.report()
 
 
 # ---- one object, one tree ---------------------------------------------------------------------------------------
@@ -288,11 +297,13 @@ def _like(
         )
     variables, _ = state_to_variables(model, rules=rules)
     abstract = jax.eval_shape(lambda: variables)
-    own = {name: tree for name, tree in abstract.items() if name != "params"}
+    params = abstract.pop("params", {})
+    own = dict(abstract)
     for name, field in fields.items():
         own[name] = jax.eval_shape(lambda field=field: _as_params(field, rules))
     known = {field.name for field in dataclasses.fields(cls)}
-    if lacking := [name for name in own if name not in known]:
+    lacking = [name for name in own if name not in known]
+    if lacking:
         raise CheckpointLayoutError(
             "a TrainState without a field for a collection",
             cls.__name__,
@@ -300,7 +311,6 @@ def _like(
             found=", ".join(sorted(known)),
             hint="Give that class: cls=State; or a TrainState of it: like=state.",
         )
-    params = abstract.get("params", {})
     state = jax.eval_shape(tx.init, params)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return cls(step=step, apply_fn=apply_fn, params=params, tx=tx, opt_state=state, **own)
@@ -340,8 +350,11 @@ def _origin(op: Op) -> Path | None:
 
 def _reported(plan: Plan, named: Collection[Path]) -> ConversionReport:
     """The report, with a warning for axis names that do not say what the axes of the result are."""
-    reworked = [path for op in plan.made.values() if _origin(op) is None for path in op.sources()]
-    lost = [show_path(path) for path in dict.fromkeys(reworked) if path in named]
+    reworked: dict[Path, None] = {}
+    for op in plan.made.values():
+        if _origin(op) is None:
+            reworked |= dict.fromkeys(op.sources())
+    lost = [show_path(path) for path in reworked if path in named]
     report = plan.report()
     if lost:
         report.warnings.append(f"axis names and other metadata do not stay where axes change: {', '.join(lost)}")
@@ -350,7 +363,9 @@ def _reported(plan: Plan, named: Collection[Path]) -> ConversionReport:
 
 def _filled(own: Any, value: Any, origin: Any) -> Any:
     """A Variable as `own` with another value; metadata of `origin` goes where `own` has none."""
-    metadata = {**(origin.get_metadata() if origin is not None else {}), **own.get_metadata()}
+    metadata = dict(own.get_metadata())
+    if origin is not None:
+        metadata = {**origin.get_metadata(), **metadata}
     return type(own).from_metadata(_placed(value, own.get_raw_value()), metadata)
 
 
@@ -365,15 +380,9 @@ def _replaced(own: Any, at: Path, values: Mapping[Path, Any], boxes: Mapping[Pat
 
 
 def _placed(value: Any, own: Any) -> Any:
-    """`value` as a JAX array, on the devices that `own` is sharded to; itself if it is there."""
-    if not isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
-        return value
-    if isinstance(value, jax.core.Tracer):
-        return value
-    sharding = getattr(own, "sharding", None)
-    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-        return value if getattr(value, "sharding", None) == sharding else jax.device_put(value, sharding)
-    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+    """`value` as a JAX array, on the devices that `own` is sharded to; itself if it is there, or is no array."""
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
+    return place(value, own) if is_array else value
 
 
 def _key(key: str) -> int | str:

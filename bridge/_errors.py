@@ -88,6 +88,15 @@ def linen_not_found(location: Location, inside: Path = (), *, empty: bool) -> Ex
     return flax.errors.ScopeVariableNotFoundError(name, collection, scope)
 
 
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names, with commas, and dots if there are more.
+
+    >>> listed(["a", "b", "c"], most=2)
+    'a, b, ...'
+    """
+    return ", ".join([*names[:most], "..."] if len(names) > most else names)
+
+
 class BridgeError(Exception):
     """Base of every error that `bridge` raises on purpose."""
 

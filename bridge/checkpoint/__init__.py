@@ -1,9 +1,12 @@
 """Training checkpoints between Linen and NNX: in memory, on disk, into sharded models.
 
-Files, from the ground: `layout` and `ops` (trees, key paths, how a leaf is made), `files` and one file a format (what
-is on disk), `rules` and `derivation` (what goes where), `canonical`, `opt_state` and `plan` (one layout as another),
-and what users call: `memory`, `conversion`, `loading`, `save`, `comparison`, `verification`, `forward`. One optional
-dependency a file.
+Rooms, from the ground: `tree`, a checkpoint without bytes; `formats`, what is on disk, one file a format; `rules` and
+`derivation`, what goes where; `stream`, leaves read and written a batch at a time; `options`, what may be asked of a
+conversion; `plan`, a conversion before it runs. Above them what users call: `conversion` and `verification` from disk
+to disk, `comparison`, `in_memory`, `loading` into a model, `save` out of one.
+
+Law: nothing is written before all is known to fit; what is dropped, changed or guessed is said.
+Knows models by their variables alone; one optional dependency a file.
 """
 
 from bridge.checkpoint.comparison import Difference, DiffReport, diff
@@ -39,8 +42,10 @@ from bridge.checkpoint.in_memory import (
     variables_to_state,
 )
 from bridge.checkpoint.loading import ShardingError, load_into
+from bridge.checkpoint.options import ConversionOptions, OptionError
 from bridge.checkpoint.plan.commute import probe
-from bridge.checkpoint.plan.plan import CollectionClashError, ConversionReport, Plan, UnknownCollectionsError, make_plan
+from bridge.checkpoint.plan.places import CollectionClashError, UnknownCollectionsError
+from bridge.checkpoint.plan.plan import ConversionReport, Plan, make_plan
 from bridge.checkpoint.plan.slots import SlotError
 from bridge.checkpoint.rules.apply import Rule, RuleResult, Rules, RulesError, apply_rules, read_rules
 from bridge.checkpoint.save import save_as_linen
@@ -58,8 +63,8 @@ from bridge.checkpoint.verification import VerificationError, VerifyReport, veri
 
 __all__ = [
     # from disk to disk
-    "Conversion", "ConvertReport", "DiffReport", "Difference", "LossyConversionError", "VerificationError",
-    "VerifyReport", "convert", "diff", "open_conversion", "verify",
+    "Conversion", "ConversionOptions", "ConvertReport", "DiffReport", "Difference", "LossyConversionError",
+    "OptionError", "VerificationError", "VerifyReport", "convert", "diff", "open_conversion", "verify",
     # into a model, out of one
     "ShardingError", "load_into", "save_as_linen",
     # in memory

@@ -20,14 +20,14 @@ import numpy as np
 from bridge._types import Path
 from bridge.checkpoint.formats.open import open_source
 from bridge.checkpoint.formats.protocol import Source
-from bridge.checkpoint.plan import note as memo
-from bridge.checkpoint.plan.plan import make_plan
+from bridge.checkpoint.options import MAX_MEMORY, ConversionOptions, LeafRules
+from bridge.checkpoint.plan.note import read_note
+from bridge.checkpoint.plan.plan import plan_of
 from bridge.checkpoint.stream import Batch, Progress, batches, host
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.canonical import Form, Parts, Role, take_apart
 from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
 from bridge.checkpoint.tree.ops import Op, Read
-from bridge.checkpoint.verification import MAX_MEMORY
 
 # Elements that are compared at once: their float64 copies are small beside the leaves.
 _AT_ONCE = 1 << 20
@@ -82,7 +82,7 @@ def diff(
     atol: float = 0.0,
     rtol: float = 0.0,
     raw: bool = False,
-    rules: Any = None,
+    rules: LeafRules | None = None,
     max_memory: int = MAX_MEMORY,
     progress: Progress | None = None,
 ) -> DiffReport:
@@ -107,8 +107,9 @@ def diff(
     """
     with closing(open_source(a)) as first, closing(open_source(b)) as second:
         left, right, how = _sides(first, second, raw, rules)
-        rows = [Difference(path, "only in a", a=_form(op)) for path, op in left.made.items() if path not in right.made]
-        rows += [Difference(path, "only in b", b=_form(op)) for path, op in right.made.items() if path not in left.made]
+        only_a, only_b = left.without(right), right.without(left)
+        rows = [Difference(path, "only in a", a=_form(op)) for path, op in only_a.items()]
+        rows += [Difference(path, "only in b", b=_form(op)) for path, op in only_b.items()]
         shared = [path for path in left.made if path in right.made]
         nbytes, done = sum(left.leaves[path].nbytes for path in shared), 0
         for batch in batches(left.only(shared), left.leaves, first.tree.leaves, max_memory // 2):
@@ -139,6 +140,9 @@ class _Side:
     def without_streams(self) -> _Side:
         return replace(self, made={path: op for path, op in self.made.items() if path not in self.streams})
 
+    def without(self, other: _Side) -> dict[Path, Op]:
+        return {path: op for path, op in self.made.items() if path not in other.made}
+
     def only(self, paths: Iterable[Path]) -> dict[Path, Op]:
         return {path: self.made[path] for path in paths}
 
@@ -150,26 +154,26 @@ class _Side:
         return batch
 
 
-def _sides(a: Source, b: Source, raw: bool, rules: Any) -> tuple[_Side, _Side, str]:
+def _sides(a: Source, b: Source, raw: bool, rules: LeafRules | None) -> tuple[_Side, _Side, str]:
     first, second = a.tree.layout, b.tree.layout
     if raw or Kind.UNKNOWN in (first.kind, second.kind):
         return _as_stored(a), _as_stored(b), "by the paths as they are stored"
-    parts, others = _parts(a, first), _parts(b, second)
-    if parts.form.is_nnx == others.form.is_nnx:
-        form = parts.form if parts.form.kind is others.form.kind else _common(parts.form)
-        return _by_key(a, parts, form), _by_key(b, others, form), f"by the names of {form.kind.value}"
-    if parts.form.is_nnx:
-        left, right = _by_key(a, parts, parts.form), _as_nnx(b, second, rules, parts.form)
+    parts_a, parts_b = _parts(a, first), _parts(b, second)
+    if parts_a.form.is_nnx == parts_b.form.is_nnx:
+        form = parts_a.form if parts_a.form.kind is parts_b.form.kind else _common(parts_a.form)
+        return _by_key(a, parts_a, form), _by_key(b, parts_b, form), f"by the names of {form.kind.value}"
+    if parts_a.form.is_nnx:
+        left, right, converted = _by_key(a, parts_a, parts_a.form), _as_nnx(b, second, rules, parts_a.form), "b"
     else:
-        left, right = _as_nnx(a, first, rules, others.form), _by_key(b, others, others.form)
-    how = f"by NNX's names: {'b' if parts.form.is_nnx else 'a'} is compared as what `convert` makes of it"
+        left, right, converted = _as_nnx(a, first, rules, parts_b.form), _by_key(b, parts_b, parts_b.form), "a"
+    how = f"by NNX's names: {converted} is compared as what `convert` makes of it"
     if left.streams and right.streams:
         return left, right, how
     return left.without_streams(), right.without_streams(), how + ", without random streams, which Linen has not"
 
 
 def _parts(source: Source, found: Layout) -> Parts:
-    return take_apart(source.tree, found, memo.read(source.metadata).known)
+    return take_apart(source.tree, found, read_note(source.metadata).known)
 
 
 def _common(form: Form) -> Form:
@@ -186,22 +190,20 @@ def _by_key(source: Source, parts: Parts, form: Form) -> _Side:
     return _named(source, _as_stored(source).made, source.tree.leaves, parts, form)
 
 
-def _as_nnx(source: Source, found: Layout, rules: Any, form: Form) -> _Side:
+def _as_nnx(source: Source, found: Layout, rules: LeafRules | None, form: Form) -> _Side:
     """A Linen checkpoint under the names of an NNX one."""
-    plan = make_plan(source.tree, to="nnx", layout=found, rules=rules, rng="keep", metadata=source.metadata)
+    options = ConversionOptions(to="nnx", rules=rules, rng="keep")
+    plan = plan_of(source.tree, options, found, source.metadata)
     parts = take_apart(plan.target, Layout(plan.target_layout, "planned"), plan.memo.known)
     return _named(source, plan.made, plan.target.leaves, parts, form)
 
 
 def _named(source: Source, made: Mapping[Path, Op], leaves: Mapping[Path, Leaf], parts: Parts, form: Form) -> _Side:
     names = {form.path(key): path for key, path in parts.leaves.items()}
-    streams = frozenset(form.path(key) for key in parts.leaves if key.role is Role.STREAM)
-    return _Side(
-        source,
-        {name: made[path] for name, path in names.items()},
-        {name: leaves[path] for name, path in names.items()},
-        streams,
-    )
+    streams = [form.path(key) for key in parts.leaves if key.role is Role.STREAM]
+    ops = {name: made[path] for name, path in names.items()}
+    forms = {name: leaves[path] for name, path in names.items()}
+    return _Side(source, ops, forms, frozenset(streams))
 
 
 # --- numbers ------------------------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ def _compare(path: Path, a: Any, b: Any, atol: float, rtol: float) -> list[Diffe
         if not differs.any():
             continue
         if first is None:
-            first = tuple(int(i) for i in np.unravel_index(start + int(np.argmax(differs)), x.shape))
+            first = tuple(map(int, np.unravel_index(start + int(np.argmax(differs)), x.shape)))
         count += int(differs.sum())
         worst = max(worst, float(size[differs].max()))
     return [Difference(path, "values", form_a, form_b, count, worst, first)] if count else []
@@ -251,7 +253,8 @@ def _chunks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.
 
 def _differing(x: np.ndarray, y: np.ndarray, atol: float, rtol: float) -> tuple[np.ndarray, np.ndarray]:
     """Where the elements differ by more than the tolerance, and by how much."""
-    exact, wide = x.dtype.kind in "biu", "complex128" if x.dtype.kind == "c" else "float64"
+    exact = x.dtype.kind in "biu"
+    wide = "complex128" if x.dtype.kind == "c" else "float64"
     with np.errstate(invalid="ignore", over="ignore"):
         p, q = x.astype(wide), y.astype(wide)
         size = np.abs(p - q)

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Literal
 
 from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointExistsError, cut_short, show_path
 from bridge._types import Path
 from bridge.checkpoint.formats.open import open_sink, open_source
 from bridge.checkpoint.formats.protocol import Sink, Source
-from bridge.checkpoint.plan.plan import Plan, make_plan
+from bridge.checkpoint.options import MAX_MEMORY, Check, ConversionOptions, LeafRules
+from bridge.checkpoint.plan.plan import Plan, plan_of
 from bridge.checkpoint.stream import Progress, batches, by_source, values
 from bridge.checkpoint.tree.canonical import Known
 from bridge.checkpoint.tree.layout import Kind, Layout
-from bridge.checkpoint.verification import HASHES, MAX_MEMORY, VerificationError, hash_table, verify_source
+from bridge.checkpoint.verification import HASHES, VerificationError, hash_table, verify_source
 
 # Shares of the memory: a batch that is made, the one before it that is written, and two for what formats need for both
 # meanwhile (chunks as they are stored, compressed) and what an allocator keeps.
@@ -33,8 +34,6 @@ _SHARES = 4
 # What the tools of a format call an optax state without content.
 _EMPTY = {"orbax": "None", "orbax-v1": "None", "msgpack": "Dict"}
 _MOST_SHOWN = 20
-#: What a user checks at the end, from the paths of source and target.
-Check = Callable[[FilePath, FilePath], object]
 _UNVERIFIED = ".failed-verification"
 
 
@@ -85,19 +84,41 @@ class Conversion:
       source: the open source.
       layout: which layout it has, and why.
       plan: what will be made of it.
-      target_format: the format that it will be written in.
+      options: what was asked for.
     """
 
     source: Source
     layout: Layout
     plan: Plan
-    target_format: str
+    options: ConversionOptions
+
+    @classmethod
+    def open(cls, source: str | FilePath, options: ConversionOptions) -> Conversion:
+        """Open a checkpoint and plan its conversion, as `open_conversion` does with keywords.
+
+        Example::
+
+            options = ConversionOptions(to="nnx", max_memory=512 << 20)
+            with Conversion.open("run/linen", options) as conversion:
+                conversion.run("run/nnx")
+        """
+        opened = source_of(source, options)
+        try:
+            return plan_conversion(opened, options)
+        except BaseException:
+            opened.close()
+            raise
 
     def __enter__(self) -> Conversion:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.source.close()
+
+    @property
+    def target_format(self) -> str:
+        """The format that it will be written in."""
+        return self.options.target_format
 
     @property
     def losses(self) -> list[str]:
@@ -109,62 +130,73 @@ class Conversion:
         self,
         target: str | FilePath,
         *,
-        max_memory: int = MAX_MEMORY,
-        resume: bool = False,
-        verify: bool = True,
+        max_memory: int | None = None,
+        resume: bool | None = None,
+        verify: bool | None = None,
         check: Check | None = None,
-        lossy: bool = False,
+        lossy: bool | None = None,
         progress: Progress | None = None,
     ) -> ConvertReport:
-        """Write the target. Arguments, result and errors as for `convert`."""
-        path, target_format = FilePath(target).expanduser(), self.target_format
+        """Write the target. Options, result and errors as for `convert`; options not given are as it was opened."""
+        changes = {"max_memory": max_memory, "resume": resume, "verify": verify, "check": check, "lossy": lossy}
+        changes["progress"] = progress
+        given = {name: value for name, value in changes.items() if value is not None}
+        return self._run(FilePath(target).expanduser(), replace(self.options, **given))
+
+    def _run(self, path: FilePath, options: ConversionOptions) -> ConvertReport:
         _require_apart(path, self.source)
-        if self.losses and not lossy:
+        if self.losses and not options.lossy:
             raise LossyConversionError(self.source.path, self.losses)
-        start, tell = time.monotonic(), progress or _silent
-        with open_sink(path, target_format, self.plan.target, resume=resume) as sink:
+        start = time.monotonic()
+        with open_sink(path, options.target_format, self.plan.target, resume=options.resume) as sink:
             resumed = len(sink.done)
-            hashes = self._write(sink, max_memory, tell, in_order=target_format == "msgpack")
+            hashes = self._write(sink, options)
             sink.finish({**self.plan.metadata(), **self._provenance(), HASHES: hash_table(hashes)})
-        if verify or resumed:  # nobody but the hashes knows whether the earlier run read the same source
-            with _no_name_if_wrong(path):
-                _verify(path, target_format, hashes, max_memory, tell)
-        if check is not None:
-            with _no_name_if_wrong(path):
-                _require_check(check, FilePath(self.source.path), path)
+        # Nobody but the hashes knows whether an earlier run, that wrote some leaves, has read the same source.
+        verified = bool(options.verify or resumed)
+        with _no_name_if_wrong(path):
+            if verified:
+                _verify(path, hashes, options)
+            if options.check is not None:
+                _require_check(options.check, FilePath(self.source.path), path)
         return ConvertReport(
             source=str(self.source.path),
             target=str(path),
             source_format=self.source.format,
-            target_format=target_format,
+            target_format=options.target_format,
             plan=self.plan,
             leaves=len(hashes),
             nbytes=self.plan.target.nbytes,
             resumed=resumed,
-            verified=bool(verify or resumed),
+            verified=verified,
             seconds=time.monotonic() - start,
         )
 
-    def _write(self, sink: Sink, max_memory: int, tell: Progress, *, in_order: bool) -> dict[Path, str]:
+    def _write(self, sink: Sink, options: ConversionOptions) -> dict[Path, str]:
         """Make and write every leaf; the hash of each. One batch is made while the one before it is written.
 
         Leaves that an earlier run wrote are made again, for their hashes, and not written again.
         """
-        tree = self.plan.target
-        made = {path: self.plan.made[path] for path in tree.order} if in_order else by_source(self.plan.made)
+        tree, leaves = self.plan.target, self.plan.target.leaves
+        made = by_source(self.plan.made)
+        if options.target_format == "msgpack":  # one file, written from its start to its end
+            made = {path: self.plan.made[path] for path in tree.order}
         hashes: dict[Path, str] = {}
-        leaves, done, total = tree.leaves, 0, tree.nbytes
+        done = 0
         with ThreadPoolExecutor(1) as writer:
             pending: Future[None] | None = None
-            for batch in batches(made, leaves, self.source.tree.leaves, max_memory // _SHARES):
-                found = values(batch, self.source.read)
-                hashes |= {path: digest for path, (_, digest) in found.items()}
-                fresh = {path: value for path, (value, _) in found.items() if path not in sink.done}
+            for batch in batches(made, leaves, self.source.tree.leaves, options.max_memory // _SHARES):
+                fresh: dict[Path, Any] = {}
+                for path, (value, digest) in values(batch, self.source.read).items():
+                    hashes[path] = digest
+                    if path not in sink.done:
+                        fresh[path] = value
                 if pending is not None:
-                    pending.result()
+                    pending.result()  # raises what the writer has raised
                 pending = writer.submit(sink.write, fresh) if fresh else None
                 done += sum(leaves[path].nbytes for path in batch.leaves)
-                tell("converting", done, total)
+                if options.progress is not None:
+                    options.progress("converting", done, tree.nbytes)
             if pending is not None:
                 pending.result()
         return {path: hashes[path] for path in self.plan.made}
@@ -176,19 +208,33 @@ class Conversion:
         }
 
 
-def open_conversion(
-    source: str | FilePath,
-    *,
-    source_format: str | None = None,
-    step: int | None = None,
-    item: str | None = None,
-    **options: Any,
-) -> Conversion:
+def source_of(path: str | FilePath, options: ConversionOptions) -> Source:
+    """The checkpoint at `path` that the options mean, open."""
+    return open_source(path, format=options.source_format, step=options.step, item=options.item)
+
+
+def plan_conversion(source: Source, options: ConversionOptions) -> Conversion:
+    """The conversion of a source that is open already, as where `target` depends on what it holds.
+
+    Example::
+
+        with closing(open_source("run/linen")) as source:
+            print(plan_conversion(source, ConversionOptions(to="nnx")).plan.summary())
+    """
+    layout = source.tree.layout
+    if options.kind is not None:
+        layout = Layout(options.kind, "as asked for", layout.boxed)
+    if options.empty is None:
+        options = replace(options, empty=_EMPTY.get(options.target_format))
+    return Conversion(source, layout, plan_of(source.tree, options, layout, source.metadata), options)
+
+
+def open_conversion(source: str | FilePath, **options: Any) -> Conversion:
     """Open a checkpoint and plan its conversion; no array is read. Use as a context manager.
 
     Args:
-      source, source_format, step, item: as for `convert`.
-      options: as for `plan_conversion`; `to` at least.
+      source: as for `convert`.
+      options: the fields of `ConversionOptions`; `to` at least.
 
     Raises: what `convert` raises before it writes.
 
@@ -197,57 +243,15 @@ def open_conversion(
         with open_conversion("run/linen", to="nnx") as conversion:
             print(conversion.layout.reason, conversion.plan.rows()[0])
     """
-    opened = open_source(source, format=source_format, step=step, item=item)
-    try:
-        return plan_conversion(opened, **options)
-    except BaseException:
-        opened.close()
-        raise
-
-
-def plan_conversion(
-    source: Source,
-    *,
-    to: str,
-    rules: Any = None,
-    target: Any = None,
-    target_format: str = "orbax",
-    kind: Kind | None = None,
-    rng: str | int = "drop",
-    tx: Any = None,
-    known: Known | None = None,
-) -> Conversion:
-    """The same for a source that is open already, as where `target` depends on what it holds.
-
-    Example::
-
-        with closing(open_source("run/linen")) as source:
-            print(plan_conversion(source, to="nnx").plan.summary())
-    """
-    found = source.tree.layout
-    if kind is not None:
-        found = Layout(kind, "as asked for", found.boxed)
-    plan = make_plan(
-        source.tree,
-        to=to,
-        layout=found,
-        rules=rules,
-        target=target,
-        rng=rng,
-        metadata=source.metadata,
-        tx=tx,
-        empty=_EMPTY.get(target_format),
-        known=known,
-    )
-    return Conversion(source, found, plan, target_format)
+    return Conversion.open(source, ConversionOptions(**options))
 
 
 def convert(
     source: str | FilePath,
     target_path: str | FilePath,
     *,
-    to: str,
-    rules: Any = None,
+    to: Literal["nnx", "linen"],
+    rules: LeafRules | None = None,
     target: Any = None,
     source_format: str | None = None,
     target_format: str = "orbax",
@@ -270,24 +274,14 @@ def convert(
       source: a checkpoint of any format that `open_source` reads. It is not touched.
       target_path: where the result goes; must not exist.
       to: 'nnx' or 'linen'.
-      rules: what `make_plan` takes: `read_rules("file.toml")`, or `derive(linen_module, nnx_module, x)`.
-      target: an abstract tree, State, module or TrainState that the result must fit.
-      source_format, step, item: as for `open_source`.
-      target_format: 'orbax', 'orbax-v1', 'safetensors' or 'msgpack'.
-      kind: the source's layout, instead of the detected one.
-      max_memory: bytes of leaves in memory at once; one leaf that is larger is held alone.
-      resume: go on with what a killed run has left.
-      verify: read everything again at the end and compare hashes. What an earlier run wrote is always verified.
-      check: called last with the paths of source and target, to run both models, say: False or an AssertionError
-        means that the target is not to be used.
+      rules: what becomes of the variables' names and values: `read_rules("file.toml")`, or `derive(...)`.
+      target: a model, or a tree, State or TrainState, abstract or not, that the result must fit.
+      max_memory: bytes of leaves in memory at once.
       lossy: go on if leaves have no place in the target, or number types change, though no rule says so.
-      rng: what becomes of random streams: 'drop', 'keep', or a seed for fresh ones.
-      tx: the optax transformation, for checks of the optimizer state and its exact Linen structure.
-      known: what is known about the source that it does not tell, such as the collections of NNX variables:
-        `of_object(model).known`.
-      progress: called as `progress("converting" or "verifying", bytes done, bytes in all)`.
+      The others, and these in full: the fields of `ConversionOptions`.
 
     Raises:
+      OptionError: an option has a value that means nothing.
       LossyConversionError: something would be lost, and neither a rule nor `lossy` says that it may.
       VariablesMismatchError: the result does not fit `target`.
       CheckpointNotFoundError, CheckpointCorruptError, CheckpointLayoutError: the source cannot be used.
@@ -302,8 +296,7 @@ def convert(
         report = convert("run/linen/12", "run/nnx/12", to="nnx", rules=read_rules("names.toml"))
         print(report.leaves, report.seconds)
     """
-    with open_conversion(
-        source,
+    options = ConversionOptions(
         to=to,
         rules=rules,
         target=target,
@@ -312,19 +305,18 @@ def convert(
         step=step,
         item=item,
         kind=kind,
+        max_memory=max_memory,
+        resume=resume,
+        verify=verify,
+        check=check,
+        lossy=lossy,
         rng=rng,
         tx=tx,
         known=known,
-    ) as conversion:
-        return conversion.run(
-            target_path,
-            max_memory=max_memory,
-            resume=resume,
-            verify=verify,
-            check=check,
-            lossy=lossy,
-            progress=progress,
-        )
+        progress=progress,
+    )
+    with Conversion.open(source, options) as conversion:
+        return conversion.run(target_path)
 
 
 def _require_apart(path: FilePath, source: Source) -> None:
@@ -336,13 +328,13 @@ def _require_apart(path: FilePath, source: Source) -> None:
         )
 
 
-def _verify(path: FilePath, format: str, hashes: dict[Path, str], max_memory: int, tell: Progress) -> None:
+def _verify(path: FilePath, hashes: dict[Path, str], options: ConversionOptions) -> None:
     try:
-        written = open_source(path, format=format)
+        written = open_source(path, format=options.target_format)
     except CheckpointCorruptError as error:
         raise VerificationError(path, {}, f"it cannot be opened: {error}") from error
     with closing(written):
-        verify_source(written, hashes, max_memory=max_memory // 2, progress=tell)
+        verify_source(written, hashes, max_memory=options.max_memory // 2, progress=options.progress)
 
 
 def _require_check(check: Check, source: FilePath, path: FilePath) -> None:
@@ -377,7 +369,3 @@ def _set_aside(path: FilePath) -> FilePath:
     if beside.exists():
         beside.rename(aside.with_name(aside.name + ".metadata.json"))
     return aside
-
-
-def _silent(doing: str, done: int, total: int) -> None:
-    """The progress of a conversion that nobody watches."""

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
-from jax.sharding import Mesh, NamedSharding
 
 import nnx_core as nnx
 from bridge._errors import CheckpointLayoutError, show_path
-from bridge._types import Path
-from bridge.checkpoint.plan.plan import ConversionReport, Plan, make_plan
+from bridge._types import Location, Path
+from bridge.checkpoint.options import ConversionOptions, LeafRules
+from bridge.checkpoint.plan.plan import ConversionReport, Plan, plan_of
 from bridge.checkpoint.plan.target import is_own
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.canonical import VALUE, Known
@@ -38,6 +38,7 @@ from bridge.checkpoint.tree.from_objects import (
 from bridge.checkpoint.tree.layout import Kind
 from bridge.checkpoint.tree.ops import Cast, Op, Read
 from bridge.variables.kinds import variable_type
+from bridge.variables.load import place
 from bridge.variables.mapping import EMPTY, leaves, tree_of
 from bridge.variables.metadata import to_linen_value, to_nnx_variable
 
@@ -51,7 +52,7 @@ __all__ = [
 
 
 def variables_to_state(
-    variables: Mapping[str, Any], *, rules: Any = None, target: Any = None
+    variables: Mapping[str, Any], *, rules: LeafRules | None = None, target: Any = None
 ) -> tuple[nnx.State, ConversionReport]:
     """Linen variables as an `nnx.State`, for `nnx.update(model, state)` or `nnx.merge`.
 
@@ -74,16 +75,15 @@ def variables_to_state(
     >>> state["Dense_0"]["bias"], report.rows[0]["sources"]
     (Param(float32[2] [1., 1.]), [['params', 'Dense_0', 'bias']])
     """
-    found = {(at[0], *map(str, at[1:])): x for at, x in leaves(variables) if not layout.is_empty(x) and x is not EMPTY}
-    boxed = {at: to_nnx_variable(at[0], x) for at, x in found.items()}
-    names = frozenset(str(name) for name in variables)
-    source = of_leaves(
-        {at: v.get_raw_value() for at, v in boxed.items()},
-        Kind.LINEN_VARIABLES,
-        Known(names=names, boxed=frozenset()),
-    )
+    boxed: dict[Location, nnx.Variable[Any]] = {}  # a box becomes a Variable with metadata
+    for (collection, *keys), x in leaves(variables):
+        if not layout.is_empty(x) and x is not EMPTY:
+            boxed[(collection, *map(str, keys))] = to_nnx_variable(collection, x)
+    raw = {location: variable.get_raw_value() for location, variable in boxed.items()}
+    known = Known(names=frozenset(map(str, variables)), boxed=frozenset())
+    source = of_leaves(raw, Kind.LINEN_VARIABLES, known)
     wanted = None if target is None else of_training(target)
-    plan = _planned(source, "nnx", rules, wanted)
+    plan = _planned(source, ConversionOptions(to="nnx", rules=rules, target=wanted))
     made: dict[Path, nnx.Variable[Any]] = {}
     for path, op in plan.made.items():
         origin = boxed.get(_origin(op) or ())
@@ -91,14 +91,15 @@ def variables_to_state(
             made[path] = _filled(wanted.variables[path[:-1]], _value(op, source), origin)
         else:
             kind = variable_type(plan.memo.collections.get(path[:-1], "params"))
-            made[path] = kind.from_metadata(_value(op, source), {} if origin is None else origin.get_metadata())
-    report = _reported(plan, {at for at, v in boxed.items() if v.get_metadata()})
+            metadata = {} if origin is None else origin.get_metadata()
+            made[path] = kind.from_metadata(_value(op, source), metadata)
+    report = _reported(plan, {location for location, variable in boxed.items() if variable.get_metadata()})
     if wanted is not None:
         return _state_like(target, lambda at, own: made.get((*at, VALUE), own)), report
     return nnx.to_nested_state({tuple(map(_key, path[:-1])): v for path, v in made.items()}), report
 
 
-def state_to_variables(state: Any, *, rules: Any = None) -> tuple[dict[str, Any], ConversionReport]:
+def state_to_variables(state: Any, *, rules: LeafRules | None = None) -> tuple[dict[str, Any], ConversionReport]:
     """An `nnx.State`, or a model, as Linen variables. The inverse of `variables_to_state`.
 
     Args:
@@ -116,13 +117,14 @@ def state_to_variables(state: Any, *, rules: Any = None) -> tuple[dict[str, Any]
     {'bias': (3,), 'kernel': (2, 3)}
     """
     source = of_training(state)
-    plan = _planned(source, "linen", rules, None)
-    named = {(*path, VALUE) for path, v in source.variables.items() if v.get_metadata()}
-    return tree_of((path, _boxed_value(op, source)) for path, op in plan.made.items()), _reported(plan, named)
+    plan = _planned(source, ConversionOptions(to="linen", rules=rules))
+    named = {(*path, VALUE) for path, variable in source.variables.items() if variable.get_metadata()}
+    tree = tree_of((path, _boxed_value(op, source)) for path, op in plan.made.items())
+    return tree, _reported(plan, named)
 
 
 def train_state_to_states(
-    train_state: Any, model: Any, optimizer: Any = None, *, rules: Any = None
+    train_state: Any, model: Any, optimizer: Any = None, *, rules: LeafRules | None = None
 ) -> tuple[nnx.State, nnx.State | None, ConversionReport]:
     """What `train_state_to_nnx` writes, as States: the model's, and the optimizer's if there is one.
 
@@ -137,7 +139,8 @@ def train_state_to_states(
     (0, True)
     """
     source, wanted = of_object(train_state), of_training(model, optimizer)
-    if optimizer is not None and not any(path[0] == "opt_state" for path in (*source.tree.leaves, *source.tree.empty)):
+    tops = {path[0] for path in (*source.tree.leaves, *source.tree.empty)}
+    if optimizer is not None and "opt_state" not in tops:
         raise CheckpointLayoutError(
             "no optimizer state",
             type(train_state).__name__,
@@ -145,11 +148,16 @@ def train_state_to_states(
             found="none",
             hint="Leave the optimizer out to load the weights alone.",
         )
-    plan = _planned(source, "nnx", rules, wanted)
-    values = {path: _value(op, source) for path, op in plan.made.items() if not is_own(op, wanted.values.get(path))}
-    origins = {path: (_origin(op) or ())[:-1] for path, op in plan.made.items()}
-    boxes = {path: source.boxes[at] for path, at in origins.items() if at in source.boxes}
-    report = _reported(plan, {(*at, VALUE) for at in source.boxes})
+    plan = _planned(source, ConversionOptions(to="nnx", rules=rules, target=wanted))
+    values: dict[Path, Any] = {}
+    boxes: dict[Path, Any] = {}
+    for path, op in plan.made.items():
+        if not is_own(op, wanted.values.get(path)):
+            values[path] = _value(op, source)
+        box = source.boxes.get((_origin(op) or ())[:-1])
+        if box is not None:
+            boxes[path] = box
+    report = _reported(plan, {(*path, VALUE) for path in source.boxes})
 
     def new(root: Path) -> Callable[[Path, Any], Any]:
         return lambda at, own: _replaced(own, (*root, *at, VALUE), values, boxes)
@@ -159,7 +167,9 @@ def train_state_to_states(
     return _state_like(model, new(("model",))), _state_like(optimizer, new(("optimizer",))), report
 
 
-def train_state_to_nnx(train_state: Any, model: Any, optimizer: Any = None, *, rules: Any = None) -> ConversionReport:
+def train_state_to_nnx(
+    train_state: Any, model: Any, optimizer: Any = None, *, rules: LeafRules | None = None
+) -> ConversionReport:
     """Write a Linen TrainState into a model and its optimizer, in place; Variables keep identity, ties and metadata.
 
     Args:
@@ -194,9 +204,9 @@ def train_state_to_nnx(train_state: Any, model: Any, optimizer: Any = None, *, r
         write(variable, raw_value(variable))  # raises here, before anything is written, if it may not be
     for variable, new in writes:
         write(variable, new.get_raw_value())
-        news = {key: x for key, x in new.get_metadata().items() if not variable.has_metadata(key)}
-        if news:
-            variable.set_metadata(**news)
+        added = {key: x for key, x in new.get_metadata().items() if not variable.has_metadata(key)}
+        if added:
+            variable.set_metadata(**added)
     return report
 
 
@@ -208,7 +218,7 @@ def nnx_to_train_state(
     apply_fn: Callable[..., Any] | None = None,
     like: Any = None,
     cls: type[TrainState] = TrainState,
-    rules: Any = None,
+    rules: LeafRules | None = None,
     **fields: Any,
 ) -> tuple[Any, ConversionReport]:
     """A Linen TrainState from a model and its optimizer. Nothing is changed.
@@ -240,7 +250,7 @@ def nnx_to_train_state(
         like = _like(model, tx, apply_fn, cls, rules, fields)
     source = of_object({"model": state_of(model), "optimizer": state_of(optimizer), **fields})
     wanted = of_object(like)
-    plan = _planned(source, "linen", rules, wanted)
+    plan = _planned(source, ConversionOptions(to="linen", rules=rules, target=wanted))
     values = {path: _value(op, source) for path, op in plan.made.items()}
 
     def new(path: Path, own: Any) -> Any:
@@ -249,17 +259,20 @@ def nnx_to_train_state(
             return value.item()
         return _placed(value, own)
 
-    done = layout.map_leaves(new, like)
-    if isinstance(done, TrainState):
-        done = done.replace(**{name: x for name, x in (("tx", tx), ("apply_fn", apply_fn)) if x is not None})
-    return done, plan.report()
+    train_state = layout.map_leaves(new, like)
+    if isinstance(train_state, TrainState):
+        tx = train_state.tx if tx is None else tx
+        apply_fn = train_state.apply_fn if apply_fn is None else apply_fn
+        train_state = train_state.replace(tx=tx, apply_fn=apply_fn)
+    return train_state, plan.report()
 
 
 # ---- one object, one tree ---------------------------------------------------------------------------------------
 
 
-def _planned(source: Live, to: str, rules: Any, target: Live | None) -> Plan:
-    return make_plan(source.tree, layout=source.layout, known=source.known, to=to, rules=rules, target=target)
+def _planned(source: Live, options: ConversionOptions) -> Plan:
+    """What becomes of an object, of which its types tell everything."""
+    return plan_of(source.tree, dataclasses.replace(options, known=source.known), source.layout)
 
 
 def _flat(thing: Any) -> list[Any]:
@@ -272,7 +285,7 @@ def _state_like(thing: Any, new: Callable[[Path, Any], Any]) -> Any:
 
 
 def _like(
-    model: Any, tx: Any, apply_fn: Any, cls: type[TrainState], rules: Any, fields: Mapping[str, Any]
+    model: Any, tx: Any, apply_fn: Any, cls: type[TrainState], rules: LeafRules | None, fields: Mapping[str, Any]
 ) -> TrainState:
     """An abstract TrainState for a model: what `cls.create` would give."""
     if tx is None:
@@ -284,11 +297,13 @@ def _like(
         )
     variables, _ = state_to_variables(model, rules=rules)
     abstract = jax.eval_shape(lambda: variables)
-    own = {name: tree for name, tree in abstract.items() if name != "params"}
+    params = abstract.pop("params", {})
+    own = dict(abstract)
     for name, field in fields.items():
         own[name] = jax.eval_shape(lambda field=field: _as_params(field, rules))
     known = {field.name for field in dataclasses.fields(cls)}
-    if lacking := [name for name in own if name not in known]:
+    lacking = [name for name in own if name not in known]
+    if lacking:
         raise CheckpointLayoutError(
             "a TrainState without a field for a collection",
             cls.__name__,
@@ -296,13 +311,12 @@ def _like(
             found=", ".join(sorted(known)),
             hint="Give that class: cls=State; or a TrainState of it: like=state.",
         )
-    params = abstract.get("params", {})
     state = jax.eval_shape(tx.init, params)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return cls(step=step, apply_fn=apply_fn, params=params, tx=tx, opt_state=state, **own)
 
 
-def _as_params(field: Any, rules: Any) -> Any:
+def _as_params(field: Any, rules: LeafRules | None) -> Any:
     """Averages under the names that Linen gives the params; what has no Variables (a dropout key) as it is."""
     if not of_object(field).variables:
         return field
@@ -336,8 +350,11 @@ def _origin(op: Op) -> Path | None:
 
 def _reported(plan: Plan, named: Collection[Path]) -> ConversionReport:
     """The report, with a warning for axis names that do not say what the axes of the result are."""
-    reworked = [path for op in plan.made.values() if _origin(op) is None for path in op.sources()]
-    lost = [show_path(path) for path in dict.fromkeys(reworked) if path in named]
+    reworked: dict[Path, None] = {}
+    for op in plan.made.values():
+        if _origin(op) is None:
+            reworked |= dict.fromkeys(op.sources())
+    lost = [show_path(path) for path in reworked if path in named]
     report = plan.report()
     if lost:
         report.warnings.append(f"axis names and other metadata do not stay where axes change: {', '.join(lost)}")
@@ -346,7 +363,9 @@ def _reported(plan: Plan, named: Collection[Path]) -> ConversionReport:
 
 def _filled(own: Any, value: Any, origin: Any) -> Any:
     """A Variable as `own` with another value; metadata of `origin` goes where `own` has none."""
-    metadata = {**(origin.get_metadata() if origin is not None else {}), **own.get_metadata()}
+    metadata = dict(own.get_metadata())
+    if origin is not None:
+        metadata = {**origin.get_metadata(), **metadata}
     return type(own).from_metadata(_placed(value, own.get_raw_value()), metadata)
 
 
@@ -361,15 +380,9 @@ def _replaced(own: Any, at: Path, values: Mapping[Path, Any], boxes: Mapping[Pat
 
 
 def _placed(value: Any, own: Any) -> Any:
-    """`value` as a JAX array, on the devices that `own` is sharded to; itself if it is there."""
-    if not isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
-        return value
-    if isinstance(value, jax.core.Tracer):
-        return value
-    sharding = getattr(own, "sharding", None)
-    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-        return value if getattr(value, "sharding", None) == sharding else jax.device_put(value, sharding)
-    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+    """`value` as a JAX array, on the devices that `own` is sharded to; itself if it is there, or is no array."""
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
+    return place(value, own) if is_array else value
 
 
 def _key(key: str) -> int | str:

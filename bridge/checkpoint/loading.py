@@ -8,7 +8,7 @@ Knows plans, shardings and Variables; knows nothing of file formats or layouts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any
@@ -20,7 +20,8 @@ from jax.sharding import AbstractMesh, NamedSharding, Sharding
 
 from bridge._errors import BridgeError, CheckpointLayoutError, VariablesMismatchError, show_path
 from bridge._types import Path, Shape
-from bridge.checkpoint.conversion import open_conversion
+from bridge.checkpoint.conversion import Conversion
+from bridge.checkpoint.options import ConversionOptions, LeafRules
 from bridge.checkpoint.plan.plan import ConversionReport
 from bridge.checkpoint.plan.target import is_own
 from bridge.checkpoint.stream import by_source
@@ -49,7 +50,7 @@ class ShardingError(BridgeError, ValueError):
 def load_into(
     model: Any,
     path: str | FilePath,
-    rules: Any = None,
+    rules: LeafRules | None = None,
     *,
     optimizer: Any = None,
     step: int | None = None,
@@ -105,20 +106,19 @@ def load_into(
     (2, 6.0)
     """
     wanted = of_training(model, optimizer)
-    with (
-        _explained(wanted),
-        open_conversion(
-            path, to="nnx", rules=rules, target=wanted, source_format=format, step=step, item=item, kind=kind, rng=rng
-        ) as conversion,
-    ):
-        made = {at: op for at, op in conversion.plan.made.items() if not is_own(op, wanted.values[at])}
+    options = ConversionOptions(
+        to="nnx", rules=rules, target=wanted, source_format=format, step=step, item=item, kind=kind, rng=rng
+    )
+    with _explained(wanted), Conversion.open(path, options) as conversion:
+        plan = conversion.plan
+        made = {path: op for path, op in plan.made.items() if not is_own(op, wanted.values[path])}
         _require_values(wanted, made, conversion.source.path)
         _require_writable(wanted)
-        shardings = {at: _sharding(at, wanted.values[at], op) for at, op in made.items()}
+        shardings = {path: _sharding(path, wanted.values[path], op) for path, op in made.items()}
         values = _gathered(made, shardings, conversion.source.read)
-    for at, variable in wanted.variables.items():
-        _replace(variable, (*at, VALUE), wanted, values)
-    return conversion.plan.report()
+    for path, variable in wanted.variables.items():
+        _replace(variable, (*path, VALUE), wanted, values)
+    return plan.report()
 
 
 # ---- checks, before an array is read --------------------------------------------------------------------------
@@ -130,9 +130,10 @@ def _explained(wanted: Live) -> Iterator[None]:
     try:
         yield
     except VariablesMismatchError as error:
-        slots = [at for at in wanted.values if at[:2] == ("optimizer", "opt_state")]
-        missing, unexpected = (sum(at[0] == "opt_state" for at in paths) for paths in (error.missing, error.unexpected))
-        if slots and missing == len(slots) and not unexpected:
+        slots = [path for path in wanted.values if path[:2] == ("optimizer", "opt_state")]
+        missing = [path for path in error.missing if path[0] == "opt_state"]
+        unexpected = [path for path in error.unexpected if path[0] == "opt_state"]
+        if slots and len(missing) == len(slots) and not unexpected:
             error.add_note("The checkpoint has no optimizer state: leave the optimizer out to load the weights alone.")
         raise
 
@@ -157,22 +158,22 @@ def _require_writable(wanted: Live) -> None:
 
 def _sharding(at: Path, own: Any, op: Op) -> Sharding | None:
     """Where the value at `at` goes; None for the default device."""
-    found = getattr(own, "sharding", None)
-    if found is None or (isinstance(own, jax.Array) and not own.committed):
+    sharding = getattr(own, "sharding", None)
+    if sharding is None or (isinstance(own, jax.Array) and not own.committed):
         return None
-    if isinstance(found, NamedSharding) and isinstance(found.mesh, AbstractMesh):
-        found = _on_devices(at, found)
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
+        sharding = _on_devices(at, sharding)
     try:
-        found.shard_shape(op.shape)
+        sharding.shard_shape(op.shape)
     except ValueError as error:
         raise ShardingError(
             at,
-            found,
+            sharding,
             expected=f"shards of one size, of shape {op.shape}",
             found=" ".join(str(error).split()),
             hint="Change its axis names, the logical rules or the mesh.",
         ) from error
-    return found
+    return sharding
 
 
 def _on_devices(at: Path, sharding: NamedSharding) -> NamedSharding:
@@ -197,14 +198,14 @@ def _gathered(made: Mapping[Path, Op], shardings: Mapping[Path, Sharding | None]
     values: dict[Path, Any] = {}
     last = None
     for at, op in by_source(made).items():
-        value = _placed(op, shardings[at], read)
+        value = _read_onto(shardings[at], op, read)
         jax.block_until_ready(last)
         values[at] = last = value
     jax.block_until_ready(last)
     return values
 
 
-def _placed(op: Op, sharding: Sharding | None, read: Reader) -> jax.Array:
+def _read_onto(sharding: Sharding | None, op: Op, read: Reader) -> jax.Array:
     if sharding is None:
         return jnp.asarray(_in_memory(op.value(read)))
     return jax.make_array_from_callback(op.shape, sharding, _shard_reader(op, sharding, read))
@@ -214,8 +215,7 @@ def _shard_reader(op: Op, sharding: Sharding, read: Reader) -> Callable[[Any], A
     """Gives each shard of this process. Shards that fill a block are cut out of that; it is read once."""
     indices = sharding.addressable_devices_indices_map(op.shape)
     regions = {_bounds(index, op.shape) for index in indices.values()}
-    axes = list(zip(*regions, strict=True))
-    block = tuple((min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in axes)
+    block = tuple(map(_hull, zip(*regions, strict=True)))
     if sum(map(_size, regions)) != _size(block):
         parts = {region: _in_memory(op.value(read, _slices(region))) for region in regions}
         return lambda index: parts[_bounds(index, op.shape)]
@@ -230,8 +230,16 @@ def _shard_reader(op: Op, sharding: Sharding, read: Reader) -> Callable[[Any], A
 
 
 def _bounds(index: Any, shape: Shape) -> _Bounds:
-    given = () if index is None else index
-    return tuple((given[n] if n < len(given) else slice(None)).indices(size)[:2] for n, size in enumerate(shape))
+    """The bounds on every axis; an index of JAX may be None, or say nothing of the last axes."""
+    slices = () if index is None else index
+    every = (*slices, *[slice(None)] * (len(shape) - len(slices)))
+    return tuple(axis.indices(size)[:2] for axis, size in zip(every, shape, strict=True))
+
+
+def _hull(bounds: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The smallest bounds on one axis that hold all of these."""
+    starts, stops = zip(*bounds, strict=True)
+    return min(starts), max(stops)
 
 
 def _slices(bounds: _Bounds) -> Region:

@@ -16,10 +16,13 @@ from flax import serialization
 from flax.training.train_state import TrainState
 
 from bridge._errors import CheckpointExistsError, CheckpointLayoutError, CheckpointWriteError, MissingDependencyError
+from bridge.checkpoint.derivation.derive import Derived
 from bridge.checkpoint.formats.open import SINK_FORMATS, open_sink
 from bridge.checkpoint.formats.orbax.files import ERRORS, first_words
 from bridge.checkpoint.in_memory import nnx_to_train_state, state_to_variables
+from bridge.checkpoint.options import LeafRules
 from bridge.checkpoint.plan.plan import ConversionReport
+from bridge.checkpoint.rules.apply import Rules
 from bridge.checkpoint.tree.from_objects import of_object
 
 
@@ -28,8 +31,8 @@ def save_as_linen(
     optimizer: Any,
     path: str | FilePath,
     *,
-    rules: Any = None,
-    back: Any = None,
+    rules: Rules | Derived | None = None,
+    back: LeafRules | None = None,
     tx: Any = None,
     like: Any = None,
     extras: Mapping[str, Any] | None = None,
@@ -95,7 +98,7 @@ def save_as_linen(
 
 
 def _train_state(
-    model: Any, optimizer: Any, rules: Any, tx: Any, like: Any, extras: dict[str, Any]
+    model: Any, optimizer: Any, rules: LeafRules | None, tx: Any, like: Any, extras: dict[str, Any]
 ) -> tuple[Any, ConversionReport]:
     followers = {name: field for name, field in extras.items() if of_object(field).variables}
     others = {name: field for name, field in extras.items() if name not in followers}

@@ -17,14 +17,12 @@ from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointLayout
 from bridge._types import Path
 from bridge.checkpoint.formats.open import open_source
 from bridge.checkpoint.formats.protocol import Source
+from bridge.checkpoint.options import MAX_MEMORY
 from bridge.checkpoint.stream import Batch, Progress, batches, leaf_hash, values
 from bridge.checkpoint.tree.ops import Read
 
 #: The key of the hashes in the metadata of a checkpoint: a list of `[keys of the path, SHA-256]`.
 HASHES = "hashes"
-
-#: Bytes of leaves in memory at once, unless said otherwise.
-MAX_MEMORY = 2 << 30
 
 _MOST_SHOWN = 20
 
@@ -38,12 +36,14 @@ class VerificationError(BridgeError, ValueError):
     """
 
     def __init__(self, path: object, wrong: Mapping[str, Sequence[Path]], reason: str = ""):
-        self.path, self.wrong = str(path), {what: list(paths) for what, paths in wrong.items() if paths}
+        self.path = str(path)
+        self.wrong = {what: list(paths) for what, paths in wrong.items() if paths}
         counts = ", ".join(f"{len(paths)} {what}" for what, paths in self.wrong.items())
         lines = [f"verification failed: {path}", "  expected: the leaves that were written, with the same hashes"]
         lines.append(f"  found: {counts or reason}")
         for what, paths in self.wrong.items():
-            lines += cut_short([f"    {what}: {show_path(at)}" for at in paths], _MOST_SHOWN, f"    {what}: ")
+            shown = [f"    {what}: {show_path(leaf)}" for leaf in paths]
+            lines += cut_short(shown, _MOST_SHOWN, f"    {what}: ")
         super().__init__("\n".join([*lines, "Do not use it. Convert again; to another disk if this happens twice."]))
 
 
@@ -124,7 +124,7 @@ def _hashes(batch: Batch, source: Source) -> dict[Path, str | None]:
     """The hash of each leaf; None for one that cannot be read."""
     try:
         return {path: digest for path, (_, digest) in values(batch, source.read).items()}
-    except CheckpointCorruptError:
+    except CheckpointCorruptError:  # one damaged leaf fails its batch: each is read again, to tell which
         return {path: _hash_alone(path, source) for path in batch.leaves}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,12 +16,13 @@ import typer
 
 from bridge._errors import show_path
 from bridge.cli.inspect import describe_source, print_source
-from bridge.cli.models import check_of, read_models, target_of, transformation, write_rules
+from bridge.cli.models import Models, check_of, read_models, target_of, transformation, write_rules
 from bridge.cli.show import console, human_bytes, plain, print_json, progress_bar, table
 from bridge.cli.words import parse_bytes, parse_rng
 
 if TYPE_CHECKING:
     from bridge.checkpoint.conversion import Conversion, ConvertReport
+    from bridge.checkpoint.options import ConversionOptions
 
 _LOSSY, _INTERRUPTED = 1, 130
 
@@ -90,8 +92,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
     """Convert a checkpoint between Linen's and NNX's layout. Exit codes: 0 clean, 1 lossy or failed, 3 not verified."""
-    from bridge.checkpoint.conversion import plan_conversion
-    from bridge.checkpoint.formats.open import open_source
+    from bridge.checkpoint.options import ConversionOptions
     from bridge.checkpoint.stream import share_freed_memory
     from bridge.checkpoint.tree.layout import Kind
 
@@ -99,32 +100,54 @@ def convert(
     models = read_models(to.value, rules, inverse, linen, nnx, inputs, keywords)
     if save_rules is not None:
         write_rules(models.derived, save_rules)
-    memory, check = parse_bytes(max_memory), check_of(verify_forward)
-    options = {"rng": parse_rng(rng), "tx": transformation(tx), "target_format": target_format.value}
-    options |= {"rules": models.rules, "known": models.known, "kind": layout and Kind[layout.name]}
-    with closing(open_source(source, format=source_format and source_format.value, step=step, item=item)) as opened:
-        if to is To.NNX and models.model is not None:
-            options["target"] = target_of(models.model, options["tx"], options["rng"], opened.tree)
-        conversion = plan_conversion(opened, to=to.value, **options)
-        losses = [] if lossy else conversion.losses
+    options = ConversionOptions(
+        to=to.value,
+        rules=models.rules,
+        tx=transformation(tx),
+        rng=parse_rng(rng),
+        kind=layout and Kind[layout.name],
+        known=models.known,
+        source_format=source_format and source_format.value,
+        step=step,
+        item=item,
+        target_format=target_format.value,
+        max_memory=parse_bytes(max_memory),
+        resume=resume,
+        verify=not no_verify,
+        check=check_of(verify_forward),
+        lossy=lossy,
+    )
+    losses = _convert(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json)
+    raise typer.Exit(_LOSSY if losses else 0)
+
+
+def _convert(
+    source: Path, target: Path, options: ConversionOptions, models: Models, *, dry_run: bool, quiet: bool, as_json: bool
+) -> list[str]:
+    """Plan, show, and unless it is a dry run write; the losses that nobody allowed."""
+    from bridge.checkpoint.conversion import plan_conversion, source_of
+
+    with closing(source_of(source, options)) as opened:
+        if options.to == "nnx" and models.model is not None:
+            fitting = target_of(models.model, options.tx, options.rng, opened.tree)
+            options = replace(options, target=fitting)
+        conversion = plan_conversion(opened, options)
+        losses = [] if options.lossy else conversion.losses
         shown = _Show(conversion, target, losses, dry_run=dry_run)
         if not (quiet or as_json):
             shown.before()
-        report = None
-        if not dry_run:
-            steps = {"max_memory": memory, "resume": resume, "verify": not no_verify, "check": check, "lossy": lossy}
-            report = _run(conversion, target, quiet=quiet or as_json, **steps)
+        report = None if dry_run else _run(conversion, target, quiet=quiet or as_json)
         if as_json:
             print_json(shown.document(report))
         elif report is not None and not quiet:
             shown.after(report)
-    raise typer.Exit(_LOSSY if losses else 0)
+    return losses
 
 
-def _run(conversion: Conversion, target: Path, *, quiet: bool, **options: Any) -> ConvertReport:
+def _run(conversion: Conversion, target: Path, *, quiet: bool) -> ConvertReport:
     try:
         with progress_bar(quiet=quiet) as progress:
-            return conversion.run(target, progress=progress, **options)
+            return conversion.run(target, progress=progress)
     except KeyboardInterrupt:
         typer.echo(f"interrupted: nothing at {target}. Go on with the same command and --resume.", err=True)
         raise typer.Exit(_INTERRUPTED) from None
@@ -143,21 +166,20 @@ class _Show:
 
     def before(self) -> None:
         """Source and target; for a dry run the table too, since it is all there is to see."""
-        sources = [", ".join(show_path(path) for path in row["sources"]) for row in self.rows]
-        targets = [show_path(row["target"]) for row in self.rows]
-        texts = (sources, targets, [row["op"] for row in self.rows])
-        screen = console(sum(max(map(len, column), default=0) for column in texts))
+        cells = list(map(_cells, self.rows))
+        widths = [max((len(row[column]) for row in cells), default=0) for column in _PATHS_AND_OP]
+        screen = console(sum(widths))
         print_source(screen, self.conversion.source, self.conversion.layout)
         screen.print(plain(f"target: {self.target} ({self.conversion.target_format}, {self.plan.target_layout.value})"))
         if self.dry_run:
-            listed = table("source", "target", "shape", "dtype", "op", "bytes", right=("bytes",))
-            for row, source, made in zip(self.rows, sources, targets, strict=True):
-                last = (tuple(row["shape"]), row["dtype"], row["op"], human_bytes(row["nbytes"]))
-                listed.add_row(*map(plain, (source, made, *last)))
-            screen.print(listed)
-        dropped = [f"dropped: {show_path(path)}: {why}" for path, why in self.plan.dropped.items()]
-        warned = [f"warning: {text}" for text in self.plan.warnings]
-        for text in (*dropped, *warned, *(f"note: {text}" for text in self.plan.notes)):
+            leaves = table("source", "target", "shape", "dtype", "op", "bytes", right=("bytes",))
+            for row in cells:
+                leaves.add_row(*map(plain, row))
+            screen.print(leaves)
+        remarks = [f"dropped: {show_path(path)}: {why}" for path, why in self.plan.dropped.items()]
+        remarks += [f"warning: {text}" for text in self.plan.warnings]
+        remarks += [f"note: {text}" for text in self.plan.notes]
+        for text in remarks:
             screen.print(plain(text), soft_wrap=True)
         screen.print(plain(self.plan.summary()), soft_wrap=True)
         if self.dry_run and self.losses:
@@ -194,3 +216,13 @@ class _Show:
             "result": result,
             "exit_code": _LOSSY if self.losses else 0,
         }
+
+
+_PATHS_AND_OP = (0, 1, 4)  # the columns that may be wide
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """One leaf: source, target, shape, dtype, op, bytes."""
+    sources = ", ".join(map(show_path, row["sources"]))
+    shape = str(tuple(row["shape"]))
+    return sources, show_path(row["target"]), shape, row["dtype"], row["op"], human_bytes(row["nbytes"])

@@ -97,9 +97,14 @@ def _nnx_model(reference: str) -> Any:
 
     found = load_attribute(reference)
     if callable(found) and not isinstance(found, nnx_core.Module):
+        make = found
+
+        def module() -> Any:
+            takes_rngs = "rngs" in inspect.signature(make).parameters
+            return make(rngs=nnx_core.Rngs(0)) if takes_rngs else make()
+
         with users_code(f"{reference!r} cannot be made, abstractly, from `rngs` or from nothing"):
-            make, takes = found, inspect.signature(found).parameters
-            found = nnx_core.eval_shape(lambda: make(rngs=nnx_core.Rngs(0)) if "rngs" in takes else make())
+            found = nnx_core.eval_shape(module)
     if not isinstance(found, nnx_core.Module):
         raise typer.BadParameter(f"{reference!r} is no NNX module, and no class or function (of rngs) that makes one")
     return found

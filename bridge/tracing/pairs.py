@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bridge._errors import show_path
-from bridge._types import Path
+from bridge._types import Location, Path
 from bridge.tracing.trace import Part, Slot, Unit
 from bridge.variables.kinds import LINEN_COLLECTIONS
 
@@ -76,14 +76,18 @@ class Pairing:
 
 def is_whole(links: Sequence[Link]) -> bool:
     """Whether the target's stacked axes, if any, are those of one source for each gate, layer by layer."""
-    first = links[0]
-    return all(
-        link.linen_index == link.nnx_index
-        and link.linen.part.sizes == first.nnx.part.sizes
-        and link.linen.part.axes == first.linen.part.axes
-        and link.nnx.part == first.nnx.part
-        for link in links
-    ) and len({(link.linen.part.location, link.nnx.index) for link in links}) == len({link.nnx.index for link in links})
+    target, axes = links[0].nnx.part, links[0].linen.part.axes
+    gates: set[int] = set()
+    sources: set[tuple[Location, int]] = set()
+    for link in links:
+        source = link.linen.part
+        if link.nnx.part != target or source.axes != axes or source.sizes != target.sizes:
+            return False
+        if link.linen_index != link.nnx_index:
+            return False
+        gates.add(link.nnx.index)
+        sources.add((source.location, link.nnx.index))
+    return len(sources) == len(gates)
 
 
 def raw_axis(part: Part, axis: int) -> int:
@@ -119,7 +123,7 @@ def pair(linen: Iterable[Unit], nnx: Iterable[Unit]) -> Pairing:
     _pass(pool, _class_and_names, _name, "")
     _pass(pool, _names, _name, "alike but for the class")
     _pass(pool, _shapes, _shape, "by shapes", needs_own=True)
-    pool.linen, pool.nnx = (list(_single_variables(units)) for units in (pool.linen, pool.nnx))
+    pool.linen, pool.nnx = list(_single_variables(pool.linen)), list(_single_variables(pool.nnx))
     _pass(pool, _names, _name, "by the variable's name", needs_own=True, one_to_one=True)
     _pass(pool, _shapes, _shape, "the only one of its shape", needs_own=True, one_to_one=True)
     return pool
@@ -133,7 +137,8 @@ Label = Callable[[Path, Slot], Hashable]
 
 def _class_and_names(unit: Unit) -> Hashable:
     kind = unit.kind if unit.family is None else unit.family
-    return None if (names := _names(unit)) is None else (kind, names)
+    names = _names(unit)
+    return None if names is None else (kind, names)
 
 
 def _names(unit: Unit) -> Hashable:
@@ -150,7 +155,7 @@ def _form(unit: Unit, label: Label) -> Hashable:
     return frozenset(labels) if len(labels) == len(unit.slots) else None
 
 
-def _name(name: Path, slot: Slot) -> Hashable:
+def _name(name: Path, _slot: Slot | None = None) -> Hashable:
     return _collection(name[0]), *_words(name[1:])
 
 
@@ -165,6 +170,11 @@ def _collection(name: str) -> str | None:
 
 def _shared(unit: Unit, slot: Slot) -> bool:
     return len(slot.part.axes) < len(unit.sizes)
+
+
+def _shares(unit: Unit) -> bool:
+    """Whether the repetitions of a unit have a variable in common."""
+    return any(_shared(unit, slot) for slot in unit.slots.values())
 
 
 def _single_variables(units: Iterable[Unit]) -> Iterator[Unit]:
@@ -185,30 +195,48 @@ def _pass(pool: Pairing, key: Key, label: Label, how: str, needs_own: bool = Fal
       needs_own: only if all of one side are modules of the user's own, whose variables may have any names.
       one_to_one: only if there are no others alike.
     """
-    groups: dict[Hashable, tuple[list[Unit], list[Unit]]] = {}
-    for side, units in enumerate((pool.linen, pool.nnx)):
-        for unit in units:
-            if (alike := key(unit)) is not None:
-                groups.setdefault(alike, ([], []))[side].append(unit)
-    for linen, nnx in groups.values():
-        if needs_own and all(any(unit.family is not None for unit in units) for units in (linen, nnx)):
+    for linen, nnx in _groups(pool, key):
+        if needs_own and _has_layers(linen) and _has_layers(nnx):
             continue
         if one_to_one and not (len(linen) == len(nnx) == 1):
             continue
         for pairs, why in _in_group(linen, nnx, pool.ambiguous):
-            for n, ((ours, at), (theirs, there)) in enumerate(pairs, start=1):
-                text = ", ".join(filter(None, (f"{ours.kind}/{theirs.kind}", how, why.format(n=n, all=len(pairs)))))
-                found = list(_links(ours, at, theirs, there, label, text))
-                pool.links += found
-                pool.ambiguous += _shapes_against_names(found) if label is _shape else []
-            if why is _BY_ORDER:
-                pool.ties += [_tie(*two, label) for two in itertools.pairwise(pairs) if not _told_apart(*two)]
-            pool.linen = _without(pool.linen, (ours for (ours, _), _ in pairs))
-            pool.nnx = _without(pool.nnx, (theirs for _, (theirs, _) in pairs))
+            _take(pool, pairs, label, how, why)
+
+
+def _groups(pool: Pairing, key: Key) -> Iterable[tuple[list[Unit], list[Unit]]]:
+    """Units that `key` says are alike: Linen's, and those of NNX."""
+    groups: dict[Hashable, tuple[list[Unit], list[Unit]]] = {}
+    for side, units in enumerate((pool.linen, pool.nnx)):
+        for unit in units:
+            alike = key(unit)
+            if alike is not None:
+                groups.setdefault(alike, ([], []))[side].append(unit)
+    return groups.values()
+
+
+def _has_layers(units: Iterable[Unit]) -> bool:
+    return any(unit.family is not None for unit in units)
+
+
+def _take(pool: Pairing, pairs: Pairs, label: Label, how: str, why: str) -> None:
+    """Link what is paired, and take it out of the pool."""
+    for n, ((ours, ours_index), (theirs, theirs_index)) in enumerate(pairs, start=1):
+        reasons = (f"{ours.kind}/{theirs.kind}", how, why.format(n=n, all=len(pairs)))
+        links = list(_links(ours, ours_index, theirs, theirs_index, label, ", ".join(filter(None, reasons))))
+        pool.links += links
+        if label is _shape:
+            pool.ambiguous += _shapes_against_names(links)
+    if why is _BY_ORDER:
+        neighbours = itertools.pairwise(pairs)
+        pool.ties += [_tie(*two, label) for two in neighbours if not _told_apart(*two)]
+    pool.linen = _without(pool.linen, (ours for (ours, _), _ in pairs))
+    pool.nnx = _without(pool.nnx, (theirs for _, (theirs, _) in pairs))
 
 
 def _without(units: list[Unit], taken: Iterable[Unit]) -> list[Unit]:
-    gone = {id(unit) for unit in taken}
+    """By identity: two layers that are alike are equal, or would be compared slot by slot."""
+    gone = set(map(id, taken))
     return [unit for unit in units if id(unit) not in gone]
 
 
@@ -220,34 +248,52 @@ def _in_group(linen: list[Unit], nnx: list[Unit], ambiguous: list[Doubt]) -> Ite
     """Pairs among units that are alike, and why."""
     if (len(linen), len(nnx)) != (1, 1) and any(unit.order is None for unit in (*linen, *nnx)):
         named = _by_name(linen, nnx)
-        yield [((ours, at), (theirs, at)) for ours, theirs in named for at in _indices(ours)], "by name"
+        by_name: Pairs = []
+        for ours, theirs in named:
+            by_name += [((ours, index), (theirs, index)) for index in _indices(ours)]
+        yield by_name, "by name"
         linen = _without(linen, (ours for ours, _ in named))
         nnx = _without(nnx, (theirs for _, theirs in named))
         if (len(linen), len(nnx)) != (1, 1):
-            linen, nnx = ([unit for unit in units if unit.order is not None] for units in (linen, nnx))
-    ours, theirs = _instances(linen), _instances(nnx)
-    if len(ours) != len(theirs) or not ours:
+            linen = [unit for unit in linen if unit.order is not None]
+            nnx = [unit for unit in nnx if unit.order is not None]
+    linen_calls, nnx_calls = _instances(linen), _instances(nnx)
+    if len(linen_calls) != len(nnx_calls) or not linen_calls:
         return
-    pairs = list(zip(ours, theirs, strict=True))
-    if any(_shared(unit, slot) for unit in linen for slot in unit.slots.values()) and not _one_to_one(pairs):
+    pairs = list(zip(linen_calls, nnx_calls, strict=True))
+    if any(map(_shares, linen)) and not _one_to_one(pairs):
         return  # one value for all repetitions cannot be that of several stacks
     ambiguous += _against_names(linen, nnx, pairs)
     yield pairs, _BY_ORDER if len(pairs) > 1 else "the only ones alike"
 
 
 def _one_to_one(pairs: Pairs) -> bool:
-    units = {(id(ours), id(theirs)) for (ours, _), (theirs, _) in pairs}
-    return len(units) == len({a for a, _ in units}) == len({b for _, b in units})
+    """Whether each unit, by identity, has one partner for all of its repetitions."""
+    partners = {(id(ours), id(theirs)) for (ours, _), (theirs, _) in pairs}
+    linen, nnx = (set(units) for units in zip(*partners, strict=True))
+    return len(partners) == len(linen) == len(nnx)
 
 
 def _by_name(linen: list[Unit], nnx: list[Unit]) -> list[tuple[Unit, Unit]]:
     """The units never called, and those with the same path; without those that have none, or several."""
-    found = []
-    for unit, others in ((unit, others) for units, others in ((linen, nnx), (nnx, linen)) for unit in units):
-        same = [other for other in others if _same_path(unit.path, other.path) and other.sizes == unit.sizes]
-        if unit.order is None and len(same) == 1:
-            found.append((unit, same[0]) if others is nnx else (same[0], unit))
-    return list({(id(a), id(b)): (a, b) for a, b in found}.values())
+    named: dict[tuple[int, int], tuple[Unit, Unit]] = {}  # by identity: both sides may name the same two
+    for ours in linen:
+        theirs = _namesake(ours, nnx)
+        if theirs is not None:
+            named[id(ours), id(theirs)] = ours, theirs
+    for theirs in nnx:
+        ours = _namesake(theirs, linen)
+        if ours is not None:
+            named[id(ours), id(theirs)] = ours, theirs
+    return list(named.values())
+
+
+def _namesake(unit: Unit, others: list[Unit]) -> Unit | None:
+    """For a unit that is never called: the only one with its path."""
+    if unit.order is not None:
+        return None
+    same = [other for other in others if _same_path(unit.path, other.path) and other.sizes == unit.sizes]
+    return same[0] if len(same) == 1 else None
 
 
 def _instances(units: Iterable[Unit]) -> list[Instance]:
@@ -257,7 +303,10 @@ def _instances(units: Iterable[Unit]) -> list[Instance]:
         unit, index = instance
         return (*itertools.chain(*zip(unit.frames, index, strict=True)), unit.order or 0)
 
-    return sorted(((unit, index) for unit in units for index in _indices(unit)), key=when)
+    instances: list[Instance] = []
+    for unit in units:
+        instances += [(unit, index) for index in _indices(unit)]
+    return sorted(instances, key=when)
 
 
 def _indices(unit: Unit) -> Iterator[Index]:
@@ -272,10 +321,10 @@ def _links(ours: Unit, at: Index, theirs: Unit, there: Index, label: Label, how:
 
 
 def _tie(first: tuple[Instance, Instance], second: tuple[Instance, Instance], label: Label) -> Tie:
-    (a, p), (b, q) = first, second
-    links = (*_links(*a, *p, label, ""), *_links(*b, *q, label, ""))
-    swapped = (*_links(*b, *p, label, "swapped"), *_links(*a, *q, label, "swapped"))
-    return Tie((a, b), (p, q), links, swapped)
+    (ours, theirs), (our_next, their_next) = first, second
+    links = (*_links(*ours, *theirs, label, ""), *_links(*our_next, *their_next, label, ""))
+    swapped = (*_links(*our_next, *theirs, label, "swapped"), *_links(*ours, *their_next, label, "swapped"))
+    return Tie((ours, our_next), (theirs, their_next), links, swapped)
 
 
 # ---- names ----
@@ -294,10 +343,10 @@ def is_automatic(key: str) -> bool:
 
 def _words(path: Iterable[str]) -> tuple[str, ...]:
     """`layers_0/if_` and `layers/0/if` in one form."""
-    words = []
+    words: list[str] = []
     for key in path:
         stem, number = re.fullmatch(r"(.*?)_?(\d*)", key, re.DOTALL).groups()
-        words += [word for word in (stem.replace("_", "").lower(), number) if word]
+        words += filter(None, (stem.replace("_", "").lower(), number))
     return tuple(words)
 
 
@@ -307,24 +356,32 @@ def _same_path(one: Path, other: Path) -> bool:
 
 def _told_apart(first: tuple[Instance, Instance], second: tuple[Instance, Instance]) -> bool:
     """Whether names say of two pairs that they are not to be swapped: where the paths part, each has its partner's."""
-    (a, p), (b, q) = first, second
-    ours, theirs = _parting(a[0].path, b[0].path), _parting(p[0].path, q[0].path)
-    return ours is not None and ours == theirs and ours[0] != ours[1]
+    ((ours, _), (theirs, _)), ((our_next, _), (their_next, _)) = first, second
+    parting = _parting(ours.path, our_next.path)
+    if parting is None or parting[0] == parting[1]:
+        return False
+    return parting == _parting(theirs.path, their_next.path)
 
 
 def _parting(one: Path, other: Path) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """The first names that differ, a number with the word before it; None if there are none of a user's."""
-    same = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-    if same is None or is_automatic(one[same]) or is_automatic(other[same]):
+    depth = next((n for n, (key, its) in enumerate(zip(one, other, strict=False)) if key != its), None)
+    if depth is None or is_automatic(one[depth]) or is_automatic(other[depth]):
         return None
-    words = _words(one[: same + 1]), _words(other[: same + 1])
-    return tuple(found[-2:] if found[-1].isdecimal() else found[-1:] for found in words)
+    return _last_word(one[: depth + 1]), _last_word(other[: depth + 1])
+
+
+def _last_word(path: Path) -> tuple[str, ...]:
+    words = _words(path)
+    return words[-2:] if words[-1].isdecimal() else words[-1:]
 
 
 def _against_names(linen: list[Unit], nnx: list[Unit], pairs: Pairs) -> Iterator[Doubt]:
     """Units that have the name of another one's counterpart."""
-    for ours, theirs in {(id(a), id(b)): (a, b) for (a, _), (b, _) in pairs}.values():
-        if (other := _named_like(ours, theirs, linen, nnx)) is not None:
+    partners = {(id(ours), id(theirs)): (ours, theirs) for (ours, _), (theirs, _) in pairs}
+    for ours, theirs in partners.values():
+        other = _named_like(ours, theirs, linen, nnx)
+        if other is not None:
             text = f"by the order of calls it is {show_path(theirs.path)}, by its name {show_path(other.path)}"
             yield Doubt(ours.path, other.path, True, f"{show_path(ours.path)} ({ours.kind}): {text}")
 
@@ -334,7 +391,7 @@ def _shapes_against_names(links: list[Link]) -> Iterator[Doubt]:
 
     def name(slot: Slot) -> Hashable:
         at = slot.part.location
-        return _name((at[0], at[-1]), slot)
+        return _name((at[0], at[-1]))
 
     named = {name(link.nnx): link.nnx.part for link in links}
     for link in links:
@@ -352,14 +409,17 @@ def _named_like(unit: Unit, partner: Unit, linen: list[Unit], nnx: list[Unit]) -
     if not any(map(is_automatic, unit.path)):
         same = [other for other in nnx if _words(other.path) == _words(unit.path)]
         if len(same) == 1:
-            return _if_meant(same[0], partner, unit.path, [u.path for u in linen], [u.path for u in nnx])
+            ours = [other.path for other in linen]
+            theirs = [other.path for other in nnx]
+            return _if_meant(same[0], partner, unit.path, ours, theirs)
     length = len(_words(unit.path[-1:]))
     siblings = [other for other in nnx if other.path[:-1] == partner.path[:-1]]
     same = [other for other in siblings if _words(other.path)[-length:] == _words(unit.path[-1:])]
     if len(same) != 1:
         return None
-    around = [u.path[-1:] for u in linen if u.path[:-1] == unit.path[:-1]]
-    return _if_meant(same[0], partner, unit.path[-1:], around, [other.path[-1:] for other in siblings])
+    ours = [other.path[-1:] for other in linen if other.path[:-1] == unit.path[:-1]]
+    theirs = [other.path[-1:] for other in siblings]
+    return _if_meant(same[0], partner, unit.path[-1:], ours, theirs)
 
 
 def _if_meant(other: Unit, partner: Unit, name: Path, ours: list[Path], theirs: list[Path]) -> Unit | None:

@@ -7,6 +7,7 @@ Knows modules; knows nothing of the other model, of rules or of files.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,10 +88,14 @@ def nnx_call(module: nnx.Module, method: Method) -> Call:
     graphdef, state = nnx.split(module)
     variables = {_location(path, x): x.get_raw_value() for path, x in nnx.to_flat_state(state)}
 
-    def run(values: Values, keys: Any, args: Any, kwargs: Any) -> Any:
-        filled = nnx.map_state(lambda path, x: x.replace(values.get(_location(path, x), x.get_raw_value())), state)
-        model = nnx.merge(graphdef, filled)
-        return getattr(model, method)(*args, **kwargs) if isinstance(method, str) else method(model, *args, **kwargs)
+    def fill(values: Values, path: Any, variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
+        return variable.replace(values.get(_location(path, variable), variable.get_raw_value()))
+
+    def run(values: Values, _keys: Any, args: Any, kwargs: Any) -> Any:
+        model = nnx.merge(graphdef, nnx.map_state(functools.partial(fill, values), state))
+        if isinstance(method, str):
+            return getattr(model, method)(*args, **kwargs)
+        return method(model, *args, **kwargs)
 
     return Call(variables, run, lambda: variables)
 

@@ -34,21 +34,18 @@ TRANSIENT = ("intermediates", "perturbations")
 _TRANSIENT_TYPES = (nnx.RngState, nnx.Intermediate, nnx.Perturbation)
 
 # Linen's layers and their counterparts: what is not listed is a module of the user's own.
-_KINDS = {
-    "Dense": "Linear",
-    "DenseGeneral": "LinearGeneral",
-    "SelfAttention": "MultiHeadAttention",
-    "MultiHeadDotProductAttention": "MultiHeadAttention",
-    **{
-        name: name
-        for name in (
-            *("Einsum", "Conv", "ConvTranspose", "ConvLocal", "Embed", "PReLU", "MultiHeadAttention"),
-            *("LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm", "BatchNorm", "WeightNorm", "SpectralNorm"),
-            *("LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell", "MGUCell", "ConvLSTMCell"),
-        )
-    },
+_SAME_NAME = (
+    *("Einsum", "Conv", "ConvTranspose", "ConvLocal", "Embed", "PReLU", "MultiHeadAttention"),
+    *("LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm", "BatchNorm", "WeightNorm", "SpectralNorm"),
+    *("LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell", "MGUCell", "ConvLSTMCell"),
+)
+_LINEN: dict[type, type] = {getattr(nn, name): getattr(nnx, name) for name in _SAME_NAME}
+_LINEN |= {
+    nn.Dense: nnx.Linear,
+    nn.DenseGeneral: nnx.LinearGeneral,
+    nn.SelfAttention: nnx.MultiHeadAttention,
+    nn.MultiHeadDotProductAttention: nnx.MultiHeadAttention,
 }
-_LINEN = {getattr(nn, linen): getattr(nnx, name) for linen, name in _KINDS.items()}
 _NNX = frozenset(_LINEN.values())
 _REMOVED = "axes removed"  # no identifier: no metadata of a user's has such a name
 
@@ -80,8 +77,9 @@ class Part:
         return self._taken_apart()[1]
 
     def _taken_apart(self) -> tuple[Shape, Shape]:
-        rest = list(self.shape)
-        return tuple(rest.pop(axis) for axis in self.axes), tuple(rest)
+        inner = list(self.shape)
+        sizes = tuple(inner.pop(axis) for axis in self.axes)
+        return sizes, tuple(inner)
 
 
 @dataclass(frozen=True)
@@ -146,24 +144,40 @@ def trace_linen(module: nn.Module, method: Method, rngs: Any, args: Any, kwargs:
     log = _Log()
     with nn.intercept_methods(_listener(log, _rank)):
         variables = _abstractly(lambda args, kwargs: module.init(rngs, *args, **kwargs, method=call), args, kwargs)
-    values = {at: meta.unbox(x) for at, x in leaves(variables) if x is not EMPTY and at[0] not in TRANSIENT}
-    if any(rank != _rank(values[at]) for (_, at), rank in log.inside.items() if at in values):
+    lasting = [(at, x) for at, x in leaves(variables) if x is not EMPTY and at[0] not in TRANSIENT]
+    values = {at: meta.unbox(x) for at, x in lasting}
+    seen, log.inside = log.inside, {}
+    if any(at in values and rank != _rank(values[at]) for (_, at), rank in seen.items()):
+        # Some variable has another rank inside than outside: a transform has stacked it. A rank does not tell along
+        # which axis, so the module runs again, on variables in boxes, which Linen's transforms tell.
         streams = rngs if isinstance(rngs, Mapping) else {"params": rngs}
-        second = _Log()
-        with nn.intercept_methods(_listener(second, _removed_from_box)):
-            probes = {at: _Probe(value) for at, value in values.items()}
-            _abstractly(
-                lambda x, args, kwargs: _init_from(module, call, x, streams, args, kwargs), probes, args, kwargs
-            )
-        log.inside = second.inside
-    else:
-        log.inside = {}
+        log.inside = _axes_removed(module, call, streams, values, args, kwargs)
     parts = [_part(at, value, log) for at, value in values.items()]
     return _units(parts, log, _linen_slots)
 
 
+def _axes_removed(
+    module: nn.Module, call: Any, streams: Any, values: Mapping[Location, Any], args: Any, kwargs: Any
+) -> dict[tuple[Path, Location], Any]:
+    """(module's path, variable's location) -> the axes that transforms around the module have taken away."""
+    log = _Log()
+    probes = {at: _Probe(value) for at, value in values.items()}
+
+    def run(probes: Any, args: Any, kwargs: Any) -> None:
+        _init_from(module, call, probes, streams, args, kwargs)
+
+    with nn.intercept_methods(_listener(log, _removed_from_box)):
+        _abstractly(run, probes, args, kwargs)
+    return log.inside
+
+
 def _init_from(module: nn.Module, call: Any, values: Any, streams: Any, args: Any, kwargs: Any) -> None:
-    """Run the module as `init` does, on variables that are there."""
+    """Run the module as `init` does, on variables that are there.
+
+    `Module.apply` would not do: it makes no variables, and has no flag that says that the module is initializing. So
+    this is what `Module.init` itself does, one floor below: `flax.core.apply` with that flag. `_deep_clone` is Linen's
+    own word for a clone whose submodules are clones too, so that the caller's are not bound.
+    """
 
     def run(scope: Any) -> None:
         call(module.clone(parent=scope, _deep_clone=True), *args, **kwargs)
@@ -174,7 +188,11 @@ def _init_from(module: nn.Module, call: Any, values: Any, streams: Any, args: An
 
 
 class _Probe(struct.PyTreeNode, meta.AxisMetadata[Any]):
-    """A box that is told by Linen's transforms which axes they take away."""
+    """A box that is told by Linen's transforms which axes they take away.
+
+    `nn.scan` and `nn.vmap` call `remove_axis` of each box on the way into their body and `add_axis` on the way out;
+    that is the protocol by which `nn.Partitioned` keeps its names, and here counts what is gone.
+    """
 
     value: Any
     removed: tuple[int, ...] = struct.field(pytree_node=False, default=())
@@ -218,9 +236,17 @@ def _listener(log: _Log, seen: Callable[[Any], Any]) -> Callable[..., Any]:
 def _linen_slots(owner: Path, kind: type | None, parts: Sequence[Part]) -> Mapping[Location, Slot]:
     depth = len(owner) + 1
     slots = {(part.location[0], *part.location[depth:]): Slot(part) for part in parts}
-    if family_of(kind) in _KEYED:  # one key, the name of the wrapped layer first: `Dense_0/kernel/scale`
-        return {(name[0], *name[1].split("/")[1:]) if len(name) == 2 else name: slot for name, slot in slots.items()}
-    return slots
+    if family_of(kind) not in _KEYED:
+        return slots
+    return {_without_layer(name): slot for name, slot in slots.items()}
+
+
+def _without_layer(name: Location) -> Location:
+    """WeightNorm and SpectralNorm join keys to one, the wrapped layer's name first: `Dense_0/kernel/scale`."""
+    if len(name) != 2:
+        return name
+    collection, joined = name
+    return (collection, *joined.split("/")[1:])
 
 
 # ---- NNX ----
@@ -238,17 +264,16 @@ def trace_nnx(module: nnx.Module, method: Method, args: Any, kwargs: Any) -> lis
     """
     root = _Call(nnx.recursive_map(_with_hooks, module), method)
     graph = {tuple(map(str, path)): x for path, x in nnx.iter_graph(module)}
-    values = {
-        (collection_of(type(x)), *path): x.get_raw_value()
-        for path, x in graph.items()
-        if isinstance(x, nnx.Variable) and not isinstance(x, _TRANSIENT_TYPES)
-    }
+    values: dict[Location, Any] = {}
+    modules: dict[Path, nnx.Module] = {}
+    for path, x in graph.items():
+        if isinstance(x, nnx.Variable) and not isinstance(x, _TRANSIENT_TYPES):
+            values[(collection_of(type(x)), *path)] = x.get_raw_value()
+        elif isinstance(x, nnx.Module) and not isinstance(x, nnx.List | nnx.Dict):
+            modules[path] = x
     watcher = _Watcher(census(root), {at: tuple(getattr(x, "shape", ())) for at, x in values.items()})
     watcher.run("__call__", (root, *args), kwargs)
     log = watcher.log
-    modules = {
-        path: x for path, x in graph.items() if isinstance(x, nnx.Module) and not isinstance(x, nnx.List | nnx.Dict)
-    }
     log.kinds |= {path: type(x) for path, x in modules.items()}
     parts = [_part(at, value, log) for at, value in values.items()]
 
@@ -290,20 +315,19 @@ class _Watcher(Recorder):
         for below, x in nnx.iter_graph(args[0]):
             if isinstance(x, nnx.Variable):
                 at = (collection_of(type(x)), *path, *map(str, below))
-                outside = self.shapes.get(at, x.shape)
-                self.log.see(path, at, x.get_metadata().get(_REMOVED, ()) or _lost(outside, tuple(x.shape)))
+                removed = x.get_metadata().get(_REMOVED) or _lost(self.shapes.get(at, x.shape), tuple(x.shape))
+                self.log.see(path, at, removed)
         return method(*args, **kwargs)
 
 
 def _lost(outside: Shape, inside: Shape) -> tuple[int, ...]:
     """The axis that a transform of JAX's own has taken, where the sizes leave no doubt."""
-    if len(inside) + 1 != len(outside):
-        return ()
     axes = [axis for axis in range(len(outside)) if (*outside[:axis], *outside[axis + 1 :]) == inside]
     return tuple(axes) if len(axes) == 1 else ()
 
 
 def _with_hooks(path: Any, x: Any) -> Any:
+    """A Variable with hooks of ours behind its own: nnx's transforms call them as Linen's do a box."""
     if not isinstance(x, nnx.Variable):
         return x
     return x.replace(**{name: (*_hooks(x, name), hook) for name, hook in _HOOKS.items()})
@@ -334,18 +358,18 @@ def _nnx_slots(module: nnx.Module, owner: Path, parts: Sequence[Part]) -> Mappin
     depth = len(owner) + 1
     named = {part.location[depth:]: part for part in parts}
     slots: dict[Location, Slot] = {}
-    if family_of(type(module)) in _KEYED:
-        entries = [e for e in layout_for(module).entries if tuple(map(str, e.nnx)) in named]
-        names = {e.nnx: [(at[0], *at[1].split("/")[1:]) for at in e.linen] for e in entries}
-    else:
-        layout = layout_of(type(module))
-        entries = [] if layout is None else [e for e in layout.entries if e.nnx in named]
-        names = {e.nnx: [(named[e.nnx].location[0], *at[1:]) for at in e.linen] for e in entries}
-    for entry in entries:
-        part = named.pop(tuple(map(str, entry.nnx)))
-        for index, name in enumerate(names[entry.nnx]):
+    is_keyed = family_of(type(module)) in _KEYED  # the keys of its layout follow from what it wraps
+    layout = layout_for(module) if is_keyed else layout_of(type(module))
+    for entry in () if layout is None else layout.entries:
+        part = named.pop(tuple(map(str, entry.nnx)), None)
+        if part is None:
+            continue
+        for index, linen in enumerate(entry.linen):
+            name = _without_layer(linen) if is_keyed else (part.location[0], *linen[1:])
             slots[name] = Slot(part, index, len(entry.linen), entry.axis)
-    return slots | {(part.location[0], *path): Slot(part) for path, part in named.items()}
+    for path, part in named.items():
+        slots[(part.location[0], *path)] = Slot(part)
+    return slots
 
 
 # ---- both ----
@@ -366,8 +390,14 @@ class _Log:
 
     def see(self, path: Path, at: Location, what: Any) -> None:
         """`what` is a rank, of which the smallest counts, or the axes that are gone, of which the most do."""
-        old = self.inside.get((path, at))
-        if old is None or (len(what) > len(old) if isinstance(what, tuple) else what < old):
+        before = self.inside.get((path, at))
+        if before is None:
+            deeper = True
+        elif isinstance(what, tuple):
+            deeper = len(what) > len(before)
+        else:
+            deeper = what < before
+        if deeper:
             self.inside[path, at] = what
 
 
@@ -377,7 +407,9 @@ def family_of(kind: type | None) -> type | None:
     >>> family_of(nn.Dense) is family_of(nnx.Linear) is nnx.Linear, family_of(nn.Module)
     (True, None)
     """
-    for base in () if kind is None else kind.__mro__:
+    if kind is None:
+        return None
+    for base in kind.__mro__:
         if base in _LINEN or base in _NNX:
             return _LINEN.get(base, base)
     return None
@@ -387,8 +419,8 @@ _KEYED = (nnx.WeightNorm, nnx.SpectralNorm)
 
 
 def _part(at: Location, value: Any, log: _Log) -> Part:
-    seen = (log.inside[path, at] for path in _prefixes(at[1:]) if (path, at) in log.inside)
-    axes = max(seen, key=len, default=())
+    removed = (log.inside.get((path, at), ()) for path in _prefixes(at[1:]))
+    axes = max(removed, key=len, default=())
     shape, dtype = tuple(getattr(value, "shape", ())), str(getattr(value, "dtype", type(value).__name__))
     return Part(at, shape, dtype, tuple(axis % (len(shape) - gone) for gone, axis in enumerate(axes)))
 
@@ -409,16 +441,19 @@ def _units(parts: Iterable[Part], log: _Log, slots_of: Callable[..., Mapping[Loc
 def _owner(at: Location, log: _Log) -> Path:
     """The module that a variable belongs to: the innermost, but the cell for what is in a recurrent cell."""
     above = [path for path in _prefixes(at[1:]) if path in log.kinds and len(path) < len(at) - 1]
-    cell = next((path for path in above if layout_of(family_of(log.kinds[path]) or nnx.Module) is not None), None)
-    return cell if cell is not None else above[-1] if above else at[1:-1]
+    for path in above:
+        if layout_of(family_of(log.kinds[path]) or nnx.Module) is not None:
+            return path
+    return above[-1] if above else at[1:-1]
 
 
 def _frames(parts: Sequence[Part], log: _Log) -> tuple[int, ...]:
+    """For each stacked axis: the first call in the module from which on the axis is gone."""
     part = max(parts, key=lambda part: len(part.axes))
-    frames = []
+    frames: list[int] = []
     for level in range(len(part.axes)):
-        seen = (path for path in _prefixes(part.location[1:]) if len(log.inside.get((path, part.location), ())) > level)
-        frame = next(seen)
+        modules = _prefixes(part.location[1:])
+        frame = next(path for path in modules if len(log.inside.get((path, part.location), ())) > level)
         while len(frame) > 1 and frame[:-1] in log.kinds and frame[:-1] not in log.orders:
             frame = frame[:-1]  # the body calls parts of what is stacked, and never the whole
         frames.append(min(order for path, order in log.orders.items() if path[: len(frame)] == frame))
@@ -437,13 +472,15 @@ def parted(f: Callable[..., Any], *trees: Any) -> tuple[Callable[[list[Any]], An
     (1, (2,))
     """
     values, treedef = jax.tree.flatten(trees)
-    traced = [is_array(x) for x in values]
+    arrays = {number: x for number, x in enumerate(values) if is_array(x)}
 
-    def call(arrays: list[Any]) -> Any:
-        given = iter(arrays)
-        return f(*treedef.unflatten(next(given) if yes else x for x, yes in zip(values, traced, strict=True)))
+    def call(traced: list[Any]) -> Any:
+        filled = list(values)
+        for number, x in zip(arrays, traced, strict=True):
+            filled[number] = x
+        return f(*treedef.unflatten(filled))
 
-    return call, [x for x, yes in zip(values, traced, strict=True) if yes]
+    return call, list(arrays.values())
 
 
 def is_array(x: Any) -> bool:

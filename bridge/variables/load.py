@@ -285,14 +285,16 @@ def _placed(value: Any, target: Any) -> Any:
     """`value` as jax arrays, each where its place in `target` says: array, Ref or ShapeDtypeStruct."""
     # Not jax.tree.map: two trees of equal leaves may be of other types, a State and a dict.
     leaves, treedef = jax.tree.flatten(value)
-    return treedef.unflatten(map(_place, leaves, jax.tree.leaves(target)))
+    return treedef.unflatten(map(place, leaves, jax.tree.leaves(target)))
 
 
-def _place(x: Any, target: Any) -> Any:
+def place(x: Any, target: Any) -> Any:
+    """`x` as a JAX array, on the devices that `target` is sharded to; the very same array if it is there already."""
     if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer):
         return x
     sharding = getattr(target, "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-        # From the host straight to each device: never whole on one of them.
-        return jax.device_put(x, sharding)
+        if getattr(x, "sharding", None) == sharding:
+            return x
+        return jax.device_put(x, sharding)  # from the host straight to each device: never whole on one of them
     return x if isinstance(x, jax.Array) else jnp.asarray(x)

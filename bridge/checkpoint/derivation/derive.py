@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,13 +20,14 @@ from flax import linen as nn
 
 import nnx_core as nnx
 from bridge._errors import BridgeError, VariablesMismatchError, near_misses, show_path
-from bridge._types import Location, Path
+from bridge._types import Location, Path, Shape
+from bridge.checkpoint.derivation.expressions import linen_op, nnx_op
 from bridge.checkpoint.derivation.forward import ForwardMismatchError, ForwardReport, Trial
 from bridge.checkpoint.derivation.to_rules import rules_of
 from bridge.checkpoint.rules.apply import RuleResult, Rules
-from bridge.checkpoint.tree.ops import Block, Join, Op, Pick, Read, Transpose
-from bridge.tracing.data_flow import Flow
-from bridge.tracing.pairs import Doubt, Index, Instance, Link, Pairing, Tie, is_whole, pair, permutation, raw_axis
+from bridge.checkpoint.tree.ops import Op
+from bridge.tracing.data_flow import DataFlow
+from bridge.tracing.pairs import Doubt, Index, Instance, Link, Pairing, Tie, pair
 from bridge.tracing.pure_call import linen_call, module_of, nnx_call, streams_of
 from bridge.tracing.trace import TRANSIENT, Method, Part, Slot, Unit, trace_linen, trace_nnx
 
@@ -54,9 +55,9 @@ class DerivationError(BridgeError, ValueError):
     def __init__(self, linen: Sequence[Unit], nnx: Sequence[Unit], ambiguous: Sequence[Doubt] = ()):
         self.linen, self.nnx = _locations(linen), _locations(nnx)
         self.ambiguous = tuple(ambiguous)
-        counts = [(len(self.linen), "of Linen"), (len(self.nnx), "of NNX"), (len(self.ambiguous), "ambiguous")]
-        listed = ", ".join(f"{count} {what}" for count, what in counts if count)
-        lines = [f"the variables of the two models cannot all be paired: {listed}"]
+        counts = {"of Linen": len(self.linen), "of NNX": len(self.nnx), "ambiguous": len(self.ambiguous)}
+        counted = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        lines = [f"the variables of the two models cannot all be paired: {counted}"]
         lines += ["expected: each Linen variable has one counterpart in NNX", "found:"]
         lines += _listed("in Linen, and without a counterpart in NNX:", linen, nnx)
         lines += _listed("in NNX, and without a counterpart in Linen:", nnx, linen)
@@ -70,7 +71,9 @@ class UnknownPathError(BridgeError, LookupError):
 
     def __init__(self, path: Path, model: str, units: Iterable[Unit]):
         self.path = path
-        known = {show_path(at[1:n]) for at in _locations(units) for n in range(2, len(at) + 1)}
+        known: set[str] = set()
+        for location in _locations(units):
+            known.update(show_path(location[1:length]) for length in range(2, len(location) + 1))
         near = near_misses(show_path(path), sorted(known)) or sorted(known)[:3]
         super().__init__(
             f"{show_path(path)}: not in {model}\n  expected: the path of a module or variable, without its collection\n"
@@ -84,32 +87,40 @@ class UnsureDerivationWarning(UserWarning):
 
     def __init__(self, unsure: Sequence[Unsure], why: str):
         self.unsure = tuple(unsure)
-        listed = "\n".join(f"  {group}" for group in self.unsure[:_MOST_LINES])
+        groups = "\n".join(f"  {group}" for group in self.unsure[:_MOST_LINES])
         super().__init__(
-            f"layers of one class and the same shapes could be swapped:\n{listed}\n  not confirmed: {why}\n"
+            f"layers of one class and the same shapes could be swapped:\n{groups}\n  not confirmed: {why}\n"
             "Run compare_forward, or derive(..., check=True), or say what is what: derive(..., rename=...)."
         )
 
 
 def _locations(units: Iterable[Unit]) -> tuple[Location, ...]:
-    return tuple(dict.fromkeys(slot.part.location for unit in units for slot in unit.slots.values()))
+    return tuple(part.location for _, part in _parts(units))
 
 
 def _listed(title: str, units: Sequence[Unit], others: Sequence[Unit]) -> list[str]:
     candidates = {show_path(part.location): (unit, part) for unit, part in _parts(others)}
-    lines, parts = [], _parts(units)
+    lines: list[str] = []
+    parts = _parts(units)
     for unit, part in parts[:_MOST_LINES]:
         line = f"    {part}, of {unit.kind}{_when(unit)}"
-        if nearest := _nearest(unit, part, candidates):
+        nearest = _nearest(unit, part, candidates)
+        if nearest:
             other, candidate = candidates[nearest]
             line += f"; nearest: {candidate}, of {other.kind}{_when(other)}"
         lines.append(line)
-    more = [f"    ... and {len(parts) - _MOST_LINES} more"] if len(parts) > _MOST_LINES else []
-    return [f"  {title}", *lines, *more] if lines else []
+    if len(parts) > _MOST_LINES:
+        lines.append(f"    ... and {len(parts) - _MOST_LINES} more")
+    return [f"  {title}", *lines] if lines else []
 
 
 def _parts(units: Iterable[Unit]) -> list[tuple[Unit, Part]]:
-    return list({slot.part.location: (unit, slot.part) for unit in units for slot in unit.slots.values()}.values())
+    """Each variable once, with a unit that it belongs to."""
+    parts: dict[Location, tuple[Unit, Part]] = {}
+    for unit in units:
+        for slot in unit.slots.values():
+            parts[slot.part.location] = unit, slot.part
+    return list(parts.values())
 
 
 def _when(unit: Unit) -> str:
@@ -132,18 +143,21 @@ def _nearest(unit: Unit, part: Part, candidates: Mapping[str, tuple[Unit, Part]]
 
 def _advice(linen: Sequence[Unit], nnx: Sequence[Unit], ambiguous: Sequence[Doubt]) -> list[str]:
     lines = ["If the models are the same one, say what is what:"]
-    pairs = [(doubt.linen, doubt.nnx, doubt.is_module) for doubt in ambiguous]
-    pairs += [(_place(a), _place(b), a.family is not None) for a, b in zip(linen, nnx, strict=False)]
-    if pairs:
-        first, second, below = show_path(pairs[0][0]), show_path(pairs[0][1]), "/**" if pairs[0][2] else ""
+    example: tuple[Path, Path, bool] | None = None
+    if ambiguous:
+        example = ambiguous[0].linen, ambiguous[0].nnx, ambiguous[0].is_module
+    elif linen and nnx:
+        example = _place(linen[0]), _place(nnx[0]), linen[0].family is not None
+    if example is not None:
+        first, second, below = show_path(example[0]), show_path(example[1]), "/**" if example[2] else ""
         lines.append(f"  derive(..., rename={{{first!r}: {second!r}}}), or in a rules file:")
         lines.append(f'  [[rule]]\n  from = "*/{first}{below}"\n  to = "*/{second}{below}"')
     if linen:
-        lines.append(
-            f"  derive(..., rename={{{show_path(_place(linen[0]))!r}: None}}) drops what NNX has no place for."
-        )
+        first = show_path(_place(linen[0]))
+        lines.append(f"  derive(..., rename={{{first!r}: None}}) drops what NNX has no place for.")
     if nnx:
-        lines.append(f"  derive(..., fresh=[{show_path(_place(nnx[0]))!r}]) leaves the NNX model its own values there.")
+        first = show_path(_place(nnx[0]))
+        lines.append(f"  derive(..., fresh=[{first!r}]) leaves the NNX model its own values there.")
     return lines
 
 
@@ -192,8 +206,8 @@ class Derived:
         """Target location -> how it is made from source locations."""
         makers: dict[Location, list[Link]] = {}
         for link in self.links:
-            makers.setdefault((link.nnx if self.to == "nnx" else link.linen).part.location, []).append(link)
-        make = _nnx_op if self.to == "nnx" else _linen_op
+            makers.setdefault(self._source_and_target(link)[1].location, []).append(link)
+        make = nnx_op if self.to == "nnx" else linen_op
         return {at: make(links) for at, links in makers.items()}
 
     def apply(self, leaves: Mapping[Location, Op]) -> RuleResult:
@@ -205,23 +219,35 @@ class Derived:
         Raises:
           VariablesMismatchError: leaves that the source model has not, or that are missing, or of another shape.
         """
-        sides = [(link.linen.part, link.nnx.part) for link in self.links]
-        parts = {part.location: part for part in (pair[self.to == "linen"] for pair in sides)}
         gone, new = (self.dropped, self.fresh) if self.to == "nnx" else (self.fresh, self.dropped)
         dropped = {at: "the caller of derive said so" for at in gone if at in leaves}
         dropped |= {at: "made anew by every call" for at in leaves if at[0] in TRANSIENT}
-        given = {at: op for at, op in leaves.items() if at not in dropped}
-        present = {at[0] for at in given}
-        missing = [at for at in parts if at not in given and at[0] in present]
-        shapes = [
-            (at, parts[at].shape, op.shape) for at, op in given.items() if at in parts and op.shape != parts[at].shape
-        ]
-        unexpected = [at for at in given if at not in parts]
+        kept = {at: op for at, op in leaves.items() if at not in dropped}
+        present = {at[0] for at in kept}
+        self._require(kept, present)
+        made: dict[Location, Op] = {}
+        for at, op in self.made.items():
+            if next(op.sources())[0] in present:
+                made[at] = op.on(kept.__getitem__)
+        return RuleResult(made, dropped, tuple(new))
+
+    def _source_and_target(self, link: Link) -> tuple[Part, Part]:
+        return (link.linen.part, link.nnx.part) if self.to == "nnx" else (link.nnx.part, link.linen.part)
+
+    def _require(self, leaves: Mapping[Location, Op], collections: Collection[str]) -> None:
+        """Raise VariablesMismatchError unless leaves are those of the source model, in these collections."""
+        parts = {part.location: part for part, _ in map(self._source_and_target, self.links)}
+        missing = [at for at in parts if at not in leaves and at[0] in collections]
+        unexpected: list[Location] = []
+        shapes: list[tuple[Location, Shape, Shape]] = []
+        for at, op in leaves.items():
+            if at not in parts:
+                unexpected.append(at)
+            elif op.shape != parts[at].shape:
+                shapes.append((at, parts[at].shape, op.shape))
         if missing or unexpected or shapes:
             model = "the Linen model" if self.to == "nnx" else "the NNX model"
             raise VariablesMismatchError(missing, unexpected, shapes, source="the checkpoint", target=model)
-        made = {at: op.on(given.__getitem__) for at, op in self.made.items() if next(op.sources())[0] in present}
-        return RuleResult(made, dropped, tuple(new))
 
     def rules(self) -> Rules:
         """The same as rules, to be edited and kept; `Rules.then` puts others before them.
@@ -239,94 +265,27 @@ class Derived:
 
     def table(self) -> list[tuple[str, str, str]]:
         """(Linen path, NNX path, how they were paired and the shape), a row for each pair."""
-        return [
-            (_shown(x.linen, x.linen_index), _shown(x.nnx, x.nnx_index), f"{x.how} {x.linen.shape}") for x in self.links
-        ]
+        rows: list[tuple[str, str, str]] = []
+        for link in self.links:
+            linen, nnx = _shown(link.linen, link.linen_index), _shown(link.nnx, link.nnx_index)
+            rows.append((linen, nnx, f"{link.how} {link.linen.shape}"))
+        return rows
 
     def __str__(self) -> str:
         rows = [("Linen", "NNX", "paired by"), *self.table()]
         rows += [(show_path(at), "-", "dropped") for at in self.dropped]
         rows += [("-", show_path(at), "of the NNX model") for at in self.fresh]
-        widths = [max(len(row[column]) for row in rows) for column in range(2)]
-        lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {how}" for a, b, how in rows]
-        return "\n".join([*lines, *(f"{group}: check with compare_forward" for group in self.unsure)])
+        linen_width = max(len(linen) for linen, _, _ in rows)
+        nnx_width = max(len(nnx) for _, nnx, _ in rows)
+        lines = [f"{linen:{linen_width}}  {nnx:{nnx_width}}  {how}" for linen, nnx, how in rows]
+        lines += [f"{group}: check with compare_forward" for group in self.unsure]
+        return "\n".join(lines)
 
 
 def _shown(slot: Slot, index: Index) -> str:
     at = "".join(f"[{n}]" for n in index)
     part = f" part {slot.index} of {slot.count}" if slot.count > 1 else ""
     return f"{show_path(slot.part.location)}{at}{part}"
-
-
-# ---- expressions ----
-
-
-def _nnx_op(links: Sequence[Link]) -> Op:
-    """One Variable, from the variables of Linen that are its layers and its gates."""
-    target = links[0].nnx.part
-    layers: dict[Index, list[Link]] = {}
-    for link in sorted(links, key=lambda link: link.nnx.index):
-        layers.setdefault(link.nnx_index, []).append(link)
-    if is_whole(links):
-        gates = next(iter(layers.values()))
-        reads = [_read(link.linen.part) for link in gates]
-        return _moved(_joined(reads, gates[0].nnx, gates[0].linen.part), gates[0].linen.part, target)
-
-    def layer(index: Index) -> Op:
-        return _joined([_picked(link.linen.part, link.linen_index) for link in layers[index]], layers[index][0].nnx)
-
-    return _stacked(target, layer)
-
-
-def _linen_op(links: Sequence[Link]) -> Op:
-    """One variable of Linen, from the Variables that are its layers, or have it as a gate."""
-    target, slot = links[0].linen.part, links[0].nnx
-    if is_whole(links):
-        return _moved(_gate(_read(slot.part), slot, slot.part), slot.part, target)
-    layers = {link.linen_index: link for link in links}
-
-    def layer(index: Index) -> Op:
-        return _gate(_picked(layers[index].nnx.part, layers[index].nnx_index), layers[index].nnx)
-
-    return _stacked(target, layer)
-
-
-def _read(part: Part) -> Op:
-    return Read(part.location, part.shape, part.dtype)
-
-
-def _joined(ops: Sequence[Op], slot: Slot, stacked: Part | None = None) -> Op:
-    """All gates of `slot`; `stacked` is what they are layers of."""
-    if len(ops) == 1:
-        return ops[0]
-    return Join(tuple(ops), slot.axis if stacked is None else raw_axis(stacked, slot.axis))
-
-
-def _gate(op: Op, slot: Slot, stacked: Part | None = None) -> Op:
-    if slot.count == 1:
-        return op
-    axis = slot.axis if stacked is None else raw_axis(stacked, slot.axis)
-    size = op.shape[axis] // slot.count
-    return Block(op, axis, slot.index * size, (slot.index + 1) * size)
-
-
-def _moved(op: Op, source: Part, target: Part) -> Op:
-    axes = permutation(source, target)
-    return op if axes == tuple(range(len(axes))) else Transpose(op, axes)
-
-
-def _picked(part: Part, index: Index) -> Op:
-    op = _read(part)
-    for axis, n in zip(part.axes, index, strict=True):
-        op = Pick(op, axis, n)
-    return op
-
-
-def _stacked(target: Part, layer: Callable[[Index], Op], index: Index = ()) -> Op:
-    if len(index) == len(target.axes):
-        return layer(index)
-    parts = (_stacked(target, layer, (*index, n)) for n in range(target.sizes[len(index)]))
-    return Join(tuple(parts), target.axes[len(index)], stack=True)
 
 
 # ---- deriving ----
@@ -397,18 +356,18 @@ def derive(
     model = module_of(nnx_module)
     linen = trace_linen(linen_module, methods[0], rngs, inputs, kwargs)
     ours = trace_nnx(model, methods[1], inputs, kwargs)
-    found, dropped, kept = _paired(linen, ours, rename or {}, fresh)
-    links = sorted(dict.fromkeys(found.links), key=lambda link: (link.linen.part.location, link.linen_index))
-    derived = Derived(tuple(links), dropped, kept)
-    if found.ties:
+    pairing, dropped, kept = _paired(linen, ours, rename or {}, fresh)
+    links = sorted(dict.fromkeys(pairing.links), key=lambda link: (link.linen.part.location, link.linen_index))
+    ties = pairing.ties
+    if ties:  # both models are traced again, whole: what one layer needs of another may confirm their order
         call = linen_call(linen_module, methods[0], rngs, inputs, kwargs)
-        theirs = Flow(linen, call, streams_of(rngs), inputs, kwargs)
-        own = Flow(ours, nnx_call(model, methods[1]), None, inputs, kwargs)
-        found.ties = [tie for tie in found.ties if not (theirs.in_order(*tie.linen) and own.in_order(*tie.nnx))]
-    derived = replace(derived, unsure=_groups(found.ties))
+        linen_flow = DataFlow(linen, call, streams_of(rngs), inputs, kwargs)
+        nnx_flow = DataFlow(ours, nnx_call(model, methods[1]), None, inputs, kwargs)
+        ties = [tie for tie in ties if not (linen_flow.in_order(*tie.linen) and nnx_flow.in_order(*tie.nnx))]
+    derived = Derived(tuple(links), dropped, kept, unsure=_groups(ties))
     if check or (check is None and derived.unsure):
         trial = functools.partial(Trial, linen_module, model, inputs, kwargs, rngs, method)
-        derived, why = _checked(derived, found.ties, trial, always=bool(check))
+        derived, why = _checked(derived, ties, trial, always=bool(check))
     else:
         why = "check=False"
     if derived.unsure:
@@ -420,30 +379,32 @@ def _paired(
     linen: Sequence[Unit], ours: Sequence[Unit], rename: Mapping[Prefix, Prefix | None], fresh: Iterable[Prefix]
 ) -> tuple[Pairing, tuple[Location, ...], tuple[Location, ...]]:
     """All pairs, and what is dropped and fresh."""
-    found, dropped, kept = Pairing(), [], []
-    for old, new in sorted(rename.items(), key=lambda item: -len(_keys(item[0]))):
+    pairing = Pairing()
+    dropped: list[Location] = []
+    kept: list[Location] = []
+    inner_first = sorted(rename.items(), key=lambda item: -len(_keys(item[0])))
+    for old, new in inner_first:
         inside, linen = _take(linen, _keys(old), "the Linen model")
         if new is None:
             dropped += _locations(inside)
         else:
             counterpart, ours = _take(ours, _keys(new), "the NNX model")
-            _add(found, pair(inside, counterpart))
+            _add(pairing, pair(inside, counterpart))
     for prefix in fresh:
         inside, ours = _take(ours, _keys(prefix), "the NNX model")
         kept += _locations(inside)
-    _add(found, pair(linen, ours))
-    if found.linen or found.nnx or found.ambiguous:
-        raise DerivationError(found.linen, found.nnx, found.ambiguous)
-    return found, tuple(dropped), tuple(kept)
+    _add(pairing, pair(linen, ours))
+    if pairing.linen or pairing.nnx or pairing.ambiguous:
+        raise DerivationError(pairing.linen, pairing.nnx, pairing.ambiguous)
+    return pairing, tuple(dropped), tuple(kept)
 
 
 def _checked(derived: Derived, ties: Sequence[Tie], trial: Callable[[], Trial], always: bool) -> tuple[Derived, str]:
     """With no more than what the outputs cannot tell apart as unsure; and why that is left."""
     if not always:
-        parts = {link.linen.part for link in derived.links}
         if derived.dropped or derived.fresh:
             return derived, "the outputs differ anyway, as variables are dropped or fresh"
-        if sum(math.prod(part.shape) * jnp.dtype(part.dtype).itemsize for part in parts) > _MOST_BYTES:
+        if _nbytes(derived) > _MOST_BYTES:
             return derived, f"the variables have more than {_MOST_BYTES >> 20} MiB"
     try:
         compare = trial().compare
@@ -458,13 +419,21 @@ def _checked(derived: Derived, ties: Sequence[Tie], trial: Callable[[], Trial], 
     return replace(derived, unsure=_groups(left)), "run, but the outputs are as good either way"
 
 
+def _nbytes(derived: Derived) -> int:
+    """Bytes of Linen's variables."""
+    parts = {link.linen.part for link in derived.links}
+    return sum(math.prod(part.shape) * jnp.dtype(part.dtype).itemsize for part in parts)
+
+
 def _swapped(derived: Derived, tie: Tie) -> Derived:
+    """The same with the two layers of a tie the other way round."""
+
     def sides(link: Link) -> tuple[Any, ...]:
         return link.linen, link.linen_index, link.nnx, link.nnx_index
 
     gone = set(map(sides, tie.links))
-    links = dict.fromkeys([*(link for link in derived.links if sides(link) not in gone), *tie.swapped])
-    return replace(derived, links=tuple(links))
+    links = [link for link in derived.links if sides(link) not in gone]
+    return replace(derived, links=tuple(dict.fromkeys([*links, *tie.swapped])))
 
 
 def _is_worse(compare: Callable[[Derived], ForwardReport], swapped: Derived, off: float) -> bool:
@@ -489,7 +458,11 @@ def _groups(ties: Iterable[Tie]) -> tuple[Unsure, ...]:
         unit, index = instance
         return show_path(_place(unit)) + "".join(f"[{n}]" for n in index)
 
-    return tuple(Unsure(*(tuple(map(name, side)) for side in zip(*group, strict=True))) for group in groups)
+    unsure: list[Unsure] = []
+    for group in groups:
+        linen, nnx = zip(*group, strict=True)
+        unsure.append(Unsure(tuple(map(name, linen)), tuple(map(name, nnx))))
+    return tuple(unsure)
 
 
 def _keys(prefix: Prefix) -> Path:
@@ -501,17 +474,19 @@ def _take(units: Sequence[Unit], prefix: Path, model: str) -> tuple[list[Unit], 
     inside, outside = [], []
     for unit in units:
         below = [name for name, slot in unit.slots.items() if slot.part.location[1 : len(prefix) + 1] == prefix]
-        above = [name for name in unit.slots if name not in below]
-        inside += [unit.only(below)] if below else []
-        outside += [unit.only(above)] if above else []
+        others = [name for name in unit.slots if name not in below]
+        if below:
+            inside.append(unit.only(below))
+        if others:
+            outside.append(unit.only(others))
     if not inside:
         raise UnknownPathError(prefix, model, units)
     return inside, outside
 
 
-def _add(found: Pairing, more: Pairing) -> None:
-    found.links += more.links
-    found.linen += more.linen
-    found.nnx += more.nnx
-    found.ambiguous += more.ambiguous
-    found.ties += more.ties
+def _add(pairing: Pairing, more: Pairing) -> None:
+    pairing.links += more.links
+    pairing.linen += more.linen
+    pairing.nnx += more.nnx
+    pairing.ambiguous += more.ambiguous
+    pairing.ties += more.ties

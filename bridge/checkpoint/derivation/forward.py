@@ -21,6 +21,7 @@ from flax import linen as nn
 
 import nnx_core as nnx
 from bridge._errors import BridgeError, VariablesMismatchError
+from bridge._types import Location, Shape
 from bridge.checkpoint.tree.layout import describe
 from bridge.checkpoint.tree.ops import Read
 from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, streams_of
@@ -90,8 +91,8 @@ class ForwardReport:
     def __str__(self) -> str:
         if self.bit_equal:
             return f"{len(self.differences)} outputs, bit for bit the same"
-        rows = (f"output{at}: {x:.3g} (up to {self.tolerances[at]:.3g})" for at, x in self.differences.items())
-        return "largest differences\n  " + "\n  ".join(rows)
+        rows = [f"output{at}: {x:.3g} (up to {self.tolerances[at]:.3g})" for at, x in self.differences.items()]
+        return "\n  ".join(["largest differences", *rows])
 
 
 def compare_forward(
@@ -155,7 +156,6 @@ class Trial:
         theirs = linen_call(linen_module, methods[0], rngs, *self._inputs)
         ours = nnx_call(module_of(nnx_module), methods[1])
         self.values: Values = {at: self._near(x) for at, x in sorted(theirs.initial().items())}
-        self._wanted = ours.variables
         self._own = {at: jax.tree.map(self._drawn, x) for at, x in sorted(ours.variables.items())}
         self._keys = streams_of(rngs)
         self._run_linen, self._run_nnx = _Compiled(theirs.run), _Compiled(ours.run)
@@ -175,22 +175,24 @@ class Trial:
         try:
             return _compared(actual, self.expected, self._run_linen.tolerance, notes)
         except ForwardMismatchError:
+            # Both models run once more, with other keys: if chance has made the difference, it says nothing.
             self._require_no_chance(values, actual)
             raise
 
     def _converted(self, rules: Any) -> Values:
         leaves = {at: Read(at, *describe(x)) for at, x in self.values.items()}
         result = rules.apply(leaves)
-        unexpected = [at for at in result.made if at not in self._own]
-        shapes = [
-            (at, np.shape(self._own[at]), op.shape)
-            for at, op in result.made.items()
-            if at in self._own and op.shape != np.shape(self._own[at])
-        ]
+        unexpected: list[Location] = []
+        shapes: list[tuple[Location, Shape, Shape]] = []
+        for at, op in result.made.items():
+            if at not in self._own:
+                unexpected.append(at)
+            elif op.shape != np.shape(self._own[at]):
+                shapes.append((at, np.shape(self._own[at]), op.shape))
         if unexpected or shapes:
             raise VariablesMismatchError((), unexpected, shapes, source="the rules' outcome", target="the NNX model")
 
-        def read(at: Any, region: Any = None) -> Any:
+        def read(at: Location, region: Any = None) -> Any:
             return self.values[at] if region is None else self.values[at][region]
 
         return self._own | {at: op.value(read) for at, op in result.made.items()}
@@ -200,7 +202,7 @@ class Trial:
         keys = {name: jax.random.fold_in(key, 1) for name, key in self._keys.items()}
         if not _same_bits(self._run_linen(self.values, keys, *self._inputs), self.expected):
             raise RandomCallError("Linen")
-        others = {at: _other_key(x) if _is_key(x) else x for at, x in values.items()}
+        others = {location: _with_other_key(x) for location, x in values.items()}
         if not _same_bits(self._run_nnx(others, None, *self._inputs), actual):
             raise RandomCallError("NNX")
 
@@ -209,9 +211,10 @@ class Trial:
         if not isinstance(x, jax.ShapeDtypeStruct):
             return x
         if _is_key(x):
-            impls: list[Any] = []  # only a traced key tells it
+            impls: list[Any] = []  # an abstract key does not tell its implementation, and a traced one does
             jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), x)
-            return jax.random.split(jax.random.key(int(self._draw.integers(2**31)), impl=impls[0]), x.shape)
+            key = jax.random.key(int(self._draw.integers(2**31)), impl=impls[0])
+            return jax.random.split(key, x.shape)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             return self._draw.normal(size=x.shape).astype(x.dtype)
         return self._draw.integers(2, size=x.shape).astype(x.dtype)
@@ -227,8 +230,9 @@ class Trial:
         if x.size and not (x == x.flat[0]).all():
             return (x * (1 + 0.6 * factor)).astype(x.dtype)
         # Not `x * factor`: a scale of 1e-6 (CaiT, ConvNeXt) would hide the layers before it from every tolerance.
-        factor = np.where(x == 0, factor / _fan_in(x.shape) ** 0.5, np.where(x.real < 0, -1, 1) * (1 + factor))
-        return factor.astype(x.dtype)
+        near_zero = factor / _fan_in(x.shape) ** 0.5
+        near_one = np.where(x.real < 0, -1, 1) * (1 + factor)
+        return np.where(x == 0, near_zero, near_one).astype(x.dtype)
 
 
 class _Compiled:
@@ -244,9 +248,10 @@ class _Compiled:
             with jax.default_matmul_precision("float32"):
                 traced = jax.jit(call).trace(arrays)
                 self._compiled = traced.lower().compile()
-            # Logits in float32 are no better than the bfloat16 that they were made of.
+            # Logits in float32 are no better than the bfloat16 that they were made of; of which the program tells.
             halves = set(re.findall(r"\b(bf16|f16)\[", str(traced.jaxpr)))
-            self.tolerance = max((_relative(_HALVES[name]) for name in halves), default=0.0)
+            tolerances = [_relative(_HALVES[name]) for name in halves]
+            self.tolerance = max(tolerances, default=0.0)
         return self._compiled(arrays)
 
 
@@ -258,8 +263,11 @@ def _is_key(x: Any) -> bool:
     return is_array(x) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _other_key(key: Any) -> Any:
-    return jax.random.wrap_key_data(jax.random.key_data(key) + 1, impl=jax.random.key_impl(key))
+def _with_other_key(x: Any) -> Any:
+    """Another key for a random key; anything else as it is."""
+    if not _is_key(x):
+        return x
+    return jax.random.wrap_key_data(jax.random.key_data(x) + 1, impl=jax.random.key_impl(x))
 
 
 # ---- comparing outputs ----
@@ -270,11 +278,13 @@ def _compared(actual: Any, expected: Any, least: float, notes: str) -> ForwardRe
     hint = "Two layers may be swapped: look at print(derived), and give derive(..., rename=...) what is what."
     hint = f"{notes}\n{hint}" if notes else hint
     ours, theirs = _outputs(actual), _outputs(expected)
-    shapes = [[f"{x.dtype}{list(x.shape)}" for _, x in side] for side in (theirs, ours)]
-    if [x.shape for _, x in ours] != [x.shape for _, x in theirs] or not ours:
-        found = ", ".join(shapes[1]) or "nothing"
-        raise ForwardMismatchError("", ", ".join(shapes[0]) or "arrays", found, hint, math.inf, 0.0)
-    differences, tolerances = {}, {}
+    our_shapes = [x.shape for _, x in ours]
+    their_shapes = [x.shape for _, x in theirs]
+    if our_shapes != their_shapes or not ours:
+        found, wanted = _forms(ours) or "nothing", _forms(theirs) or "arrays"
+        raise ForwardMismatchError("", wanted, found, hint, math.inf, 0.0)
+    differences: dict[str, float] = {}
+    tolerances: dict[str, float] = {}
     for (path, a), (_, b) in zip(ours, theirs, strict=True):
         differences[path], tolerances[path] = _difference(a, b, least)
     if not any(np.isfinite(b).any() for _, b in theirs):
@@ -288,12 +298,21 @@ def _compared(actual: Any, expected: Any, least: float, notes: str) -> ForwardRe
 
 
 def _ratio(difference: float, tolerance: float) -> float:
-    return difference / tolerance if tolerance else math.inf if difference else 0.0
+    if tolerance:
+        return difference / tolerance
+    return math.inf if difference else 0.0
+
+
+def _forms(outputs: list[tuple[str, np.ndarray]]) -> str:
+    return ", ".join(f"{x.dtype}{list(x.shape)}" for _, x in outputs)
 
 
 def _outputs(tree: Any) -> list[tuple[str, np.ndarray]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path), np.asarray(jax.random.key_data(x) if _is_key(x) else x)) for path, x in leaves]
+    outputs: list[tuple[str, np.ndarray]] = []
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        numbers = jax.random.key_data(x) if _is_key(x) else x
+        outputs.append((jax.tree_util.keystr(path), np.asarray(numbers)))
+    return outputs
 
 
 def _relative(dtype: str) -> float:
@@ -310,9 +329,12 @@ def _difference(a: np.ndarray, b: np.ndarray, least: float) -> tuple[float, floa
         off = np.where(same, 0.0, np.abs(a - b))
     off = np.where(np.isnan(off), np.inf, off)
     size = np.abs(b, where=np.isfinite(b), out=np.zeros(b.shape)).max(initial=0.0)
-    return float(off.max(initial=0.0)), (max(*relative, least) if all(relative) else 0.0) * float(size)
+    tolerance = max(*relative, least) if all(relative) else 0.0
+    return float(off.max(initial=0.0)), tolerance * float(size)
 
 
 def _same_bits(one: Any, other: Any) -> bool:
-    pairs = zip(_outputs(one), _outputs(other), strict=True)
-    return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for (_, a), (_, b) in pairs)
+    for (_, a), (_, b) in zip(_outputs(one), _outputs(other), strict=True):
+        if (a.dtype, a.shape) != (b.dtype, b.shape) or a.tobytes() != b.tobytes():
+            return False
+    return True

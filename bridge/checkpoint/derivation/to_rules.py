@@ -14,6 +14,7 @@ from bridge._types import Location
 from bridge.checkpoint.rules.apply import Rule, Rules
 from bridge.checkpoint.rules.patterns import INDEX, ONE, Pattern, escape, escape_template
 from bridge.tracing.pairs import Link, is_whole, permutation, raw_axis
+from bridge.tracing.trace import Part
 
 
 class UnsayableRuleError(BridgeError, ValueError):
@@ -41,9 +42,10 @@ def rules_of(links: Sequence[Link], dropped: Iterable[Location] = (), fresh: Ite
     everything = [*dict.fromkeys(link.linen.part.location for link in links), *dropped]
     modules = _renamed_modules(groups, everything)
     rules = [_moved(ours, theirs) for ours, theirs in modules.items()]
-    rules += [_rule(group, everything) for group in groups if group[0].linen.part.location[:-1] not in modules]
-    rules += [Rule([*map(escape, at)], drop=True) for at in dropped]
-    rules += [Rule(target=[*map(escape, at)], new="target") for at in fresh]
+    single = [group for group in groups if group[0].linen.part.location[:-1] not in modules]
+    rules += [_rule(group, everything) for group in single]
+    rules += [Rule(_pattern(location), drop=True) for location in dropped]
+    rules += [Rule(target=_pattern(location), new="target") for location in fresh]
     return Rules(rules, default="error", name="the derived rules")
 
 
@@ -51,86 +53,147 @@ def _components(links: Sequence[Link]) -> list[list[Link]]:
     """Links that have a variable in common, directly or through others."""
     groups: dict[tuple[str, Location], list[Link]] = {}
     for link in links:
-        keys = ("linen", link.linen.part.location), ("nnx", link.nnx.part.location)
-        touched = {id(group): group for key in keys if (group := groups.get(key)) is not None}
-        first, *others = touched.values() or ([],)
-        for other in others:
-            first += other
-        first.append(link)
-        moved = (x for other in others for x in other)
-        for x in (link, *moved):
-            groups["linen", x.linen.part.location] = groups["nnx", x.nnx.part.location] = first
+        ours, theirs = ("linen", link.linen.part.location), ("nnx", link.nnx.part.location)
+        group = groups.get(ours, groups.get(theirs, []))
+        other = groups.get(theirs, group)
+        moved = [link]
+        if other is not group:  # by identity: the link joins two groups
+            group += other
+            moved += other
+        group.append(link)
+        for x in moved:
+            groups["linen", x.linen.part.location] = groups["nnx", x.nnx.part.location] = group
     return list({id(group): group for group in groups.values()}.values())
 
 
 def _renamed_modules(groups: Sequence[list[Link]], everything: Iterable[Location]) -> dict[Location, Location]:
     """Linen modules whose variables, all of them, keep name and form in one NNX module; the collection first."""
-    targets: dict[Location, set[Location | None]] = {at[:-1]: set() for at in everything}
+    targets: dict[Location, set[Location | None]] = {location[:-1]: set() for location in everything}
     linked: set[Location] = set()
     for group in groups:
         ours, theirs = group[0].linen.part, group[0].nnx.part
         plain = is_whole(group) and group[0].nnx.count == 1 and ours.axes == theirs.axes
-        same_name = ours.location[-1] == theirs.location[-1]
-        for at in {link.linen.part.location for link in group}:
-            linked.add(at)
-            targets[at[:-1]].add(theirs.location[:-1] if plain and same_name else None)
-    for at in everything:
-        if at not in linked:  # dropped
-            targets[at[:-1]].add(None)
-    return {ours: found for ours, to in targets.items() if len(to) == 1 and (found := next(iter(to))) is not None}
+        keeps = plain and ours.location[-1] == theirs.location[-1]
+        for location in {link.linen.part.location for link in group}:
+            linked.add(location)
+            targets[location[:-1]].add(theirs.location[:-1] if keeps else None)
+    for location in everything:
+        if location not in linked:  # dropped
+            targets[location[:-1]].add(None)
+    renamed: dict[Location, Location] = {}
+    for module, found in targets.items():
+        target = next(iter(found))
+        if len(found) == 1 and target is not None:
+            renamed[module] = target
+    return renamed
 
 
 def _moved(ours: Location, theirs: Location) -> Rule:
     if ours == theirs:
-        return Rule([*map(escape, ours), ONE], keep=True)
-    return Rule([*map(escape, ours), ONE], [*map(escape_template, theirs), ONE])
+        return Rule([*_pattern(ours), ONE], keep=True)
+    return Rule([*_pattern(ours), ONE], [*_template(theirs), ONE])
+
+
+# ---- one rule for a group ----
 
 
 def _rule(group: list[Link], everything: Sequence[Location]) -> Rule:
+    """The rule for variables that become one, or that one becomes."""
     group = sorted(group, key=lambda link: (link.linen_index, link.nnx_index, link.nnx.index))
     ours = list(dict.fromkeys(link.linen.part for link in group))
     theirs = list(dict.fromkeys(link.nnx.part for link in group))
-    slot = group[0].nnx
-    target: Sequence[str] | None = [*map(escape_template, theirs[0].location)]
+    rule: Rule | None = None
     if is_whole(group) and len(theirs) == 1:
-        gates = list(dict.fromkeys(link.linen.part for link in sorted(group, key=lambda link: link.nnx.index)))
-        axes = permutation(gates[0], theirs[0])
-        transpose = None if axes == tuple(range(len(axes))) else axes
-        options = {"concat": raw_axis(gates[0], slot.axis)} if len(gates) > 1 else {}
-        return _with_gates([[*map(escape, part.location)] for part in gates], target, transpose=transpose, **options)
-    by_gate = [[link for link in group if link.nnx.index == gate] for gate in range(slot.count)]
-    if len(theirs) == 1 and len(theirs[0].axes) == 1 and not any(part.axes for part in ours):
-        rows = [[x.linen.part.location for x in sorted(row, key=lambda x: x.nnx_index)] for row in by_gate]
-        sources = [_numbered(row, r"(\d+)", escape) for row in rows]
-        if None not in sources and sum(_taken(keys, everything) for keys in sources) == len(ours):
-            options = {"concat": slot.axis} if slot.count > 1 else {}
-            return _with_gates(sources, target, stack=theirs[0].axes[0], **options)
-    if len(ours) == slot.count and len(ours[0].axes) == 1 and not any(part.axes for part in theirs):
-        row = [x.nnx.part.location for x in sorted(by_gate[0], key=lambda x: x.linen_index)]
-        target = _numbered(row, INDEX, escape_template)
-        if target is not None:
-            options = {"concat": raw_axis(ours[0], slot.axis)} if slot.count > 1 else {}
-            gates = [[*map(escape, row[0].linen.part.location)] for row in by_gate]
-            return _with_gates(gates, target, unstack=ours[0].axes[0], **options)
-    raise UnsayableRuleError((part.location for part in ours), (part.location for part in theirs))
+        rule = _joining(group, theirs[0])
+    elif len(theirs) == 1 and len(theirs[0].axes) == 1 and not any(part.axes for part in ours):
+        rule = _stacking(group, ours, theirs[0], everything)
+    if rule is None and len(ours) == group[0].nnx.count and len(ours[0].axes) == 1:
+        rule = _unstacking(group, ours[0], theirs)
+    if rule is None:
+        linen = [part.location for part in ours]
+        nnx = [part.location for part in theirs]
+        raise UnsayableRuleError(linen, nnx)
+    return rule
 
 
-def _with_gates(sources: Sequence[Sequence[str]], target: Sequence[str], **options: Any) -> Rule:
+def _joining(group: list[Link], target: Part) -> Rule:
+    """Gates become one, stacked as they are."""
+    by_gate = sorted(group, key=lambda link: link.nnx.index)
+    gates = list(dict.fromkeys(link.linen.part for link in by_gate))
+    axes = permutation(gates[0], target)
+    transpose = None if axes == tuple(range(len(axes))) else axes
+    concat = raw_axis(gates[0], group[0].nnx.axis) if len(gates) > 1 else None
+    sources = [_pattern(part.location) for part in gates]
+    return _with_gates(sources, _template(target.location), transpose=transpose, concat=concat)
+
+
+def _stacking(group: list[Link], ours: list[Part], target: Part, everything: Sequence[Location]) -> Rule | None:
+    """Layers with a number in their names become a stack; None if the names do not count."""
+    slot = group[0].nnx
+    sources: list[list[str]] = []
+    for gate in _gates(group):
+        layers = sorted(gate, key=lambda link: link.nnx_index)
+        keys = _numbered([link.linen.part.location for link in layers], r"(\d+)", escape)
+        if keys is None:
+            return None
+        sources.append(keys)
+    if sum(_taken(keys, everything) for keys in sources) != len(ours):
+        return None  # the pattern takes more than the layers
+    concat = slot.axis if slot.count > 1 else None
+    return _with_gates(sources, _template(target.location), stack=target.axes[0], concat=concat)
+
+
+def _unstacking(group: list[Link], source: Part, theirs: list[Part]) -> Rule | None:
+    """A stack becomes layers with a number in their names; None if the names do not count."""
+    slot, gates = group[0].nnx, _gates(group)
+    if any(part.axes for part in theirs):
+        return None
+    layers = sorted(gates[0], key=lambda link: link.linen_index)
+    target = _numbered([link.nnx.part.location for link in layers], INDEX, escape_template)
+    if target is None:
+        return None
+    concat = raw_axis(source, slot.axis) if slot.count > 1 else None
+    sources = [_pattern(gate[0].linen.part.location) for gate in gates]
+    return _with_gates(sources, target, unstack=source.axes[0], concat=concat)
+
+
+def _gates(group: list[Link]) -> list[list[Link]]:
+    gates: list[list[Link]] = [[] for _ in range(group[0].nnx.count)]
+    for link in group:
+        gates[link.nnx.index].append(link)
+    return gates
+
+
+def _pattern(location: Location) -> list[str]:
+    return list(map(escape, location))
+
+
+def _template(location: Location) -> list[str]:
+    return list(map(escape_template, location))
+
+
+def _with_gates(sources: Sequence[list[str]], target: list[str], **options: Any) -> Rule:
     return Rule(sources[0] if len(sources) == 1 else sources, target, **options)
 
 
 def _numbered(row: Sequence[Location], number: str, escaped: Callable[[str], str]) -> list[str] | None:
     """Keys with `number` where the locations count 0, 1, ... and differ in nothing else; None if they do not."""
-    differs = {n for at in row for n, (a, b) in enumerate(zip(at, row[0], strict=False)) if a != b}
-    if len({len(at) for at in row}) > 1 or len(differs) != 1:
+    if len(set(map(len, row))) > 1:
         return None
-    place = differs.pop()
+    differs = [n for n, keys in enumerate(zip(*row, strict=True)) if len(set(keys)) > 1]
+    if len(differs) != 1:
+        return None
+    place = differs[0]
     stem = row[0][place].rstrip("0123456789")
-    if [at[place] for at in row] != [f"{stem}{n}" for n in range(len(row))]:
-        return None
-    return [escaped(stem) + number if n == place else escaped(key) for n, key in enumerate(row[0])]
+    for n, location in enumerate(row):
+        if location[place] != f"{stem}{n}":
+            return None
+    keys = list(map(escaped, row[0]))
+    keys[place] = escaped(stem) + number
+    return keys
 
 
 def _taken(keys: Sequence[str], everything: Iterable[Location]) -> int:
-    pattern = Pattern.parse(keys)
-    return sum(pattern.match(at) is not None for at in everything)
+    """How many locations a pattern matches."""
+    matches = map(Pattern.parse(keys).match, everything)
+    return sum(match is not None for match in matches)

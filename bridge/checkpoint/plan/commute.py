@@ -11,6 +11,7 @@ Knows expressions and optax's protocol; knows no optimizer by name, no files and
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -26,7 +27,7 @@ from bridge.checkpoint.plan.slots import SlotError, follow, read_of
 from bridge.checkpoint.tree import layout, opt_state
 from bridge.checkpoint.tree.canonical import Key, Role
 from bridge.checkpoint.tree.layout import Leaf
-from bridge.checkpoint.tree.ops import Block, Cast, Fill, Join, Op, OpError, Pick, Read, Reshape, Transpose
+from bridge.checkpoint.tree.ops import Block, Cast, Fill, Join, Op, OpError, Pick, Read, Region, Reshape, Transpose
 
 # Updates in float64 that differ by more than this part of the largest one differ by more than rounding: states that an
 # optimizer keeps in float32 whatever its params are move them by 1e-7, a weight decay of 1e-5 by more than this.
@@ -42,7 +43,8 @@ def stacks(ops: Iterable[Op]) -> bool:
     >>> stacks([kernel, Transpose(kernel, (1, 0))]), stacks([kernel, Pick(kernel, 0, 1)])
     (False, True)
     """
-    return any(isinstance(part, Join | Pick | Block | Reshape) for op in ops for part in _walk(op))
+    parts = itertools.chain.from_iterable(map(_walk, ops))
+    return any(isinstance(part, Join | Pick | Block | Reshape) for part in parts)
 
 
 def warning_without_tx() -> str:
@@ -78,20 +80,24 @@ def probe(tx: Any, params: Mapping[Path, Shape], ops: Mapping[Path, Op]) -> list
     """
     try:
         shapes = {("params", *path): tuple(shape) for path, shape in params.items()}
-        reads = {at[1:]: Read(at, shape, "float32") for at, shape in shapes.items()}
-        here = {("params", *path): _rebuilt(op.on(reads.__getitem__), lambda size: size) for path, op in ops.items()}
-        if misfits := _misfits(tx, shapes, here):
+        reads = {location[1:]: Read(location, shape, "float32") for location, shape in shapes.items()}
+        located: dict[Location, Op] = {}
+        for path, op in ops.items():
+            located["params", *path] = _rebuilt(op.on(reads.__getitem__), lambda size: size)
+        misfits = _misfits(tx, shapes, located)
+        if misfits:
             more = f" (and {len(misfits) - 3} more)" if len(misfits) > 3 else ""
             return [
                 "this optimizer keeps another state once params are stacked, joined or cut: "
                 f"{'; '.join(misfits[:3])}{more}. Start with a fresh optimizer state, or keep the layers as they are."
             ]
-        return _try_steps(tx, *_small(shapes, here))
+        return _try_steps(tx, *_small(shapes, located))
     except Exception as error:  # noqa: BLE001  an optimizer is anybody's code, and a probe must not end a conversion
         return [f"whether this optimizer commutes with stacking could not be tried: {type(error).__name__}: {error}"]
 
 
 def _walk(op: Op) -> Iterator[Op]:
+    """An expression and all that it is made of."""
     yield op
     for part in op._parts():
         yield from _walk(part)
@@ -109,21 +115,28 @@ def _carry(
     state: Any, shapes: Mapping[Location, Shape], ops: Mapping[Location, Op]
 ) -> tuple[dict[Path, Op], set[Path]]:
     """A state under the new names, as a conversion carries it over: how each leaf is made, and masked params."""
-    flat = layout.flatten(state)
-    forms = {path: _leaf(path, *layout.describe(leaf)) for path, leaf in flat.items() if not layout.is_empty(leaf)}
+    forms: dict[Path, Leaf] = {}
+    for path, leaf in layout.flatten(state).items():
+        if not layout.is_empty(leaf):
+            forms[path] = _leaf(path, *layout.describe(leaf))
     leaves: dict[Key, Path] = {}
     masked: dict[Key, Path] = {}
     made: dict[Path, Op] = {}
-    for path, place in opt_state.places(state, {location[1:]: shape for location, shape in shapes.items()}).items():
-        if place.param is not None:
-            key = Key(Role.OPTIMIZER, place.prefix, ("params", *place.param), place.tail)
-            (leaves if path in forms else masked)[key] = path
-        elif path in forms:
-            made[path] = read_of(forms[path])
+    for path, place in opt_state.places(state, _without_collection(shapes)).items():
+        if place.param is None:
+            if path in forms:
+                made[path] = read_of(forms[path])
+            continue
+        key = Key(Role.OPTIMIZER, place.prefix, ("params", *place.param), place.tail)
+        if path in forms:
+            leaves[key] = path
+        else:
+            masked[key] = path
     variable_forms = {location: _leaf(location, shape, "float32") for location, shape in shapes.items()}
     followed = follow(leaves, masked, forms, ops, variable_forms)
-    made.update({_path(key): op for key, op in followed.made.items()})
-    return made, {_path(key) for key in followed.masked}
+    for key, op in followed.made.items():
+        made[_path(key)] = op
+    return made, set(map(_path, followed.masked))
 
 
 def _leaf(path: Path, shape: Shape, dtype: str) -> Leaf:
@@ -136,34 +149,47 @@ def _path(key: Key) -> Path:
 
 def _misfits(tx: Any, shapes: Mapping[Location, Shape], ops: Mapping[Location, Op]) -> list[str]:
     """Where the state that is carried over is none that the optimizer would make."""
-    abstract = jax.ShapeDtypeStruct
-    old = jax.eval_shape(tx.init, _tree({at: abstract(shape, jnp.float32) for at, shape in shapes.items()}))
-    new = jax.eval_shape(tx.init, _tree({at: abstract(op.shape, jnp.float32) for at, op in ops.items()}))
+    new_shapes = {location: op.shape for location, op in ops.items()}
+    new_state = _abstract_state(tx, new_shapes)
     try:
-        made, masked = _carry(old, shapes, ops)
+        made, masked = _carry(_abstract_state(tx, shapes), shapes, ops)
     except SlotError as error:
         return [" ".join(str(error).splitlines()[0].split()).rstrip(":")]
-    belongs = opt_state.places(new, {at[1:]: op.shape for at, op in ops.items()})
-    fresh = {at[1:] for at, op in ops.items() if next(op.sources(), None) is None}
-    wanted, empty = {}, set()
-    for path, leaf in layout.flatten(new).items():
-        if belongs[path].param in fresh:
+    places = opt_state.places(new_state, _without_collection(new_shapes))
+    fresh = {location[1:] for location, op in ops.items() if _is_new(op)}
+    wanted: dict[Path, Shape] = {}
+    empty: set[Path] = set()
+    for path, leaf in layout.flatten(new_state).items():
+        if places[path].param in fresh:
             continue
         if not layout.is_empty(leaf):
             wanted[path] = layout.describe(leaf)[0]
-        elif belongs[path].param is not None:
+        elif places[path].param is not None:
             empty.add(path)
-    found = {path: op.shape for path, op in made.items() if next(op.sources(), None) is not None}
-    halves = (wanted.keys() & masked) | (found.keys() & empty)
-    rows = [f"{show_path(at)} is masked in one of the layouts" for at in halves]
-    rows += [f"{show_path(at)} has nothing to be made of" for at in (wanted.keys() | empty) - found.keys() - masked]
-    rows += [f"{show_path(at)} has no place" for at in (found.keys() | masked) - wanted.keys() - empty]
-    rows += [
-        f"{show_path(at)} becomes {found[at]} and should be {shape}"
-        for at, shape in wanted.items()
-        if at in found and found[at] != shape
-    ]
+    carried = {path: op.shape for path, op in made.items() if not _is_new(op)}
+    halves = (wanted.keys() & masked) | (carried.keys() & empty)
+    unmade = (wanted.keys() | empty) - carried.keys() - masked
+    homeless = (carried.keys() | masked) - wanted.keys() - empty
+    rows = [f"{show_path(path)} is masked in one of the layouts" for path in halves]
+    rows += [f"{show_path(path)} has nothing to be made of" for path in unmade]
+    rows += [f"{show_path(path)} has no place" for path in homeless]
+    for path, shape in wanted.items():
+        if carried.get(path, shape) != shape:
+            rows.append(f"{show_path(path)} becomes {carried[path]} and should be {shape}")
     return sorted(rows)
+
+
+def _abstract_state(tx: Any, shapes: Mapping[Location, Shape]) -> Any:
+    params = {location: jax.ShapeDtypeStruct(shape, jnp.float32) for location, shape in shapes.items()}
+    return jax.eval_shape(tx.init, _tree(params))
+
+
+def _without_collection(shapes: Mapping[Location, Shape]) -> dict[Path, Shape]:
+    return {location[1:]: shape for location, shape in shapes.items()}
+
+
+def _is_new(op: Op) -> bool:
+    return next(op.sources(), None) is None
 
 
 # --- the next update ----------------------------------------------------------------------------------------
@@ -171,25 +197,12 @@ def _misfits(tx: Any, shapes: Mapping[Location, Shape], ops: Mapping[Location, O
 
 def _try_steps(tx: Any, shapes: Mapping[Location, Shape], ops: Mapping[Location, Op]) -> list[str]:
     """One step in the old layout, then the next one in both."""
-    elements = sum(math.prod(shape) for shape in shapes.values())
+    elements = sum(map(math.prod, shapes.values()))
     if elements > _MOST_ELEMENTS:
         return [f"whether this optimizer commutes with stacking was not tried: {elements} numbers are needed for it"]
-    compared = [at for at, op in ops.items() if next(op.sources(), None) is not None]
-    draw = np.random.default_rng(0)
     with jax.enable_x64(True):
-        trees = [{at: jnp.asarray(draw.normal(size=shape)) for at, shape in shapes.items()} for _ in range(3)]
-        params = {at: leaf * _PARAM_SCALE for at, leaf in trees.pop().items()}
-        state = tx.init(_tree(params))
-        updates, state = _step(tx, trees[0], state, params)
-        params = {at: leaf + updates[at] for at, leaf in params.items()}
-        moved = _values(ops, params)
-        carried = _values(_carry(state, shapes, ops)[0], layout.flatten(state))
-        template = tx.init(_tree(moved))
-        new_state = layout.map_leaves(lambda path, leaf: carried.get(path, leaf), template)
-        wanted = _values(ops, _step(tx, trees[1], state, params)[0])
-        found, _ = _step(tx, _values(ops, trees[1]), new_state, moved)
-        off = {at: _distance(found[at], wanted[at], params=moved[at]) for at in compared}
-    worst = max(off, key=lambda at: off[at], default=None)
+        off = _distances(tx, shapes, ops)
+    worst = max(off, key=lambda location: off[location], default=None)
     if worst is None or off[worst] <= _ROUNDING:
         return []
     return [
@@ -199,13 +212,38 @@ def _try_steps(tx: Any, shapes: Mapping[Location, Shape], ops: Mapping[Location,
     ]
 
 
+def _distances(tx: Any, shapes: Mapping[Location, Shape], ops: Mapping[Location, Op]) -> dict[Location, float]:
+    """How far apart the second updates are, of each param that comes from old ones."""
+    draw = np.random.default_rng(0)
+
+    def random_tree() -> dict[Location, jax.Array]:
+        return {location: jnp.asarray(draw.normal(size=shape)) for location, shape in shapes.items()}
+
+    first_grads, second_grads = random_tree(), random_tree()
+    params = {location: leaf * _PARAM_SCALE for location, leaf in random_tree().items()}
+    updates, state = _step(tx, first_grads, tx.init(_tree(params)), params)
+    params = {location: leaf + updates[location] for location, leaf in params.items()}
+    new_params = _values(ops, params)
+    carried = _values(_carry(state, shapes, ops)[0], layout.flatten(state))
+    fresh_state = tx.init(_tree(new_params))
+    new_state = layout.map_leaves(lambda path, leaf: carried.get(path, leaf), fresh_state)
+    wanted = _values(ops, _step(tx, second_grads, state, params)[0])
+    found, _ = _step(tx, _values(ops, second_grads), new_state, new_params)
+    distances: dict[Location, float] = {}
+    for location, op in ops.items():
+        if not _is_new(op):
+            distances[location] = _distance(found[location], wanted[location], params=new_params[location])
+    return distances
+
+
 def _step(
     tx: Any, grads: Mapping[Location, Any], state: Any, params: Mapping[Location, Any]
 ) -> tuple[dict[Location, Any], Any]:
     """Updates, and the next state. Line searches ask for a function; it is the same one in every layout."""
 
     def value_fn(tree: Any) -> jax.Array:
-        return sum((jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)), jnp.float64(0)) / 2
+        squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]
+        return sum(squares, jnp.float64(0)) / 2
 
     tree = _tree(params)
     extra = {"value": value_fn(tree), "grad": _tree(grads), "value_fn": value_fn}
@@ -213,11 +251,11 @@ def _step(
     return {("params", *path): leaf for path, leaf in layout.flatten(updates).items()}, state
 
 
-def _values(ops: Mapping[Any, Op], flat: Mapping[Path, Any]) -> dict[Any, Any]:
-    return {
-        at: op.value(lambda path, region: flat[path] if region is None else flat[path][region])
-        for at, op in ops.items()
-    }
+def _values(ops: Mapping[Path, Op], flat: Mapping[Path, Any]) -> dict[Path, Any]:
+    def read(path: Path, region: Region | None) -> Any:
+        return flat[path] if region is None else flat[path][region]
+
+    return {path: op.value(read) for path, op in ops.items()}
 
 
 def _distance(found: Any, wanted: Any, *, params: Any) -> float:
@@ -241,7 +279,7 @@ def _small(
     """The same tree with sizes of 3 at most, where nothing is counted along them; as it is where that cannot be."""
     counted: set[int] = set()
     cuts: dict[int, set[int]] = {}
-    for part in (part for op in ops.values() for part in _walk(op)):
+    for part in itertools.chain.from_iterable(map(_walk, ops.values())):
         match part:
             case Pick():
                 counted.add(part.of.shape[part.axis])
@@ -257,10 +295,11 @@ def _small(
         return n // unit * min(unit, 3)
 
     try:
-        small = {at: _rebuilt(op, size) for at, op in ops.items()}
+        small_ops = {location: _rebuilt(op, size) for location, op in ops.items()}
     except OpError:
         return shapes, ops
-    return {at: tuple(map(size, shape)) for at, shape in shapes.items()}, small
+    small_shapes = {location: tuple(map(size, shape)) for location, shape in shapes.items()}
+    return small_shapes, small_ops
 
 
 def _rebuilt(op: Op, size: Callable[[int], int]) -> Op:

@@ -18,40 +18,46 @@ _ROOT = ("opt_state",)
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class EmptyNodes:
     """Entries without content, path -> 'None', 'Dict', ...; and nodes that are lists."""
 
     empty: Mapping[Path, str] = field(default_factory=dict)
     sequences: frozenset[Path] = frozenset()
 
 
-def from_keys(keys: Iterable[Key], form: Form) -> Skeleton:
+def from_keys(keys: Iterable[Key]) -> EmptyNodes:
     """What the keys of an optimizer state tell: lists, and gaps in them.
 
     EmptyStates at the end of a chain leave no trace.
 
-    >>> from bridge.checkpoint.tree.layout import Kind
-    >>> from_keys([Key(Role.OPTIMIZER, ("1", "count"))], Form(Kind.LINEN_TRAIN_STATE)).empty
+    >>> from_keys([Key(Role.OPTIMIZER, ("1", "count"))]).empty
     {('opt_state', '0'): 'None'}
     """
-    below: dict[Path, set[str]] = {}
+    paths: list[Path] = []
     for key in keys:
         if key.role is Role.OPTIMIZER:
-            for depth, name in enumerate(key.prefix):
-                below.setdefault((*_ROOT, *key.prefix[:depth]), set()).add(name)
-            if key.location is not None and key.prefix:
-                below.setdefault((*_ROOT, *key.prefix), set()).add("")  # of params: a dict
-            elif key.location is not None:
-                below.setdefault(_ROOT, set()).add("")
-    # The labels of a multi_transform may be digits too.
-    lists = {at: names for at, names in below.items() if at[-1] != "inner_states" and all(map(str.isdecimal, names))}
-    empty = {
-        (*at, str(index)): "None"
-        for at, names in lists.items()
-        for index in range(max(map(int, names)))
-        if str(index) not in names
-    }
-    return Skeleton(empty, frozenset(lists))
+            of_params = ("",) if key.location is not None else ()  # a key that is no number: params are a dict
+            paths.append((*_ROOT, *key.prefix, *of_params))
+    empty: dict[Path, str] = {}
+    lists: set[Path] = set()
+    for path, names in _names_below(paths).items():
+        is_label = path[-1:] == ("inner_states",)  # of a multi_transform; labels may be digits too
+        if path[:1] != _ROOT or is_label or not all(map(str.isdecimal, names)):
+            continue
+        lists.add(path)
+        for index in map(str, range(max(map(int, names)))):
+            if index not in names:
+                empty[(*path, index)] = "None"
+    return EmptyNodes(empty, frozenset(lists))
+
+
+def _names_below(paths: Iterable[Path]) -> dict[Path, set[str]]:
+    """The keys of each node above these paths."""
+    below: dict[Path, set[str]] = {}
+    for path in paths:
+        for depth, name in enumerate(path):
+            below.setdefault(path[:depth], set()).add(name)
+    return below
 
 
 def tails(keys: Iterable[Key], form: Form) -> frozenset[Path]:
@@ -60,21 +66,22 @@ def tails(keys: Iterable[Key], form: Form) -> frozenset[Path]:
     return frozenset(form.path(key)[:-1] for key in listed)
 
 
-def fitting(found: Skeleton, paths: Iterable[Path]) -> Skeleton:
-    """What of a skeleton goes with leaves and masked params at these paths."""
+def fitting(nodes: EmptyNodes, paths: Iterable[Path]) -> EmptyNodes:
+    """Those that go with leaves and masked params at these paths."""
     taken = set(paths)
-    above = {path[:depth] for path in (*taken, *found.empty) for depth in range(len(path))}
-    empty = {
-        path: kind
-        for path, kind in found.empty.items()
-        if path not in taken and path not in above and not any(path[:depth] in taken for depth in range(len(path)))
-    }
-    below: dict[Path, set[str]] = {}
-    for path in (*taken, *empty):
-        for depth in range(len(path)):
-            below.setdefault(path[:depth], set()).add(path[depth])
-    lists = {at for at in found.sequences if below.get(at) == set(map(str, range(len(below.get(at, ())))))}
-    return Skeleton(empty, frozenset(lists))
+    above = _names_below((*taken, *nodes.empty))
+    empty: dict[Path, str] = {}
+    for path, kind in nodes.empty.items():
+        inside = any(path[:depth] in taken for depth in range(len(path) + 1))
+        if not inside and path not in above:
+            empty[path] = kind
+    below = _names_below((*taken, *empty))
+    lists: set[Path] = set()
+    for path in nodes.sequences:
+        names = below.get(path)
+        if names is not None and names == set(map(str, range(len(names)))):
+            lists.add(path)
+    return EmptyNodes(empty, frozenset(lists))
 
 
 def called(empty: Mapping[Path, str], name: str, keys: Iterable[Key]) -> dict[Path, str]:
@@ -85,5 +92,9 @@ def called(empty: Mapping[Path, str], name: str, keys: Iterable[Key]) -> dict[Pa
         return path[:1] == _ROOT and not any(path[:depth] in nodes for depth in range(1, len(path)))
 
     # flax.serialization writes () as {} too; Orbax has a name of its own for it.
-    other = ("None", "Dict") if name == "None" else ("None", "Dict", "Tuple", "List")
-    return {path: name if is_state(path) and kind in other else kind for path, kind in empty.items()}
+    others = ("None", "Dict") if name == "None" else ("None", "Dict", "Tuple", "List")
+    renamed = dict(empty)
+    for path, kind in empty.items():
+        if kind in others and is_state(path):
+            renamed[path] = name
+    return renamed

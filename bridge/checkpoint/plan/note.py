@@ -2,13 +2,13 @@
 
 Linen's layout says things that NNX's has no place for (entries without content, boxes, Python's own step), and NNX's
 some that Linen's has none for (where model and optimizer are). The note carries them.
-Law: `read(write(memo)) == memo`, and what is no note of ours, or a damaged one, is never half believed.
+Law: `read_note(write_note(note)) == note`, and what is no note of ours, or a damaged one, is never half believed.
 Knows forms and paths; knows nothing of arrays or conversions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ NOTE = "linen_nnx_bridge"
 
 
 @dataclass(frozen=True)
-class LinenMemo:
+class LinenNote:
     """Linen's side.
 
     Attributes:
@@ -39,7 +39,7 @@ class LinenMemo:
 
 
 @dataclass(frozen=True)
-class Memo:
+class Note:
     """A note.
 
     Attributes:
@@ -51,7 +51,7 @@ class Memo:
 
     kind: Kind = Kind.UNKNOWN
     collections: Mapping[Path, str] = field(default_factory=dict)
-    linen: LinenMemo | None = None
+    linen: LinenNote | None = None
     nnx: Form | None = None
 
     @property
@@ -63,43 +63,43 @@ class Memo:
         return Known(self.collections, "params", boxed=boxed)
 
 
-def write(memo: Memo) -> dict[str, Any]:
+def write_note(note: Note) -> dict[str, Any]:
     """The note as metadata, of JSON types.
 
-    >>> read(write(Memo(Kind.NNX_STATE, {("bn", "mean"): "batch_stats"}))).collections
+    >>> read_note(write_note(Note(Kind.NNX_STATE, {("bn", "mean"): "batch_stats"}))).collections
     {('bn', 'mean'): 'batch_stats'}
     """
     collections: dict[str, list[list[str]]] = {}
-    for path, name in memo.collections.items():
+    for path, name in note.collections.items():
         if name != "params":
             collections.setdefault(name, []).append(list(path))
-    note: dict[str, Any] = {"version": 1, "layout": memo.kind.value, "collections": collections}
-    if memo.linen is not None:
-        note["linen"] = {
-            "layout": memo.linen.form.kind.value,
-            "boxed": _paths(memo.linen.form.boxed),
-            "empty": [[list(path), kind] for path, kind in memo.linen.empty.items()],
-            "sequences": _paths(memo.linen.sequences),
-            "step": memo.linen.step,
+    table: dict[str, Any] = {"version": 1, "layout": note.kind.value, "collections": collections}
+    if note.linen is not None:
+        table["linen"] = {
+            "layout": note.linen.form.kind.value,
+            "boxed": _paths(note.linen.form.boxed),
+            "empty": [[list(path), kind] for path, kind in note.linen.empty.items()],
+            "sequences": _paths(note.linen.sequences),
+            "step": note.linen.step,
         }
-    if memo.nnx is not None:
-        form = memo.nnx
-        note["nnx"] = {"layout": form.kind.value, "model": list(form.model), "optimizer": list(form.optimizer)}
-    return {NOTE: note}
+    if note.nnx is not None:
+        form = note.nnx
+        table["nnx"] = {"layout": form.kind.value, "model": list(form.model), "optimizer": list(form.optimizer)}
+    return {NOTE: table}
 
 
-def _paths(paths: Any) -> list[list[str]]:
-    return sorted(list(path) for path in paths)
+def _paths(paths: Iterable[Path]) -> list[list[str]]:
+    return sorted(map(list, paths))
 
 
-def read(metadata: Mapping[str, Any], place: object = "(metadata)") -> Memo:
+def read_note(metadata: Mapping[str, Any], place: object = "(metadata)") -> Note:
     """The note in a checkpoint's metadata; an empty one if there is none.
 
     Raises:
       CheckpointCorruptError: there is one that nobody can have written.
     """
     if NOTE not in metadata:
-        return Memo()
+        return Note()
     try:
         return _read(metadata[NOTE])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -111,20 +111,22 @@ def read(metadata: Mapping[str, Any], place: object = "(metadata)") -> Memo:
         ) from error
 
 
-def _read(note: Mapping[str, Any]) -> Memo:
-    if note["version"] != 1:
-        raise ValueError(f"version {note['version']!r}")
-    collections = {_path(path): str(name) for name, paths in note["collections"].items() for path in paths}
+def _read(table: Mapping[str, Any]) -> Note:
+    if table["version"] != 1:
+        raise ValueError(f"version {table['version']!r}")
+    collections: dict[Path, str] = {}
+    for name, paths in table["collections"].items():
+        collections |= dict.fromkeys(map(_path, paths), str(name))
     linen = nnx = None
-    if "linen" in note:
-        said = note["linen"]
-        form = Form(Kind(said["layout"]), boxed=frozenset(map(_path, said["boxed"])))
-        empty = {_path(path): str(kind) for path, kind in said["empty"]}
-        linen = LinenMemo(form, empty, frozenset(map(_path, said["sequences"])), str(said["step"]))
-    if "nnx" in note:
-        said = note["nnx"]
-        nnx = Form(Kind(said["layout"]), _path(said["model"]), _path(said["optimizer"]))
-    return Memo(Kind(note["layout"]), collections, linen, nnx)
+    if "linen" in table:
+        side = table["linen"]
+        form = Form(Kind(side["layout"]), boxed=frozenset(map(_path, side["boxed"])))
+        empty = {_path(path): str(kind) for path, kind in side["empty"]}
+        linen = LinenNote(form, empty, frozenset(map(_path, side["sequences"])), str(side["step"]))
+    if "nnx" in table:
+        side = table["nnx"]
+        nnx = Form(Kind(side["layout"]), _path(side["model"]), _path(side["optimizer"]))
+    return Note(Kind(table["layout"]), collections, linen, nnx)
 
 
 def _path(keys: Any) -> Location:

@@ -80,31 +80,39 @@ def follow(
     for location, op in variables.items():
         for source in dict.fromkeys(op.sources()):
             made_from.setdefault(source, []).append(location)
-    fresh = [location for location, op in variables.items() if next(op.sources(), None) is None]
+    is_new = [location for location, op in variables.items() if next(op.sources(), None) is None]
+    new_params = [location for location in is_new if location[0] == "params"]
     for group in _groups(leaves, masked):
-        paths = {**group.leaves, **group.masked}
-        wanted = dict.fromkeys(location for old in paths for location in made_from.get(old, ()))
-        for location in wanted:
+        followers: dict[Location, None] = {}  # in the order of the slots, each once
+        for old in (*group.leaves, *group.masked):
+            followers |= dict.fromkeys(made_from.get(old, ()))
+        for location in followers:
             _follow_one(result, group, location, variables[location], forms, variable_forms)
         for old, path in group.leaves.items():
             if old not in made_from:
                 result.dropped[path] = f"its param {show_path(old)} is dropped"
-        if fresh and group.role is Role.OPTIMIZER and _like_params(group, forms, variable_forms):
-            for location in (at for at in fresh if at[0] == "params"):
+        if new_params and group.role is Role.OPTIMIZER and _like_params(group, forms, variable_forms):
+            for location in new_params:
                 result.made[group.key(location)] = _zeros(variables[location], group, forms)
                 result.zeroed.append(group.key(location))
     return result
 
 
 def _groups(leaves: Mapping[Key, Path], masked: Mapping[Key, Path]) -> Iterable[_Group]:
-    found: dict[Key, _Group] = {}
-    for which, table in (("leaves", leaves), ("masked", masked)):
-        for key, path in table.items():
-            if key.location is not None and key.role in (Role.OPTIMIZER, Role.EXTRA):
-                name = replace(key, location=None)
-                group = found.setdefault(name, _Group(key.role, key.prefix, key.tail, {}, {}))
-                getattr(group, which)[key.location] = path
-    return found.values()
+    groups: dict[Key, _Group] = {}
+
+    def group_of(key: Key) -> _Group | None:
+        if key.location is None or key.role not in (Role.OPTIMIZER, Role.EXTRA):
+            return None
+        return groups.setdefault(replace(key, location=None), _Group(key.role, key.prefix, key.tail, {}, {}))
+
+    for key, path in leaves.items():
+        if (group := group_of(key)) is not None:
+            group.leaves[key.location] = path
+    for key, path in masked.items():
+        if (group := group_of(key)) is not None:
+            group.masked[key.location] = path
+    return groups.values()
 
 
 def _follow_one(
@@ -115,21 +123,23 @@ def _follow_one(
     forms: Mapping[Path, Leaf],
     variable_forms: Mapping[Location, Leaf],
 ) -> None:
+    """Put the slot of one new variable into the result: made as the variable is, from the slots of the old ones."""
     sources = list(dict.fromkeys(op.sources()))
-    absent = [at for at in sources if at not in group.leaves]
-    if absent == sources and all(at in group.masked for at in sources):
+    absent = [old for old in sources if old not in group.leaves]
+    if absent == sources and group.masked.keys() >= set(sources):
         result.masked.add(group.key(location))
         return
-    first = next(path for at in sources if (path := group.leaves.get(at) or group.masked.get(at)))
+    paths = {**group.masked, **group.leaves}
+    first = next(paths[old] for old in sources if old in paths)
     if absent:
-        found = f"none for {', '.join(show_path(at) for at in absent)}"
+        found = f"none for {', '.join(map(show_path, absent))}"
         raise SlotError(first, location, "an entry for each param that it is made from", found)
-    for at in sources:
-        shape, param = forms[group.leaves[at]].shape, variable_forms[at].shape
+    for old in sources:
+        shape, param = forms[group.leaves[old]].shape, variable_forms[old].shape
         if shape != param and not _is_rename(op):
-            raise SlotError(group.leaves[at], location, f"shape {param}, as the param, which is reshaped", str(shape))
+            raise SlotError(group.leaves[old], location, f"shape {param}, as the param, which is reshaped", str(shape))
     try:
-        result.made[group.key(location)] = op.on(lambda at: read_of(forms[group.leaves[at]]))
+        result.made[group.key(location)] = op.on(lambda old: read_of(forms[group.leaves[old]]))
     except OpError as error:
         raise SlotError(first, location, "leaves that can be put together as the param's are", str(error)) from error
 
@@ -144,9 +154,8 @@ def _is_rename(op: Op) -> bool:
 
 
 def _like_params(group: _Group, forms: Mapping[Path, Leaf], variable_forms: Mapping[Location, Leaf]) -> bool:
-    return bool(group.leaves) and all(
-        forms[path].shape == variable_forms[at].shape for at, path in group.leaves.items()
-    )
+    slots = group.leaves.items()
+    return bool(slots) and all(forms[path].shape == variable_forms[location].shape for location, path in slots)
 
 
 def _zeros(op: Op, group: _Group, forms: Mapping[Path, Leaf]) -> Fill:

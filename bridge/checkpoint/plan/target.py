@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from bridge._errors import CheckpointLayoutError, VariablesMismatchError
-from bridge._types import Location, Path
+from bridge._types import Location, Path, Shape
 from bridge.checkpoint.tree.canonical import UNKNOWN, VALUE, Key, Parts, Role
 from bridge.checkpoint.tree.from_objects import Live
 from bridge.checkpoint.tree.layout import Leaf
@@ -29,7 +29,7 @@ _IMPLEMENTATIONS = {"fry": "threefry2x32"}
 
 
 @dataclass(frozen=True)
-class Goal:
+class Target:
     """A target: the object as a tree, and what each leaf of it is."""
 
     live: Live
@@ -58,30 +58,31 @@ class Fitted:
     filled: list[Key]
 
 
-def aim(goal: Goal, variables: Mapping[Location, Op]) -> dict[Location, Op]:
+def aim(target: Target, variables: Mapping[Location, Op]) -> dict[Location, Op]:
     """`variables` under the locations that the target has for them, where names leave one choice.
 
     The target may keep a variable in a collection of a narrower type, may know a collection that the source does not,
     and may have a variable called `value` that looked like a box.
     """
-    wanted: dict[Path, list[Location]] = {}
-    exact = set()
-    for key in goal.parts.leaves:
+    by_path: dict[Path, list[Location]] = {}
+    exact: set[Location] = set()
+    for key in target.parts.leaves:
         if key.role is Role.MODEL and key.location:
-            at = key.location
-            exact.add(at)
-            wanted.setdefault(at[1:], []).append(at)
-    return {_aim_one(at, exact, wanted): op for at, op in variables.items()}
+            exact.add(key.location)
+            by_path.setdefault(key.location[1:], []).append(key.location)
+    return {_aim_one(location, exact, by_path): op for location, op in variables.items()}
 
 
-def _aim_one(at: Location, exact: Collection[Location], wanted: Mapping[Path, list[Location]]) -> Location:
-    if at in exact:
-        return at
-    for path in (at[1:], (*at[1:], VALUE)):
-        fits = [target for target in wanted.get(path, ()) if _is_narrower(target[0], at[0])]
+def _aim_one(location: Location, exact: Collection[Location], by_path: Mapping[Path, list[Location]]) -> Location:
+    if location in exact:
+        return location
+    collection, *keys = location
+    # Where a variable is called `value`, the layout has taken it for the level that each Variable has.
+    for path in (tuple(keys), (*keys, VALUE)):
+        fits = [place for place in by_path.get(path, ()) if _is_narrower(place[0], collection)]
         if len(fits) == 1:
             return fits[0]
-    return at
+    return location
 
 
 def _is_narrower(target: str, collection: str) -> bool:
@@ -90,37 +91,40 @@ def _is_narrower(target: str, collection: str) -> bool:
     return issubclass(variable_type(target), variable_type(collection))
 
 
-def fit(goal: Goal, made: Mapping[Key, Op], masked: Collection[Key], new: Collection[Location], rng: Any) -> Fitted:
+def fit(target: Target, made: Mapping[Key, Op], new: Collection[Location], seed: int | None) -> Fitted:
     """How every leaf of the target is made.
 
     Args:
-      made, masked: what the source gives.
+      made: what the source gives.
       new: variables that come from the target, by the rules, and their slots with them.
-      rng: a seed for random streams; else those that the source lacks are the target's own.
+      seed: for random streams; without one those that the source lacks are the target's own.
 
     Raises:
       VariablesMismatchError: lists every leaf that is missing, unexpected, or of another shape or dtype.
       CheckpointLayoutError: a value has to come from the target, which is abstract.
     """
-    missing, shapes, dtypes, filled = [], [], [], []
+    missing: list[Path] = []
+    shapes: list[tuple[Path, Shape, Shape]] = []
+    dtypes: list[tuple[Path, str, str]] = []
+    filled: list[Key] = []
     result: dict[Key, Op] = {}
-    for key in goal.parts.leaves:
-        wanted = goal.leaf(key)
+    for key in target.parts.leaves:
+        leaf = target.leaf(key)
         if key in made:
             op = made[key]
             result[key] = op
-            if op.shape != wanted.shape:
-                shapes.append((show(key), wanted.shape, op.shape))
-            elif op.dtype != wanted.dtype and not _takes(goal, key, op):
-                dtypes.append((show(key), wanted.dtype, op.dtype))
-        elif key.role is Role.STREAM or key.location in new or _is_loose_field(goal, key):
-            result[key] = _from_target(goal, key, rng)
+            if op.shape != leaf.shape:
+                shapes.append((show(key), leaf.shape, op.shape))
+            elif op.dtype != leaf.dtype and not _takes(target, key, op):
+                dtypes.append((show(key), leaf.dtype, op.dtype))
+        elif key.role is Role.STREAM or key.location in new or _is_loose_field(target, key):
+            result[key] = _from_target(target, key, seed)
             filled.append(key)
         elif not (key.location and key.location[0] in _PASSING):
             missing.append(show(key))
-    loose = [key for key in made if key not in goal.parts.leaves]
-    without_place = [key for key in loose if _may_go(goal, key)]
-    unexpected = [show(key) for key in loose if not _may_go(goal, key)]
+    loose = [key for key in made if key not in target.parts.leaves]
+    without_place = [key for key in loose if _may_go(target, key)]
+    unexpected = [show(key) for key in loose if not _may_go(target, key)]
     if missing or unexpected or shapes or dtypes:
         raise VariablesMismatchError(
             missing, unexpected, shapes, dtypes, source="the converted checkpoint", target="the target"
@@ -128,14 +132,14 @@ def fit(goal: Goal, made: Mapping[Key, Op], masked: Collection[Key], new: Collec
     return Fitted(result, without_place, filled)
 
 
-def _is_loose_field(goal: Goal, key: Key) -> bool:
+def _is_loose_field(target: Target, key: Key) -> bool:
     """A field that follows no param, such as a dropout key: the target's own is as good as any."""
-    has_value = not isinstance(goal.live.values[goal.parts.leaves[key]], jax.ShapeDtypeStruct)
+    has_value = not isinstance(target.live.values[target.parts.leaves[key]], jax.ShapeDtypeStruct)
     return key.role is Role.EXTRA and key.location is None and has_value
 
 
-def _may_go(goal: Goal, key: Key) -> bool:
-    return key.role in (Role.STREAM, Role.EXTRA) or (key.role is not Role.MODEL and not goal.trains)
+def _may_go(target: Target, key: Key) -> bool:
+    return key.role in (Role.STREAM, Role.EXTRA) or (key.role is not Role.MODEL and not target.trains)
 
 
 def show(key: Key) -> Path:
@@ -155,19 +159,19 @@ def show(key: Key) -> Path:
             return (*key.prefix, *(key.location or ())[1:], *key.tail)
 
 
-def _takes(goal: Goal, key: Key, op: Op) -> bool:
+def _takes(target: Target, key: Key, op: Op) -> bool:
     """A Python number takes any scalar of its kind."""
-    value = goal.live.values[goal.parts.leaves[key]]
+    value = target.live.values[target.parts.leaves[key]]
     kinds = {bool: jnp.bool_, int: jnp.integer, float: jnp.floating, complex: jnp.complexfloating}
     kind = kinds.get(type(value))
     return kind is not None and op.dtype != "object" and jnp.issubdtype(jnp.dtype(op.dtype), kind)
 
 
-def _from_target(goal: Goal, key: Key, rng: Any) -> Op:
-    leaf = goal.leaf(key)
-    if key.role is Role.STREAM and isinstance(rng, int) and not isinstance(rng, bool):
-        return fresh_stream(key, leaf, rng)
-    value = goal.live.values[leaf.path]
+def _from_target(target: Target, key: Key, seed: int | None) -> Op:
+    leaf = target.leaf(key)
+    if key.role is Role.STREAM and seed is not None:
+        return fresh_stream(key, leaf, seed)
+    value = target.live.values[leaf.path]
     if isinstance(value, jax.ShapeDtypeStruct):
         raise CheckpointLayoutError(
             "a value has to come from the target",
@@ -180,7 +184,7 @@ def _from_target(goal: Goal, key: Key, rng: Any) -> Op:
 
 
 def is_own(op: Op, value: Any) -> bool:
-    """Whether a plan takes the value that is in the target: the model's own random streams, say."""
+    """Whether a plan takes the value that is in the target, its own random streams, say: itself, no equal one."""
     return isinstance(op, Fill) and op.content is value
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
+import optax
 
 from bridge._errors import VariablesMismatchError
 from bridge._types import Location, Path, Shape
@@ -22,7 +22,7 @@ from bridge.checkpoint.tree.ops import Op
 
 
 @dataclass(frozen=True)
-class Template:
+class TxTemplate:
     """An abstract optimizer state.
 
     Attributes:
@@ -36,21 +36,26 @@ class Template:
 
     def require(self, made: Mapping[Key, Op]) -> None:
         """Raise VariablesMismatchError unless the optimizer state that is made is this one."""
-        have = {key: op for key, op in made.items() if key.role is Role.OPTIMIZER}
-        both = [key for key in self.forms if key in have]
-        shapes = [(show(key), self.forms[key][0], have[key].shape) for key in both]
-        dtypes = [(show(key), self.forms[key][1], have[key].dtype) for key in both]
-        shapes = [row for row in shapes if row[1] != row[2]]
-        dtypes = [row for row in dtypes if row[1] != row[2]]
-        missing = [show(key) for key in self.forms if key not in have]
-        unexpected = [show(key) for key in have if key not in self.forms]
+        missing: list[Path] = []
+        shapes: list[tuple[Path, Shape, Shape]] = []
+        dtypes: list[tuple[Path, str, str]] = []
+        for key, (shape, dtype) in self.forms.items():
+            op = made.get(key)
+            if op is None:
+                missing.append(show(key))
+                continue
+            if op.shape != shape:
+                shapes.append((show(key), shape, op.shape))
+            if op.dtype != dtype:
+                dtypes.append((show(key), dtype, op.dtype))
+        unexpected = [show(key) for key in made if key.role is Role.OPTIMIZER and key not in self.forms]
         if missing or unexpected or shapes or dtypes:
             raise VariablesMismatchError(
                 missing, unexpected, shapes, dtypes, source="the converted optimizer state", target="the state of tx"
             )
 
 
-def template_of(tx: Any, params: Mapping[Location, Op], form: Form) -> Template:
+def template_of(tx: optax.GradientTransformation, params: Mapping[Location, Op], form: Form) -> TxTemplate:
     """The state of an optax transformation for these params, under the names that `form` has for them.
 
     >>> import optax
@@ -61,16 +66,19 @@ def template_of(tx: Any, params: Mapping[Location, Op], form: Form) -> Template:
     ([('opt_state', '0', 'count'), ('opt_state', '0', 'mu', 'w'), ('opt_state', '0', 'nu', 'w')], \
 {('opt_state', '1'): 'None'})
     """
-    abstract = {form.variable(at): jax.ShapeDtypeStruct(op.shape, op.dtype) for at, op in params.items()}
-    names = {form.variable(at): at for at in params}
+    locations = {form.variable(location): location for location in params}
+    abstract: dict[Path, jax.ShapeDtypeStruct] = {}
+    for path, location in locations.items():
+        abstract[path] = jax.ShapeDtypeStruct(params[location].shape, params[location].dtype)
     live = of_object(jax.eval_shape(tx.init, layout.nest(abstract)))
     state = layout.nest({**live.values, **dict.fromkeys(live.tree.empty)})
     forms: dict[Key, tuple[Shape, str]] = {}
     empty: dict[Path, str] = {}
-    for path, place in opt_state.places(state, {at: x.shape for at, x in abstract.items()}).items():
-        location = names[place.param] if place.param else None
+    for path, place in opt_state.places(state, {path: x.shape for path, x in abstract.items()}).items():
+        location = locations[place.param] if place.param else None
         if path in live.values:
             forms[Key(Role.OPTIMIZER, place.prefix, location, place.tail)] = layout.describe(live.values[path])
         elif location is None:
             empty[("opt_state", *path)] = live.tree.empty[path]
-    return Template(forms, empty, frozenset(("opt_state", *path) for path in live.tree.sequences))
+    sequences = frozenset(("opt_state", *path) for path in live.tree.sequences)
+    return TxTemplate(forms, empty, sequences)

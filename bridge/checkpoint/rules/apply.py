@@ -27,6 +27,7 @@ Knows locations and expressions; knows nothing of arrays, files, optimizers or m
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from collections import Counter
@@ -38,7 +39,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from bridge._errors import near_misses, show_path
+from bridge._errors import listed, near_misses, show_path
 from bridge._types import Location
 from bridge.checkpoint.rules.patterns import MANY, ONE, Match, Pattern, PatternError, escape, escape_template
 from bridge.checkpoint.rules.rule import TOML_NAMES, Problem, Rule, RulesError, field_lines, to_toml
@@ -81,15 +82,14 @@ class Rules:
         >>> Rules.from_table({"rule": [{"from": "params/a", "drop": True}]}).rules[0].drop
         True
         """
-        problems = [
-            Problem("the keys 'default' and 'rule'", repr(key)) for key in table if key not in ("default", "rule")
-        ]
-        listed = table.get("rule", [])
-        if not isinstance(listed, list) or not all(isinstance(row, Mapping) for row in listed):
-            problems.append(Problem("rules, each below [[rule]]", f"rule = {listed!r}"))
-            listed = []
+        unknown = [key for key in table if key not in ("default", "rule")]
+        problems = [Problem("the keys 'default' and 'rule'", repr(key)) for key in unknown]
+        rows = table.get("rule", [])
+        if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+            problems.append(Problem("rules, each below [[rule]]", f"rule = {rows!r}"))
+            rows = []
         rules: list[Rule] = []
-        for number, row in enumerate(listed, start=1):
+        for number, row in enumerate(rows, start=1):
             try:
                 rules.append(_rule_from(row))
             except RulesError as error:
@@ -105,11 +105,11 @@ class Rules:
         >>> print(Rules.from_rename({"Dense_0": "hidden"}).rules[0])
         from = "*/Dense_0/**", to = "*/hidden/**"
         """
-        pairs = sorted(((_prefix(old), _prefix(new)) for old, new in rename.items()), key=lambda pair: -len(pair[0]))
-        return cls(
-            [Rule([ONE, *map(escape, old), MANY], [ONE, *map(escape_template, new), MANY]) for old, new in pairs],
-            name="rename",
-        )
+        pairs = [(_prefix(old), _prefix(new)) for old, new in rename.items()]
+        rules: list[Rule] = []
+        for old, new in sorted(pairs, key=lambda pair: -len(pair[0])):
+            rules.append(Rule([ONE, *map(escape, old), MANY], [ONE, *map(escape_template, new), MANY]))
+        return cls(rules, name="rename")
 
     def then(self, later: Rules) -> Rules:
         """These rules, and for the leaves that they leave those of `later`, which may match nothing.
@@ -117,7 +117,8 @@ class Rules:
         >>> Rules([Rule("a", "b")]).then(Rules([Rule("c", "d")], default="error")).default
         'error'
         """
-        return Rules([*self.rules, *(replace(rule, optional=True) for rule in later.rules)], later.default, self.name)
+        optional = [replace(rule, optional=True) for rule in later.rules]
+        return Rules([*self.rules, *optional], later.default, self.name)
 
     def inverse(self) -> Rules:
         """The rules that lead back, the most literal ones first: one file serves both directions.
@@ -130,7 +131,8 @@ class Rules:
         >>> print(Rules([Rule("params/a/kernel", "params/b/kernel", transpose=[1, 0])]).inverse().rules[0])
         from = "params/b/kernel", to = "params/a/kernel", transpose = [1, 0]
         """
-        back, problems = [], []
+        back: list[Rule] = []
+        problems: list[Problem] = []
         for number, rule in enumerate(self.rules, start=1):
             try:
                 back.append(rule.inverse())
@@ -155,9 +157,10 @@ class Rules:
         drop = true
         <BLANKLINE>
         """
-        blocks = [f"default = {to_toml(self.default)}\n"]
-        blocks += ["[[rule]]\n" + "\n".join(field_lines(rule)) + "\n" for rule in self.rules]
-        return "\n".join(blocks)
+        lines = [f"default = {to_toml(self.default)}", ""]
+        for rule in self.rules:
+            lines += ["[[rule]]", *field_lines(rule), ""]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -201,11 +204,12 @@ def read_rules(path: str | FilePath) -> Rules:
 
 
 def _rule_from(row: Mapping[str, Any]) -> Rule:
-    names = {TOML_NAMES.get(f.name, f.name): f.name for f in fields(Rule) if f.init}
-    if unknown := [key for key in row if key not in names]:
-        near = near_misses(unknown[0], names)
+    names = {TOML_NAMES.get(field.name, field.name): field.name for field in fields(Rule) if field.init}
+    unknown = next((key for key in row if key not in names), None)
+    if unknown is not None:
+        near = near_misses(unknown, names)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise RulesError([Problem(f"the keys {', '.join(names)}", f"{unknown[0]!r}{hint}", about=to_toml(row))])
+        raise RulesError([Problem(f"the keys {', '.join(names)}", f"{unknown!r}{hint}", about=to_toml(row))])
     return Rule(**{names[key]: value for key, value in row.items()})
 
 
@@ -249,7 +253,8 @@ def apply_rules(rules: Rules, leaves: Mapping[Location, Op], target: Iterable[Lo
         except PatternError as error:
             run.complain(number, "leaves that the rule fits", error.problem)
         except OpError as error:
-            run.complain(number, "leaves that the rule fits", "; ".join(map(str.strip, str(error).splitlines()[:-1])))
+            *lines, _advice = str(error).splitlines()
+            run.complain(number, "leaves that the rule fits", "; ".join(map(str.strip, lines)))
     run.place()
     run.renew(None if target is None else list(target))
     run.require_ways_of_their_own()
@@ -289,10 +294,11 @@ class _Run:
     def take(self) -> None:
         """Give each leaf to the first rule that matches it."""
         find = _finder(self.rules.rules)
-        left = []
+        left: list[Location] = []
         for order, (location, op) in enumerate(self.leaves.items()):
             for index, part, pattern in find(location):
-                if (match := pattern.match(location)) is not None:
+                match = pattern.match(location)
+                if match is not None:
                     self.taken[index].append(_Taken(order, part, match, location, op))
                     break
             else:
@@ -302,21 +308,33 @@ class _Run:
             if rule.patterns and not rule.optional and not self.taken[number - 1]:
                 self.complain(number, "at least one leaf that it takes", self._why_nothing(rule))
         if left and self.rules.default == "error":
-            shown = ", ".join(map(show_path, left[:10])) + (f" and {len(left) - 10} more" if len(left) > 10 else "")
-            self.complain(None, 'a rule for each leaf, or default = "keep"', f"none for {shown}")
+            shown = ", ".join(map(show_path, left[:10]))
+            more = f" and {len(left) - 10} more" if len(left) > 10 else ""
+            self.complain(None, 'a rule for each leaf, or default = "keep"', f"none for {shown}{more}")
 
     def _why_nothing(self, rule: Rule) -> str:
         for number, taken in enumerate(self.taken, start=1):
             for leaf in taken:
                 if any(pattern.match(leaf.location) for pattern in rule.patterns):
                     return f"none that is left: rule {number}, which comes before, takes {show_path(leaf.location)}"
-        shapes = {re.sub(r"\d+", "0", show_path(at)): show_path(at) for at in self.leaves}  # one of each layer
-        wanted = re.sub(r"\(?\\d[+*]?\)?", "0", str(rule.patterns[0]))
-        close = near_misses(wanted, shapes) if len(shapes) * len(self.rules.rules) <= _MOST_COMPARISONS else []
-        hint = f" (did you mean {' or '.join(shapes[shape] for shape in close)}?)" if close else ""
-        if any(Pattern((ONE, *pattern.keys)).match(at) for pattern in rule.patterns for at in self.leaves):
+        without_collection = [Pattern((ONE, *pattern.keys)) for pattern in rule.patterns]
+        if any(pattern.match(location) for pattern, location in itertools.product(without_collection, self.leaves)):
             hint = " (a location begins with its collection: 'params/...', or '*/...' for any)"
+        else:
+            hint = self._near(rule)
         return f"none of {len(self.leaves)} leaves{hint}"
+
+    def _near(self, rule: Rule) -> str:
+        """Leaves that look like what a rule asks for, with one number for all: a layer stands for its like."""
+        layers: dict[str, str] = {}
+        for location in self.leaves:
+            shown = show_path(location)
+            layers[re.sub(r"\d+", "0", shown)] = shown
+        if len(layers) * len(self.rules.rules) > _MOST_COMPARISONS:
+            return ""
+        wanted = re.sub(r"\(?\\d[+*]?\)?", "0", str(rule.patterns[0]))
+        near = [layers[name] for name in near_misses(wanted, layers)]
+        return f" (did you mean {' or '.join(near)}?)" if near else ""
 
     def apply(self, number: int, rule: Rule) -> None:
         """Outputs of one rule; PatternError or OpError if it does not fit what it has taken."""
@@ -345,57 +363,60 @@ class _Run:
 
     def _says(self, number: int | None, location: Location, op: Op | None = None) -> str:
         who = "a leaf that no rule takes" if number is None else f"rule {number}"
-        sources = [show_path(at) for at in dict.fromkeys((op or self.result.made[location]).sources())]
-        return f"{who} (from {', '.join(sources[:3])}{', ...' if len(sources) > 3 else ''})"
+        sources = dict.fromkeys((op or self.result.made[location]).sources())
+        return f"{who} (from {listed(list(map(show_path, sources)), 3)})"
 
     def renew(self, target: list[Location] | None) -> None:
         """Leaves that come from no leaf."""
-        found: list[Location] = []
+        made, new = self.result.made, list[Location]()
         for number, rule in enumerate(self.rules.rules, start=1):
             if rule.new is None:
                 continue
-            at = rule.new_at
-            if isinstance(rule.new, Mapping) and at.literal in self.result.made:
-                self.complain(
-                    number, "a location that nothing else makes", self._says(self.made_by[at.literal], at.literal)
-                )
+            pattern = rule.new_at
+            location = pattern.literal
+            if isinstance(rule.new, Mapping) and location in made:
+                other = self._says(self.made_by[location], location)
+                self.complain(number, "a location that nothing else makes", other)
             elif isinstance(rule.new, Mapping):
-                self.made_by[at.literal] = number
-                self.result.made[at.literal] = _filled(rule.new)
-            elif target is None and at.literal is None:
+                self.made_by[location] = number
+                made[location] = _filled(rule.new)
+            elif target is None and location is None:
                 self.complain(number, "a target model, in which the pattern is looked for", "none")
             else:
-                among = [at.literal] if target is None else target
-                wanted = [x for x in among if x not in self.result.made and x not in found and at.match(x)]
-                if not wanted and not rule.optional:
+                among = [location] if target is None else target
+                free = [x for x in among if x not in made and x not in new and pattern.match(x)]
+                if not free and not rule.optional:
                     self.complain(number, "leaves of the target that no rule makes", "none that match")
-                found += wanted
-        self.result = replace(self.result, new=tuple(found))
+                new += free
+        self.result = replace(self.result, new=tuple(new))
 
     def require_ways_of_their_own(self) -> None:
         """No target lies inside another."""
         everything = {*self.result.made, *self.result.new}
         for location in everything:
-            for outer in (location[:n] for n in range(1, len(location)) if location[:n] in everything):
-                self.complain(
-                    self.made_by.get(location) or self.made_by.get(outer),
-                    "no leaf inside another",
-                    f"{show_path(outer)} and {show_path(location)}",
-                )
+            for length in range(1, len(location)):
+                outer = location[:length]
+                if outer in everything:
+                    number = self.made_by.get(location) or self.made_by.get(outer)
+                    self.complain(number, "no leaf inside another", f"{show_path(outer)} and {show_path(location)}")
 
     def require_way_back(self, forward: Rules) -> None:
         """The rules that these undo make of the result the very leaves that were given."""
         made = self.result.made
+        reads = {location: Read(location, op.shape, op.dtype) for location, op in made.items()}
         try:
-            back = forward.apply({at: Read(at, op.shape, op.dtype) for at, op in made.items()}).made
+            back = forward.apply(reads).made
         except RulesError as error:
             self.complain(None, f"what {forward.name} can be applied to", str(error.problems[0].found))
             return
-        come_from = {at: {x for target in op.sources() for x in made[target].sources()} for at, op in back.items()}
-        for at, op in self.leaves.items():
-            if not come_from.get(at, set()).issuperset(op.sources()):
-                others = [show_path(b) for b, sources in come_from.items() if not sources.isdisjoint(op.sources())]
-                expected = f"{show_path(at)} itself when {forward.name} is applied to what it becomes"
+        origins: dict[Location, set[Location]] = {}  # where what comes back has come from
+        for location, op in back.items():
+            origins[location] = set().union(*(made[target].sources() for target in op.sources()))
+        for location, op in self.leaves.items():
+            sources = set(op.sources())
+            if not sources <= origins.get(location, set()):
+                others = [show_path(other) for other, its in origins.items() if not sources.isdisjoint(its)]
+                expected = f"{show_path(location)} itself when {forward.name} is applied to what it becomes"
                 self.complain(None, expected, f"{', '.join(others) or 'nothing'}: it can be read in several ways")
 
 
@@ -404,8 +425,12 @@ def _finder(rules: Sequence[Rule]) -> Callable[[Location], Iterable[tuple[int, i
 
     Each is filed under the literal key that the fewest have; trying all rules on all leaves costs seconds.
     """
-    everything = [(i, part, pattern) for i, rule in enumerate(rules) for part, pattern in enumerate(rule.patterns)]
-    shared = Counter(literal for _, _, pattern in everything for literal in pattern.literals())
+    everything: list[tuple[int, int, Pattern]] = []
+    shared: Counter[tuple[int | None, str]] = Counter()
+    for index, rule in enumerate(rules):
+        for part, pattern in enumerate(rule.patterns):
+            everything.append((index, part, pattern))
+            shared.update(pattern.literals())
     filed: dict[tuple[int | None, str] | None, list[tuple[int, int, Pattern]]] = {}
     for entry in everything:
         rarest = min(entry[2].literals(), key=lambda literal: shared[literal], default=None)
@@ -413,9 +438,13 @@ def _finder(rules: Sequence[Rule]) -> Callable[[Location], Iterable[tuple[int, i
 
     def find(location: Location) -> list[tuple[int, int, Pattern]]:
         length = len(location)
-        at = {(n, key) for n, key in enumerate(location)} | {(n - length, key) for n, key in enumerate(location)}
-        forms = [None, *at, *((None, key) for key in set(location))]
-        return sorted((e for form in forms for e in filed.get(form, ())), key=lambda entry: entry[:2])
+        literals: set[tuple[int | None, str] | None] = {None}
+        for n, key in enumerate(location):  # from the start, from the end, and wherever it is
+            literals |= {(n, key), (n - length, key), (None, key)}
+        candidates: list[tuple[int, int, Pattern]] = []
+        for literal in literals:
+            candidates += filed.get(literal, ())
+        return sorted(candidates, key=lambda entry: entry[:2])
 
     return find
 
@@ -430,16 +459,19 @@ def _combined(rule: Rule, taken: Sequence[_Taken]) -> Iterator[tuple[_Taken, Op]
         return
     alike: dict[tuple[Any, ...], dict[int, dict[int, _Taken]]] = {}
     for leaf in taken:
-        groups = list(leaf.match.groups)
-        index = _index(leaf, groups.pop(rule.index_group - 1)) if rule.index_group is not None else 0
+        groups, index = list(leaf.match.groups), 0
+        if rule.index_group is not None:
+            index = _index(leaf, groups.pop(rule.index_group - 1))
         parts = alike.setdefault((tuple(groups), leaf.match.wild), {}).setdefault(index, {})
         if leaf.part in parts:
             both = f"{show_path(parts[leaf.part].location)} and {show_path(leaf.location)}"
             raise PatternError(f"two leaves for one place: {both}")
         parts[leaf.part] = leaf
     for layers in alike.values():
-        first = min((leaf for parts in layers.values() for leaf in parts.values()), key=lambda leaf: leaf.order)
-        if gaps := [str(n) for n in range(max(layers) + 1) if n not in layers]:
+        leaves = itertools.chain.from_iterable(parts.values() for parts in layers.values())
+        first = min(leaves, key=lambda leaf: leaf.order)
+        gaps = [str(n) for n in range(max(layers) + 1) if n not in layers]
+        if gaps:
             raise PatternError(f"no layer {', '.join(gaps[:5])} beside {show_path(first.location)}")
         joined = tuple(_concatenated(rule, layers[index]) for index in range(len(layers)))
         yield first, joined[0] if rule.stack is None else Join(joined, rule.stack, stack=True)
@@ -455,16 +487,16 @@ def _concatenated(rule: Rule, parts: Mapping[int, _Taken]) -> Op:
     """The parts of one leaf as one; equal parts, or else whoever splits it again would cut it elsewhere."""
     if rule.concat is None:
         return parts[0].op
-    if absent := [str(pattern) for part, pattern in enumerate(rule.patterns) if part not in parts]:
-        raise PatternError(
-            f"no {' and no '.join(absent)} that goes with {show_path(next(iter(parts.values())).location)}"
-        )
+    absent = [str(pattern) for part, pattern in enumerate(rule.patterns) if part not in parts]
+    if absent:
+        other = next(iter(parts.values()))
+        raise PatternError(f"no {' and no '.join(absent)} that goes with {show_path(other.location)}")
     ordered = [parts[part] for part in range(len(rule.patterns))]
     whole = Join(tuple(leaf.op for leaf in ordered), rule.concat)
-    found = [leaf.op.shape[whole.axis] for leaf in ordered]
-    if found != list(rule.sizes or found[:1] * len(found)):
+    sizes = [leaf.op.shape[whole.axis] for leaf in ordered]
+    if sizes != list(rule.sizes or sizes[:1] * len(sizes)):
         wanted = f"sizes = {list(rule.sizes)}" if rule.sizes else "equal parts, where the rule says no sizes"
-        raise PatternError(f"{show_path(ordered[0].location)} and the others have sizes {found}: not {wanted}")
+        raise PatternError(f"{show_path(ordered[0].location)} and the others have sizes {sizes}: not {wanted}")
     return whole
 
 

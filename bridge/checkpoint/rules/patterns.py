@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bridge._errors import BridgeError, show_path
@@ -79,15 +79,18 @@ class Pattern:
         return cls(_keys(spec))
 
     def __post_init__(self) -> None:
-        keys = [None if text == MANY else _Key.parse(text) for text in self.keys]
-        runs = [list(run) for many, run in itertools.groupby(keys, lambda key: key is None) if not many]
-        starts_open, ends_open = self.keys[0] == MANY, self.keys[-1] == MANY
-        segments = [*([[]] if starts_open else []), *runs, *([[]] if ends_open else [])]
+        segments: list[list[_Key]] = [[]]  # what stands between two `**`
+        for text in self.keys:
+            if text == MANY:
+                segments.append([])
+            else:
+                segments[-1].append(_Key.parse(text))
         if any(first == second == MANY for first, second in itertools.pairwise(self.keys)):
             raise PatternError(f"'**' stands twice in a row in {self}: once is enough")
-        literals = [key.literal for key in keys if key is not None]
-        is_literal = len(literals) == len(keys) and None not in literals
-        object.__setattr__(self, "groups", sum(key.groups for key in keys if key is not None))
+        keys = list(itertools.chain.from_iterable(segments))
+        literals = [key.literal for key in keys]
+        is_literal = len(segments) == 1 and None not in literals
+        object.__setattr__(self, "groups", sum(key.groups for key in keys))
         object.__setattr__(self, "literal", tuple(literals) if is_literal else None)
         object.__setattr__(self, "_segments", tuple(map(tuple, segments)))
         object.__setattr__(self, "_fewest", len(literals))
@@ -130,10 +133,11 @@ class Pattern:
         """Keys that a location has if it matches: `(position, key)`; from the end if negative, None anywhere."""
         head, *middle = self._segments
         tail = middle.pop() if middle else ()
-        found: list[tuple[int | None, str | None]] = [(at, key.literal) for at, key in enumerate(head)]
-        found += [(at - len(tail), key.literal) for at, key in enumerate(tail)]
-        found += [(None, key.literal) for segment in middle for key in segment]
-        return [(at, literal) for at, literal in found if literal is not None]
+        placed: list[tuple[int | None, str | None]] = [(n, key.literal) for n, key in enumerate(head)]
+        placed += [(n - len(tail), key.literal) for n, key in enumerate(tail)]
+        for segment in middle:
+            placed += [(None, key.literal) for key in segment]
+        return [(position, literal) for position, literal in placed if literal is not None]
 
 
 @dataclass(frozen=True)
@@ -218,8 +222,8 @@ class Template:
         return cls(_keys(spec))
 
     def __post_init__(self) -> None:
-        parts = tuple(None if key in (ONE, MANY) else _template_pieces(key) for key in self.keys)
-        asked = [piece for part in parts for piece in part or () if isinstance(piece, _Group)]
+        parts = tuple(map(_template_pieces, self.keys))
+        asked = _groups(parts)
         indices = sum(piece.text == INDEX for piece in asked)
         if indices > 1:
             raise PatternError(f"{INDEX} stands {indices} times in {self}: once is enough")
@@ -270,15 +274,16 @@ def invert(pattern: Pattern, template: Template, index: int | None = None) -> tu
     >>> print(*back)
     params/(\d+)/(\w+)/b params/\2_\1/bias
     """
-    there = [None if key in (ONE, MANY) else _pieces(key) for key in pattern.keys]
-    if bad := [
-        key for key, pieces in zip(pattern.keys, there, strict=True) if pieces is None and key not in (ONE, MANY)
-    ]:
-        raise PatternError(f"what {bad[0]!r} matches outside of groups is not kept")
-    texts = [piece.text for pieces in there for piece in pieces or () if isinstance(piece, _Group)]
-    asked = [piece for part in template._parts for piece in part or () if isinstance(piece, _Group)]
-    wanted = sorted(n for n in range(1, len(texts) + 1) if n != index)
-    if sorted(piece.number for piece in asked if piece.text != INDEX) != wanted:
+    there: list[Sequence[str | _Group] | None] = []
+    for key in pattern.keys:
+        pieces = None if key in (ONE, MANY) else _pieces(key)
+        if pieces is None and key not in (ONE, MANY):
+            raise PatternError(f"what {key!r} matches outside of groups is not kept")
+        there.append(pieces)
+    texts = [group.text for group in _groups(there)]
+    asked = _groups(template._parts)
+    numbers_asked = sorted(group.number for group in asked if group.text != INDEX)
+    if numbers_asked != [n for n in range(1, len(texts) + 1) if n != index]:
         raise PatternError(f"{template} does not ask for each group of {pattern} exactly once")
     new_number = {piece.number: n for n, piece in enumerate(asked, start=1)}
 
@@ -304,10 +309,15 @@ def _map_pieces(
     parts: Sequence[Sequence[str | _Group] | None],
     text: Callable[[str | _Group], str],
 ) -> tuple[str, ...]:
-    return tuple(
-        key if pieces is None else _joined([text(piece) for piece in pieces])
-        for key, pieces in zip(keys, parts, strict=True)
-    )
+    mapped: list[str] = []
+    for key, pieces in zip(keys, parts, strict=True):
+        mapped.append(key if pieces is None else _joined(list(map(text, pieces))))
+    return tuple(mapped)
+
+
+def _groups(parts: Iterable[Sequence[str | _Group] | None]) -> list[_Group]:
+    pieces = itertools.chain.from_iterable(part for part in parts if part is not None)
+    return [piece for piece in pieces if isinstance(piece, _Group)]
 
 
 def _joined(texts: list[str]) -> str:
@@ -397,7 +407,10 @@ def _is_plain_group(text: str) -> bool:
 _TEMPLATE_SIGNS = re.compile(r"\\g<(?P<named>\d+)>|\\(?P<group>\d+)|\\(?P<sign>\D)|(?P<index>\{i\})|(?P<text>[^\\])")
 
 
-def _template_pieces(key: str) -> tuple[str | _Group, ...]:
+def _template_pieces(key: str) -> tuple[str | _Group, ...] | None:
+    """The texts and the groups that a template's key is a row of; None for a wildcard."""
+    if key in (ONE, MANY):
+        return None
     pieces: list[str | _Group] = []
     at = 0
     while at < len(key):

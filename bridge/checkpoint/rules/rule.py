@@ -1,7 +1,7 @@
 """One rule: which leaves it takes, what it does to them, where they go; and the rule that undoes it.
 
 Law: a Rule that exists can be used: its patterns, templates and values have been checked against each other.
-Knows patterns and numbers; knows nothing of leaves. How rules are written: `rules.py`.
+Knows patterns and numbers; knows nothing of leaves. How rules are written: `apply.py`.
 """
 
 from __future__ import annotations
@@ -119,13 +119,10 @@ class Rule:
             transpose = tuple(int(axis) for axis in np.argsort(axes))
         if self.keep:
             return replace(self, transpose=transpose)
-        pairs = [[invert(p, t, self.index_group) for t in self.templates] for p in self.patterns]
-        sources, targets = [pattern for pattern, _ in pairs[0]], [row[0][1] for row in pairs]
-        if any([p for p, _ in row] != sources or {t for _, t in row} != {row[0][1]} for row in pairs):
-            raise PatternError("the groups of its parts differ in text or in order")
+        sources, targets = self._inverted()
         return Rule(
-            [list(p.keys) for p in sources] if self.split is not None else list(sources[0].keys),
-            [list(t.keys) for t in targets] if self.concat is not None else list(targets[0].keys),
+            sources if self.split is not None else sources[0],
+            targets if self.concat is not None else targets[0],
             concat=self.split,
             stack=self.unstack,
             transpose=transpose,
@@ -134,6 +131,20 @@ class Rule:
             sizes=self.sizes,
             optional=self.optional,
         )
+
+    def _inverted(self) -> tuple[list[list[str]], list[list[str]]]:
+        """Keys of the patterns and the templates of the way back; all parts must say the same of their groups."""
+        sources: list[Pattern] = []
+        targets: list[Template] = []
+        for pattern in self.patterns:
+            pairs = [invert(pattern, template, self.index_group) for template in self.templates]
+            patterns = [back for back, _ in pairs]
+            templates = {back for _, back in pairs}
+            sources = sources or patterns
+            if patterns != sources or len(templates) != 1:
+                raise PatternError("the groups of its parts differ in text or in order")
+            targets += templates
+        return [list(pattern.keys) for pattern in sources], [list(template.keys) for template in targets]
 
 
 _BOOLS, _AXES, _NUMBERS = (

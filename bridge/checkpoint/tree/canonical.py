@@ -187,10 +187,13 @@ class Parts:
 
     def params(self) -> dict[Path, Location]:
         """What an optimizer may have slots for: path in the optimizer state -> location."""
-        found = [key.location for key in self.leaves if key.role is Role.MODEL and key.location]
-        if not self.form.is_nnx and self.form.kind is not Kind.LINEN_NESTED_TRAIN_STATE:
-            found = [location for location in found if location[0] == "params"]
-        return {self.form.variable(location): location for location in found}
+        params_only = not self.form.is_nnx and self.form.kind is not Kind.LINEN_NESTED_TRAIN_STATE
+        params: dict[Path, Location] = {}
+        for key in self.leaves:
+            location = key.location
+            if key.role is Role.MODEL and location and not (params_only and location[0] != "params"):
+                params[self.form.variable(location)] = location
+        return params
 
 
 def take_apart(tree: Tree, found: Layout, known: Known | None = None) -> Parts:
@@ -253,11 +256,10 @@ class _Taken:
     # Linen
 
     def _linen_form(self, found: Layout) -> Form:
-        kind, boxed = found.kind, self.known.boxed
-        if boxed is None:
-            located = (_location(path, kind) for path in found.boxed)
-            boxed = frozenset(at for at in located if len(at) > 1)
-        return Form(kind, boxed=boxed)
+        if self.known.boxed is not None:
+            return Form(found.kind, boxed=self.known.boxed)
+        locations = [_location(path, found.kind) for path in found.boxed]
+        return Form(found.kind, boxed=frozenset(location for location in locations if len(location) > 1))
 
     def _take_linen(self) -> None:
         kind, names = self.form.kind, self._collection_names()
@@ -285,84 +287,88 @@ class _Taken:
             return frozenset()
         tree = layout.nest(self.entries)
         params = tree.get("params") or {}
-        params = params.get("params", {}) if self.form.kind is Kind.LINEN_NESTED_TRAIN_STATE else params
-        names = layout.collection_names(tree, params)
-        if self.form.kind is Kind.LINEN_VARIABLES:  # no TrainState: no fields beside collections, but for averages
-            weights = set(layout.flatten(params))
-            same = {name for name, below in tree.items() if set(layout.flatten(below)) == weights}
-            apart = {"params", STREAMS, *(same - LINEN_COLLECTIONS)}
-            names = [name for name, below in tree.items() if isinstance(below, Mapping) and name not in apart]
+        if self.form.kind is Kind.LINEN_NESTED_TRAIN_STATE:
+            params = params.get("params", {})
+        if self.form.kind is not Kind.LINEN_VARIABLES:
+            return frozenset(layout.collection_names(tree, params))
+        # No TrainState: there are no fields beside collections, but for averages, which have the paths of the params.
+        weights = set(layout.flatten(params))
+        names: set[str] = set()
+        for name, below in tree.items():
+            is_average = name not in LINEN_COLLECTIONS and set(layout.flatten(below)) == weights
+            if isinstance(below, Mapping) and name not in ("params", STREAMS) and not is_average:
+                names.add(name)
         return frozenset(names)
 
     # NNX
 
     def _nnx_form(self, kind: Kind) -> Form:
-        if kind is Kind.NNX_STATE:
-            model, optimizer = (), ("optimizer",)
-        else:
-            model, optimizer = _roots(self.entries)
+        model, optimizer = ((), ("optimizer",)) if kind is Kind.NNX_STATE else _roots(self.entries)
         inside = [path for path in self.entries if path[: len(model)] == model]
-        value = all(VALUE in path[len(model) :] for path in inside)
-        return Form(kind, model, optimizer, value and bool(inside), self.special)
+        value = bool(inside) and all(VALUE in path[len(model) :] for path in inside)
+        return Form(kind, model, optimizer, value, self.special)
 
     def _take_nnx(self) -> None:
-        form, fields = self.form, {}
+        form, step = self.form, self.form.path(STEP)
+        state = (*form.optimizer, "opt_state")
+        fields: dict[Path, list[Path]] = {}
         for path in self.entries:
-            if path[: len(form.model)] == form.model and not (form.kind is Kind.NNX_TRAINING and self._is_step(path)):
+            is_step = path == step
+            if path[: len(form.model)] == form.model and not (form.kind is Kind.NNX_TRAINING and is_step):
                 self._take_variable(path)
-            elif self._is_step(path):
+            elif is_step:
                 self._put(STEP, path)
+            elif path[: len(state)] == state:
+                fields.setdefault(state, []).append(path)
             else:
-                root = (*form.optimizer, "opt_state")
-                at_root = path[: len(root)] == root
-                fields.setdefault(root if at_root else path[:1], []).append(path)
+                fields.setdefault(path[:1], []).append(path)
         for root, paths in fields.items():
-            is_state = root == (*form.optimizer, "opt_state")
-            self._take_field(Role.OPTIMIZER if is_state else Role.EXTRA, root, paths)
+            self._take_field(Role.OPTIMIZER if root == state else Role.EXTRA, root, paths)
         if self.known.collections is None:
             self._name_collections()
 
-    def _is_step(self, path: Path) -> bool:
-        return path == self.form.path(STEP)
-
     def _take_variable(self, path: Path) -> None:
-        bare = path[len(self.form.model) :]
-        cut = len(bare)
-        if self.form.value:
-            cut = len(bare) - 1 - bare[::-1].index(VALUE) if bare[-1] != VALUE else len(bare) - 1
-        bare, tail = bare[:cut], bare[cut + 1 :]
-        if self._is_stream(bare, path):
+        bare, tail = path[len(self.form.model) :], ()
+        if self.form.value:  # the last level `value`: what is below it is part of a value that is a tree
+            cut = len(bare) - 1 - bare[::-1].index(VALUE)
+            bare, tail = bare[:cut], bare[cut + 1 :]
+        if self._is_stream(bare):
             self._put(Key(Role.STREAM, bare), path)
             return
         collection = (self.known.collections or {}).get(bare, self.known.default)
         location = (collection, *bare)
-        if bare and "@" in bare[-1] and (name := name_of(bare[-1], collection)) != bare[-1]:
-            location = (collection, *bare[:-1], name)
-            self.special[location] = bare
+        if bare and "@" in bare[-1]:  # `w@stats` of a wrapped Linen module
+            location = (collection, *bare[:-1], name_of(bare[-1], collection))
+            if location[1:] != bare:
+                self.special[location] = bare
         self._put(Key(Role.MODEL, location=location, tail=tail), path)
 
-    def _is_stream(self, bare: Path, path: Path) -> bool:
+    def _is_stream(self, bare: Path) -> bool:
         """A random key, or the counter beside one: `rngs/params/key`, `dropout/rngs/count`."""
         if self.known.streams is not None:
             return bare in self.known.streams
         if not bare or bare[-1] not in ("key", "count"):
             return False
-        form = self.tree.leaves.get(self.form.path(Key(Role.STREAM, (*bare[:-1], "key"))))
-        pair = self.form.path(Key(Role.STREAM, (*bare[:-1], "count"))) in self.tree.leaves
-        return form is not None and pair and (form.dtype.startswith("key<") or "rngs" in bare[-3:-1])
+        key = self.tree.leaves.get(self.form.path(Key(Role.STREAM, (*bare[:-1], "key"))))
+        count = self.tree.leaves.get(self.form.path(Key(Role.STREAM, (*bare[:-1], "count"))))
+        if key is None or count is None:
+            return False
+        return key.dtype.startswith("key<") or "rngs" in bare[-3:-1]
 
     def _name_collections(self) -> None:
         """`params` for what the optimizer has slots of, and for names that layers give to parameters only."""
         trained = {key.location for key in (*self.leaves, *self.masked) if key.role is Role.OPTIMIZER}
 
         def named(key: Key) -> Key:
-            at = key.location
-            if at is None or at[0] != UNKNOWN or not (at in trained or at[-1] in PARAM_NAMES):
+            location = key.location
+            if location is None or location[0] != UNKNOWN:
                 return key
-            return replace(key, location=("params", *at[1:]))
+            if location not in trained and location[-1] not in PARAM_NAMES:
+                return key
+            return replace(key, location=("params", *location[1:]))
 
-        models = [key for key in self.leaves if key.role is Role.MODEL]
-        self.convention = tuple(after.location for key in models if (after := named(key)) is not key and after.location)
+        changed = [named(key) for key in self.leaves if key.role is Role.MODEL and named(key) is not key]
+        self.convention = tuple(key.location for key in changed if key.location)
         self.leaves = {named(key): path for key, path in self.leaves.items()}
         self.masked = {named(key): path for key, path in self.masked.items()}
 
@@ -371,45 +377,64 @@ class _Taken:
     def _take_field(self, role: Role, root: Path, paths: list[Path]) -> None:
         """Slots of an optimizer, or averages: `prefix + param + tail` by the structure-driven rule, or no param."""
         above = () if role is Role.OPTIMIZER else root
-        for path, place in self._places(root, paths).items():
+        params = Parts(self.form, self.leaves).params()
+        for path, place in self._places(root, paths, params).items():
             whole = (*root, *path)
             if not place.param:  # () is a mask over a whole module
                 prefix = path[:-1] if role is Role.OPTIMIZER and self._has_value(path) else path
                 self._put(Key(role, (*above, *prefix)), whole)
                 continue
-            location, tail = self._params[place.param], place.tail
-            if tail[:1] == (VALUE,) and (self.form.value if self.form.is_nnx else location in self.form.boxed):
+            location, tail = params[place.param], place.tail
+            has_level = self.form.value if self.form.is_nnx else location in self.form.boxed
+            if has_level and tail[:1] == (VALUE,):
                 tail = tail[1:]
             self._put(Key(role, (*above, *place.prefix), location, tail), whole)
 
     def _has_value(self, path: Path) -> bool:
         return self.form.is_nnx and self.form.value and path[-1:] == (VALUE,)
 
-    def _places(self, root: Path, paths: Iterable[Path]) -> dict[Path, opt_state.Place]:
+    def _places(
+        self, root: Path, paths: Iterable[Path], params: Mapping[Path, Location]
+    ) -> dict[Path, opt_state.Place]:
+        """Where the params are below `root`: by the first guess of what the params are that finds any there."""
         nested = layout.nest({path[len(root) :]: self.entries[path] for path in paths})
-        self._params = Parts(self.form, self.leaves).params()
-        shapes = {at: self.tree.leaves[self._path_of(location)].shape for at, location in self._params.items()}
-        for trained in self._guesses(nested, shapes):
-            places = opt_state.places(nested, {at: shapes[at] for at in trained})
+        shapes: dict[Path, Shape] = {}
+        for name, location in params.items():
+            shapes[name] = self.tree.leaves[self.leaves[Key(Role.MODEL, location=location)]].shape
+        for trained in self._guesses(nested, shapes, params):
+            places = opt_state.places(nested, {name: shapes[name] for name in trained})
             if any(place.param for place in places.values()):
                 return places
         return {path: opt_state.Place(path) for path in layout.flatten(nested)}
 
-    def _guesses(self, nested: Any, shapes: Mapping[Path, Shape]) -> Iterator[Collection[Path]]:
-        """The rule asks for *the* params. In NNX nothing says which variables those are: the best guess comes first."""
-        if shapes and not self.form.is_nnx:
-            yield shapes
-        elif shapes:
-            if params := [at for at in shapes if self._params[at][0] == "params"]:
-                yield params
-            found = opt_state.places(nested, shapes).values()
-            if trained := {place.param for place in found if place.param}:
-                yield trained
-            if named := [at for at in shapes if at[-1] in PARAM_NAMES]:
-                yield named
+    def _guesses(
+        self, nested: Any, shapes: Mapping[Path, Shape], params: Mapping[Path, Location]
+    ) -> Iterator[Collection[Path]]:
+        """What the optimizer may have been given, the best guess first.
 
-    def _path_of(self, location: Location) -> Path:
-        return self.leaves[Key(Role.MODEL, location=location)]
+        The rule asks for *the* params: a slot of another shape than its param (Adafactor's rows) counts only in a
+        node that covers all of them. Linen tells which they are. In NNX an Optimizer may have been given any filter,
+        and the checkpoint does not say which.
+        """
+        if not shapes:
+            return
+        if not self.form.is_nnx:
+            yield shapes
+            return
+        # What the types or a note of ours say.
+        known = [name for name in shapes if params[name][0] == "params"]
+        if known:
+            yield known
+        # Asked about all variables, statistics too, the rule still finds slots of the shape of their params (`mu`).
+        # Asked again about these params alone, it also finds their slots of other shapes.
+        slots = opt_state.places(nested, shapes).values()
+        trained = {place.param for place in slots if place.param}
+        if trained:
+            yield trained
+        # No slot has the shape of its variable: what layers call their parameters, and nothing else.
+        named = [name for name in shapes if name[-1] in PARAM_NAMES]
+        if named:
+            yield named
 
 
 def _location(path: Path, kind: Kind) -> Location:

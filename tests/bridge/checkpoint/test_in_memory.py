@@ -20,7 +20,7 @@ from bridge.checkpoint.in_memory import (
     train_state_to_states,
     variables_to_state,
 )
-from bridge.checkpoint.plan.plan import CollectionClashError
+from bridge.checkpoint.plan.places import CollectionClashError
 from bridge.checkpoint.rules.apply import Rule, Rules
 from tests.tolerance import assert_trees_equal
 

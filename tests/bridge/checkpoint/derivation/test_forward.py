@@ -12,7 +12,7 @@ from bridge._errors import VariablesMismatchError
 from bridge.checkpoint.derivation.derive import Unsure, UnsureDerivationWarning, derive
 from bridge.checkpoint.derivation.forward import ForwardMismatchError, RandomCallError, compare_forward
 from bridge.checkpoint.rules.apply import Rule, Rules
-from bridge.tracing.data_flow import Flow
+from bridge.tracing.data_flow import DataFlow
 from bridge.tracing.pure_call import linen_call
 from bridge.tracing.trace import trace_linen
 from tests.support.derive_cases import Chain, NestedCalls, X, located
@@ -441,7 +441,7 @@ def in_order(call):
 
     args = (Model(), "__call__", None, (X,), {})
     units = {unit.path[0]: (unit, ()) for unit in trace_linen(*args)}
-    flow = Flow([unit for unit, _ in units.values()], linen_call(*args), None, (X,), {})
+    flow = DataFlow([unit for unit, _ in units.values()], linen_call(*args), None, (X,), {})
     return flow.in_order(units["one"], units["two"]), flow.in_order(units["two"], units["one"])
 
 

@@ -19,7 +19,8 @@ from bridge._errors import (
 )
 from bridge.checkpoint.derivation.derive import derive
 from bridge.checkpoint.plan.note import NOTE
-from bridge.checkpoint.plan.plan import CollectionClashError, UnknownCollectionsError, make_plan
+from bridge.checkpoint.plan.places import CollectionClashError, UnknownCollectionsError
+from bridge.checkpoint.plan.plan import make_plan
 from bridge.checkpoint.plan.slots import SlotError
 from bridge.checkpoint.rules.apply import Rule, Rules
 from bridge.checkpoint.tree.canonical import Form, Key, Role, take_apart

@@ -19,6 +19,7 @@ from bridge.linen_in_nnx._errors import SubmoduleAccessError
 from bridge.linen_in_nnx.submodules import look, method_at
 from bridge.variables.mapping import Location, locations
 from bridge.variables.metadata import BOX, to_linen_value, to_nnx_variable
+from bridge.variables.places import same_leaves
 from nnx_core._errors import TraceError
 from nnx_core.graph.containers import DictStorage
 
@@ -125,17 +126,12 @@ def write_value(variable: nnx.Variable[Any], value: Any, at: Location) -> None:
     if isinstance(value, meta.AxisMetadata):
         value = to_nnx_variable(at[0], value).get_raw_value()
     old = variable.get_value()
-    if value is old or (not isinstance(value, jax.Array) and _same_leaves(value, old)):
+    if value is old or (not isinstance(value, jax.Array) and same_leaves(value, old)):
         return
     try:
         variable.set_value(value)
     except TraceError:
         raise TraceError(f"{type(variable).__name__} at {show_path(at)}") from None
-
-
-def _same_leaves(a: Any, b: Any) -> bool:
-    ours, theirs = jax.tree.flatten(a), jax.tree.flatten(b)
-    return bool(ours[1] == theirs[1]) and all(x is y for x, y in zip(ours[0], theirs[0], strict=True))
 
 
 def is_empty(value: Any) -> bool:

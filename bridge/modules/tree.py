@@ -14,15 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import flax.errors
-import jax
 from flax.core.scope import CollectionFilter, in_filter
 
 import nnx_core as nnx
 from bridge.modules.scope import AttrPriority, Scope, modules_running
 from bridge.modules.waiting import flat, place, state_of
 from bridge.variables.hashable import frozen
-from bridge.variables.kinds import collection_of
-from bridge.variables.mapping import Location, name_of
+from bridge.variables.mapping import Location, variable_location
+from bridge.variables.places import same_leaves
 from nnx_core._trace import current_trace
 from nnx_core.graph.walk import children
 
@@ -181,8 +180,7 @@ def _collect_value(x: Any, names: Location, found: dict[Location, Any], seen: se
         seen.add(id(x))
     if isinstance(x, nnx.Variable):
         if not isinstance(x, nnx.RngState):
-            collection = collection_of(type(x))
-            found[collection, *names[:-1], name_of(names[-1], collection)] = x
+            found[variable_location(names, type(x))] = x
     elif is_bridge_module(x):
         if x.scope is not None:
             _collect(x, names, found, seen)
@@ -198,12 +196,5 @@ def check_writes(
     for at, variable in found.items():
         if in_filter(mutable, at[0]) or isinstance(variable, nnx.Intermediate):
             continue
-        if at in before and not _same(before[at], variable.get_raw_value()):
+        if at in before and not same_leaves(before[at], variable.get_raw_value()):
             raise flax.errors.ModifyScopeVariableError(at[0], *place(at))
-
-
-def _same(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    ours, theirs = jax.tree.flatten(a), jax.tree.flatten(b)
-    return ours[1] == theirs[1] and all(x is y for x, y in zip(ours[0], theirs[0], strict=True))

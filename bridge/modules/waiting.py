@@ -17,9 +17,10 @@ import numpy as np
 
 import nnx_core as nnx
 from bridge.nnx_in_linen.host import Host, LinenRngs, LinenStream, MissingRng, give_back_streams, hosted
-from bridge.variables.kinds import collection_of, variable_type
-from bridge.variables.mapping import EMPTY, Location, leaves, name_of, nest
+from bridge.variables.kinds import variable_type
+from bridge.variables.mapping import EMPTY, Location, leaves, nest, variable_location
 from bridge.variables.metadata import to_nnx_variable
+from bridge.variables.places import attach, hand_over
 from nnx_core.graph.walk import children
 
 #: {collection: {name: ... Variable}}
@@ -143,9 +144,8 @@ def _state_of(x: Any, names: tuple[str, ...], seen: set[int]) -> Iterator[tuple[
             return
         seen.add(id(x))
     if isinstance(x, nnx.Variable):
-        collection = collection_of(type(x))
         if not isinstance(x, nnx.RngState):
-            yield (collection, *names[:-1], *(name_of(name, collection) for name in names[-1:])), x
+            yield variable_location(names, type(x)), x
         return
     for key, child in children(x):
         yield from _state_of(child, (*names, str(key)), seen)
@@ -171,7 +171,7 @@ def fill(child: Any, waiting: Waiting, path: tuple[str, ...], may_make: Callable
     _put_in_place(child, found)
     rest: Waiting = {}
     for at, variable in list(flat(waiting)):
-        if not _attach(child, at, variable):
+        if not (hand_over(child, at, variable) or attach(child, at, variable)):
             put(rest, at, variable)
     return rest
 
@@ -203,23 +203,6 @@ def _put_in_place(child: Any, found: Mapping[int, nnx.Variable[Any]]) -> None:
     for _, variable in state_of(child):
         if (new := found.get(id(variable))) is not None and new is not variable:
             variable.set_raw_value(new.get_raw_value())
-
-
-def _attach(child: Any, at: Location, variable: nnx.Variable[Any]) -> bool:
-    """Give `child` a Variable that a call made; whether there is a place for it."""
-    owner, collection, *names = child, *at
-    for i, name in enumerate(names):
-        if hasattr(type(owner), "_nnx_take"):  # a wrapped Linen module: it has no variables until it gets them
-            owner._nnx_take((collection, *names[i:]), variable)
-            return True
-        if i == len(names) - 1:
-            break
-        owner = next((x for key, x in children(owner) if str(key) == name), None)
-    free = isinstance(owner, nnx.Module) and not hasattr(type(owner), name) and owner._nnx_items().get(name) is None
-    if free and collection != "params":
-        owner._nnx_assign({name: variable}, ())
-        return True
-    return False
 
 
 def abstract(factory: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs, module: str) -> Any:

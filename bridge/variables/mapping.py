@@ -17,7 +17,7 @@ Knows trees, names and values; knows nothing of modules.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -118,8 +118,7 @@ def tree_of(pairs: Iterable[tuple[Location, Any]]) -> dict[str, Any]:
 def locations(attrs: Mapping[Any, Any]) -> Iterator[tuple[Location, nnx.Variable[Any]]]:
     """(location, Variable) of every Variable in nested attributes, in their order."""
     for path, variable in _variables(attrs, ()):
-        collection = collection_of(type(variable))
-        yield (collection, *path[:-1], name_of(path[-1], collection)), variable
+        yield variable_location(path, type(variable)), variable
 
 
 def _variables(attrs: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -173,6 +172,18 @@ def _keys(variables: list[tuple[str, str]], taken: Iterable[str]) -> dict[tuple[
             keys[collection, name] = key
             used.add(key)
     return keys
+
+
+def variable_location(path: Sequence[Any], kind: type[nnx.Variable[Any]]) -> Location:
+    """Where Linen keeps the Variable of this type at this path; its keys may be of any type.
+
+    >>> variable_location(("layers", 0, "kernel"), nnx.Param), variable_location((), nnx.Param)
+    (('params', 'layers', '0', 'kernel'), ('params',))
+    """
+    collection = collection_of(kind)
+    if not path:
+        return (collection,)
+    return collection, *map(str, path[:-1]), name_of(str(path[-1]), collection)
 
 
 def name_of(key: str, collection: str) -> str:

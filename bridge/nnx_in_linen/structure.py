@@ -17,9 +17,9 @@ from flax import linen as nn
 import nnx_core as nnx
 from bridge.nnx_in_linen._errors import KeyClashError, Location, NotAFactoryError, NotAnNnxModuleError
 from bridge.nnx_in_linen.host import Host, LinenRngs, give_back_streams, hosted, keep_streams
-from bridge.nnx_in_linen.stand_ins import Path, visible_class
-from bridge.variables.kinds import collection_of
-from bridge.variables.mapping import name_of
+from bridge.nnx_in_linen.stand_ins import visible_class
+from bridge.variables.mapping import variable_location
+from nnx_core._errors import Path
 from nnx_core.graph.pack import Refs, Unpacker
 from nnx_core.graph.structure import GraphDef, Node, nodes
 
@@ -167,7 +167,10 @@ class Recipe:
             if self.augment is not None:
                 changed = self.augment(module, self.name)
                 module = module if changed is None else self._checked(changed, self.augment)
-        (keep_streams if self.keep_rngs else give_back_streams)(module, host)
+        if self.keep_rngs:
+            keep_streams(module, host)
+        else:
+            give_back_streams(module)
         return module
 
     @staticmethod
@@ -324,8 +327,7 @@ def location_of(path: Path, leaf: Any) -> Location:
     """Where Linen keeps the Variable or array at `path`."""
     if not isinstance(leaf, nnx.Variable):
         return ARRAYS, *map(str, path)
-    collection = collection_of(type(leaf))
-    return collection, *map(str, path[:-1]), name_of(str(path[-1]), collection)
+    return variable_location(path, type(leaf))
 
 
 def _slot(path: Path, leaf: Any, shapes: Structure | None) -> Slot:

@@ -3,7 +3,8 @@
 Law: a key is drawn from Linen when one is asked for and not before, so a missing rng raises what Linen raises, and
 only then. Linen's keys are handed out as they are: `stream()` is `module.make_rng(tag)`. A stream that crosses an
 NNX transform takes one key with it and counts from there, as all streams do.
-Knows streams and the running module; knows nothing of variables and collections.
+Knows streams, and Linen's private account of which modules run, which no other file looks into; knows nothing of
+variables and collections, nor of what stands in for NNX modules.
 """
 
 import functools
@@ -23,6 +24,7 @@ from flax.linen import module as linen_module
 import nnx_core as nnx
 from nnx_core._errors import TraceError
 from nnx_core._trace import current_trace
+from nnx_core.graph.watched import set_class
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +272,8 @@ class LinenRngs(nnx.Rngs):
     def of(cls, host: Host, *, only_common: bool = False) -> "LinenRngs":
         """The streams of `host`, unless only the common ones, and the two that constructors ask for most."""
         rngs = cls()
-        for name in ("default", "params", *(() if only_common else host.streams)):
+        others = () if only_common else host.streams
+        for name in ("default", "params", *others):
             setattr(rngs, name, LinenStream.named(name))
         return rngs
 
@@ -292,8 +295,11 @@ def give_back_streams(module: nnx.Object) -> None:
 
 def _give_back(stream: nnx.RngStream) -> None:
     key = stream.__dict__.get("key")
-    shape = stream.__dict__.get("shape", ()) if key is None else getattr(key.get_raw_value(), "shape", ())
-    object.__setattr__(stream, "__class__", LinenStream)
+    if key is None:
+        shape = stream.__dict__.get("shape", ())
+    else:
+        shape = getattr(key.get_raw_value(), "shape", ())
+    set_class(stream, LinenStream)
     stream._nnx_assign({"shape": shape}, ("key", "count"))
 
 
@@ -305,19 +311,19 @@ def keep_streams(module: nnx.Object, host: Host) -> None:
                 host.make_rng(x.tag)  # raises as Linen does
             if "key" not in x.__dict__:
                 x._take_key(host)
-            object.__setattr__(x, "__class__", nnx.RngStream)
+            set_class(x, nnx.RngStream)
             x._nnx_assign({}, ("shape",))
 
 
 @contextmanager
 def reseeded(streams: Iterable[nnx.RngStream]) -> Iterator[None]:
     """Streams with keys of their own as Linen's streams; afterwards they have their own keys and counts again."""
-    kept = [(x, {name: x.__dict__[name] for name in ("key", "count")}) for x in streams]
+    kept = [(x, {"key": x.__dict__["key"], "count": x.__dict__["count"]}) for x in streams]
     for x, _ in kept:
         _give_back(x)
     try:
         yield
     finally:
         for x, own in kept:
-            object.__setattr__(x, "__class__", nnx.RngStream)
+            set_class(x, nnx.RngStream)
             x._nnx_assign(own, ("shape",))

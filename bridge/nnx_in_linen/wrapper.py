@@ -125,9 +125,9 @@ class ToLinen(nn.Module):
     def __post_init__(self) -> None:
         require_factory(self.nnx_class)
         for name, kind, container in (("args", Arguments, tuple), ("kwargs", Keywords, dict)):
-            given = getattr(self, name)
-            if not isinstance(given, kind):
-                object.__setattr__(self, name, kind(container(given), self.nnx_class))
+            arguments = getattr(self, name)
+            if not isinstance(arguments, kind):
+                object.__setattr__(self, name, kind(container(arguments), self.nnx_class))
         super().__post_init__()
 
     def __call__(self, *args: Any, nnx_method: Callable[..., Any] | str | None = None, **kwargs: Any) -> Any:
@@ -319,10 +319,9 @@ class LinenClass(type):
         names = {f.name for f in dataclasses.fields(cls) if f.init}
         fields = {k: v for k, v in kwargs.items() if k in names}
         rest = {k: v for k, v in kwargs.items() if k not in names}
-        given = fields.get("kwargs", {})
-        fields["kwargs"] = {**cls._made_from["kwargs"], **dict(given), **rest}
-        given = fields.get("args", ())
-        fields["args"] = (*given, *args)
+        keywords = dict(fields.get("kwargs", {}))
+        fields["kwargs"] = {**cls._made_from["kwargs"], **keywords, **rest}
+        fields["args"] = (*fields.get("args", ()), *args)
         return super().__call__(**fields)
 
 
@@ -382,12 +381,12 @@ def to_linen_class(
 def _class_of(fields: dict[str, Any]) -> type[ToLinen]:
     try:
         key = distinct(fields)
-        found = _classes.get(key)
+        remembered = _classes.get(key)
     except TypeError:
         return _new_class(fields)
-    if found is None:
-        found = _classes[key] = _new_class(fields)
-    return found
+    if remembered is None:
+        remembered = _classes[key] = _new_class(fields)
+    return remembered
 
 
 def _new_class(fields: dict[str, Any]) -> type[ToLinen]:

@@ -144,13 +144,15 @@ def locate(thing: Any) -> str | None:
     are running do know: the outermost one with an object from which `thing` can be reached tells the path.
     Only for messages: it walks every object in sight.
     """
-    found: Path | None = None
+    outermost: Path | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("jax", "nnx_core"):
-            found = _path_in(frame.f_locals, thing) or _path_in(frame.f_globals, thing) or found
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("jax", "nnx_core"):
+            path = _path_in(frame.f_locals, thing) or _path_in(frame.f_globals, thing)
+            outermost = path or outermost
         frame = frame.f_back
-    return None if found is None else show_path(found)
+    return None if outermost is None else show_path(outermost)
 
 
 def _path_in(namespace: Mapping[str, Any], thing: Any) -> Path | None:

@@ -130,5 +130,5 @@ def plain_class(cls: type, front: type[Watched] = Watched) -> type:
 
 
 def set_class(x: Object, cls: type) -> None:
-    """Watch `x`, or stop it. Its class is no attribute: there is nothing to mark, and no change to count."""
+    """Give `x` another class, of the same layout. That is no attribute: nothing to mark, and no change to count."""
     object.__setattr__(x, "__class__", cls)

@@ -88,9 +88,13 @@ def tabulate(
         rows = [CallInfo(i, x.id, x.kind, x.path, "", None, None, None) for i, x in enumerate(infos)]
     else:
         raise MethodError(type(obj).__name__, method, public_methods(type(obj)))
-    rows = [row for row in rows if depth is None or len(row.path) <= depth or row.call_order == 0]
-    flops = [name for name, wanted in (("flops", compute_flops), ("vjp_flops", compute_vjp_flops)) if wanted]
-    table = _table(infos, [row for row in rows if row_filter(row)], flops, table_kwargs, column_kwargs)
+    if depth is not None:
+        rows = [row for row in rows if len(row.path) <= depth or row.call_order == 0]
+    rows = [row for row in rows if row_filter(row)]
+    flops = ["flops"] if compute_flops else []
+    if compute_vjp_flops:
+        flops.append("vjp_flops")
+    table = _table(infos, rows, flops, table_kwargs, column_kwargs)
     return _rendered(table, console_kwargs)
 
 

@@ -7,109 +7,96 @@ attribute has, so they pass through transforms inside of f like all state.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nnx_core._errors import Path, StateMismatchError
-from nnx_core.graph.objects import Object
 from nnx_core.graph.replay import replay
+from nnx_core.graph.watched import Method, Watched, plain_class, set_class, watched_class
 from nnx_core.kinds import Perturbation
-from nnx_core.module import Dict, List, Module, iter_modules, variable_class
+from nnx_core.module import Module, iter_modules, variable_class
 from nnx_core.state import State, iter_leaves
 from nnx_core.variables import Variable
 
-_ASIDE = "captured:"  # no identifier: no attribute of a user's has such a name
+#: Before the name of what is put aside, once for each capture around: no attribute of a user's has such a name.
+_ASIDE = "captured:"
 Kinds = tuple[type[Variable[Any]], ...]
 
 
-class _Recording:
+class _Recording(Watched):
     """In front of a module's class: puts what is sown aside."""
 
     __slots__ = ()
-    _nnx_plain: type
     _nnx_kinds: Kinds
-
-    def __init_subclass__(cls, **kwargs: Any):
-        # Not the user's own __init_subclass__, which may want arguments or keep a list of classes.
-        Object.__init_subclass__.__func__(cls)  # type: ignore[attr-defined]  # a classmethod has it
+    _nnx_aside: str
 
     def sow(self, variable_type: Any, name: str, value: Any, *args: Any, **kwargs: Any) -> bool:
         if not _wanted(self, variable_type, name):
             return False
-        return Module.sow(self, variable_type, _ASIDE + name, value, *args, **kwargs)  # type: ignore[arg-type]  # a Module
+        aside = self._nnx_aside + name
+        return Module.sow(self, variable_type, aside, value, *args, **kwargs)  # type: ignore[arg-type]  # a Module
 
     def perturb(self, name: str, value: Any, variable_type: Any = Perturbation) -> Any:
         if not _wanted(self, variable_type, name):
             return value
-        return Module.perturb(self, _ASIDE + name, value, variable_type)  # type: ignore[arg-type]  # a Module
+        aside = self._nnx_aside + name
+        return Module.perturb(self, aside, value, variable_type)  # type: ignore[arg-type]  # a Module
 
 
 def _wanted(module: Any, kind: Any, name: str) -> bool:
-    return variable_class(kind) in module._nnx_kinds or _ASIDE + name in vars(module)
+    return variable_class(kind) in module._nnx_kinds or module._nnx_aside + name in vars(module)
 
 
-def _sowing(name: str, method: Callable[..., Any], kind: type[Variable[Any]]) -> Callable[..., Any]:
+def _sowing(kind: type[Variable[Any]], aside: str, name: str, method: Method) -> Method:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = method(self, *args, **kwargs)
-        Module.sow(self, kind, _ASIDE + name, output)
+        Module.sow(self, kind, aside + name, output)
         return output
 
     return call
 
 
-def _methods(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The public methods and `__call__` of a class that are not nnx.Module's own, each as the class would call it."""
-    names: dict[str, None] = {}
-    for base in cls.__mro__:
-        if issubclass(base, Module) and base not in (Module, List, Dict):
-            names |= dict.fromkeys(n for n, f in vars(base).items() if inspect.isfunction(f))
-    for name in names:
-        if name == "__call__" or not name.startswith("_"):
-            yield name, getattr(cls, name)
-
-
 @functools.lru_cache(maxsize=1024)  # the same class for the same question, or every call would compile anew
 def _recording_class(cls: type, kinds: Kinds, outputs: type[Variable[Any]] | None) -> type:
-    members: dict[str, Any] = {
-        "__slots__": (),
-        "_nnx_plain": cls,
-        "_nnx_kinds": kinds,
-        "__qualname__": cls.__qualname__,
-    }
-    members["__module__"] = cls.__module__
-    if outputs is not None:
-        members |= {name: _sowing(name, method, outputs) for name, method in _methods(cls)}
-    return type(cls)(cls.__name__, (_Recording, cls), members)
+    aside = _aside(cls) + _ASIDE
+    sowing = None if outputs is None else functools.partial(_sowing, outputs, aside)
+    return watched_class(cls, sowing, _Recording, _nnx_kinds=kinds, _nnx_aside=aside)
 
 
-def _set_class(module: Module, cls: type) -> None:
-    object.__setattr__(module, "__class__", cls)  # not an attribute: nothing to mark or count
+def _aside(cls: type) -> str:
+    """What stands before the names of what the innermost capture puts aside; nothing if there is none."""
+    return cls._nnx_aside if issubclass(cls, _Recording) else ""
 
 
 def _begin(root: Any, kinds: Kinds, outputs: type[Variable[Any]] | None, init: Mapping[Any, Any] | None) -> None:
     modules = dict(iter_modules(root))
     for module in modules.values():
-        _set_class(module, _recording_class(type(module), kinds, outputs))
+        set_class(module, _recording_class(type(module), kinds, outputs))
     values = dict(iter_leaves(init)) if init is not None else {}
     if lost := [path for path in values if path[:-1] not in modules]:
         raise StateMismatchError(unexpected=lost)
     for path, x in values.items():
-        made = type(x)(x.get_raw_value(), **x.get_metadata()) if isinstance(x, Variable) else Perturbation(x)
-        setattr(modules[path[:-1]], _ASIDE + str(path[-1]), made)
+        # A Variable of our own: the caller's must not see what the call writes.
+        start = type(x)(x.get_raw_value(), **x.get_metadata()) if isinstance(x, Variable) else Perturbation(x)
+        module = modules[path[:-1]]
+        setattr(module, _aside(type(module)) + str(path[-1]), start)
 
 
 def _end(root: Any, everything: Any) -> list[tuple[Path, Variable[Any]]]:
     """Take out of `root` what was put aside, and give all modules their own class back."""
-    found: list[tuple[Path, Variable[Any]]] = []
+    captured: list[tuple[Path, Variable[Any]]] = []
     for path, module in list(iter_modules(root)):
-        for key in [k for k in {**vars(module), **module._nnx_items()} if str(k).startswith(_ASIDE)]:
-            found.append(((*path, key.removeprefix(_ASIDE)), getattr(module, key)))
-            delattr(module, key)
+        aside = _aside(type(module))
+        if not aside:  # made by the call
+            continue
+        names = {**vars(module), **module._nnx_items()}  # containers keep attributes and items apart
+        for name in [name for name in names if str(name).startswith(aside)]:
+            captured.append(((*path, name.removeprefix(aside)), getattr(module, name)))
+            delattr(module, name)
     for _, module in iter_modules(everything):
-        if isinstance(module, _Recording):
-            _set_class(module, module._nnx_plain)
-    return found
+        set_class(module, plain_class(type(module), _Recording))
+    return captured
 
 
 def capture(
@@ -162,8 +149,8 @@ def capture(
         root = args[0] if args else next(iter(kwargs.values()), None)
         _begin(root, kinds, method_outputs, init)
         out = f(*args, **kwargs)
-        found = _end(root, (args, kwargs, out))
-        return out, *(State((path, v) for path, v in found if type(v) is kind) for kind in kinds)
+        captured = _end(root, (args, kwargs, out))
+        return out, *(_of_kind(kind, captured) for kind in kinds)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         out, *states = replay(recorded, (*owner, *args), kwargs)
@@ -172,8 +159,12 @@ def capture(
     return functools.update_wrapper(call, fn if hasattr(fn, "__name__") else type(fn))
 
 
+def _of_kind(kind: type[Variable[Any]], captured: list[tuple[Path, Variable[Any]]]) -> State:
+    return State((path, variable) for path, variable in captured if type(variable) is kind)
+
+
 def _free(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """(function, ()) or, for a module or a method of one, a function of that module, and the module."""
+    """(function, ()), or for a module or a method of one: a function of that module, and the module."""
     if isinstance(fn, Module):
         return lambda module, *args, **kwargs: module(*args, **kwargs), (fn,)
     owner = getattr(fn, "__self__", None)

@@ -20,6 +20,7 @@ from nnx_core.graph.functional import blank
 from nnx_core.graph.objects import Object
 from nnx_core.graph.replay import replay
 from nnx_core.graph.walk import children, iter_graph
+from nnx_core.graph.watched import unwatched
 from nnx_core.kinds import Perturbation, variable_type_from_name
 from nnx_core.variables import Variable
 
@@ -27,6 +28,7 @@ A = TypeVar("A")
 take_names = late_names(globals())  # a hook: `_compat_paths` adds `view` and what else flax.nnx has in this file
 
 
+@unwatched
 class Module(Object):
     """Base of all layers and models.
 
@@ -206,6 +208,7 @@ def variable_class(kind: type[Variable[Any]] | str) -> type[Variable[Any]]:
     return variable_type_from_name(kind, allow_register=True) if isinstance(kind, str) else kind
 
 
+@unwatched
 class List(ListStorage[A], Module):
     """A list of modules, Variables or anything else; its changes are seen by compiled functions.
 
@@ -218,6 +221,7 @@ class List(ListStorage[A], Module):
     """
 
 
+@unwatched
 class Dict(DictStorage[A], Module):
     """A dict of modules, Variables or anything else; its changes are seen by compiled functions.
 

@@ -22,7 +22,7 @@ from bridge.nnx_in_linen.host import Host, LinenRngs, LinenStream, MissingRng, g
 from bridge.variables.kinds import variable_type
 from bridge.variables.mapping import EMPTY, inside, leaves, nest, put
 from bridge.variables.metadata import to_nnx_variable
-from bridge.variables.state import attach, state_of, taker_of
+from bridge.variables.state import attach, hand_over, state_of
 
 #: {collection: {name: ... Variable}}
 Waiting = dict[str, Any]
@@ -135,7 +135,7 @@ def fill(child: Any, waiting: Waiting, path: Path, may_make: Callable[[str], boo
     _put_in_place(child, replacements)
     rest: Waiting = {}
     for location, variable in list(flat(waiting)):
-        if not _attach(child, location, variable):
+        if not (hand_over(child, location, variable) or attach(child, location, variable)):
             put(rest, location, variable)
     return rest
 
@@ -167,16 +167,6 @@ def _put_in_place(child: Any, replacements: Mapping[int, nnx.Variable[Any]]) -> 
         new = replacements.get(id(variable))
         if new is not None and new is not variable:
             variable.set_raw_value(new.get_raw_value())
-
-
-def _attach(child: Any, location: Location, variable: nnx.Variable[Any]) -> bool:
-    """Give `child` a Variable that a call made; whether there is a place for it."""
-    taker = taker_of(child, location)
-    if taker is None:
-        return attach(child, location, variable)
-    owner, inside = taker
-    owner._nnx_take(inside, variable)
-    return True
 
 
 def abstract(factory: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs, owner: str) -> Any:

@@ -7,8 +7,7 @@ was expected, what was found and what to do. Knows text and paths; knows no modu
 from collections.abc import Iterable
 
 from bridge._errors import BridgeError, near_misses, show_path
-
-Location = tuple[str, ...]  # collection, then the keys in it
+from bridge._types import Location
 
 
 class NotAFactoryError(BridgeError, TypeError):

@@ -3,7 +3,8 @@
 Law: a key is drawn from Linen when one is asked for and not before, so a missing rng raises what Linen raises, and
 only then. Linen's keys are handed out as they are: `stream()` is `module.make_rng(tag)`. A stream that crosses an
 NNX transform takes one key with it and counts from there, as all streams do.
-Knows streams and the running module; knows nothing of variables and collections.
+Knows streams, and Linen's private account of which modules run, which no other file looks into; knows nothing of
+variables and collections, nor of what stands in for NNX modules.
 """
 
 import functools
@@ -21,9 +22,9 @@ from flax.core.scope import CollectionFilter
 from flax.linen import module as linen_module
 
 import nnx_core as nnx
-from bridge.nnx_in_linen.stand_ins import Sight, on_top, seen_by
 from nnx_core._errors import TraceError
 from nnx_core._trace import current_trace
+from nnx_core.graph.watched import set_class
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +69,14 @@ _host: ContextVar[Host | None] = ContextVar("bridge_host", default=None)
 
 
 @contextmanager
-def hosted(host: Host | None) -> Iterator[None]:
-    """Run NNX code in `host` (None: in none). Linen modules made meanwhile have no parent: NNX owns them."""
+def hosted(host: Host | None, innermost: nn.Module | None = None) -> Iterator[None]:
+    """Run NNX code in `host` (None: in none), with `innermost` as the Linen module that runs.
+
+    If that is None, Linen modules made meanwhile have no parent, where the module around would be it: NNX owns them.
+    """
     token = _host.set(host)
-    stack = linen_module._context.module_stack  # else they would become submodules of the module around
-    stack.append(None)
+    stack = module_stack()
+    stack.append(innermost)
     try:
         yield
     finally:
@@ -80,16 +84,41 @@ def hosted(host: Host | None) -> Iterator[None]:
         _host.reset(token)
 
 
+# ---- Linen's account of what runs; this file alone knows where it is ----
+
+
+def module_stack() -> list[nn.Module | None]:
+    """The modules whose methods are running in this thread, innermost last: Linen's own list, with None at first."""
+    return linen_module._context.module_stack
+
+
+def somebody_watches() -> bool:
+    """Whether Linen is to be told of calls: for an interceptor, for a table, or to capture intermediates."""
+    context = linen_module._context
+    filters = context.capture_stack
+    return bool(linen_module._global_interceptor_stack or context.call_info_stack or (filters and filters[-1]))
+
+
+def has_table() -> bool:
+    """Whether `nn.tabulate` is writing calls down."""
+    return bool(linen_module._context.call_info_stack)
+
+
 @contextmanager
-def called(host: Host, sight: Sight) -> Iterator[None]:
-    """Run a method of an NNX module in `host`, which shows Linen what it calls."""
-    assert host.module is not None
-    token = _host.set(host)
+def uncaptured() -> Iterator[None]:
+    """With no intermediates captured."""
+    filters = linen_module._context.capture_stack
+    filters.append(False)
     try:
-        with on_top(host.module), seen_by(sight):
-            yield
+        yield
     finally:
-        _host.reset(token)
+        filters.pop()
+
+
+def named_method(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` as a Linen method named `name`, for interceptors and error messages."""
+    method.__name__ = method.__qualname__ = name
+    return linen_module.wrap_method_once(method)
 
 
 def current_linen_module() -> nn.Module | None:
@@ -98,8 +127,7 @@ def current_linen_module() -> nn.Module | None:
     >>> current_linen_module() is None
     True
     """
-    stack = linen_module._context.module_stack
-    return next((module for module in reversed(stack) if module is not None), None)
+    return next((module for module in reversed(module_stack()) if module is not None), None)
 
 
 def mutable_around() -> CollectionFilter | None:
@@ -109,7 +137,7 @@ def mutable_around() -> CollectionFilter | None:
     True
     """
     host = _host.get()
-    if linen_module._context.module_stack[-1] is None and host is not None and host.module is None:
+    if module_stack()[-1] is None and host is not None and host.module is None:
         return True if host.shapes_only else None  # a bridge.Module is nearer than any Linen module
     around = current_linen_module()
     return None if around is None or around.scope is None else around.scope.mutable
@@ -122,7 +150,7 @@ def made_around() -> CollectionFilter:
     False
     """
     host = _host.get()
-    return False if host is None or linen_module._context.module_stack[-1] is not None else host.mutable
+    return False if host is None or module_stack()[-1] is not None else host.mutable
 
 
 def captured_around() -> Callable[[nn.Module, str], bool] | bool:
@@ -131,8 +159,8 @@ def captured_around() -> Callable[[nn.Module, str], bool] | bool:
     >>> captured_around()
     False
     """
-    stack = linen_module._context.capture_stack
-    wanted = stack[-1] if stack else False
+    filters = linen_module._context.capture_stack
+    wanted = filters[-1] if filters else False
     if not wanted or mutable_around() is None:
         return False
     # The module that runs here is captured already, as the NNX module that it is in.
@@ -160,7 +188,7 @@ def is_linen_initializing() -> bool:
     >>> is_linen_initializing()
     False
     """
-    module, host = linen_module._context.module_stack[-1], _host.get()
+    module, host = module_stack()[-1], _host.get()
     if module is None and host is not None:
         return host.initializing
     return module is not None and module.scope is not None and module.is_initializing()
@@ -244,7 +272,8 @@ class LinenRngs(nnx.Rngs):
     def of(cls, host: Host, *, only_common: bool = False) -> "LinenRngs":
         """The streams of `host`, unless only the common ones, and the two that constructors ask for most."""
         rngs = cls()
-        for name in ("default", "params", *(() if only_common else host.streams)):
+        others = () if only_common else host.streams
+        for name in ("default", "params", *others):
             setattr(rngs, name, LinenStream.named(name))
         return rngs
 
@@ -257,7 +286,7 @@ class LinenRngs(nnx.Rngs):
         return self.__dict__[name]  # type: ignore[no-any-return]  # __dict__ is dict[str, Any]
 
 
-def give_back_streams(module: nnx.Object, host: Host | None = None) -> None:
+def give_back_streams(module: nnx.Object) -> None:
     """Make every random stream in `module`, which must be the caller's own, one of Linen's, without a key."""
     for _, x in list(nnx.iter_graph(module)):
         if isinstance(x, nnx.RngStream):
@@ -266,8 +295,11 @@ def give_back_streams(module: nnx.Object, host: Host | None = None) -> None:
 
 def _give_back(stream: nnx.RngStream) -> None:
     key = stream.__dict__.get("key")
-    shape = stream.__dict__.get("shape", ()) if key is None else getattr(key.get_raw_value(), "shape", ())
-    object.__setattr__(stream, "__class__", LinenStream)
+    if key is None:
+        shape = stream.__dict__.get("shape", ())
+    else:
+        shape = getattr(key.get_raw_value(), "shape", ())
+    set_class(stream, LinenStream)
     stream._nnx_assign({"shape": shape}, ("key", "count"))
 
 
@@ -279,30 +311,19 @@ def keep_streams(module: nnx.Object, host: Host) -> None:
                 host.make_rng(x.tag)  # raises as Linen does
             if "key" not in x.__dict__:
                 x._take_key(host)
-            object.__setattr__(x, "__class__", nnx.RngStream)
+            set_class(x, nnx.RngStream)
             x._nnx_assign({}, ("shape",))
 
 
 @contextmanager
 def reseeded(streams: Iterable[nnx.RngStream]) -> Iterator[None]:
     """Streams with keys of their own as Linen's streams; afterwards they have their own keys and counts again."""
-    kept = [(x, {name: x.__dict__[name] for name in ("key", "count")}) for x in streams]
+    kept = [(x, {"key": x.__dict__["key"], "count": x.__dict__["count"]}) for x in streams]
     for x, _ in kept:
         _give_back(x)
     try:
         yield
     finally:
         for x, own in kept:
-            object.__setattr__(x, "__class__", nnx.RngStream)
+            set_class(x, nnx.RngStream)
             x._nnx_assign(own, ("shape",))
-
-
-@functools.cache
-def linen_method(name: str) -> Callable[..., Any]:
-    """A Linen method that calls `self(..., nnx_method=name)`, named `name` for interceptors and error messages."""
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._run(name, args, kwargs)
-
-    method.__name__ = method.__qualname__ = name
-    return linen_module.wrap_method_once(method)

@@ -7,25 +7,35 @@ with its path and scope, so that rules by path find the right layer. Interceptor
 Law: the numbers are those of a call that nobody looks at; what nobody asks for is not made. Linen modules that NNX
 code makes belong to it, and not to the module around. Inside another JAX trace, and on copies that an NNX transform
 makes, Linen cannot look: the stand-in there is that of the module that called the transform.
-Knows modules, paths and Linen's contexts; knows nothing of variables.
+Knows modules, paths and scopes; knows nothing of variables, nor where Linen keeps its account of what runs (`host`).
+
+Linen's protocol of module state, and what answers here. Each bound module has a private `_state`. Linen pushes a
+module on its *stack* while a method of it runs. Who makes a module without naming a *parent* gets the top of the stack
+as its parent, which is asked, in this order: `_state.in_setup` (an unnamed module then waits for its attribute);
+`_initialization_allowed`, which is `is_initialized or in_compact_method` (else: no submodules here); for an unnamed one
+`_state.autoname_cursor`, how many of its class there are (`Dense_0`, and the cursor moves on); `_name_taken`; then
+`_state.children[name] = module`, and `scope.push(name)` becomes the scope of the new module. After a method, Linen
+resets the flags and the cursor. So NNX code that makes a Linen module would leave a child and a name in the module
+around it. The stand-in for that state, `Unowning`, lets every module be made, hands out automatic names that say so
+(`_Auto`), lets no child in, and puts `_Adopting` in the place of the parent: asked for a scope, it gives none and takes
+parent and automatic name away again. The new module is then what `nn.Dense(3, parent=None)` is. `setup` needs no
+answer: a stand-in has none, and what it stands for ran its constructor long ago.
 """
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 from flax import linen as nn
 from flax.core.scope import LazyRng, Scope, child_rng_token
-from flax.linen import module as linen_module
 
 import nnx_core as nnx
+from bridge.nnx_in_linen.host import has_table, module_stack, named_method, somebody_watches, uncaptured
+from nnx_core._errors import Path
 from nnx_core._trace import current_trace
-from nnx_core.graph.objects import Object
-
-Path = tuple[Any, ...]
-
+from nnx_core.graph.watched import Method, Watched, plain_class, public_methods, set_class, watched_class
 
 # ---- Linen modules that are made by NNX code ----
 
@@ -40,7 +50,7 @@ class _Auto(int):
 
 
 class _Adopting:
-    """Instead of the scope of a parent: the module that asks it for one gets none, and no parent either."""
+    """Instead of a parent and of its scope: the module that asks it for a scope gets none, and no parent either."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -58,8 +68,7 @@ class _Adopting:
 class Unowning:
     """Instead of the state of a Linen module, while NNX code runs in it: what is made meanwhile has no parent.
 
-    Linen makes the module on top of its stack the parent of a new one, asks its state for a name and enters the
-    new module there.
+    What the code asks for otherwise is what `state` says.
     """
 
     in_setup = False
@@ -81,20 +90,18 @@ class Unowning:
         return _Auto(default)
 
     def __setitem__(self, name: str, x: Any) -> None:
-        if isinstance(x, nn.Module):
+        if isinstance(x, nn.Module):  # else Linen moves its cursor on
             object.__setattr__(x, "parent", _Adopting(x))
 
 
 @contextmanager
-def on_top(module: nn.Module) -> Iterator[None]:
-    """Run NNX code in a bound Linen module, which is on top of Linen's stack and owns nothing made meanwhile."""
-    state, stack = module._state, linen_module._context.module_stack
+def owning_nothing(module: nn.Module) -> Iterator[None]:
+    """Run NNX code in a bound Linen module, which owns nothing that is made meanwhile."""
+    state = module._state
     object.__setattr__(module, "_state", Unowning(state))
-    stack.append(module)
     try:
         yield
     finally:
-        stack.pop()
         object.__setattr__(module, "_state", state)
 
 
@@ -110,10 +117,11 @@ class StandIn(nn.Module):
     @nn.nowrap
     def clone(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]  # generic in Linen
         """A Linen module that does what this one does, for `nn.tabulate`, which counts its operations."""
-        if args or kwargs or (found := self.__dict__.get("_stands_for")) is None:
+        subject = self.__dict__.get("_stands_for")
+        if args or kwargs or subject is None:
             return super().clone(*args, **kwargs)
-        sight, at, _ = found
-        module = sight.module_at(at)
+        sight, path, _ = subject
+        module = sight.module_at(path)
         return super().clone() if module is None else sight.linen._alone(module)
 
     @property
@@ -146,22 +154,21 @@ def stand_in_class(cls: type) -> type[StandIn]:
     # `nn.tabulate` leaves out calls of methods that the module does not have. Linen's own must stay what they are.
     names = ["__call__", *(name for name in public_methods(cls) if not hasattr(StandIn, name))]
     body |= {name: _watched_method(name) for name in names}
-    made: type[StandIn] = type(cls.__name__, (StandIn,), body)
-    made.scope = _lazy_scope  # Linen gives every class that is derived from its modules a `scope` of None
-    return made
+    stand_in: type[StandIn] = type(cls.__name__, (StandIn,), body)
+    stand_in.scope = _lazy_scope  # Linen gives every class that is derived from its modules a `scope` of None
+    return stand_in
 
 
 @functools.cache
-def _watched_method(name: str) -> Callable[..., Any]:
+def _watched_method(name: str) -> Method:
     """A Linen method named `name` that runs the method of the NNX module the stand-in stands for."""
 
     def method(self: StandIn, *args: Any, **kwargs: Any) -> Any:
-        sight, at, run = self.__dict__["_stands_for"]
-        with sight.top(type(self), at):
+        sight, path, run = self.__dict__["_stands_for"]
+        with sight.top(type(self), path):
             return run(*args, **kwargs)
 
-    method.__name__ = method.__qualname__ = name
-    return linen_module.wrap_method_once(method)
+    return named_method(name, method)
 
 
 class Sight:
@@ -175,21 +182,22 @@ class Sight:
 
     def __init__(self, linen: nn.Module, modules: list[tuple[Path, nnx.Module]], entry: str | None):
         self.linen, self.entry, self.trace = linen, entry, current_trace()
-        self._stack: list[Any] = linen_module._context.module_stack
+        self._stack: list[Any] = module_stack()
         self._entered: set[Path] = set()
         self._places = {id(module): (path, module) for path, module in modules}
 
-    def call(self, module: Any, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call(self, module: Any, name: str, method: Method, args: Any, kwargs: Any) -> Any:
         """`method(module, *args, **kwargs)`, seen by Linen under the path of the module."""
-        found = self._places.get(id(module))
-        if found is None or found[1] is not module:
+        place = self._places.get(id(module))
+        # By identity: a copy that a transform made may have the id of a module that is gone.
+        if place is None or place[1] is not module:
             return method(module, *args, **kwargs)
-        path = found[0]
+        path = place[0]
         if not path and self.entry == name:
             self.entry = None
             return method(module, *args, **kwargs)
         cls = stand_in_class(type(module)._nnx_plain) if path else type(self.linen)
-        if _somebody_watches() and self.trace == current_trace():
+        if somebody_watches() and self.trace == current_trace():
             return self._watched(cls, path, name, functools.partial(method, module), args, kwargs)
         if not path:
             return method(module, *args, **kwargs)
@@ -206,26 +214,24 @@ class Sight:
 
     def module_at(self, path: Path) -> nnx.Module | None:
         """The module at `path`; None for a container."""
-        return next((module for at, module in self._places.values() if at == path), None)
+        return next((module for place, module in self._places.values() if place == path), None)
 
     def _enter_containers(self, path: Path) -> None:
         """Give the lists and dicts on the way to `path` rows of their own in `nn.tabulate`.
 
         It leaves a module's variables out of the rows above only if there is a row for each key on the way.
         """
-        shown = {at for at, _ in self._places.values()} | self._entered
+        shown = {place for place, _ in self._places.values()} | self._entered
         for end in range(1, len(path)):
-            if (at := path[:end]) not in shown:
-                self._entered.add(at)
-                linen_module._context.capture_stack.append(False)
-                try:
-                    self._watched(stand_in_class(list), at, "__call__", lambda: None, (), {})
-                finally:
-                    linen_module._context.capture_stack.pop()
+            container = path[:end]
+            if container not in shown:
+                self._entered.add(container)
+                with uncaptured():
+                    self._watched(stand_in_class(list), container, "__call__", lambda: None, (), {})
 
-    def _watched(self, cls: type, path: Path, name: str, run: Any, args: Any, kwargs: Any) -> Any:
+    def _watched(self, cls: type, path: Path, name: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if path:
-            if linen_module._context.call_info_stack:
+            if has_table():
                 self._enter_containers(path)
             scope = self.scope_at(path)
             module = cls(parent=scope, name=str(path[-1]))
@@ -236,14 +242,12 @@ class Sight:
 
     @contextmanager
     def top(self, cls: type, path: Path) -> Iterator[None]:
-        """With the light stand-in for the module at `path` on top of the stack."""
-        if not path:
-            with on_top(self.linen):
-                yield
-            return
-        self._stack.append(self._light(cls, path))
+        """With what stands for the module at `path`, and owns nothing, on top of the stack."""
+        owning = nullcontext() if path else owning_nothing(self.linen)
+        self._stack.append(self._light(cls, path) if path else self.linen)
         try:
-            yield
+            with owning:
+                yield
         finally:
             self._stack.pop()
 
@@ -257,12 +261,6 @@ class Sight:
 
 
 _UNOWNING = Unowning()
-
-
-def _somebody_watches() -> bool:
-    context = linen_module._context
-    filtered = context.capture_stack
-    return bool(linen_module._global_interceptor_stack or context.call_info_stack or (filtered and filtered[-1]))
 
 
 def _child(parent: Scope, name: str) -> Scope:
@@ -289,18 +287,13 @@ def _child(parent: Scope, name: str) -> Scope:
 _sight: ContextVar[Sight | None] = ContextVar("bridge_sight", default=None)
 
 
-class _Visible:
+class _Visible(Watched):
     """In front of the class of a module: Linen sees the calls of its methods."""
 
     __slots__ = ()
-    _nnx_plain: type
-
-    def __init_subclass__(cls, **kwargs: Any):
-        # Not the user's own __init_subclass__, which may want arguments or keep a list of classes.
-        Object.__init_subclass__.__func__(cls)  # type: ignore[attr-defined]  # a classmethod has it
 
 
-def _seen(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+def _seen(name: str, method: Method) -> Method:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         sight = _sight.get()
@@ -309,51 +302,12 @@ def _seen(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_CONTAINERS = (nnx.Module, nnx.List, nnx.Dict)
-
-
 @functools.lru_cache(maxsize=1024)
 def visible_class(cls: type) -> type | None:
-    """`cls`, its public methods and `__call__` seen by Linen; None if there is none of its own."""
-    methods = {name: _seen(name, getattr(cls, name)) for name in public_methods(cls)}
-    if not methods or issubclass(cls, _Visible):
+    """`cls`, its public methods seen by Linen; None if it has none of its own, or is seen already."""
+    if issubclass(cls, _Visible) or not public_methods(cls):
         return None
-    members = {"__slots__": (), "_nnx_plain": cls, "__qualname__": cls.__qualname__, "__module__": cls.__module__}
-    visible: type = _transparent(type(cls))(cls.__name__, (_Visible, cls), {**members, **methods})
-    type.__setattr__(visible, "_nnx_made", True)
-    return visible
-
-
-@functools.lru_cache(maxsize=64)
-def _transparent(kind: type[type]) -> type[type]:
-    """The metaclass `kind`, for classes that pass writes on: `type(self).calls += 1` is meant for the user's class."""
-
-    def set_on(cls: Any, name: str, value: Any) -> None:
-        kind.__setattr__(cls._nnx_plain if "_nnx_made" in cls.__dict__ else cls, name, value)
-
-    def delete_on(cls: Any, name: str) -> None:
-        kind.__delattr__(cls._nnx_plain if "_nnx_made" in cls.__dict__ else cls, name)
-
-    return type(kind.__name__, (kind,), {"__setattr__": set_on, "__delattr__": delete_on})
-
-
-def public_methods(cls: Any) -> list[str]:
-    """The names of `__call__` and of the public methods of a module's class that are not nnx.Module's own.
-
-    None for a function.
-    """
-    if not isinstance(cls, type):
-        return []
-    names: dict[str, None] = {}
-    for base in cls.__mro__:
-        if issubclass(base, nnx.Module) and base not in _CONTAINERS:
-            names |= dict.fromkeys(n for n, f in vars(base).items() if _is_plain_function(f))
-    public = [n for n in names if n == "__call__" or not n.startswith("_")]
-    return [n for n in public if getattr(cls, n) is not getattr(nnx.Module, n, None)]
-
-
-def _is_plain_function(x: Any) -> bool:
-    return callable(x) and hasattr(x, "__get__") and not isinstance(x, type | staticmethod | classmethod)
+    return watched_class(cls, _seen, _Visible)
 
 
 @contextmanager
@@ -366,13 +320,8 @@ def seen_by(sight: Sight) -> Iterator[None]:
         _sight.reset(token)
 
 
-def set_class(module: Any, cls: type) -> None:
-    """Change what Linen sees of `module`; not an attribute, so nothing to mark or count."""
-    object.__setattr__(module, "__class__", cls)
-
-
 def plain(module: nnx.Module) -> None:
     """Give `module`, and every module in it, the class that it was written as."""
     for _, x in nnx.iter_modules(module):
         if isinstance(x, _Visible):
-            set_class(x, type(x)._nnx_plain)
+            set_class(x, plain_class(type(x), _Visible))

@@ -15,11 +15,12 @@ import jax
 from flax import linen as nn
 
 import nnx_core as nnx
-from bridge.nnx_in_linen._errors import KeyClashError, Location, NotAFactoryError, NotAnNnxModuleError
+from bridge._types import Location
+from bridge.nnx_in_linen._errors import KeyClashError, NotAFactoryError, NotAnNnxModuleError
 from bridge.nnx_in_linen.host import Host, LinenRngs, give_back_streams, hosted, keep_streams
-from bridge.nnx_in_linen.stand_ins import Path, visible_class
-from bridge.variables.kinds import collection_of
-from bridge.variables.mapping import name_of
+from bridge.nnx_in_linen.stand_ins import visible_class
+from bridge.variables.mapping import location_of as location_of_variable
+from nnx_core._errors import Path
 from nnx_core.graph.pack import Refs, Unpacker
 from nnx_core.graph.structure import GraphDef, Node, nodes
 
@@ -167,7 +168,10 @@ class Recipe:
             if self.augment is not None:
                 changed = self.augment(module, self.name)
                 module = module if changed is None else self._checked(changed, self.augment)
-        (keep_streams if self.keep_rngs else give_back_streams)(module, host)
+        if self.keep_rngs:
+            keep_streams(module, host)
+        else:
+            give_back_streams(module)
         return module
 
     @staticmethod
@@ -252,7 +256,8 @@ class Structure:
         self.slots: dict[Location, Slot] = {}
         for path, leaf in nnx.to_flat_state(state):
             slot = _slot(path, leaf, shapes)
-            if (other := self.slots.setdefault(slot.location, slot)) is not slot:
+            other = self.slots.setdefault(slot.location, slot)
+            if other is not slot:
                 raise KeyClashError(slot.location, other.path, path)
         self.later: dict[Any, Structure] = {}  # as it is after a call that created state
         self.memo: dict[Any, Any] = {}  # whatever else follows from the structure alone
@@ -264,24 +269,27 @@ class Structure:
         self.order = [by_path[path] for path, _, _ in layout]  # the slots in the order of the graph
         self.indices = [index for _, index, _ in layout]
         self._owned = [owned for _, _, owned in layout]
-        inside = [(path, d) for path, d in nodes(self.graphdef.root) if type(d) is Node]
-        found = [(path, d.id, d.kind) for path, d in inside if d.id is not None]
-        self.objects = [index for _, index, _ in found]
-        self.streams = [index for _, index, kind in found if issubclass(kind, nnx.RngStream)]
-        modules = [(path, index, kind) for path, index, kind in found if issubclass(kind, nnx.Module)]
-        self.visible = [(path, index, v) for path, index, kind in modules if (v := visible_class(kind)) is not None]
-        # Attributes that are lists, dicts or other pytrees, which do not count their changes.
-        self.containers = [
-            (d.id, key)
-            for _, d in inside
-            if d.id is not None
-            for key, child in zip(d.keys, d.children, strict=True)
-            if type(child) is Node and child.id is None
-        ]
+        self.objects: list[int] = []  # the indices of all objects
+        self.visible: list[tuple[Path, int, type]] = []  # modules whose calls Linen may see, and their classes then
+        self.containers: list[tuple[int, Any]] = []  # attributes that are pytrees, which do not count their changes
+        has_states = False
+        for path, node in nodes(self.graphdef.root):
+            if type(node) is not Node:
+                continue
+            has_states = has_states or issubclass(node.kind, nnx.State)
+            if node.id is not None:
+                self._find_object(path, node, node.id)
         #: Whether all that a call may write without anybody noticing is in Variables and `containers`.
-        self.countable = all(index is not None for index in self.indices) and not any(
-            issubclass(d.kind, nnx.State) for _, d in inside
-        )
+        self.countable = not has_states and all(index is not None for index in self.indices)
+
+    def _find_object(self, path: Path, node: Node, index: int) -> None:
+        self.objects.append(index)
+        seen_as = visible_class(node.kind) if issubclass(node.kind, nnx.Module) else None
+        if seen_as is not None:
+            self.visible.append((path, index, seen_as))
+        for key, child in zip(node.keys, node.children, strict=True):
+            if type(child) is Node and child.id is None:
+                self.containers.append((index, key))
 
     def build(self, leaves: list[Any]) -> tuple[nnx.Module, list[Any]]:
         """A new module with these values, in the order of `order`, and its objects and Variables by index."""
@@ -309,23 +317,22 @@ class Structure:
 MOST_LATER = 64
 
 
-def remember(known: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
-    """`known[key]`, made if it is not there; threads may do so at once."""
-    found = known.get(key)
-    if found is None:
-        found = make()
-        if len(known) >= MOST_LATER:
-            known.clear()
-        known[key] = found
-    return found
+def remember(memory: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+    """`memory[key]`, made if it is not there; threads may do so at once."""
+    value = memory.get(key)
+    if value is None:
+        value = make()
+        if len(memory) >= MOST_LATER:
+            memory.clear()
+        memory[key] = value
+    return value
 
 
 def location_of(path: Path, leaf: Any) -> Location:
     """Where Linen keeps the Variable or array at `path`."""
     if not isinstance(leaf, nnx.Variable):
         return ARRAYS, *map(str, path)
-    collection = collection_of(type(leaf))
-    return collection, *map(str, path[:-1]), name_of(str(path[-1]), collection)
+    return location_of_variable(path, leaf)
 
 
 def _slot(path: Path, leaf: Any, shapes: Structure | None) -> Slot:

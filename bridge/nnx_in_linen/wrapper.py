@@ -6,7 +6,7 @@ back what it wrote. What the module looks like (its structure) is found out once
 Law: Linen's rules outside. Apply runs no initializer; a variable that is missing, has a wrong shape or has no place
 is an error, and so is a write to a collection that is not mutable. The numbers are those of the NNX module with the
 same weights and keys. Nothing that the caller passed in is changed.
-Knows structures, locations in collections, and one call; how streams reach Linen is the business of `context`.
+Knows structures, locations in collections, and one call; how streams reach Linen is the business of `host`.
 """
 
 import copyreg
@@ -25,8 +25,8 @@ from flax.core import FrozenDict
 
 import nnx_core as nnx
 from bridge.nnx_in_linen.call import Call, Settings
-from bridge.nnx_in_linen.host import hosted, linen_method
-from bridge.nnx_in_linen.stand_ins import Unowning, plain, public_methods
+from bridge.nnx_in_linen.host import hosted, named_method
+from bridge.nnx_in_linen.stand_ins import Unowning, plain
 from bridge.nnx_in_linen.structure import (
     Arguments,
     AugmentFn,
@@ -41,6 +41,7 @@ from bridge.nnx_in_linen.structure import (
     unwrapped,
 )
 from bridge.variables.metadata import NAMES, to_linen_value
+from nnx_core.graph.watched import Method, public_methods
 
 MetadataFn = Callable[[nnx.Variable[Any]], Any] | None
 
@@ -124,9 +125,9 @@ class ToLinen(nn.Module):
     def __post_init__(self) -> None:
         require_factory(self.nnx_class)
         for name, kind, container in (("args", Arguments, tuple), ("kwargs", Keywords, dict)):
-            given = getattr(self, name)
-            if not isinstance(given, kind):
-                object.__setattr__(self, name, kind(container(given), self.nnx_class))
+            arguments = getattr(self, name)
+            if not isinstance(arguments, kind):
+                object.__setattr__(self, name, kind(container(arguments), self.nnx_class))
         super().__post_init__()
 
     def __call__(self, *args: Any, nnx_method: Callable[..., Any] | str | None = None, **kwargs: Any) -> Any:
@@ -233,8 +234,25 @@ class ToLinen(nn.Module):
             method = getattr(self.module_class, name, None)
             is_method = callable(method) and not isinstance(method, type)
             if is_method and method is not getattr(nnx.Module, name, None):  # nnx.Module's own are of no use here
-                return types.MethodType(linen_method(name), self)
+                return types.MethodType(_linen_method(name), self)
         return super().__getattr__(name)
+
+
+@functools.cache
+def _linen_method(name: str) -> Method:
+    """A Linen method that calls `self(..., nnx_method=name)`, named `name`."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._run(name, args, kwargs)
+
+    return named_method(name, method)
+
+
+def _methods_of(cls: Any) -> dict[str, Method]:
+    """Linen methods for the public methods of an NNX class that ToLinen has not; none for a function."""
+    if not (isinstance(cls, type) and issubclass(cls, nnx.Module)):
+        return {}
+    return {name: _linen_method(name) for name in public_methods(cls) if not hasattr(ToLinen, name)}
 
 
 def _blank(graphdef: nnx.GraphDef, shapes: nnx.State) -> nnx.Module:
@@ -245,8 +263,7 @@ def _blank(graphdef: nnx.GraphDef, shapes: nnx.State) -> nnx.Module:
 @functools.lru_cache(maxsize=1024)
 def _class_like(cls: type) -> type[ToLinen]:
     """ToLinen under the name of an NNX class, with its methods."""
-    body = {name: linen_method(name) for name in public_methods(cls) if not hasattr(ToLinen, name)}
-    return type(cls.__name__, (ToLinen,), {"__module__": cls.__module__, **body})
+    return type(cls.__name__, (ToLinen,), {"__module__": cls.__module__, **_methods_of(cls)})
 
 
 _FIELDS = frozenset(f.name for f in dataclasses.fields(ToLinen))
@@ -302,10 +319,9 @@ class LinenClass(type):
         names = {f.name for f in dataclasses.fields(cls) if f.init}
         fields = {k: v for k, v in kwargs.items() if k in names}
         rest = {k: v for k, v in kwargs.items() if k not in names}
-        given = fields.get("kwargs", {})
-        fields["kwargs"] = {**cls._made_from["kwargs"], **dict(given), **rest}
-        given = fields.get("args", ())
-        fields["args"] = (*given, *args)
+        keywords = dict(fields.get("kwargs", {}))
+        fields["kwargs"] = {**cls._made_from["kwargs"], **keywords, **rest}
+        fields["args"] = (*fields.get("args", ()), *args)
         return super().__call__(**fields)
 
 
@@ -365,12 +381,12 @@ def to_linen_class(
 def _class_of(fields: dict[str, Any]) -> type[ToLinen]:
     try:
         key = distinct(fields)
-        found = _classes.get(key)
+        remembered = _classes.get(key)
     except TypeError:
         return _new_class(fields)
-    if found is None:
-        found = _classes[key] = _new_class(fields)
-    return found
+    if remembered is None:
+        remembered = _classes[key] = _new_class(fields)
+    return remembered
 
 
 def _new_class(fields: dict[str, Any]) -> type[ToLinen]:
@@ -384,7 +400,7 @@ def _new_class(fields: dict[str, Any]) -> type[ToLinen]:
         "__reduce_ex__": nn.nowrap(_reduce),
         "_made_from": fields,
         # Found by name, for transforms that are told which methods to lift.
-        **{method: linen_method(method) for method in public_methods(target) if not hasattr(ToLinen, method)},
+        **_methods_of(target),
         **{field: fields[field] for field in ("nnx_class", "skip_rng", "metadata_fn")},
     }
     return LinenClass(name, (ToLinen,), body)

@@ -50,6 +50,16 @@ def taker_of(node: Any, location: Location) -> tuple[Any, Location] | None:
     return None
 
 
+def hand_over(node: Any, location: Location, variable: nnx.Variable[Any]) -> bool:
+    """Give a Variable that a call made to the wrapped module that its location is in; whether there is one."""
+    taker = taker_of(node, location)
+    if taker is None:
+        return False
+    owner, location_inside = taker
+    owner._nnx_take(location_inside, variable)
+    return True
+
+
 def attach(node: Any, location: Location, variable: nnx.Variable[Any]) -> bool:
     """Give `node` a Variable that an earlier call made; whether a module in it has a free attribute there.
 

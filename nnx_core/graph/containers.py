@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from nnx_core._changes import touch
 from nnx_core._repr import show_fields
 from nnx_core.graph.objects import Marked, Object
+from nnx_core.graph.watched import unwatched
 
 A = TypeVar("A")
 _ITEMS = "_nnx_stored"
@@ -21,6 +22,7 @@ def _unmarked(x: Any) -> Any:
     return x.value if type(x) is Marked else x
 
 
+@unwatched
 class ListStorage(Object, MutableSequence[A], pytree=False):
     """A list whose items are part of the graph, under the keys 0, 1, ...
 
@@ -85,6 +87,7 @@ class ListStorage(Object, MutableSequence[A], pytree=False):
         return show_fields(type(self).__name__, [("", x) for x in items], "[]")
 
 
+@unwatched
 class DictStorage(Object, MutableMapping[Any, A], pytree=False):
     """A dict whose values are part of the graph; `d.key` reads and writes `d["key"]` where no method has that name.
 

@@ -120,22 +120,21 @@ def rebuilt(x: Any, keys: list[Hashable], values: list[Any]) -> Any:
 def find_duplicates(node: Any, /, *, only: filterlib.Filter = ...) -> list[list[Path]]:
     """Paths of every object and Variable that is reached more than once, a list each, in walking order."""
     predicate = filterlib.to_predicate(only)
-    found: dict[int, list[Path]] = {}
-    keep: list[Any] = []  # so that no id is used twice
+    paths: dict[int, list[Path]] = {}  # by id, from the first path on that `only` matches
+    seen: dict[int, Object | Variable[Any]] = {}  # by id; held here, so that no id is used twice
 
     def visit(x: Any, path: Path) -> None:
         if isinstance(x, Object | Variable):
-            first = id(x) not in found
-            if predicate(path, x) or not first:
-                found.setdefault(id(x), []).append(path)
-            keep.append(x)
-            if not first or (path and any(x is y for y in keep[:-1])):
+            if id(x) in paths or predicate(path, x):
+                paths.setdefault(id(x), []).append(path)
+            if id(x) in seen:
                 return
+            seen[id(x)] = x
         for key, child in children(x):
             visit(child, (*path, key))
 
     visit(node, ())
-    return [paths for paths in found.values() if len(paths) > 1]
+    return [shared for shared in paths.values() if len(shared) > 1]
 
 
 def locate(thing: Any) -> str | None:
@@ -145,13 +144,15 @@ def locate(thing: Any) -> str | None:
     are running do know: the outermost one with an object from which `thing` can be reached tells the path.
     Only for messages: it walks every object in sight.
     """
-    found: Path | None = None
+    outermost: Path | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("jax", "nnx_core"):
-            found = _path_in(frame.f_locals, thing) or _path_in(frame.f_globals, thing) or found
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("jax", "nnx_core"):
+            path = _path_in(frame.f_locals, thing) or _path_in(frame.f_globals, thing)
+            outermost = path or outermost
         frame = frame.f_back
-    return None if found is None else show_path(found)
+    return None if outermost is None else show_path(outermost)
 
 
 def _path_in(namespace: Mapping[str, Any], thing: Any) -> Path | None:

@@ -1,6 +1,8 @@
-"""How many floating point operations a recorded call takes, forward and backward.
+"""How many floating point operations a staged call takes, forward and backward.
 
-Law: XLA's own count of the call as it is written, before it is optimized; nothing is compiled or run.
+Law: XLA's own count of the call as it is written, before it is optimized; nothing is compiled or run, and no code of
+the model's is called.
+Knows equations; knows neither objects nor tables.
 """
 
 from collections.abc import Callable
@@ -9,46 +11,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx_core.inspect.recording import Packed
+from nnx_core.inspect.staged import Equations
 
 
-def forward_flops(name: str, packed: Packed) -> int | None:
+def forward_flops(call: Equations) -> int | None:
     """Of the outputs of a call; None where the call makes sense only inside a transform that names an axis."""
-    return _count(_outputs(name, packed), packed.arrays)
+    return _count(call.outputs, call.inputs, call.closure)
 
 
-def vjp_flops(name: str, packed: Packed) -> int | None:
+def vjp_flops(call: Equations) -> int | None:
     """Of the outputs and of their gradients with respect to all real arrays: parameters and inputs."""
-    call = _outputs(name, packed)
-    where = [i for i, x in enumerate(packed.arrays) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    where = [i for i, x in enumerate(call.inputs) if _is_inexact(x)]
 
-    def inexact(arrays: tuple[Any, ...]) -> list[Any]:
-        return [y for y in call(arrays) if jnp.issubdtype(y.dtype, jnp.inexact)]
+    def inexact(inputs: Any, closure: Any) -> list[jax.Array]:
+        return [y for y in call.outputs(inputs, closure) if _is_inexact(y)]
 
-    def pull(arrays: tuple[Any, ...], cotangents: list[Any]) -> Any:
-        def differentiable(chosen: list[Any]) -> list[Any]:
-            full = list(arrays)
+    def pull(inputs: Any, closure: Any, cotangents: list[Any]) -> Any:
+        def differentiable(chosen: list[Any]) -> list[jax.Array]:
+            full = list(inputs)
             for i, x in zip(where, chosen, strict=True):
                 full[i] = x
-            return inexact(tuple(full))
+            return inexact(full, closure)
 
-        outputs, pullback = jax.vjp(differentiable, [arrays[i] for i in where])
+        outputs, pullback = jax.vjp(differentiable, [inputs[i] for i in where])
         return outputs, pullback(cotangents)
 
     try:
-        cotangents = jax.eval_shape(inexact, packed.arrays)
+        cotangents = jax.eval_shape(inexact, call.inputs, call.closure)
     except NameError:  # as in _count
         return None
-    return _count(pull, packed.arrays, cotangents)
+    return _count(pull, call.inputs, call.closure, cotangents)
 
 
-def _outputs(name: str, packed: Packed) -> Callable[[tuple[Any, ...]], list[Any]]:
-    def call(arrays: tuple[Any, ...]) -> list[Any]:
-        (owner, *args), kwargs = packed.thaw(arrays)
-        leaves = jax.tree.leaves(getattr(owner, name)(*args, **kwargs))
-        return [jnp.asarray(x) for x in leaves if hasattr(x, "dtype") or isinstance(x, bool | int | float | complex)]
-
-    return call
+def _is_inexact(x: Any) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
 
 def _count(f: Callable[..., Any], *args: Any) -> int | None:

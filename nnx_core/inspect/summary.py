@@ -14,11 +14,12 @@ from typing import Any
 from nnx_core._repr import SizeBytes, show_bytes
 from nnx_core.graph.classify import DICT, SEQUENCE, STATE, kind_of
 from nnx_core.graph.objects import Object
+from nnx_core.graph.watched import public_methods
 from nnx_core.inspect._errors import MethodError
 from nnx_core.inspect.census import ObjectInfo, census, kinds_of
 from nnx_core.inspect.describe import describe_variable, outline
 from nnx_core.inspect.flops import forward_flops, vjp_flops
-from nnx_core.inspect.recording import CallInfo, Recorder, methods
+from nnx_core.inspect.recording import CallInfo, Recorder
 from nnx_core.rngs import RngStream
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
@@ -62,7 +63,7 @@ def tabulate(
       console_kwargs: for `rich.console.Console`; by default `force_terminal=True`, and `force_jupyter` is whether
         this is a notebook. `width` sets the width of the table.
       compute_flops: add a column with the floating point operations of each call, as XLA counts them before it
-        optimizes; nothing is compiled, but each row is traced once more.
+        optimizes; nothing is compiled, and the model's code does not run again.
       compute_vjp_flops: the same for outputs and gradients with respect to parameters and inputs.
       **input_kwargs: keyword arguments of the method.
 
@@ -86,28 +87,31 @@ def tabulate(
     elif kind_of(obj) in (SEQUENCE, DICT, STATE) and not input_args and not input_kwargs and method == "__call__":
         rows = [CallInfo(i, x.id, x.kind, x.path, "", None, None, None) for i, x in enumerate(infos)]
     else:
-        raise MethodError(type(obj).__name__, method, (name for name, _ in methods(type(obj))))
-    rows = [row for row in rows if depth is None or len(row.path) <= depth or row.call_order == 0]
-    flops = [name for name, wanted in (("flops", compute_flops), ("vjp_flops", compute_vjp_flops)) if wanted]
-    table = _table(infos, [row for row in rows if row_filter(row)], flops, table_kwargs, column_kwargs)
+        raise MethodError(type(obj).__name__, method, public_methods(type(obj)))
+    if depth is not None:
+        rows = [row for row in rows if len(row.path) <= depth or row.call_order == 0]
+    rows = [row for row in rows if row_filter(row)]
+    flops = ["flops"] if compute_flops else []
+    if compute_vjp_flops:
+        flops.append("vjp_flops")
+    table = _table(infos, rows, flops, table_kwargs, column_kwargs)
     return _rendered(table, console_kwargs)
 
 
 def _calls(
     infos: list[ObjectInfo], obj: Any, method: str, args: Any, kwargs: Any, flops: bool, gradients: bool
 ) -> list[CallInfo]:
-    recorder = Recorder(infos, keep=flops or gradients)
+    recorder = Recorder(infos, count=flops or gradients)
     recorder.run(method, (obj, *args), kwargs)
-    if not recorder.keep:
-        return recorder.rows
-    return [
-        replace(
-            row,
-            flops=forward_flops(*call) if flops and call is not None else None,
-            vjp_flops=vjp_flops(*call) if gradients and call is not None else None,
-        )
-        for row, call in zip(recorder.rows, recorder.calls, strict=True)
-    ]
+    rows = []
+    for row in recorder.rows:
+        equations = recorder.equations.get(row.call_order)
+        if equations is not None and flops:
+            row = replace(row, flops=forward_flops(equations))
+        if equations is not None and gradients:
+            row = replace(row, vjp_flops=vjp_flops(equations))
+        rows.append(row)
+    return rows
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------

@@ -217,6 +217,30 @@ def test_method_outputs_alone_and_inherited():
     assert len(sown["__call__"][...]) == 1
 
 
+def test_each_of_two_captures_gets_what_is_its_own():
+    class Inner(nnx.Module):
+        def __call__(self, x):
+            self.sow(nnx.Intermediate, "x", x)
+            self.sow(nnx.Cache, "c", 2 * x)
+            return x
+
+    class Outer(nnx.Module):
+        def __init__(self):
+            self.inner = Inner()
+
+        def __call__(self, x):
+            self.inner(x)
+            self.kept = nnx.capture(self.inner, nnx.Intermediate)(3 * x)[1]
+            return x
+
+    _, sown, cached = capture(Outer(), nnx.Intermediate, nnx.Cache)(X)
+    assert_trees_equal(nnx.to_pure_dict(sown), {"inner": {"x": (X,)}})
+    assert_trees_equal(nnx.to_pure_dict(cached), {"inner": {"c": (2 * X,)}})
+    model = Outer()
+    capture(model, method_outputs=nnx.Intermediate)(X)
+    assert_trees_equal(nnx.to_pure_dict(model.kept), {"x": (3 * X,)})
+
+
 # ---- transforms ----------------------------------------------------------------------------------------------------
 
 

@@ -355,6 +355,18 @@ def test_find_duplicates_lists_the_paths_of_shared_objects():
     ]
 
 
+def test_find_duplicates_of_cycles_and_by_filter():
+    m = Tied()
+    m.own = m.layers[0].kernel
+    m.me = m
+    groups = [[("decode",), ("encode",), ("layers", 0)], [("decode", "kernel"), ("own",)], [(), ("me",)]]
+    assert sorted(map(sorted, nnx.find_duplicates(m))) == sorted(map(sorted, groups))
+    assert nnx.find_duplicates(m, only=nnx.Param) == [[("decode", "kernel"), ("own",)]]
+    # What a filter does not match where it is reached first counts from where it does.
+    later = nnx.find_duplicates(m, only=lambda path, x: path[-1:] in [("encode",), ("me",)])
+    assert later == [[("encode",), ("layers", 0)]]
+
+
 def test_recursive_map_rebuilds_with_sharing():
     m = Tied()
 

@@ -9,6 +9,7 @@ import sys
 import flax.nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -247,6 +248,103 @@ def test_flops_of_a_model_with_a_cycle():
     rows = cells(table(model, *args, compute_flops=True, compute_vjp_flops=True))
     # (1, 2) @ (2, 2) takes 8, its two gradients as much each; adding the two gradients of the shared w takes 4
     assert [row[4:6] for row in rows[1:-1]] == [["16", "52"], ["8", "24"], ["8", "24"]]
+
+
+# ---- flops: the code of the model runs once -----------------------------------------------------------------
+
+
+class Nested(nnx.Module):
+    """A model in a model in a model; `runs` counts calls of all of them."""
+
+    runs = 0
+
+    def __init__(self, depth):
+        self.linear = nnx.Linear(2, 2, rngs=nnx.Rngs(depth))
+        self.inner = Nested(depth - 1) if depth > 1 else None
+
+    def __call__(self, x):
+        Nested.runs += 1
+        y = jnp.tanh(self.linear(x))
+        return y if self.inner is None else self.inner(y)
+
+
+def rows_of(model, *args, flops=True):
+    rows = []
+    options = {"compute_flops": flops, "compute_vjp_flops": flops}
+    table(model, *args, row_filter=lambda row: rows.append(row) or True, **options)
+    return rows
+
+
+@pytest.mark.parametrize("depth", [1, 3, 6])
+def test_counting_flops_runs_each_call_once(depth):
+    x = jnp.ones((1, 2))
+    Nested.runs = 0
+    rows = [row for row in rows_of(Nested(depth), x) if row.type is Nested]
+    assert Nested.runs == depth
+    # Each row's numbers are those of its object alone, also as JAX counts them for the function without nnx.
+    for left, row in zip(range(depth, 0, -1), rows, strict=True):
+        alone = rows_of(Nested(left), x)[0]
+        assert (row.flops, row.vjp_flops) == (alone.flops, alone.vjp_flops)
+    graphdef, state = nnx.split(Nested(depth))
+    cost = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).lower(state, x).cost_analysis()
+    assert rows[0].flops == cost["flops"]
+
+
+def test_rows_are_the_same_with_flops_and_without():
+    class Box:
+        """No pytree: what is in it, no walk sees."""
+
+        def __init__(self, x):
+            self.x = x
+
+    class Part(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(2, 2, rngs=rngs)
+            self.total = nnx.Variable(jnp.zeros((1, 2)))
+
+        def boxed(self, x):
+            self.total[...] += x
+            return Box(self.linear(x))
+
+        def later(self, x):
+            y = self.linear(x)
+            return lambda: self.linear(y) + y
+
+        def note(self, x):
+            self.noted = Box(self.linear(x))
+            self.made = nnx.Param(x)
+
+        def shaped(self, like, f, scale):
+            assert type(like) is jax.ShapeDtypeStruct  # itself: no array was passed
+            return f(self.linear(jnp.ones(like.shape))) * scale, self
+
+        def fails(self, x):
+            self.linear(x)
+            raise ValueError("no")
+
+    class Whole(nnx.Module):
+        def __init__(self, rngs):
+            self.part = Part(rngs)
+
+        def __call__(self, x):
+            y = self.part.boxed(x).x + self.part.later(x)()
+            self.part.note(y)
+            z, part = self.part.shaped(jax.ShapeDtypeStruct((1, 2), x.dtype), lambda z: z + y, np.float32(2))
+            assert part is self.part
+            for _ in range(2):
+                with pytest.raises(ValueError, match="no"):
+                    self.part.fails(x)
+            return z + self.part.noted.x + self.part.made[...] + self.part.total[...]
+
+    model, x = Whole(nnx.Rngs(0)), jnp.ones((1, 2))
+    counted, plain = rows_of(model, x), rows_of(model, x, flops=False)
+    assert [(r.path, r.inputs_repr, r.outputs) for r in counted] == [(r.path, r.inputs_repr, r.outputs) for r in plain]
+    assert [row.path[-1:] for row in plain] == [(), ("boxed",), ("linear",), ("later",), ("note",), ("shaped",)]
+    flops = {row.path[-1:]: row.flops for row in counted}
+    assert flops[("linear",)] == 10  # (1, 2) @ (2, 2), and the bias
+    assert flops[("shaped",)] == 14  # z + y and * scale, where y comes from outside
+    assert (flops[("boxed",)], flops[("later",)]) == (None, None)  # JAX sees no output
+    assert flops[()] > 4 * 10
 
 
 def test_inside_of_a_trace():

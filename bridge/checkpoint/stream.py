@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from bridge._types import Path
-from bridge.checkpoint.formats.sink import pieces
+from bridge.checkpoint.formats.stored import pieces
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.layout import Leaf
 from bridge.checkpoint.tree.ops import Block, Fill, Op, Pick, Read, Reader, Region, Reshape

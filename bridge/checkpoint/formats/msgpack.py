@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -24,8 +24,9 @@ import numpy as np
 from bridge._errors import CheckpointCorruptError, show_path
 from bridge._types import Path
 from bridge.checkpoint.formats import stored
-from bridge.checkpoint.formats.sink import FileSink, pieces, sync_folder
-from bridge.checkpoint.formats.stored import ArrayFile, FileSource, Stored, number_type
+from bridge.checkpoint.formats.journal import Record, sync_folder, write_durably
+from bridge.checkpoint.formats.one_file import FileSink
+from bridge.checkpoint.formats.stored import ArrayFile, FileSource, Stored, number_type, pieces
 from bridge.checkpoint.tree.tree import Tree, depth_first
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # flax's extension types
@@ -326,57 +327,56 @@ class MsgpackSink(FileSink):
     format = "msgpack"
 
     def __init__(self, path: str | FilePath, tree: Tree, *, resume: bool = False, chunk_bytes: int = _CHUNK_BYTES):
-        self._chunk_bytes, self._size = chunk_bytes, 0
+        self._chunk_bytes = chunk_bytes
+        self._next, self._size = 0, 0  # which leaf comes next, and where
         super().__init__(path, tree, resume=resume)
 
-    def _begin(self, records: list[dict[str, Any]]) -> list[Path]:
+    def _lay_out(self) -> None:
+        super()._lay_out()
         try:
             self._before, self._tail = _skeleton(self.tree)
         except (ValueError, UnicodeEncodeError) as error:
-            raise self._refused("keys that are text", str(error)) from error
-        count, self._size = (records[-1]["count"], records[-1]["size"]) if records else (0, 0)
-        self._unfinished.resize(self._size)
-        self._next = count
-        return list(self.tree.order[:count])
+            raise self._unstorable("keys that are text", str(error)) from error
 
-    def _put(self, leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    def _needed_bytes(self) -> int:
+        return self._size
+
+    def _put_leaves(self, leaves: Mapping[Path, Any]) -> Record:
         expected = self.tree.order[self._next : self._next + len(leaves)]
         for path, wanted in zip(leaves, expected, strict=True):
             if path != wanted:
-                raise self._refused(f"leaves in the order of tree.order: {show_path(wanted)}", show_path(path))
+                raise self._unstorable(f"leaves in the order of tree.order: {show_path(wanted)}", show_path(path))
         at = self._size
         for path, value in leaves.items():
-            at = self._put_leaf(self._unfinished.put(at, self._before[path]), path, value)
+            at = self._put_leaf(self.put(at, self._before[path]), path, value)
         return {"count": self._next + len(leaves), "size": at}
 
-    def _recorded(self, record: Mapping[str, Any]) -> None:
-        self._next, self._size = record["count"], record["size"]
+    def _take_leaves(self, record: Record) -> Iterable[Path]:
+        first, self._next, self._size = self._next, record["count"], record["size"]
+        return self.tree.order[first : self._next]
 
-    def _finish(self, metadata: Mapping[str, Any]) -> None:
-        size = self._unfinished.put(self._size, self._tail)
-        self._unfinished.resize(size)
+    def _complete(self, metadata: Mapping[str, Any]) -> FilePath:
+        size = self.put(self._size, self._tail)
+        content = self.whole(size)
         beside = _metadata_file(self.path)
         new = beside.with_name(beside.name + ".new")
-        with new.open("w") as file:
-            json.dump({"size": size, "metadata": dict(metadata)}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(new, json.dumps({"size": size, "metadata": dict(metadata)}))
         os.replace(new, beside)
         sync_folder(beside.parent)
-        self._unfinished.publish()
+        return content
 
     def _put_leaf(self, at: int, path: Path, value: Any) -> int:
         if isinstance(value, np.generic):
             return self._put_array(at, np.asarray(value), _SCALAR)
         if isinstance(value, complex):
-            return self._unfinished.put(
-                at, msgpack.packb(msgpack.ExtType(_COMPLEX, msgpack.packb([value.real, value.imag])))
-            )
+            return self.put(at, msgpack.packb(msgpack.ExtType(_COMPLEX, msgpack.packb([value.real, value.imag]))))
         if isinstance(value, bool | int | float | str):
             try:
-                return self._unfinished.put(at, msgpack.packb(value))
+                return self.put(at, msgpack.packb(value))
             except (OverflowError, ValueError) as error:
-                raise self._refused(f"{show_path(path)}: what msgpack can hold", f"{value!r:.80}: {error}") from error
+                raise self._unstorable(
+                    f"{show_path(path)}: what msgpack can hold", f"{value!r:.80}: {error}"
+                ) from error
         array = np.asarray(value)
         if array.nbytes <= self._chunk_bytes:
             return self._put_array(at, array, _ARRAY)
@@ -384,8 +384,8 @@ class MsgpackSink(FileSink):
 
     def _put_array(self, at: int, array: np.ndarray, code: int) -> int:
         inner = b"\x93" + msgpack.packb(array.shape) + msgpack.packb(array.dtype.name) + _bin_head(array.nbytes)
-        at = self._unfinished.put(at, _ext_head(code, len(inner) + array.nbytes) + inner)
-        return self._unfinished.put_array(at, array)
+        at = self.put(at, _ext_head(code, len(inner) + array.nbytes) + inner)
+        return self.put_array(at, array)
 
     def _put_chunks(self, at: int, array: np.ndarray) -> int:
         """As flax cuts arrays near msgpack's limit: flat parts of 2^30 bytes."""
@@ -395,16 +395,16 @@ class MsgpackSink(FileSink):
         packer = msgpack.Packer()
         head = packer.pack_map_header(3) + msgpack.packb(_CHUNKED) + msgpack.packb(True) + msgpack.packb("shape")
         head += msgpack.packb(shape) + msgpack.packb("chunks") + packer.pack_map_header(len(starts))
-        at = self._unfinished.put(at, head)
+        at = self.put(at, head)
         rest = _Flat(array)
         for index, start in enumerate(starts):
             size = min(count, array.size - start)
             inner = b"\x93" + msgpack.packb((size,)) + msgpack.packb(array.dtype.name)
             inner += _bin_head(size * array.dtype.itemsize)
             head = msgpack.packb(str(index)) + _ext_head(_ARRAY, len(inner) + size * array.dtype.itemsize)
-            at = self._unfinished.put(at, head + inner)
+            at = self.put(at, head + inner)
             for piece in rest.take(size * array.dtype.itemsize):
-                at = self._unfinished.put(at, piece)
+                at = self.put(at, piece)
         return at
 
 

@@ -21,7 +21,8 @@ import numpy as np
 from bridge._errors import CheckpointCorruptError, CheckpointWriteError, show_path
 from bridge._types import Path
 from bridge.checkpoint.formats import stored
-from bridge.checkpoint.formats.sink import FileSink
+from bridge.checkpoint.formats.journal import Record
+from bridge.checkpoint.formats.one_file import FileSink
 from bridge.checkpoint.formats.stored import ArrayFile, FileSource, Stored
 from bridge.checkpoint.tree.layout import Leaf
 
@@ -227,29 +228,31 @@ class SafetensorsSink(FileSink):
                 hint="Cast it by a rule, or write msgpack or Orbax.",
             )
 
-    def _begin(self, records: list[dict[str, Any]]) -> list[Path]:
-        leaves = list(self.tree.leaves)
-        self._index = {path: index for index, path in enumerate(leaves)}
+    def _lay_out(self) -> None:
+        super()._lay_out()
+        self._leaves = list(self.tree.leaves)
+        self._index = {path: index for index, path in enumerate(self._leaves)}
         arrays = [leaf for leaf in self.tree.leaves.values() if leaf.dtype != "str"]
         self._names = _names([leaf.path for leaf in arrays])
         self._offsets, size = {}, 0
         for leaf in sorted(arrays, key=lambda leaf: -np.dtype(leaf.dtype).itemsize):
             self._offsets[leaf.path] = size
             size += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        self._strings, self._numbers = {}, set()
+        self._end_of_arrays = size
+        self._strings: dict[Path, str] = {}
+        self._numbers: set[Path] = set()
         try:  # before the records: where the arrays begin must not depend on how far an earlier run came
-            room = len(self._header({})) + _ROOM + _ROOM_OF_LEAF * len(leaves)
+            room = len(self._header({})) + _ROOM + _ROOM_OF_LEAF * len(self._leaves)
         except UnicodeEncodeError as error:
-            raise self._refused("keys that are text", str(error)) from error
+            raise self._unstorable("keys that are text", str(error)) from error
         # a string as JSON in JSON: a control character is one byte, and seven then
         room += sum(7 * leaf.nbytes + 8 for leaf in self.tree.leaves.values() if leaf.dtype == "str")
         self._start = 8 + math.ceil(room / 8) * 8
-        self._unfinished.resize(self._start + size)
-        for record in records:
-            self._recorded(record)
-        return [leaves[index] for record in records for index in record["done"]]
 
-    def _put(self, leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    def _needed_bytes(self) -> int:
+        return self._start + self._end_of_arrays
+
+    def _put_leaves(self, leaves: Mapping[Path, Any]) -> Record:
         strings, numbers = {}, []
         for path, value in leaves.items():
             if isinstance(value, str):
@@ -258,28 +261,27 @@ class SafetensorsSink(FileSink):
             if not hasattr(value, "dtype"):
                 numbers.append(self._index[path])
             array = np.asarray(value, self.tree.leaves[path].dtype)
-            self._unfinished.put_array(self._start + self._offsets[path], array)
+            self.put_array(self._start + self._offsets[path], array)
         return {"done": [self._index[path] for path in leaves], "strings": strings, "numbers": numbers}
 
-    def _recorded(self, record: Mapping[str, Any]) -> None:
-        leaves = list(self.tree.leaves)
-        self._strings |= {leaves[int(index)]: text for index, text in record["strings"].items()}
-        self._numbers |= {leaves[index] for index in record["numbers"]}
+    def _take_leaves(self, record: Record) -> Iterable[Path]:
+        self._strings |= {self._leaves[int(index)]: text for index, text in record["strings"].items()}
+        self._numbers |= {self._leaves[index] for index in record["numbers"]}
+        return [self._leaves[index] for index in record["done"]]
 
-    def _finish(self, metadata: Mapping[str, Any]) -> None:
+    def _complete(self, metadata: Mapping[str, Any]) -> FilePath:
         header = self._header(metadata)
         room = self._start - 8
         padded = header.ljust(room if len(header) <= room else math.ceil(len(header) / 8) * 8)
         if len(padded) > _LONGEST_HEADER:
-            raise self._refused(
+            raise self._unstorable(
                 f"a header of at most {_LONGEST_HEADER} bytes", f"{len(padded)} bytes with its metadata"
             )
         head = len(padded).to_bytes(8, "little") + padded
-        if len(head) == self._start:
-            self._unfinished.put(0, head)
-            self._unfinished.publish()
-        else:
-            self._unfinished.publish_with_head(head, self._start)
+        if len(head) > self._start:
+            return self.with_head(head, self._start)
+        self.put(0, head)
+        return self.whole(self._needed_bytes())
 
     def _header(self, metadata: Mapping[str, Any]) -> bytes:
         rows: dict[str, Any] = {}

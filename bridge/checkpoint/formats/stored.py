@@ -31,6 +31,7 @@ from bridge.checkpoint.tree.tree import Tree
 # Below this an array is copied out of the file: the kernel maps 16 pages around each touched one, which for many
 # small arrays is more memory than they are.
 _MAP_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 25  # what is copied at once of an array that is not contiguous
 _MOST_DIMENSIONS = 64  # numpy's own limit
 _LARGEST = 1 << 62
 
@@ -70,6 +71,22 @@ def array_bytes(shape: Sequence[Any], dtype: np.dtype) -> int | None:
     if math.prod(size or 1 for size in shape) * dtype.itemsize > _LARGEST:
         return None
     return math.prod(shape) * dtype.itemsize
+
+
+def pieces(array: np.ndarray) -> Iterator[memoryview]:
+    """The bytes of `array`, row-major and little-endian. Only what is not laid out so is copied, in small parts."""
+    if array.dtype.byteorder == ">" and array.nbytes <= _PIECE_BYTES:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if array.size and array.flags.c_contiguous and array.dtype.byteorder != ">":
+        # through uint8: bfloat16 has no buffer interface
+        yield memoryview(array.reshape(-1).view(np.uint8))
+    elif array.size and array.nbytes <= _PIECE_BYTES:
+        yield memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    elif array.size:
+        count = min(len(array), math.ceil(array.nbytes / _PIECE_BYTES))
+        parts = np.array_split(array, count) if count > 1 else list(array)
+        for part in parts:
+            yield from pieces(part)
 
 
 # --- files --------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import numpy as np
 
 from bridge._errors import CheckpointWriteError, show_path
 from bridge._types import Path, Shape
+from bridge.checkpoint.formats.journal import Record
 from bridge.checkpoint.tree.tree import Tree
 
 HANDLERS = {
@@ -69,15 +70,15 @@ def row_of(path: Path, value: Any) -> Row:
     return Row(path, "np.ndarray" if wide else "jax.Array", shape, _chunk(shape, value.dtype.itemsize), impl)
 
 
-def line_of(row: Row) -> str:
+def record_of(row: Row) -> Record:
     """The row as a line of a journal."""
-    return json.dumps(asdict(row))
+    return asdict(row)
 
 
-def row_of_line(line: dict[str, Any]) -> Row:
-    """The row that `line_of` made the line from."""
-    lists = {name: tuple(line.pop(name)) for name in ("path", "shape", "chunk")}
-    return Row(**lists, **line)
+def row_of_record(record: Record) -> Row:
+    """The row that `record_of` made the record from, which may have been JSON meanwhile."""
+    as_tuples = {name: tuple(record[name]) for name in ("path", "shape", "chunk")}
+    return Row(**{**record, **as_tuples})
 
 
 def check_names(path: FilePath, tree: Tree) -> None:

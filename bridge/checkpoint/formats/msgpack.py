@@ -333,6 +333,10 @@ class MsgpackSink(FileSink):
 
     def _lay_out(self) -> None:
         super()._lay_out()
+        deepest = max([*self.tree.leaves, *self.tree.empty], key=len, default=())
+        if len(deepest) > _DEEPEST:
+            start = show_path(deepest[:5])
+            raise self._unstorable(f"keys nested at most {_DEEPEST} deep", f"{start}/..., {len(deepest)} deep")
         try:
             self._before, self._tail = _skeleton(self.tree)
         except (ValueError, UnicodeEncodeError) as error:

@@ -32,6 +32,8 @@ from bridge.checkpoint.tree.tree import Tree
 # small arrays is more memory than they are.
 _MAP_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 25  # what is copied at once of an array that is not contiguous
+# Keys in a path. What walks a tree calls itself once a level, and Python's limit is 1,000 calls, its callers' included.
+_DEEPEST = 500
 _MOST_DIMENSIONS = 64  # numpy's own limit
 _LARGEST = 1 << 62
 
@@ -230,8 +232,14 @@ def make_tree(
     empty: Mapping[Path, str] | None = None,
     sequences: Iterable[Path] = (),
 ) -> Tree:
-    """The tree of leaves given as (shape, dtype, bytes); CheckpointCorruptError if one lies below another."""
+    """The tree of leaves given as (shape, dtype, bytes).
+
+    Raises:
+      CheckpointCorruptError: one leaf lies below another.
+      CheckpointLayoutError: paths too long to be walked.
+    """
     empty, sequences = dict(empty or {}), frozenset(sequences)
+    require_walkable(file, [*kinds, *empty])
     try:
         layout.nest(dict.fromkeys([*kinds, *empty]), sequences)
     except layout.TreeStructureError as error:
@@ -240,6 +248,14 @@ def make_tree(
         ) from error
     leaves = {path: Leaf(path, *kind) for path, kind in kinds.items()}
     return Tree(leaves, empty, sequences)
+
+
+def require_walkable(file: FilePath, paths: Iterable[Path]) -> None:
+    """Raise CheckpointLayoutError if a path has more keys than a tree can be deep."""
+    deepest = max(paths, key=len, default=())
+    if len(deepest) > _DEEPEST:
+        start = show_path(deepest[:5])
+        raise unsupported(file, f"paths of at most {_DEEPEST} keys", f"one of {len(deepest)}: {start:.200}/...")
 
 
 def kinds_of(stored: Mapping[Path, Stored], values: Mapping[Path, Any]) -> dict[Path, tuple[Shape, str, int]]:

@@ -34,6 +34,7 @@ from bridge._errors import (
 )
 from bridge._types import Path, Shape
 from bridge.checkpoint.formats.orbax.files import Location, locate, read_save, reading, tensorstore
+from bridge.checkpoint.formats.stored import require_walkable
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
 from bridge.checkpoint.tree.ops import Region
@@ -193,6 +194,7 @@ class OrbaxSource:
         self._table = metadata
         with reading(self.path / "_METADATA", "a table of the arrays, as JSON"):
             self._entries = {entry.path: entry for entry in map(_entry, metadata["tree_metadata"].values())}
+        require_walkable(self.path, self._entries)
         save = read_save(location, metadata)
         self.format, self.reason, self.metadata = save.format, save.reason, save.metadata
         self._check_names()

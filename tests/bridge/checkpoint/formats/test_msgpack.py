@@ -28,7 +28,8 @@ from bridge._errors import (
 from bridge.checkpoint.formats.msgpack import MsgpackSink
 from bridge.checkpoint.formats.open import open_sink, open_source
 from bridge.checkpoint.formats.stored import ArrayFile, pieces
-from bridge.checkpoint.tree.layout import collection_of
+from bridge.checkpoint.tree.layout import Leaf, collection_of
+from bridge.checkpoint.tree.tree import Tree
 from tests.support.checkpoint_files import DTYPES, as_dicts, describe, load, run_limited, save, survives, trees
 from tests.tolerance import assert_trees_equal
 
@@ -481,6 +482,9 @@ def test_what_msgpack_cannot_hold_is_refused(path):
         open_sink(path, "msgpack", describe({"rngs": {"key": jax.random.key(0)}})[0])
     with pytest.raises(CheckpointWriteError, match="keys that are text"):
         open_sink(path, "msgpack", describe({"\ud800": 1})[0])
+    deep = Tree({("k",) * 129: Leaf(("k",) * 129, (), "int8", 1)})
+    with pytest.raises(CheckpointWriteError, match=r"(?s)keys nested at most 128 deep.*k/k/k/k/k/\.\.\., 129 deep"):
+        open_sink(path, "msgpack", deep)
     assert not list(path.parent.iterdir())
     shape, _ = describe({"a": "x"})
     with open_sink(path, "msgpack", shape) as sink, pytest.raises(CheckpointWriteError, match="what msgpack can hold"):

@@ -4,8 +4,12 @@ Law of the source: the header is believed only as far as the `safetensors` packa
 other without a hole or an overlap up to the end of the file, sizes that are the shapes'.
 Law of the sink: other programs read every array; what they have no place for (key tuples, empty entries, which numbers
 are Python's, strings, metadata) stands as JSON in `__metadata__`, so that what was written comes back whole.
-Knows the format; knows nothing of layouts. The package itself is not needed: in numpy it knows no bfloat16, and it
-writes only what is all in memory.
+Knows the format; knows nothing of layouts.
+
+The `safetensors` package is the oracle of the tests and not what reads here, because in numpy (0.8.0) it copies every
+array (here a large one is a view of the file, so that a batch costs no memory before it is used), knows no float8,
+cannot slice an array without elements, dies of a SIGBUS when the file has become shorter, takes the last of two arrays
+of one name, and says neither where a header is wrong nor what it should be. It writes only what is all in memory.
 """
 
 from __future__ import annotations

@@ -50,6 +50,18 @@ def cut_short(lines: Sequence[str], most: int, indent: str = "  ") -> list[str]:
     return [*lines[:most], f"{indent}and {rest} more"] if rest > 0 else list(lines)
 
 
+def listed(names: Sequence[str], most: int) -> str:
+    """The first names on one line, and whether there are more.
+
+    >>> listed(["a", "b", "c"], most=2), listed(["a"], most=2)
+    ('a, b, ...', 'a')
+    """
+    shown = list(names[:most])
+    if len(names) > most:
+        shown.append("...")
+    return ", ".join(shown)
+
+
 class BridgeError(Exception):
     """Base of every error that `bridge` raises on purpose."""
 

@@ -29,13 +29,12 @@ class Journal:
       BlockingIOError: another process, or another Journal of this one, has it open.
 
     >>> import tempfile
-    >>> path = FilePath(tempfile.mkdtemp()) / "journal"
-    >>> journal = Journal(path)
+    >>> journal = Journal(FilePath(tempfile.mkdtemp()) / "journal")
     >>> journal.append([{"tree": "3f"}])
     >>> journal.append([{"done": 1}])
-    >>> journal.close()
-    >>> Journal(path).read()
+    >>> journal.read()
     [{'tree': '3f'}, {'done': 1}]
+    >>> journal.close()
     """
 
     def __init__(self, path: FilePath):

@@ -20,8 +20,9 @@ import numpy as np
 from bridge._errors import CheckpointWriteError, show_path
 from bridge._types import Path
 from bridge.checkpoint.formats.journal import Record
+from bridge.checkpoint.formats.nearby import bytes_in
 from bridge.checkpoint.formats.protocol import UNFINISHED
-from bridge.checkpoint.formats.sink import ResumableSink, bytes_in
+from bridge.checkpoint.formats.sink import ResumableSink
 from bridge.checkpoint.formats.stored import pieces
 from bridge.checkpoint.tree.layout import Leaf
 

@@ -15,9 +15,10 @@ from pathlib import Path as FilePath
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
-from bridge._errors import CheckpointExistsError, CheckpointWriteError, show_path
+from bridge._errors import CheckpointExistsError, CheckpointWriteError, listed, show_path
 from bridge._types import Path
 from bridge.checkpoint.formats.journal import Journal, Record, sync_folder
+from bridge.checkpoint.formats.nearby import bytes_in, what_is_at
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.tree import Tree
 
@@ -80,9 +81,9 @@ class ResumableSink:
         """
         missing = [path for path in self.tree.leaves if path not in self._written]
         if missing:
-            listed = ", ".join(map(show_path, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            names = listed([show_path(path) for path in missing], most=5)
             raise self._refused(
-                "leaves are missing", f"all {len(self.tree.leaves)} leaves written", f"{len(missing)} missing: {listed}"
+                "leaves are missing", f"all {len(self.tree.leaves)} leaves written", f"{len(missing)} missing: {names}"
             )
         self._require_open()
         with self._writing():
@@ -312,26 +313,18 @@ class ResumableSink:
             ) from error
 
     def _target_exists(self) -> CheckpointExistsError:
-        size = "" if self.path.is_dir() else f" of {bytes_in(self.path)} bytes"
         return CheckpointExistsError(
             "the target exists and is in the way",
             self.path,
             expected="nothing at this path",
-            found="a folder" if self.path.is_dir() else f"a file{size}",
+            found=what_is_at(self.path),
             hint="Choose another path, or move away what is there: nothing is ever written over.",
         )
 
     def _damaged(self, damage: Exception) -> CheckpointWriteError:
-        found = f"a damaged journal, {self._journal_path}: {type(damage).__name__}: {damage}"
+        what = f"a damaged journal, {self._journal_path}: {type(damage).__name__}: {damage}"
         hint = f"Delete {self._leftovers}, or write to another path."
-        return self._refused("what was left unfinished is damaged", "a journal of whole lines", found[:500], hint)
+        return self._refused("what was left unfinished is damaged", "a journal of whole lines", what[:500], hint)
 
     def _refused(self, problem: str, expected: str, found: str, hint: str = "") -> CheckpointWriteError:
         return CheckpointWriteError(problem, self.path, expected=expected, found=found, hint=hint)
-
-
-def bytes_in(path: FilePath) -> int:
-    """Bytes of a file, of all files in a folder; 0 if nothing is there."""
-    if not path.is_dir():
-        return path.lstat().st_size if os.path.lexists(path) else 0
-    return sum(child.lstat().st_size for child in path.rglob("*") if not child.is_dir())

@@ -16,6 +16,7 @@ unfinished save: `checkpoint/` and `journal`, with a line that tells which tree 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -25,13 +26,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
-import jax
 import numpy as np
 
 from bridge._errors import CheckpointWriteError, show_path
 from bridge._types import Path, Shape
 from bridge.checkpoint.formats.journal import Journal, Record, sync_folder, write_durably
-from bridge.checkpoint.formats.orbax.files import UNFINISHED, first_words, tensorstore
+from bridge.checkpoint.formats.orbax.files import UNFINISHED_SAVE, caches, first_words, tensorstore
 from bridge.checkpoint.formats.orbax.tables import (
     HANDLERS,
     Row,
@@ -43,15 +43,16 @@ from bridge.checkpoint.formats.orbax.tables import (
     save_tables,
 )
 from bridge.checkpoint.formats.sink import ResumableSink
+from bridge.checkpoint.formats.stored import host
 from bridge.checkpoint.tree.tree import Tree
 
-_SUFFIX = f"{UNFINISHED}-linen-nnx"
+_SUFFIX = f"{UNFINISHED_SAVE}-linen-nnx"
 # Bytes of chunks that are being compressed and written at once.
 _IN_FLIGHT = 16 << 20
 
 
 class OrbaxSink(ResumableSink):
-    """A checkpoint that is written to `path`. A `files.Sink`.
+    """A checkpoint that is written to `path`. A `protocol.Sink`.
 
     Args:
         path: the folder that the checkpoint will be; it must not exist. Folders above it are made.
@@ -104,8 +105,7 @@ class OrbaxSink(ResumableSink):
         self._started = time.time_ns()
         self._rows: dict[Path, Row] = {}
         self._ts = tensorstore("Writing an Orbax checkpoint")
-        pools = {"cache_pool": 0, "cache_pool#index": 16 << 20}
-        self._context = self._ts.Context({name: {"total_bytes_limit": size} for name, size in pools.items()})
+        self._context = caches(self._ts, chunk_bytes=0, index_bytes=16 << 20)
         super().__init__(path, tree, resume=resume)
 
     @property
@@ -126,9 +126,12 @@ class OrbaxSink(ResumableSink):
 
     def _lay_out(self) -> None:
         check_names(self.path, self.tree)
-        if self.item is None:
-            in_v0 = "default" if self.path.name.isdigit() else ""
-            self.item = ("state" if self.version == "v1" else in_v0) or None
+        if self.item:
+            return
+        if self.version == "v1":
+            self.item = "state"
+        else:
+            self.item = "default" if self.path.name.isdigit() else None
 
     # what the journal tells
 
@@ -161,9 +164,12 @@ class OrbaxSink(ResumableSink):
 
     def _put(self, leaves: Mapping[Path, Any]) -> list[Record]:
         rows = {path: row_of(path, value) for path, value in leaves.items()}
-        arrays = {path: _numbers(leaves[path]) for path, row in rows.items() if row.text is None}
-        stores = {path: self._create(rows[path], array) for path, array in arrays.items()}
-        _write_all((stores[path].result(), rows[path].chunk, array) for path, array in arrays.items())
+        begun = []
+        for path, row in rows.items():
+            if row.text is None:
+                array = _numbers(leaves[path])
+                begun.append((self._create(row, array), row.chunk, array))
+        _write_all((future.result(), chunk, array) for future, chunk, array in begun)
         return [record_of(row) for row in rows.values()]
 
     def _complete(self, metadata: Mapping[str, Any]) -> FilePath:
@@ -215,10 +221,13 @@ class OrbaxSink(ResumableSink):
             raise self._refused("Orbax cannot store a leaf", wanted, f"{array.dtype}: {first_words(error)}") from error
 
     def _tables(self, metadata: dict[str, Any]) -> dict[str, str]:
+        """All files beside the arrays, by their place in the checkpoint."""
         rows = [self._rows[path] for path in self.tree.leaves]
-        beside = item_tables(self.tree, rows, self.version)
-        inside = {f"{self.item}/{name}" if self.item else name: content for name, content in beside.items()}
-        return inside | save_tables(self.path, self.version, self.item, metadata, self._started)
+        folder = f"{self.item}/" if self.item else ""
+        tables = save_tables(self.path, self.version, self.item, metadata, self._started)
+        for name, text in item_tables(self.tree, rows, self.version).items():
+            tables[folder + name] = text
+        return tables
 
     def _reason(self, error: Exception) -> str:
         return getattr(error, "strerror", None) or _cause(error)
@@ -226,9 +235,7 @@ class OrbaxSink(ResumableSink):
 
 def _numbers(value: Any) -> np.ndarray:
     """The array to store, in this machine's byte order, without a copy where it can be."""
-    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-        value = jax.random.key_data(value)
-    array = np.asarray(value)
+    array = host(value)
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
@@ -252,15 +259,18 @@ def _write_all(stores: Iterable[tuple[Any, Shape, np.ndarray]]) -> None:
 
 
 def _chunks(shape: Shape, chunk: Shape) -> Iterator[tuple[slice, ...]]:
-    grid = [range(0, size, max(step, 1)) for size, step in zip(shape, chunk, strict=True)]
-    for corner in np.ndindex(*map(len, grid)):
-        starts = [axis[n] for axis, n in zip(grid, corner, strict=True)]
-        yield tuple(
-            slice(start, min(start + step, size)) for start, step, size in zip(starts, chunk, shape, strict=True)
-        )
+    """The regions of an array that are a chunk each, in row-major order."""
+    axes = []
+    for size, step in zip(shape, chunk, strict=True):
+        starts = range(0, size, max(step, 1))
+        axes.append([slice(start, min(start + step, size)) for start in starts])
+    return itertools.product(*axes)
 
 
 def _cause(error: Exception) -> str:
     """What the operating system said, which tensorstore puts last, before ` [name='...']`s; or the first words."""
-    found = re.search(r": ([^:]*?) \[\w+='", str(error))
-    return found[1] if found and "[os_error_code='" in str(error) else first_words(error)
+    text = str(error)
+    last = re.search(r": ([^:]*?) \[\w+='", text)
+    if last and "[os_error_code='" in text:
+        return last[1]
+    return first_words(error)

@@ -86,6 +86,13 @@ def test_what_the_package_writes_we_read(tmp_path_factory, dtypes):
         assert_trees_equal({".".join(p): source.read(p) for p in source.tree.leaves}, arrays)
 
 
+def test_metadata_of_another_program_is_kept_whatever_its_names(path):
+    metadata = {"format": "pt", "metadata": "theirs", "paths": "a", "bridge.other": "b"}
+    safetensors.numpy.save_file({"w": np.ones(1)}, path, metadata=metadata)
+    with closing(open_source(path)) as source:
+        assert source.metadata == metadata
+
+
 def test_names_are_split_at_slashes_if_there_are_any_or_where_one_says(path):
     safetensors.numpy.save_file({"params/Dense_0/a.b": np.ones(1), "step": np.ones(1)}, path)
     for separator, wanted in ((None, ("params", "Dense_0", "a.b")), (".", ("params/Dense_0/a", "b"))):

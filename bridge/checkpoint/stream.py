@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
 import numpy as np
 
 from bridge._types import Path
-from bridge.checkpoint.formats.sink import pieces
+from bridge.checkpoint.formats.stored import host, pieces
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.layout import Leaf
 from bridge.checkpoint.tree.ops import Block, Fill, Op, Pick, Read, Reader, Region, Reshape
@@ -55,21 +54,13 @@ def leaf_hash(value: Any) -> str:
     False
     """
     shape, dtype = layout.describe(value)
-    array = None if isinstance(value, str) else host(value)
     digest = hashlib.sha256(f"{_plain_name(dtype)}{list(shape)}".encode())
-    if array is None:
+    if isinstance(value, str):
         digest.update(value.encode())
-    else:
-        for piece in pieces(array):
-            digest.update(piece)
+        return digest.hexdigest()
+    for piece in pieces(host(value)):
+        digest.update(piece)
     return digest.hexdigest()
-
-
-def host(value: Any) -> np.ndarray:
-    """A leaf's numbers as a numpy array on the host; random keys as the integers they are made of."""
-    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-        value = jax.random.key_data(value)
-    return np.asarray(value)
 
 
 def _plain_name(dtype: str) -> str:
@@ -137,12 +128,12 @@ def bytes_read(op: Op, sizes: Mapping[Path, int]) -> Counter[Path]:
     >>> bytes_read(Pick(stack, axis=0, index=3), {("kernel",): 256})
     Counter({('kernel',): 64})
     """
-    found: Counter[Path] = Counter()
+    read: Counter[Path] = Counter()
 
     def visit(op: Op, part: float) -> None:
         match op:
             case Read():
-                found[op.path] += round(sizes[op.path] * part)
+                read[op.path] += round(sizes[op.path] * part)
             case Pick() | Block():
                 visit(op.of, part * _size(op) / max(_size(op.of), 1))
             case Reshape():  # a region of it reads the whole source
@@ -152,7 +143,7 @@ def bytes_read(op: Op, sizes: Mapping[Path, int]) -> Counter[Path]:
                     visit(inner, part)
 
     visit(op, 1.0)
-    return found
+    return read
 
 
 def _size(op: Op) -> int:
@@ -199,10 +190,9 @@ def by_source(made: Mapping[Path, Op]) -> dict[Path, Op]:
     [('0', 'k'), ('1', 'k'), ('0', 'b'), ('1', 'b')]
     """
     first: dict[Path, int] = {}
-    for number, op in enumerate(made.values()):
-        for source in op.sources():
-            first.setdefault(source, number)
-    place = {path: min((first[s] for s in op.sources()), default=-1) for path, op in made.items()}
+    place: dict[Path, int] = {}
+    for number, (path, op) in enumerate(made.items()):
+        place[path] = min((first.setdefault(source, number) for source in op.sources()), default=-1)
     return dict(sorted(made.items(), key=lambda item: place[item[0]]))
 
 

@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -24,8 +24,9 @@ import numpy as np
 from bridge._errors import CheckpointCorruptError, show_path
 from bridge._types import Path
 from bridge.checkpoint.formats import stored
-from bridge.checkpoint.formats.sink import FileSink, pieces, sync_folder
-from bridge.checkpoint.formats.stored import ArrayFile, FileSource, Stored, number_type
+from bridge.checkpoint.formats.journal import Record, sync_folder, write_durably
+from bridge.checkpoint.formats.one_file import FileSink
+from bridge.checkpoint.formats.stored import ArrayFile, FileSource, Stored, number_type, pieces
 from bridge.checkpoint.tree.tree import Tree, depth_first
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # flax's extension types
@@ -63,7 +64,7 @@ _NUMBERS = {
     0xD2: ">i",
     0xD3: ">q",
 }
-_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
+_CONSTANTS = {0xC0: ("nil", None), 0xC2: ("number", False), 0xC3: ("number", True)}
 
 
 # --- source -------------------------------------------------------------------------------------------------
@@ -115,18 +116,18 @@ class _Index:
 
     # containers
 
-    def _value(self, at: int, end: int, path: Path) -> int:
-        """Note what begins at `at`; where it ends. Nothing of it may lie at or past `end`."""
+    def _value(self, offset: int, end: int, path: Path) -> int:
+        """Note what begins at `offset`; where it ends. Nothing of it may lie at or past `end`."""
         self._path, self._count = path, self._count + 1
         if self._count > _MOST_ENTRIES or len(path) > _DEEPEST:
-            raise self._bad(f"at most {_MOST_ENTRIES} entries, {_DEEPEST} deep", "more", at)
-        kind, content, start = self._head(at, end)
+            raise self._bad(f"at most {_MOST_ENTRIES} entries, {_DEEPEST} deep", "more", offset)
+        kind, content, start = self._head(offset, end)
         if kind in ("map", "array"):
             return self._container(kind, content, start, end, path)
         if kind == "ext":
             return self._extension(*content, start, path)
         if kind == "bin":
-            raise self._bad("arrays, numbers, strings or None", f"{content} raw bytes", at)
+            raise self._bad("arrays, numbers, strings or None", f"{content} raw bytes", offset)
         if content is None:
             self.empty[path] = "None"
             return start
@@ -146,151 +147,174 @@ class _Index:
         table[path] = value
         self.leaves[path] = None
 
-    def _container(self, kind: str, count: int, at: int, end: int, path: Path) -> int:
-        if count * (2 if kind == "map" else 1) > end - at:
-            raise self._bad(f"{count} entries", f"{end - at} bytes", at)
+    def _container(self, kind: str, count: int, offset: int, end: int, path: Path) -> int:
+        least = 2 * count if kind == "map" else count  # an entry is a byte or more, and so is a key
+        if least > end - offset:
+            raise self._bad(f"{count} entries", f"{end - offset} bytes", offset)
         if not count:
             self.empty[path] = "Dict" if kind == "map" else "List"
+            return offset
         if kind == "array":
-            self.sequences.update([path] if count else [])
+            self.sequences.add(path)
             for index in range(count):
-                at = self._value(at, end, (*path, str(index)))
-            return at
+                offset = self._value(offset, end, (*path, str(index)))
+            return offset
         keys: set[str] = set()
         before = len(self.leaves)
         for _ in range(count):
             self._path = path
-            key, at = self._key(at, end)
+            key, offset = self._key(offset, end)
             if key in keys:
-                raise self._bad("each key once", f"{key!r} twice", at)
+                raise self._bad("each key once", f"{key!r} twice", offset)
             keys.add(key)
-            at = self._value(at, end, (*path, key))
+            offset = self._value(offset, end, (*path, key))
         if _CHUNKED in keys:
-            self._join_chunks(path, before, at)
-        return at
+            self._join_chunks(path, before, offset)
+        return offset
 
-    def _key(self, at: int, end: int) -> tuple[str, int]:
-        kind, length, start = self._head(at, end)
+    def _key(self, offset: int, end: int) -> tuple[str, int]:
+        kind, length, start = self._head(offset, end)
         if kind != "str":
-            raise self._bad("a key, which is text", kind, at)
+            raise self._bad("a key, which is text", kind, offset)
         return self._text(start, length), start + length
 
     # leaves
 
-    def _extension(self, code: int, length: int, at: int, path: Path) -> int:
-        end = at + length
+    def _extension(self, code: int, length: int, offset: int, path: Path) -> int:
+        end = offset + length
         if code in (_ARRAY, _SCALAR):
-            array = self._array(at, end)
+            array = self._array(offset, end)
             if code == _SCALAR:
                 if array.shape:
-                    raise self._bad("a scalar", f"shape {array.shape}", at)
+                    raise self._bad("a scalar", f"shape {array.shape}", offset)
                 self.scalars.add(path)
             self._leaf(path, self.arrays, array)
         elif code == _COMPLEX:
-            (real, imag), after = self._numbers(at, end)
+            (real, imag), after = self._numbers(offset, end)
             if after != end:
                 raise self._bad("two numbers", f"{end - after} more bytes", after)
             self._leaf(path, self.values, complex(real, imag))
         else:
-            raise self._bad("one of flax's extension types, 1 to 3", str(code), at)
+            raise self._bad("one of flax's extension types, 1 to 3", str(code), offset)
         return end
 
-    def _numbers(self, at: int, end: int, count: int | None = 2) -> tuple[list[Any], int]:
-        kind, length, at = self._head(at, end)
-        if kind != "array" or (count is not None and length != count) or length > end - at:
-            raise self._bad(f"{'some' if count is None else count} numbers", f"{kind} of {length}", at)
-        found = []
+    def _numbers(self, offset: int, end: int, count: int | None = 2) -> tuple[list[Any], int]:
+        kind, length, offset = self._head(offset, end)
+        if kind != "array" or (count is not None and length != count) or length > end - offset:
+            raise self._bad(f"{'some' if count is None else count} numbers", f"{kind} of {length}", offset)
+        numbers = []
         for _ in range(length):
-            kind, value, at = self._head(at, end)
+            kind, value, offset = self._head(offset, end)
             if kind != "number":
-                raise self._bad("a number", kind, at)
-            found.append(value)
-        return found, at
+                raise self._bad("a number", kind, offset)
+            numbers.append(value)
+        return numbers, offset
 
-    def _array(self, at: int, end: int) -> Stored:
-        kind, length, start = self._head(at, end)
+    def _array(self, offset: int, end: int) -> Stored:
+        kind, length, start = self._head(offset, end)
         if (kind, length) != ("array", 3):
-            raise self._bad("shape, dtype and bytes of an array", f"{kind} of {length}", at)
+            raise self._bad("shape, dtype and bytes of an array", f"{kind} of {length}", offset)
         shape, start = self._numbers(start, end, None)
         kind, length, start = self._head(start, end)
         name = self._text(start, length) if kind in ("str", "bin") else kind
         dtype = number_type(name)
         if dtype is None:
             raise self._bad("the name of a number type", repr(name)[:80], start)
-        at = start + length
-        kind, length, start = self._head(at, end)
+        offset = start + length
+        kind, length, start = self._head(offset, end)
         size = stored.array_bytes(shape, dtype)
         if kind not in ("bin", "str") or size != length or start + length != end:
-            raise self._bad(f"{size} bytes for {name}{shape}", f"{kind} of {length}, with {end - start} left", at)
+            raise self._bad(f"{size} bytes for {name}{shape}", f"{kind} of {length}, with {end - start} left", offset)
         return Stored(self.file, ((start, length),), tuple(shape), dtype)
 
-    def _join_chunks(self, path: Path, before: int, at: int) -> None:
+    def _join_chunks(self, path: Path, before: int, offset: int) -> None:
         """The entries of the map that has just been read are the shape and the parts of one large array."""
-        parts: dict[Path, Any] = {}
+        entries: dict[Path, Any] = {}
         self._path = path
         while len(self.leaves) > before:
             place, _ = self.leaves.popitem()
-            parts[place[len(path) :]] = self.arrays.pop(place, None) or self.values.pop(place)
-        parts.pop((_CHUNKED,), None)
-        shape = [parts.pop(("shape", str(index)), None) for index in range(sum(key[0] == "shape" for key in parts))]
-        chunks = [parts.pop(("chunks", str(index)), None) for index in range(len(parts))]
-        whole = bool(chunks) and all(isinstance(chunk, Stored) and len(chunk.shape) == 1 for chunk in chunks)
-        if parts or not whole or len({chunk.dtype for chunk in chunks}) != 1:
-            raise self._bad("shape and chunks of one array", "others", at)
-        spans = tuple(span for chunk in chunks for span in chunk.spans)
-        if stored.array_bytes(shape, chunks[0].dtype) != sum(length for _, length in spans):
-            raise self._bad(f"chunks for {chunks[0].dtype}{shape}", f"{sum(n for _, n in spans)} bytes", at)
-        self._leaf(path, self.arrays, Stored(self.file, spans, tuple(shape), chunks[0].dtype))
+            entries[place[len(path) :]] = self.arrays.pop(place, None) or self.values.pop(place)
+        entries.pop((_CHUNKED,), None)
+        shape = _take_list(entries, "shape")
+        chunks = _take_list(entries, "chunks")
+        if entries or not chunks or not all(map(_is_chunk, chunks)):
+            raise self._bad("shape and chunks of one array", "others", offset)
+        dtype = chunks[0].dtype
+        if any(chunk.dtype != dtype for chunk in chunks):
+            raise self._bad("shape and chunks of one array", "others", offset)
+        spans: list[tuple[int, int]] = []
+        for chunk in chunks:
+            spans.extend(chunk.spans)
+        array = Stored(self.file, tuple(spans), tuple(shape), dtype)
+        if stored.array_bytes(shape, dtype) != array.nbytes:
+            raise self._bad(f"chunks for {dtype}{shape}", f"{array.nbytes} bytes", offset)
+        self._leaf(path, self.arrays, array)
 
     # bytes
 
-    def _head(self, at: int, end: int) -> tuple[str, Any, int]:
-        """Kind and content, or length, of what begins at `at`, and where its content begins."""
-        tag = self._bytes(at, 1, end)[0]
-        at += 1
-        if tag <= 0x7F or tag >= 0xE0:
-            return "number", tag if tag <= 0x7F else tag - 256, at
+    def _head(self, offset: int, end: int) -> tuple[str, Any, int]:
+        """Kind and content, or length, of what begins at `offset`, and where its content begins."""
+        tag = self._bytes(offset, 1, end)[0]
+        offset += 1
+        if tag <= 0x7F:
+            return "number", tag, offset
+        if tag >= 0xE0:
+            return "number", tag - 256, offset
+        if tag <= 0x8F:
+            return "map", tag & 15, offset
+        if tag <= 0x9F:
+            return "array", tag & 15, offset
         if tag <= 0xBF:
-            kind, mask = ("map", 15) if tag <= 0x8F else ("array", 15) if tag <= 0x9F else ("str", 31)
-            return self._room(kind, tag & mask, at, end)
+            return self._room("str", tag & 31, offset, end)
         if tag in _CONSTANTS:
-            return ("number" if tag != 0xC0 else "nil"), _CONSTANTS[tag], at
+            return *_CONSTANTS[tag], offset
         if tag in _NUMBERS:
             size = struct.calcsize(_NUMBERS[tag])
-            return "number", struct.unpack(_NUMBERS[tag], self._bytes(at, size, end))[0], at + size
+            return "number", struct.unpack(_NUMBERS[tag], self._bytes(offset, size, end))[0], offset + size
         if tag in _SIZED:
             kind, width = _SIZED[tag]
-            length, at = int.from_bytes(self._bytes(at, width, end), "big"), at + width
+            length, offset = int.from_bytes(self._bytes(offset, width, end), "big"), offset + width
         elif 0xD4 <= tag <= 0xD8:
             kind, length = "ext", 1 << tag - 0xD4
         else:
-            raise self._bad("msgpack", f"the byte {tag:#x}, which begins nothing", at - 1)
+            raise self._bad("msgpack", f"the byte {tag:#x}, which begins nothing", offset - 1)
         if kind == "ext":
-            code = int.from_bytes(self._bytes(at, 1, end), "big", signed=True)
-            self._room(kind, length, at + 1, end)
-            return kind, (code, length), at + 1
-        return self._room(kind, length, at, end)
+            code = int.from_bytes(self._bytes(offset, 1, end), "big", signed=True)
+            self._room(kind, length, offset + 1, end)
+            return kind, (code, length), offset + 1
+        return self._room(kind, length, offset, end)
 
-    def _room(self, kind: str, length: int, at: int, end: int) -> tuple[str, int, int]:
-        if kind not in ("map", "array") and length > end - at:
-            raise self._bad(f"{length} bytes", f"{end - at}", at)
-        return kind, length, at
+    def _room(self, kind: str, length: int, offset: int, end: int) -> tuple[str, int, int]:
+        if kind not in ("map", "array") and length > end - offset:
+            raise self._bad(f"{length} bytes", f"{end - offset}", offset)
+        return kind, length, offset
 
-    def _bytes(self, at: int, count: int, end: int) -> bytes:
-        if at + count > end:
-            raise self._bad(f"{count} bytes", f"{end - at}", at)
-        return self._data[at : at + count]
+    def _bytes(self, offset: int, count: int, end: int) -> bytes:
+        if offset + count > end:
+            raise self._bad(f"{count} bytes", f"{end - offset}", offset)
+        return self._data[offset : offset + count]
 
-    def _text(self, at: int, length: int) -> str:
+    def _text(self, offset: int, length: int) -> str:
         try:
-            return self._data[at : at + length].decode()
+            return self._data[offset : offset + length].decode()
         except UnicodeDecodeError as error:
-            raise self._bad("text", f"bytes that are not UTF-8: {error.reason}", at) from None
+            raise self._bad("text", f"bytes that are not UTF-8: {error.reason}", offset) from None
 
-    def _bad(self, expected: str, found: str, at: int) -> CheckpointCorruptError:
-        return stored.damaged(
-            self.file.path, expected=f"{show_path(self._path)}: {expected:.200}", found=f"{found:.200}, at byte {at}"
-        )
+    def _bad(self, expected: str, found: str, offset: int) -> CheckpointCorruptError:
+        wanted = f"{show_path(self._path)}: {expected:.200}"
+        return stored.damaged(self.file.path, expected=wanted, found=f"{found:.200}, at byte {offset}")
+
+
+def _take_list(entries: dict[Path, Any], name: str) -> list[Any]:
+    """Take `name/0`, `name/1`, ... out of `entries`, as far as they go."""
+    values = []
+    while (name, str(len(values))) in entries:
+        values.append(entries.pop((name, str(len(values)))))
+    return values
+
+
+def _is_chunk(value: Any) -> bool:
+    return isinstance(value, Stored) and len(value.shape) == 1
 
 
 # --- metadata beside the file -------------------------------------------------------------------------------
@@ -326,68 +350,71 @@ class MsgpackSink(FileSink):
     format = "msgpack"
 
     def __init__(self, path: str | FilePath, tree: Tree, *, resume: bool = False, chunk_bytes: int = _CHUNK_BYTES):
-        self._chunk_bytes, self._size = chunk_bytes, 0
+        self._chunk_bytes = chunk_bytes
+        self._next, self._size = 0, 0  # which leaf comes next, and where
         super().__init__(path, tree, resume=resume)
 
-    def _begin(self, records: list[dict[str, Any]]) -> list[Path]:
+    def _lay_out(self) -> None:
+        super()._lay_out()
+        deepest = max([*self.tree.leaves, *self.tree.empty], key=len, default=())
+        if len(deepest) > _DEEPEST:
+            start = show_path(deepest[:5])
+            raise self._unstorable(f"keys nested at most {_DEEPEST} deep", f"{start}/..., {len(deepest)} deep")
         try:
             self._before, self._tail = _skeleton(self.tree)
-        except (ValueError, UnicodeEncodeError) as error:
-            raise self._refused("keys that are text", str(error)) from error
-        count, self._size = (records[-1]["count"], records[-1]["size"]) if records else (0, 0)
-        self._unfinished.resize(self._size)
-        self._next = count
-        return list(self.tree.order[:count])
+        except UnicodeEncodeError as error:
+            raise self._unstorable("keys that are text", str(error)) from error
 
-    def _put(self, leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    def _needed_bytes(self) -> int:
+        return self._size
+
+    def _put_leaves(self, leaves: Mapping[Path, Any]) -> Record:
         expected = self.tree.order[self._next : self._next + len(leaves)]
         for path, wanted in zip(leaves, expected, strict=True):
             if path != wanted:
-                raise self._refused(f"leaves in the order of tree.order: {show_path(wanted)}", show_path(path))
-        at = self._size
+                raise self._unstorable(f"leaves in the order of tree.order: {show_path(wanted)}", show_path(path))
+        offset = self._size
         for path, value in leaves.items():
-            at = self._put_leaf(self._unfinished.put(at, self._before[path]), path, value)
-        return {"count": self._next + len(leaves), "size": at}
+            offset = self._put_leaf(self.put(offset, self._before[path]), path, value)
+        return {"count": self._next + len(leaves), "size": offset}
 
-    def _recorded(self, record: Mapping[str, Any]) -> None:
-        self._next, self._size = record["count"], record["size"]
+    def _take_leaves(self, record: Record) -> Iterable[Path]:
+        first, self._next, self._size = self._next, record["count"], record["size"]
+        return self.tree.order[first : self._next]
 
-    def _finish(self, metadata: Mapping[str, Any]) -> None:
-        size = self._unfinished.put(self._size, self._tail)
-        self._unfinished.resize(size)
+    def _complete(self, metadata: Mapping[str, Any]) -> FilePath:
+        size = self.put(self._size, self._tail)
+        content = self.whole(size)
         beside = _metadata_file(self.path)
         new = beside.with_name(beside.name + ".new")
-        with new.open("w") as file:
-            json.dump({"size": size, "metadata": dict(metadata)}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(new, json.dumps({"size": size, "metadata": dict(metadata)}))
         os.replace(new, beside)
         sync_folder(beside.parent)
-        self._unfinished.publish()
+        return content
 
-    def _put_leaf(self, at: int, path: Path, value: Any) -> int:
+    def _put_leaf(self, offset: int, path: Path, value: Any) -> int:
         if isinstance(value, np.generic):
-            return self._put_array(at, np.asarray(value), _SCALAR)
+            return self._put_array(offset, np.asarray(value), _SCALAR)
         if isinstance(value, complex):
-            return self._unfinished.put(
-                at, msgpack.packb(msgpack.ExtType(_COMPLEX, msgpack.packb([value.real, value.imag])))
-            )
+            return self.put(offset, msgpack.packb(msgpack.ExtType(_COMPLEX, msgpack.packb([value.real, value.imag]))))
         if isinstance(value, bool | int | float | str):
             try:
-                return self._unfinished.put(at, msgpack.packb(value))
+                return self.put(offset, msgpack.packb(value))
             except (OverflowError, ValueError) as error:
-                raise self._refused(f"{show_path(path)}: what msgpack can hold", f"{value!r:.80}: {error}") from error
+                raise self._unstorable(
+                    f"{show_path(path)}: what msgpack can hold", f"{value!r:.80}: {error}"
+                ) from error
         array = np.asarray(value)
         if array.nbytes <= self._chunk_bytes:
-            return self._put_array(at, array, _ARRAY)
-        return self._put_chunks(at, array)
+            return self._put_array(offset, array, _ARRAY)
+        return self._put_chunks(offset, array)
 
-    def _put_array(self, at: int, array: np.ndarray, code: int) -> int:
+    def _put_array(self, offset: int, array: np.ndarray, code: int) -> int:
         inner = b"\x93" + msgpack.packb(array.shape) + msgpack.packb(array.dtype.name) + _bin_head(array.nbytes)
-        at = self._unfinished.put(at, _ext_head(code, len(inner) + array.nbytes) + inner)
-        return self._unfinished.put_array(at, array)
+        offset = self.put(offset, _ext_head(code, len(inner) + array.nbytes) + inner)
+        return self.put_array(offset, array)
 
-    def _put_chunks(self, at: int, array: np.ndarray) -> int:
+    def _put_chunks(self, offset: int, array: np.ndarray) -> int:
         """As flax cuts arrays near msgpack's limit: flat parts of 2^30 bytes."""
         shape = {str(axis): size for axis, size in enumerate(array.shape)}
         count = max(1, self._chunk_bytes // array.dtype.itemsize)
@@ -395,17 +422,17 @@ class MsgpackSink(FileSink):
         packer = msgpack.Packer()
         head = packer.pack_map_header(3) + msgpack.packb(_CHUNKED) + msgpack.packb(True) + msgpack.packb("shape")
         head += msgpack.packb(shape) + msgpack.packb("chunks") + packer.pack_map_header(len(starts))
-        at = self._unfinished.put(at, head)
+        offset = self.put(offset, head)
         rest = _Flat(array)
         for index, start in enumerate(starts):
             size = min(count, array.size - start)
             inner = b"\x93" + msgpack.packb((size,)) + msgpack.packb(array.dtype.name)
             inner += _bin_head(size * array.dtype.itemsize)
             head = msgpack.packb(str(index)) + _ext_head(_ARRAY, len(inner) + size * array.dtype.itemsize)
-            at = self._unfinished.put(at, head + inner)
+            offset = self.put(offset, head + inner)
             for piece in rest.take(size * array.dtype.itemsize):
-                at = self._unfinished.put(at, piece)
-        return at
+                offset = self.put(offset, piece)
+        return offset
 
 
 class _Flat:
@@ -428,19 +455,21 @@ class _Flat:
 def _skeleton(tree: Tree) -> tuple[dict[Path, bytes], bytes]:
     """What stands before each leaf (headers, keys, empty entries), and after the last one."""
     packer = msgpack.Packer()
-    children: dict[Path, dict[str, None]] = {}
     entries = depth_first(tree)
+    children: dict[Path, set[str]] = {}
     for path in entries:
-        for depth in range(len(path)):
-            children.setdefault(path[:depth], {})[path[depth]] = None
-    before, pending, opened = {}, b"", set()
+        for depth, key in enumerate(path):
+            children.setdefault(path[:depth], set()).add(key)
+    before: dict[Path, bytes] = {}
+    pending, opened = b"", set()
     for path in entries:
-        for depth in range(len(path)):
-            if path[:depth] not in opened:
-                opened.add(path[:depth])
-                pending += packer.pack_map_header(len(children[path[:depth]]))
-            if path[: depth + 1] not in opened:
-                pending += msgpack.packb(path[depth])
+        for depth, key in enumerate(path):
+            node, child = path[:depth], path[: depth + 1]
+            if node not in opened:
+                opened.add(node)
+                pending += packer.pack_map_header(len(children[node]))
+            if child not in opened:  # it comes first here, and is opened in the next round, or is the entry itself
+                pending += msgpack.packb(key)
         if path in tree.empty:
             pending += msgpack.packb(None if tree.empty[path] == "None" else {})
         else:
@@ -461,5 +490,9 @@ def _ext_head(code: int, length: int) -> bytes:
 
 
 def _sized(length: int, tags: tuple[int, int, int]) -> bytes:
-    width = 0 if length < 1 << 8 else 1 if length < 1 << 16 else 2
-    return bytes([tags[width]]) + length.to_bytes(1 << width, "big")
+    small, middle, large = tags
+    if length < 1 << 8:
+        return bytes([small, length])
+    if length < 1 << 16:
+        return bytes([middle]) + length.to_bytes(2, "big")
+    return bytes([large]) + length.to_bytes(4, "big")

@@ -54,7 +54,7 @@ class _Member:
 
 @dataclass
 class NpzSource:
-    """A `files.Source` over the members of an archive."""
+    """A `protocol.Source` over the members of an archive."""
 
     path: FilePath
     reason: str
@@ -108,19 +108,22 @@ def open_npz(file: FilePath, reason: str = "it was said to be", separator: str |
         for info in archive.infolist():
             name = info.filename.removesuffix(_SUFFIX)
             if name == info.filename or name in members:
-                found = f"{info.filename:.80}" + (" twice" if name in members else "")
-                raise stored.damaged(file, expected="members that end in .npy, each once", found=found)
+                twice = " twice" if name in members else ""
+                what = f"{info.filename:.80}{twice}"
+                raise stored.damaged(file, expected="members that end in .npy, each once", found=what)
             members[name] = _read_member(file, archive, info)
-        paths = stored.split_names(members, separator)
-        content = {paths[name]: member for name, member in members.items()}
-        halves = any(member.stored_as.kind == "V" for member in members.values())
-        kinds = {path: (_shape(member), member.dtype.name, member.nbytes) for path, member in content.items()}
+        content: dict[Path, _Member] = {}
+        kinds: dict[Path, tuple[Shape, str, int]] = {}
+        for name, path in stored.split_names(members, separator).items():
+            member = content[path] = members[name]
+            kinds[path] = (_shape(member), member.dtype.name, member.nbytes)
         tree = stored.make_tree(file, kinds)
     except BaseException:
         archive.close()
         raise
-    note = "; numbers of 2 bytes without a type are read as bfloat16, which numpy saves so" if halves else ""
-    return NpzSource(file, reason + note, tree, content, archive)
+    if any(member.stored_as.kind == "V" for member in members.values()):
+        reason += "; numbers of 2 bytes without a type are read as bfloat16, which numpy saves so"
+    return NpzSource(file, reason, tree, content, archive)
 
 
 def _read_member(file: FilePath, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
@@ -132,12 +135,14 @@ def _read_member(file: FilePath, archive: zipfile.ZipFile, info: zipfile.ZipInfo
         read_header = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read_header(opened)
         start = opened.tell()
-    as_number = np.dtype(stored.number_type("bfloat16")) if dtype.str in ("|V2", "<V2") else dtype.newbyteorder("=")
+    halves = dtype.str in ("|V2", "<V2")  # numpy saves bfloat16 so
+    as_number = np.dtype("bfloat16") if halves else dtype.newbyteorder("=")
     if dtype.hasobject or stored.number_type(as_number.name) is None:
-        found = f"{info.filename:.80}: {dtype}"
-        raise stored.damaged(file, expected="arrays of numbers; objects are never unpickled", found=found)
+        what = f"{info.filename:.80}: {dtype}"
+        raise stored.damaged(file, expected="arrays of numbers; objects are never unpickled", found=what)
     size = stored.array_bytes(shape, as_number)
-    possible = info.compress_size * (_MOST_RATIO if info.compress_type else 1) + 64
+    ratio = _MOST_RATIO if info.compress_type else 1
+    possible = info.compress_size * ratio + 64
     if size is None or size + start != info.file_size or info.file_size > possible:
         expected = f"{info.filename:.80}: {size} bytes for {dtype}{list(shape)}"[:300]
         raise stored.damaged(file, expected=expected, found=f"{info.file_size - start}")

@@ -17,6 +17,7 @@ from bridge._errors import (
     CheckpointNotFoundError,
     near_misses,
 )
+from bridge.checkpoint.formats.nearby import contents, neighbours, what_is_at
 from bridge.checkpoint.formats.protocol import UNFINISHED, Sink, Source
 from bridge.checkpoint.tree.tree import Tree
 
@@ -24,6 +25,7 @@ from bridge.checkpoint.tree.tree import Tree
 FORMATS = ("orbax", "orbax-v1", "msgpack", "safetensors", "npz")
 SINK_FORMATS = ("orbax", "orbax-v1", "msgpack", "safetensors")
 
+_ORBAX = ("orbax", "orbax-v1")
 _SUFFIXES = {".msgpack": "msgpack", ".safetensors": "safetensors", ".npz": "npz"}
 _INDEX = ".index.json"
 _ORBAX_MARKS = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA", "orbax.checkpoint", "_sharding")
@@ -126,25 +128,23 @@ def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = F
 def _open(path: FilePath, format: str | None, step: int | None, item: str | None, separator: str | None) -> Source:
     if not path.exists():
         raise CheckpointNotFoundError(
-            "no checkpoint", path, expected="a checkpoint", found="nothing at this path", hint=_neighbours(path)
+            "no checkpoint", path, expected="a checkpoint", found="nothing at this path", hint=neighbours(path)
         )
     file = path if path.is_file() else _file_in(path, step, format)
-    if file is None and format not in (None, "orbax", "orbax-v1"):
-        raise CheckpointNotFoundError(
-            f"no {format} file", path, expected=f"a {format} file in the folder", found=_listed(path)
-        )
-    if file is None:
+    if file is None and format in (None, *_ORBAX):
         from bridge.checkpoint.formats.orbax.read import open_orbax
 
         return open_orbax(path, step=step, item=item)
-    found_step = None
-    if file is not path and (match := _STEP_FILE.fullmatch(file.name)):
-        found_step = int(match[2])
-    if (step is not None and step != found_step) or item is not None:
-        wanted = f"item {item!r}" if item is not None else f"step {step}"
+    if file is None:
+        raise CheckpointNotFoundError(
+            f"no {format} file", path, expected=f"a {format} file in the folder", found=contents(path)
+        )
+    own_step = None if file is path else _step_of(file)
+    if (step is not None and step != own_step) or item is not None:
+        wanted = f"step {step}" if item is None else f"item {item!r}"
         raise CheckpointNotFoundError(f"no {wanted}", file, expected="a folder of them", found="one file")
     source = _open_file(file.absolute(), format, separator)
-    source.step = found_step
+    source.step = own_step
     return source
 
 
@@ -155,45 +155,62 @@ def _require_known(format: str | None, known: tuple[str, ...], path: FilePath, w
             path,
             expected=", ".join(known),
             found=repr(format),
-            hint=", ".join(f"Did you mean {close}?" for close in near_misses(format, known, 1)),
+            hint="".join(f"Did you mean {close}?" for close in near_misses(format, known, 1)),
         )
 
 
 def _file_in(folder: FilePath, step: int | None, format: str | None) -> FilePath | None:
     """The one file in `folder` that is a checkpoint, or is the step's; None if the folder itself is Orbax's."""
-    if format in ("orbax", "orbax-v1"):
+    if format in _ORBAX:
         return None
     if format is None and any((folder / name).exists() for name in _ORBAX_MARKS):
         return None
     children = sorted(folder.iterdir())
+    if models := _models(children, format):
+        if len(models) > 1:
+            raise CheckpointLayoutError(
+                "the folder holds several checkpoints",
+                folder,
+                expected="one file, or the path of one",
+                found=", ".join(child.name for child in models[:8]),
+                hint="Give the path of the file.",
+            )
+        return models[0]
+    return _step_file(folder, children, step)
+
+
+def _models(children: list[FilePath], format: str | None) -> list[FilePath]:
+    """The files of that format, or of any, by their names; where there are indices, these alone."""
     indices = [child for child in children if child.name.endswith(_INDEX)]
     models = indices or [child for child in children if child.is_file() and child.suffix in _SUFFIXES]
-    models = [child for child in models if format in (None, _by_name(child))]
-    if len(models) > 1:
-        raise CheckpointLayoutError(
-            "the folder holds several checkpoints",
-            folder,
-            expected="one file, or the path of one",
-            found=", ".join(child.name for child in models[:8]),
-            hint="Give the path of the file.",
-        )
-    if models:
-        return models[0]
-    steps = {int(m[2]): child for child in children if child.is_file() and (m := _STEP_FILE.fullmatch(child.name))}
-    folders = [int(m[2]) for child in children if child.is_dir() and (m := _STEP_FILE.fullmatch(child.name))]
-    if step is not None and steps and step not in [*steps, *folders]:
-        listed = ", ".join(map(str, sorted([*steps, *folders])))
-        raise CheckpointNotFoundError(f"no step {step}", folder, expected=f"a file for step {step}", found=listed)
-    latest = max([*steps, *folders], default=None)
-    return steps.get(latest if step is None else step) if latest is not None else None
+    return [child for child in models if format in (None, _by_name(child))]
+
+
+def _step_file(folder: FilePath, children: list[FilePath], step: int | None) -> FilePath | None:
+    """The file of the step, or of the latest; None if that is a folder, or there are no steps."""
+    by_step: dict[int, FilePath] = {}
+    for child in children:
+        number = _step_of(child)
+        if number is not None and not (child.is_dir() and number in by_step):  # a file before a folder
+            by_step[number] = child
+    if step is None:
+        step = max(by_step, default=None)
+    elif step not in by_step and any(child.is_file() for child in by_step.values()):
+        steps = ", ".join(map(str, sorted(by_step)))
+        raise CheckpointNotFoundError(f"no step {step}", folder, expected=f"a file for step {step}", found=steps)
+    file = by_step.get(step) if step is not None else None
+    return file if file is not None and file.is_file() else None
+
+
+def _step_of(path: FilePath) -> int | None:
+    match = _STEP_FILE.fullmatch(path.name)
+    return int(match[2]) if match else None
 
 
 def _open_file(file: FilePath, format: str | None, separator: str | None) -> Any:
     kind, reason = (format, f"format={format!r} was given") if format else _detect(file)
-    if kind in ("orbax", "orbax-v1"):
-        raise CheckpointLayoutError(
-            "not an Orbax checkpoint", file, expected="a folder", found=f"a file of {file.stat().st_size} bytes"
-        )
+    if kind in _ORBAX:
+        raise CheckpointLayoutError("not an Orbax checkpoint", file, expected="a folder", found=what_is_at(file))
     if kind == "msgpack":
         from bridge.checkpoint.formats.msgpack import open_msgpack
 
@@ -220,7 +237,8 @@ def _detect(file: FilePath) -> tuple[str, str]:
             found=f"a file of {size} bytes",
         )
     if by_name := _by_name(file):
-        return by_name, f"its name ends in {file.suffix}" + (" and it is an index" if file.suffix == ".json" else "")
+        note = " and it is an index" if file.suffix == ".json" else ""
+        return by_name, f"its name ends in {file.suffix}{note}"
     if head.startswith(b"PK"):
         return "npz", "it begins as a zip file does"
     if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
@@ -239,15 +257,3 @@ def _detect(file: FilePath) -> tuple[str, str]:
 def _by_name(file: FilePath) -> str | None:
     name = file.name.removesuffix(_INDEX) if file.name.endswith(_INDEX) else file.name
     return _SUFFIXES.get(FilePath(name).suffix)
-
-
-def _listed(folder: FilePath) -> str:
-    names = sorted(child.name for child in folder.iterdir())
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "an empty folder"
-
-
-def _neighbours(path: FilePath) -> str:
-    if not path.parent.is_dir():
-        return ""
-    close = near_misses(path.name, (child.name for child in path.parent.iterdir()))
-    return f"Near it: {', '.join(close)}" if close else ""

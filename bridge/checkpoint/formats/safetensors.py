@@ -4,15 +4,19 @@ Law of the source: the header is believed only as far as the `safetensors` packa
 other without a hole or an overlap up to the end of the file, sizes that are the shapes'.
 Law of the sink: other programs read every array; what they have no place for (key tuples, empty entries, which numbers
 are Python's, strings, metadata) stands as JSON in `__metadata__`, so that what was written comes back whole.
-Knows the format; knows nothing of layouts. The package itself is not needed: in numpy it knows no bfloat16, and it
-writes only what is all in memory.
+Knows the format; knows nothing of layouts.
+
+The `safetensors` package is the oracle of the tests and not what reads here, because in numpy (0.8.0) it copies every
+array (here a large one is a view of the file, so that a batch costs no memory before it is used), knows no float8,
+cannot slice an array without elements, dies of a SIGBUS when the file has become shorter, takes the last of two arrays
+of one name, and says neither where a header is wrong nor what it should be. It writes only what is all in memory.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -21,7 +25,8 @@ import numpy as np
 from bridge._errors import CheckpointCorruptError, CheckpointWriteError, show_path
 from bridge._types import Path
 from bridge.checkpoint.formats import stored
-from bridge.checkpoint.formats.sink import FileSink
+from bridge.checkpoint.formats.journal import Record
+from bridge.checkpoint.formats.one_file import FileSink
 from bridge.checkpoint.formats.stored import ArrayFile, FileSource, Stored
 from bridge.checkpoint.tree.layout import Leaf
 
@@ -76,22 +81,23 @@ def open_safetensors(file: FilePath, reason: str = "it was said to be", separato
     names = _paths(file, list(header), ours, separator)
     spans = _spans(arrays, header, start)
     content = {path: spans[name] for name, path in names.items()}
-    numbers = [names.get(name) for name in ours.get("numbers", [])]
-    if any(path is None or content[path].shape for path in numbers):
-        raise stored.damaged(file, expected="scalars as Python's numbers", found="others in bridge.numbers")
-    strings = {tuple(path): text for path, text in ours.get("strings", [])}
+    numbers: dict[Path, Callable[[np.ndarray], Any]] = {}
+    for name in ours.get("numbers", []):
+        if name not in names or spans[name].shape:
+            raise stored.damaged(file, expected="scalars as Python's numbers", found="others in bridge.numbers")
+        numbers[names[name]] = np.ndarray.item
+    strings = _marks(ours, "strings")
     kinds = stored.kinds_of(content, strings)
-    empty = {tuple(path): mark for path, mark in ours.get("empty", [])}
     if len(kinds) != len(content) + len(strings):
         raise stored.damaged(file, expected="each path once", found="a string where an array is")
     return FileSource(
         path=file,
         format="safetensors",
         reason=reason,
-        tree=stored.make_tree(file, kinds, empty, map(tuple, ours.get("sequences", []))),
+        tree=stored.make_tree(file, kinds, _marks(ours, "empty"), map(tuple, ours.get("sequences", []))),
         stored=content,
         values=strings,
-        finish=dict.fromkeys(numbers, np.ndarray.item),
+        finish=numbers,
         names={path: name for name, path in names.items()},
         metadata=ours.get("metadata", {}),
     )
@@ -115,39 +121,43 @@ def _read_header(file: ArrayFile) -> tuple[dict[str, Any], int]:
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    table = dict(pairs)
+    if len(table) != len(pairs):
         raise ValueError("a name stands twice in one object")
-    return found
+    return table
 
 
 def _spans(file: ArrayFile, header: Mapping[str, Any], start: int) -> dict[str, Stored]:
     """Where each array is. Any that lies elsewhere than right behind its predecessor is an error."""
-    found: dict[str, Stored] = {}
-    for name, row in header.items():
-        if not isinstance(row, dict) or row.keys() != {"dtype", "shape", "data_offsets"}:
-            raise _bad_row(file, name, "dtype, shape and data_offsets", row)
-        dtype = stored.number_type(_DTYPES.get(row["dtype"], "")) if isinstance(row["dtype"], str) else None
-        if dtype is None:
-            raise _bad_row(file, name, f"a dtype of {', '.join(_DTYPES)}", row["dtype"])
-        size = stored.array_bytes(row["shape"], dtype) if isinstance(row["shape"], list) else None
-        if size is None:
-            raise _bad_row(file, name, "a shape", row["shape"])
-        offsets = row["data_offsets"]
-        if not isinstance(offsets, list) or len(offsets) != 2 or any(type(at) is not int for at in offsets):
-            raise _bad_row(file, name, "where it begins and ends", offsets)
-        if offsets[1] - offsets[0] != size or offsets[0] < 0:
-            raise _bad_row(file, name, f"{size} bytes for {row['dtype']}{row['shape']}", offsets)
-        found[name] = Stored(file, ((start + offsets[0], size),), tuple(row["shape"]), dtype)
-    at = start
-    for name, array in sorted(found.items(), key=lambda item: item[1].spans[0]):
-        (offset, size), at = array.spans[0], at
-        if offset != at:
-            raise _bad_row(file, name, f"to begin at {at - start}, behind the one before", offset - start)
-        at += size
-    if at != file.size:
-        raise stored.damaged(file.path, expected=f"{at} bytes, as the header says", found=f"{file.size}")
-    return found
+    arrays = {name: _span(file, name, row, start) for name, row in header.items()}
+    end = start
+    for name, array in sorted(arrays.items(), key=lambda item: item[1].spans[0]):
+        offset, size = array.spans[0]
+        if offset != end:
+            raise _bad_row(file, name, f"to begin at {end - start}, behind the one before", offset - start)
+        end += size
+    if end != file.size:
+        raise stored.damaged(file.path, expected=f"{end} bytes, as the header says", found=f"{file.size}")
+    return arrays
+
+
+def _span(file: ArrayFile, name: str, row: Any, start: int) -> Stored:
+    """The array of one row; `start` is where the first array begins."""
+    if not isinstance(row, dict) or row.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _bad_row(file, name, "dtype, shape and data_offsets", row)
+    type_name, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
+    if not isinstance(type_name, str) or type_name not in _DTYPES:
+        raise _bad_row(file, name, f"a dtype of {', '.join(_DTYPES)}", type_name)
+    dtype = np.dtype(_DTYPES[type_name])
+    size = stored.array_bytes(shape, dtype) if isinstance(shape, list) else None
+    if size is None:
+        raise _bad_row(file, name, "a shape", shape)
+    if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
+        raise _bad_row(file, name, "where it begins and ends", offsets)
+    begin, end = offsets
+    if end - begin != size or begin < 0:
+        raise _bad_row(file, name, f"{size} bytes for {type_name}{shape}", offsets)
+    return Stored(file, ((start + begin, size),), tuple(shape), dtype)
 
 
 def _bad_row(file: ArrayFile, name: str, expected: str, found: object) -> CheckpointCorruptError:
@@ -156,44 +166,70 @@ def _bad_row(file: ArrayFile, name: str, expected: str, found: object) -> Checkp
 
 def _read_ours(file: FilePath, metadata: Any) -> dict[str, Any]:
     """What `SafetensorsSink` wrote into `__metadata__`, and all else in it as `metadata`."""
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not _are_texts(metadata.values()):
         raise stored.damaged(file, expected=f"texts in {_METADATA}", found=f"{metadata!r}"[:200])
-    ours = {}
-    for key, check in _OURS.items():
-        if _PREFIX + key not in metadata:
-            continue
-        try:
-            ours[key] = json.loads(metadata[_PREFIX + key])
-            whole = check(ours[key])
-        except (ValueError, RecursionError):
-            whole = False
-        if not whole:
-            raise stored.damaged(
-                file, expected=f"{_PREFIX}{key} as it was written", found=metadata[_PREFIX + key][:200]
-            )
-    theirs = {key: value for key, value in metadata.items() if key.removeprefix(_PREFIX) not in _OURS}
+    ours: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
+    for name, text in metadata.items():
+        key = name.removeprefix(_PREFIX)
+        if name.startswith(_PREFIX) and key in _OURS:
+            ours[key] = _read_entry(file, key, text)
+        else:
+            theirs[name] = text
     return {**ours, "metadata": {**theirs, **ours.get("metadata", {})}}
 
 
+def _read_entry(file: FilePath, key: str, text: str) -> Any:
+    """One entry of ours: JSON of the form that `_OURS` tells."""
+    try:
+        value = json.loads(text)
+        whole = _OURS[key](value)
+    except (ValueError, RecursionError):
+        whole = False
+    if not whole:
+        raise stored.damaged(file, expected=f"{_PREFIX}{key} as it was written", found=text[:200])
+    return value
+
+
+def _are_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
 def _is_path(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(key, str) for key in value)
+    return isinstance(value, list) and _are_texts(value)
 
 
-def _is_marks(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(row, list) and len(row) == 2 and _is_path(row[0]) and isinstance(row[1], str) for row in value
-    )
+def _are_paths(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_path, value))
+
+
+def _are_marks(value: Any) -> bool:
+    """Rows of a path and a text."""
+    if not isinstance(value, list):
+        return False
+    for row in value:
+        if not isinstance(row, list) or len(row) != 2 or not _is_path(row[0]) or not isinstance(row[1], str):
+            return False
+    return True
+
+
+def _are_empty_marks(value: Any) -> bool:
+    return _are_marks(value) and {mark for _, mark in value} <= {"None", "Dict", "List", "Tuple"}
 
 
 #: What stands in `__metadata__` under `bridge.`, and what it must be.
-_OURS = {
-    "paths": lambda value: isinstance(value, dict) and all(map(_is_path, value.values())),
+_OURS: dict[str, Callable[[Any], bool]] = {
+    "paths": lambda value: isinstance(value, dict) and _are_paths([*value.values()]),
     "numbers": _is_path,  # names
-    "strings": _is_marks,
-    "empty": lambda value: _is_marks(value) and all(mark in ("None", "Dict", "List", "Tuple") for _, mark in value),
-    "sequences": lambda value: isinstance(value, list) and all(map(_is_path, value)),
+    "strings": _are_marks,
+    "empty": _are_empty_marks,
+    "sequences": _are_paths,
     "metadata": lambda value: isinstance(value, dict),
 }
+
+
+def _marks(ours: Mapping[str, Any], key: str) -> dict[Path, str]:
+    return {tuple(path): text for path, text in ours.get(key, [])}
 
 
 def _paths(file: FilePath, names: list[str], ours: Mapping[str, Any], separator: str | None) -> dict[str, Path]:
@@ -227,29 +263,33 @@ class SafetensorsSink(FileSink):
                 hint="Cast it by a rule, or write msgpack or Orbax.",
             )
 
-    def _begin(self, records: list[dict[str, Any]]) -> list[Path]:
-        leaves = list(self.tree.leaves)
-        self._index = {path: index for index, path in enumerate(leaves)}
+    def _lay_out(self) -> None:
+        super()._lay_out()
+        self._leaves = list(self.tree.leaves)
+        self._index = {path: index for index, path in enumerate(self._leaves)}
         arrays = [leaf for leaf in self.tree.leaves.values() if leaf.dtype != "str"]
         self._names = _names([leaf.path for leaf in arrays])
-        self._offsets, size = {}, 0
+        self._spans: dict[Path, tuple[int, int]] = {}
+        self._end_of_arrays = 0
         for leaf in sorted(arrays, key=lambda leaf: -np.dtype(leaf.dtype).itemsize):
-            self._offsets[leaf.path] = size
-            size += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        self._strings, self._numbers = {}, set()
+            begin, nbytes = self._end_of_arrays, math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+            self._end_of_arrays = begin + nbytes
+            self._spans[leaf.path] = (begin, self._end_of_arrays)
+        self._strings: dict[Path, str] = {}
+        self._numbers: set[Path] = set()
         try:  # before the records: where the arrays begin must not depend on how far an earlier run came
-            room = len(self._header({})) + _ROOM + _ROOM_OF_LEAF * len(leaves)
+            room = len(self._header({})) + _ROOM + _ROOM_OF_LEAF * len(self._leaves)
         except UnicodeEncodeError as error:
-            raise self._refused("keys that are text", str(error)) from error
-        # a string as JSON in JSON: a control character is one byte, and seven then
-        room += sum(7 * leaf.nbytes + 8 for leaf in self.tree.leaves.values() if leaf.dtype == "str")
+            raise self._unstorable("keys that are text", str(error)) from error
+        for leaf in self.tree.leaves.values():
+            if leaf.dtype == "str":  # as JSON in JSON: a control character is one byte, and seven then
+                room += 7 * leaf.nbytes + 8
         self._start = 8 + math.ceil(room / 8) * 8
-        self._unfinished.resize(self._start + size)
-        for record in records:
-            self._recorded(record)
-        return [leaves[index] for record in records for index in record["done"]]
 
-    def _put(self, leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    def _needed_bytes(self) -> int:
+        return self._start + self._end_of_arrays
+
+    def _put_leaves(self, leaves: Mapping[Path, Any]) -> Record:
         strings, numbers = {}, []
         for path, value in leaves.items():
             if isinstance(value, str):
@@ -258,46 +298,56 @@ class SafetensorsSink(FileSink):
             if not hasattr(value, "dtype"):
                 numbers.append(self._index[path])
             array = np.asarray(value, self.tree.leaves[path].dtype)
-            self._unfinished.put_array(self._start + self._offsets[path], array)
+            begin, _ = self._spans[path]
+            self.put_array(self._start + begin, array)
         return {"done": [self._index[path] for path in leaves], "strings": strings, "numbers": numbers}
 
-    def _recorded(self, record: Mapping[str, Any]) -> None:
-        leaves = list(self.tree.leaves)
-        self._strings |= {leaves[int(index)]: text for index, text in record["strings"].items()}
-        self._numbers |= {leaves[index] for index in record["numbers"]}
+    def _take_leaves(self, record: Record) -> Iterable[Path]:
+        for index, text in record["strings"].items():
+            self._strings[self._leaves[int(index)]] = text
+        for index in record["numbers"]:
+            self._numbers.add(self._leaves[index])
+        return [self._leaves[index] for index in record["done"]]
 
-    def _finish(self, metadata: Mapping[str, Any]) -> None:
+    def _complete(self, metadata: Mapping[str, Any]) -> FilePath:
         header = self._header(metadata)
         room = self._start - 8
-        padded = header.ljust(room if len(header) <= room else math.ceil(len(header) / 8) * 8)
+        if len(header) > room:
+            room = math.ceil(len(header) / 8) * 8
+        padded = header.ljust(room)
         if len(padded) > _LONGEST_HEADER:
-            raise self._refused(
+            raise self._unstorable(
                 f"a header of at most {_LONGEST_HEADER} bytes", f"{len(padded)} bytes with its metadata"
             )
         head = len(padded).to_bytes(8, "little") + padded
-        if len(head) == self._start:
-            self._unfinished.put(0, head)
-            self._unfinished.publish()
-        else:
-            self._unfinished.publish_with_head(head, self._start)
+        if len(head) > self._start:
+            return self.with_head(head, self._start)
+        self.put(0, head)
+        return self.whole(self._needed_bytes())
 
     def _header(self, metadata: Mapping[str, Any]) -> bytes:
         rows: dict[str, Any] = {}
         for path, name in self._names.items():
-            leaf, begin = self.tree.leaves[path], self._offsets[path]
-            end = begin + math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-            rows[name] = {"dtype": _NAMES[leaf.dtype], "shape": list(leaf.shape), "data_offsets": [begin, end]}
-        plain = stored.split_names(rows) == {name: path for path, name in self._names.items()}
+            leaf, span = self.tree.leaves[path], self._spans[path]
+            rows[name] = {"dtype": _NAMES[leaf.dtype], "shape": list(leaf.shape), "data_offsets": list(span)}
         ours: dict[str, Any] = {
-            "paths": None if plain else {name: list(path) for path, name in self._names.items()},
+            "paths": self._paths_by_name(),
             "numbers": [self._names[path] for path in self.tree.leaves if path in self._numbers],
             "strings": list(self._strings.items()),
             "empty": list(self.tree.empty.items()),
             "sequences": sorted(self.tree.sequences),
             "metadata": dict(metadata),
         }
-        said = {_PREFIX + key: json.dumps(value) for key, value in ours.items() if value}
-        return json.dumps({**({_METADATA: said} if said else {}), **rows}, ensure_ascii=False).encode()
+        entries = {_PREFIX + key: json.dumps(value) for key, value in ours.items() if value}
+        table = {_METADATA: entries, **rows} if entries else rows
+        return json.dumps(table, ensure_ascii=False).encode()
+
+    def _paths_by_name(self) -> dict[str, list[str]]:
+        """The path of each array; nothing if splitting the names, as a reader does, tells them."""
+        by_name = {name: path for path, name in self._names.items()}
+        if stored.split_names(by_name) == by_name:
+            return {}
+        return {name: list(path) for name, path in by_name.items()}
 
 
 def _names(paths: Iterable[Path]) -> dict[Path, str]:

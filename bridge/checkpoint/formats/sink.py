@@ -1,56 +1,58 @@
-"""A checkpoint in one file, while it is written: `NAME.unfinished` with the bytes, a journal of what is whole in it.
+"""A checkpoint while it is written: its content under another name, beside it a journal of what is whole in it.
 
-Law: the file gets its name in one step, when all of it is on disk; a batch is in the journal after its bytes are on
-disk, so that whatever a killed run leaves can be continued, by the same tree only.
-Knows files, offsets and trees; knows nothing of what a format writes where.
+Law: the content gets its name in one step, when all of it is on disk; a batch is in the journal after its bytes are on
+disk, so that whatever a killed run leaves can be continued, by the same tree only; whatever the operating system
+refuses while something is written is a CheckpointWriteError that names the path and says why.
+Knows trees and journals; knows nothing of what a format writes where.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import math
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path as FilePath
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-import numpy as np
-
-from bridge._errors import CheckpointExistsError, CheckpointWriteError, show_path
+from bridge._errors import CheckpointExistsError, CheckpointWriteError, listed, show_path
 from bridge._types import Path
-from bridge.checkpoint.formats.protocol import UNFINISHED
+from bridge.checkpoint.formats.journal import Journal, Record, sync_folder
+from bridge.checkpoint.formats.nearby import bytes_in, what_is_at
 from bridge.checkpoint.tree import layout
-from bridge.checkpoint.tree.layout import Leaf
 from bridge.checkpoint.tree.tree import Tree
 
-_PIECE_BYTES = 1 << 25  # what is copied at once of an array that is not contiguous
+# What reading a journal raises that is damaged: no JSON, other lines than ours, names and numbers that are not there.
+_DAMAGED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 
 
-class FileSink:
-    """What the sinks of one-file formats share. A format says what goes where: `_begin`, `_put`, `_finish`."""
+class ResumableSink:
+    """What the sinks of all formats share. A format says what goes where, in the methods that are empty here.
 
-    format: str
+    Attributes:
+      done: leaves that an earlier run had written whole.
+    """
+
+    #: what must be the same for a run to go on with what another left
+    _same: ClassVar[str]
+    #: what a format's own library raises when the operating system refuses something
+    _system_errors: ClassVar[tuple[type[Exception], ...]] = (OSError,)
+
+    done: frozenset[Path]
 
     def __init__(self, path: str | FilePath, tree: Tree, *, resume: bool = False):
         self.path, self.tree = FilePath(path).expanduser().absolute(), tree
-        for leaf in tree.leaves.values():
-            self._require_storable(leaf)
-        self._unfinished = Unfinished(self.path, _identity(self.format, tree), resume)
+        self._journal: Journal | None = None
+        self._written: set[Path] = set()
+        #: an earlier run gave the checkpoint its name, and was killed before it could clean up
+        self._finished = False
+        self._lay_out()
         try:
-            with self._unfinished.writing():
-                finished, records = self._unfinished.finished, self._unfinished.records
-                self.done = frozenset(self.tree.leaves if finished else self._begin(records))
+            self._begin(resume)
         except BaseException:
-            self._unfinished.close()
-            if not self._unfinished.records:
-                self._unfinished.discard()
+            self._close()
             raise
-        self._written = set(self.done)
+        self.done = frozenset(self._written)
 
     def write(self, leaves: Mapping[Path, Any]) -> None:
         """Write some leaves, each once; they are on disk when this returns.
@@ -60,27 +62,40 @@ class FileSink:
         """
         for path, value in leaves.items():
             self._require_expected(path, value)
-        with self._unfinished.writing():
-            record = self._put(leaves)
-            self._unfinished.record(record)
-        self._recorded(record)
+        journal = self._require_open()
+        if not leaves:
+            return
+        with self._writing(sum(self.tree.leaves[path].nbytes for path in leaves)):
+            records = self._put(leaves)
+            journal.append(records)
+        for record in records:
+            self._take(record)
         self._written |= leaves.keys()
 
     def finish(self, metadata: Mapping[str, Any]) -> None:
-        """Give the file its name, with `metadata` (JSON types).
+        """Put the checkpoint in its place, with `metadata` (JSON types).
 
         Raises:
           CheckpointWriteError: leaves are missing, or the disk is full.
+          CheckpointExistsError: meanwhile something else is at the path.
         """
         missing = [path for path in self.tree.leaves if path not in self._written]
         if missing:
-            listed = ", ".join(map(show_path, missing[:5])) + (", ..." if len(missing) > 5 else "")
-            raise self._refused(f"all {len(self.tree.leaves)} leaves written", f"{len(missing)} missing: {listed}")
-        with self._unfinished.writing():
-            if self._unfinished.finished:
-                self._unfinished.discard()
-            else:
-                self._finish(metadata)
+            names = listed([show_path(path) for path in missing], most=5)
+            raise self._refused(
+                "leaves are missing", f"all {len(self.tree.leaves)} leaves written", f"{len(missing)} missing: {names}"
+            )
+        self._require_open()
+        with self._writing():
+            if not self._finished:
+                content = self._complete(metadata)
+                if os.path.lexists(self.path):
+                    raise self._target_exists()
+                self._seal(content)
+                os.rename(content, self.path)
+                sync_folder(self.path.parent)
+            self._discard()
+        self._close()
 
     def __enter__(self) -> Self:
         return self
@@ -88,247 +103,228 @@ class FileSink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._unfinished.close()
+        self._close()
 
     # what a format says
 
-    def _require_storable(self, leaf: Leaf) -> None:
-        if leaf.dtype.startswith("key<"):
-            raise CheckpointWriteError(
-                f"{self.format} files cannot hold random keys",
-                self.path,
-                expected="arrays, numbers and strings",
-                found=f"{show_path(leaf.path)}: {leaf.dtype}{list(leaf.shape)}",
-                hint="Leave keys out (--rng drop), or write an Orbax checkpoint.",
-            )
-
-    def _begin(self, records: list[dict[str, Any]]) -> list[Path]:
-        """Prepare the file; the leaves that `records` of an earlier run say are written."""
+    @property
+    def _content(self) -> FilePath:
+        """Where the leaves are until all of them are written: a file or a folder."""
         raise NotImplementedError
 
-    def _put(self, leaves: Mapping[Path, Any]) -> dict[str, Any]:
-        """Write the leaves; what the journal must know of it."""
+    @property
+    def _journal_path(self) -> FilePath:
         raise NotImplementedError
 
-    def _recorded(self, record: Mapping[str, Any]) -> None:
-        """What `_put` gave is in the journal."""
+    @property
+    def _leftovers(self) -> str:
+        """What a user would delete to begin anew, in words."""
         raise NotImplementedError
 
-    def _finish(self, metadata: Mapping[str, Any]) -> None:
-        """Write what is left and give the file its name."""
+    def _lay_out(self) -> None:
+        """What the tree alone tells of the checkpoint; CheckpointWriteError if the format cannot hold it."""
         raise NotImplementedError
 
-    # checks
+    def _identity(self) -> dict[str, str]:
+        """What tells this checkpoint from all others: the first line of the journal."""
+        raise NotImplementedError
 
-    def _require_expected(self, path: Path, value: Any) -> None:
-        leaf = self.tree.leaves.get(path)
-        if leaf is None:
-            raise self._refused("leaves of the tree it was opened with", f"{show_path(path)}, which is not one")
-        if path in self._written:
-            raise self._refused("each leaf once", f"{show_path(path)} a second time")
-        shape, dtype = layout.describe(value)
-        if (shape, dtype) != (leaf.shape, leaf.dtype):
-            raise self._refused(
-                f"{show_path(path)}: {leaf.dtype}{list(leaf.shape)}, as its tree says", f"{dtype}{list(shape)}"
-            )
+    def _open_content(self, anew: bool) -> None:
+        """Open what an earlier run left; or, `anew`, an empty one in place of whatever is there."""
+        raise NotImplementedError
 
-    def _refused(self, expected: str, found: str) -> CheckpointWriteError:
-        return CheckpointWriteError("the checkpoint cannot be written", self.path, expected=expected, found=found)
+    def _make_room(self) -> None:
+        """Cut off what a kill left of a batch, and have the disk refuse now what it has no room for."""
 
+    def _put(self, leaves: Mapping[Path, Any]) -> list[Record]:
+        """Write the leaves to disk; what the journal must know of it."""
+        raise NotImplementedError
 
-class Unfinished:
-    """`NAME.unfinished` and `NAME.unfinished.json`, one line of JSON for the tree and one for each batch."""
+    def _take(self, record: Record) -> Iterable[Path]:
+        """A record is in the journal, of this run or an earlier one; the leaves that it says are written."""
+        raise NotImplementedError
 
-    def __init__(self, target: FilePath, identity: dict[str, str], resume: bool):
-        self.target = target
-        self.path = target.with_name(target.name + UNFINISHED)
-        self._journal_path = target.with_name(self.path.name + ".json")
-        self._identity = identity
-        self.records: list[dict[str, Any]] = []
-        #: an earlier run came to its end, and was killed before it could clean up
-        self.finished = False
-        exists = os.path.lexists(target)
+    def _complete(self, metadata: Mapping[str, Any]) -> FilePath:
+        """Write what is left; what is to be given the name of the checkpoint."""
+        raise NotImplementedError
+
+    def _seal(self, content: FilePath) -> None:
+        """Note that `content` is whole, if the journal must."""
+
+    def _is_finished(self, records: list[Record]) -> bool:
+        """Whether these records tell that what is at the target is theirs."""
+        raise NotImplementedError
+
+    def _discard(self) -> None:
+        """Delete content and journal."""
+        raise NotImplementedError
+
+    def _let_go(self) -> None:
+        """Close files of the content."""
+
+    def _left(self, records: list[Record]) -> str:
+        """How much is left of an earlier run, in words."""
+        return f"{bytes_in(self._content)} bytes of an earlier run"
+
+    def _reason(self, error: Exception) -> str:
+        """What the operating system said."""
+        return getattr(error, "strerror", None) or str(error)
+
+    # beginning, and going on
+
+    def _begin(self, resume: bool) -> None:
+        exists = os.path.lexists(self.path)
         if exists and not (resume and self._journal_path.exists()):
             raise self._target_exists()
+        with self._writing():
+            journal = self._open_journal()
+            records = self._records_left(journal, resume, exists)
+            self._finished = exists and bool(records) and self._is_finished(records)
+            if exists and not self._finished:
+                raise self._target_exists()
+            if self._finished:
+                self._written |= self.tree.leaves.keys()
+            elif records:
+                journal.go_on()
+                self._open_content(anew=False)
+                self._make_room()
+            else:
+                self._begin_anew(journal)
+
+    def _open_journal(self) -> Journal:
         try:
-            with self.writing():
-                self._open_journal()
-                begun = (self.path.exists() or exists) and self._take_over(resume)
-                if exists and not self.finished:
-                    raise self._target_exists()
-                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | (0 if begun else os.O_TRUNC), 0o666)
-                if not begun:
-                    self._journal.truncate(0)
-                    self.record(identity)
-        except BaseException:
-            self.close()
+            self._journal = Journal(self._journal_path)
+        except BlockingIOError as error:
+            raise self._refused(
+                "another process is writing the checkpoint",
+                "one writer",
+                "it is being written by another process or sink",
+                "Wait for it, or end it.",
+            ) from error
+        return self._journal
+
+    def _records_left(self, journal: Journal, resume: bool, exists: bool) -> list[Record]:
+        """The records of an earlier run of the same tree; none if there is nothing to go on with."""
+        if not exists and not os.path.lexists(self._content):
+            return []  # whatever the journal says is of a checkpoint that is gone
+        try:
+            identity, *records = journal.read() or [None]
+            if identity is None and bytes_in(self._content):
+                raise ValueError("it is empty, and what it should tell of is not")
+        except _DAMAGED as error:
+            self._require_resume(resume, [])
+            raise self._damaged(error) from error
+        if not records:
+            return []
+        self._require_resume(resume, records)
+        if identity != self._identity():
+            raise self._refused(
+                "the unfinished checkpoint is of another conversion",
+                self._same,
+                f"another in {self._content.parent}",
+                f"Delete {self._leftovers}, or write to another path.",
+            )
+        self._take_over(records)
+        return records
+
+    def _require_resume(self, resume: bool, records: list[Record]) -> None:
+        if not resume:
+            raise self._refused(
+                "an unfinished checkpoint is in the way",
+                "nothing of an earlier run",
+                self._left(records),
+                f"Go on with it: resume=True (--resume). Or delete {self._leftovers}.",
+            )
+
+    def _take_over(self, records: list[Record]) -> None:
+        try:
+            for record in records:
+                self._written.update(self._take(record))
+            if not self._written <= self.tree.leaves.keys():
+                raise ValueError("leaves that are not the tree's")
+        except _DAMAGED as error:
+            raise self._damaged(error) from error
+
+    def _begin_anew(self, journal: Journal) -> None:
+        try:
+            journal.clear()  # first: old lines beside new content would be believed
+            self._open_content(anew=True)
+            journal.append([self._identity()])
+            self._make_room()  # last: content without a line would not be known for ours
+        except Exception:
+            with suppress(OSError):
+                self._discard()
             raise
 
-    def _open_journal(self) -> None:
-        self._journal = open(self._journal_path, "a+b")  # noqa: SIM115  close() is a method
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointWriteError(
-                "the checkpoint is being written",
-                self.path,
-                expected="no other writer",
-                found="another process or sink that has it open",
-                hint="Wait for it, or end it.",
-            ) from error
+    def _require_open(self) -> Journal:
+        if self._journal is None:
+            raise self._refused("the sink is closed", "no call after the end of its `with`", "one")
+        return self._journal
 
-    def _take_over(self, resume: bool) -> bool:
-        """Whether there is something to go on with. Then `records` says what."""
-        self._journal.seek(0)
-        text = self._journal.read()
-        whole = text[: text.rfind(b"\n") + 1]  # a killed run may leave half a line
-        try:
-            identity, *records = [json.loads(line) for line in whole.splitlines()]
-            self.finished = bool(records) and records[-1] == {"finished": _size(self.target)}
-            self.records = [record for record in records if "finished" not in record]
-        except (ValueError, TypeError):
-            identity = None
-        if identity is not None and not self.records:
-            return False
-        if not resume:
-            raise CheckpointWriteError(
-                "an unfinished checkpoint is in the way",
-                self.path,
-                expected="nothing at this path",
-                found=f"{_size(self.path)} bytes of an earlier run",
-                hint="Go on with it: resume=True (--resume). "
-                f"Or delete {self.path.name} and {self._journal_path.name}.",
+    def _close(self) -> None:
+        """Let go of the files, which stay. All that was written is on disk, so that no error is worth telling."""
+        with suppress(OSError):
+            self._let_go()
+        if self._journal is not None:
+            with suppress(OSError):
+                self._journal.close()
+            self._journal = None
+
+    # errors
+
+    def _require_expected(self, path: Path, value: Any) -> None:
+        leaf, place = self.tree.leaves.get(path), show_path(path)
+        if leaf is None:
+            raise self._refused(
+                "a leaf does not belong to the checkpoint",
+                "leaves of the tree it was opened with",
+                f"{place}, which is not one",
             )
-        if identity != self._identity:
-            raise CheckpointWriteError(
-                "the unfinished checkpoint is of another conversion",
-                self.path,
-                expected="the same format, paths, shapes and dtypes",
-                found="others" if identity else "a damaged journal",
-                hint=f"Delete {self.path.name} and {self._journal_path.name}, or write to another path.",
+        if path in self._written:
+            raise self._refused("a leaf is written twice", "each leaf once", f"{place} a second time")
+        shape, dtype = layout.describe(value)
+        if (shape, dtype) != (tuple(leaf.shape), leaf.dtype):
+            raise self._refused(
+                "a leaf is not what the tree tells",
+                f"{place}: {leaf.dtype}{list(leaf.shape)}, as its tree says",
+                f"{dtype}{list(shape)}",
             )
-        self._journal.truncate(len(whole))
-        return True
-
-    def _target_exists(self) -> CheckpointExistsError:
-        return CheckpointExistsError(
-            "the target exists",
-            self.target,
-            expected="nothing at this path",
-            found="a folder" if self.target.is_dir() else f"a file of {_size(self.target)} bytes",
-            hint="Choose another path, or delete what is there.",
-        )
-
-    def put(self, offset: int, data: Any) -> int:
-        """Write all of `data` (bytes-like) at `offset`; where it ends."""
-        rest = memoryview(data)
-        while rest:
-            count = os.pwrite(self._file, rest, offset)
-            offset, rest = offset + count, rest[count:]
-        return offset
-
-    def put_array(self, offset: int, array: np.ndarray) -> int:
-        """Write an array in row-major, little-endian order; where it ends."""
-        for piece in pieces(array):
-            offset = self.put(offset, piece)
-        return offset
-
-    def resize(self, size: int) -> None:
-        """Cut or lengthen the file."""
-        os.ftruncate(self._file, size)
-
-    def record(self, entry: Mapping[str, Any]) -> None:
-        """Add a line to the journal, after all bytes written so far are on disk."""
-        os.fsync(self._file)
-        self._journal.write(json.dumps(entry).encode() + b"\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
-
-    def publish(self) -> None:
-        """Give the file its name."""
-        os.fsync(self._file)
-        self._rename(self.path)
-
-    def publish_with_head(self, head: bytes, old_size: int) -> None:
-        """Give its name to a copy with `head` in place of the first `old_size` bytes."""
-        path = self.path.with_name(self.path.name + ".new")
-        with open(path, "wb") as new, open(self.path, "rb") as old:
-            new.write(head)
-            old.seek(old_size)
-            shutil.copyfileobj(old, new, _PIECE_BYTES)
-            new.flush()
-            os.fsync(new.fileno())
-        self._rename(path)
-
-    def _rename(self, path: FilePath) -> None:
-        if os.path.lexists(self.target):
-            raise FileExistsError("something has come to be at the target meanwhile")
-        self.record({"finished": _size(path)})
-        os.replace(path, self.target)
-        sync_folder(self.target.parent)
-        self.discard()
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the files, which stay."""
-        if hasattr(self, "_journal"):
-            self._journal.close()
-        if getattr(self, "_file", -1) >= 0:
-            os.close(self._file)
-            self._file = -1
-
-    def discard(self) -> None:
-        """Delete the files."""
-        self.path.unlink(missing_ok=True)
-        self._journal_path.unlink(missing_ok=True)
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Whatever the operating system refuses in here becomes one CheckpointWriteError."""
+    def _writing(self, nbytes: int = 0) -> Iterator[None]:
+        """Whatever the operating system refuses in here becomes one CheckpointWriteError.
+
+        `nbytes` is how much is to be written, where that is known.
+        """
         try:
             yield
         except (CheckpointWriteError, CheckpointExistsError):
             raise
-        except OSError as error:
-            raise CheckpointWriteError(
+        except self._system_errors as error:
+            room = f"{nbytes} more bytes" if nbytes else "the checkpoint"
+            hint = "Make room or choose another path; what was written, resume=True (--resume) goes on with."
+            if not os.path.lexists(self.path):
+                hint = f"Nothing is at the target. {hint}"
+            raise self._refused(
                 "the checkpoint could not be written",
-                self.target,
-                expected="a folder to write in, with room for the file",
-                found=error.strerror or str(error),
-                hint="Nothing is at the target. Make room, then go on with resume=True (--resume).",
+                f"a disk with room for {room}, and the right to write there",
+                self._reason(error),
+                hint,
             ) from error
 
+    def _target_exists(self) -> CheckpointExistsError:
+        return CheckpointExistsError(
+            "the target exists and is in the way",
+            self.path,
+            expected="nothing at this path",
+            found=what_is_at(self.path),
+            hint="Choose another path, or move away what is there: nothing is ever written over.",
+        )
 
-def pieces(array: np.ndarray) -> Iterator[memoryview]:
-    """The bytes of `array`, row-major and little-endian. Only what is not laid out so is copied, in small parts."""
-    if array.dtype.byteorder == ">" and array.nbytes <= _PIECE_BYTES:
-        array = array.astype(array.dtype.newbyteorder("="))
-    if array.size and array.flags.c_contiguous and array.dtype.byteorder != ">":
-        # through uint8: bfloat16 has no buffer interface
-        yield memoryview(array.reshape(-1).view(np.uint8))
-    elif array.size and array.nbytes <= _PIECE_BYTES:
-        yield memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    elif array.size:
-        count = min(len(array), math.ceil(array.nbytes / _PIECE_BYTES))
-        parts = np.array_split(array, count) if count > 1 else list(array)
-        for part in parts:
-            yield from pieces(part)
+    def _damaged(self, damage: Exception) -> CheckpointWriteError:
+        what = f"a damaged journal, {self._journal_path}: {type(damage).__name__}: {damage}"
+        hint = f"Delete {self._leftovers}, or write to another path."
+        return self._refused("what was left unfinished is damaged", "a journal of whole lines", what[:500], hint)
 
-
-def _size(path: FilePath) -> int:
-    return path.lstat().st_size if os.path.lexists(path) else -1
-
-
-def sync_folder(folder: FilePath) -> None:
-    """Names in the folder are on disk when this returns."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _identity(format: str, tree: Tree) -> dict[str, str]:
-    rows = [(path, leaf.shape, leaf.dtype) for path, leaf in tree.leaves.items()]
-    content = json.dumps([rows, list(tree.empty.items()), sorted(tree.sequences)])
-    return {"format": format, "tree": hashlib.sha256(content.encode()).hexdigest()}
+    def _refused(self, problem: str, expected: str, found: str, hint: str = "") -> CheckpointWriteError:
+        return CheckpointWriteError(problem, self.path, expected=expected, found=found, hint=hint)

@@ -1,4 +1,4 @@
-"""Arrays that lie in a file as they lie in memory: where each begins, and reading one or a part of it.
+"""Arrays that lie in a file as they lie in memory: their bytes, where each begins, reading one or a part of it.
 
 Law: `Stored.read(region)` equals `Stored.read()[region]` and touches only the rows between the region's first and
 last; an array in one piece is a read-only view of the file, whose pages leave memory with it; nothing is read past
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,6 +32,9 @@ from bridge.checkpoint.tree.tree import Tree
 # Below this an array is copied out of the file: the kernel maps 16 pages around each touched one, which for many
 # small arrays is more memory than they are.
 _MAP_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 25  # what is copied at once of an array that is not contiguous
+# Keys in a path. What walks a tree calls itself once a level, and Python's limit is 1,000 calls, its callers' included.
+_DEEPEST = 500
 _MOST_DIMENSIONS = 64  # numpy's own limit
 _LARGEST = 1 << 62
 
@@ -65,11 +69,37 @@ def array_bytes(shape: Sequence[Any], dtype: np.dtype) -> int | None:
     >>> array_bytes((2, 3), np.dtype("float32")), array_bytes((-1,), np.dtype("int8"))
     (24, None)
     """
-    if len(shape) > _MOST_DIMENSIONS or any(type(size) is not int or size < 0 for size in shape):
+    if len(shape) > _MOST_DIMENSIONS:
         return None
-    if math.prod(size or 1 for size in shape) * dtype.itemsize > _LARGEST:
-        return None
-    return math.prod(shape) * dtype.itemsize
+    largest = dtype.itemsize  # as if no axis were empty: numpy refuses (2**62, 0) too
+    for size in shape:
+        if type(size) is not int or size < 0:
+            return None
+        largest *= size or 1
+    return math.prod(shape) * dtype.itemsize if largest <= _LARGEST else None
+
+
+def host(value: Any) -> np.ndarray:
+    """A leaf's numbers as a numpy array on the host; random keys as the integers they are made of."""
+    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    return np.asarray(value)
+
+
+def pieces(array: np.ndarray) -> Iterator[memoryview]:
+    """The bytes of `array`, row-major and little-endian. Only what is not laid out so is copied, in small parts."""
+    if array.dtype.byteorder == ">" and array.nbytes <= _PIECE_BYTES:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if array.size and array.flags.c_contiguous and array.dtype.byteorder != ">":
+        # through uint8: bfloat16 has no buffer interface
+        yield memoryview(array.reshape(-1).view(np.uint8))
+    elif array.size and array.nbytes <= _PIECE_BYTES:
+        yield memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    elif array.size:
+        count = min(len(array), math.ceil(array.nbytes / _PIECE_BYTES))
+        parts = np.array_split(array, count) if count > 1 else list(array)
+        for part in parts:
+            yield from pieces(part)
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -97,11 +127,11 @@ class ArrayFile:
             raise damaged(self.path, expected=f"{self.size} bytes, as when it was opened", found="a shorter file")
         if len(spans) == 1 and spans[0][1] >= _MAP_BYTES:
             return self._view(*spans[0])
-        out = np.empty(sum(length for _, length in spans), np.uint8)
-        at = 0
+        out = np.empty(_length(spans), np.uint8)
+        filled = 0
         for offset, length in spans:
-            self._copy(offset, out[at : at + length])
-            at += length
+            self._copy(offset, out[filled : filled + length])
+            filled += length
         out.flags.writeable = False
         return out
 
@@ -112,12 +142,12 @@ class ArrayFile:
         return array
 
     def _copy(self, offset: int, out: np.ndarray) -> None:
-        at = 0
-        while at < out.size:
-            count = os.preadv(self._file, [out[at:]], offset + at)
+        filled = 0
+        while filled < out.size:
+            count = os.preadv(self._file, [out[filled:]], offset + filled)
             if not count:
-                raise damaged(self.path, expected=f"{out.size} bytes at {offset}", found=f"{at} bytes")
-            at += count
+                raise damaged(self.path, expected=f"{out.size} bytes at {offset}", found=f"{filled} bytes")
+            filled += count
 
     def close(self) -> None:
         """Let go of the file; its pages stay mapped while an array needs them."""
@@ -134,6 +164,11 @@ class Stored:
     shape: Shape
     dtype: np.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return _length(self.spans)
+
     def read(self, region: Region | None = None) -> np.ndarray:
         """The array, or a region of it, read-only."""
         first, block, rest = rows(self.shape, region)
@@ -141,8 +176,13 @@ class Stored:
         if not size:
             return np.empty(block, self.dtype)[(*rest, ...)]
         begin = first * self.dtype.itemsize
-        found = self.file.bytes(list(_cut(self.spans, begin, begin + size * self.dtype.itemsize)))
-        return found.view(self.dtype).reshape(block)[(*rest, ...)]  # `...`: an array, also without axes
+        spans = list(_cut(self.spans, begin, begin + size * self.dtype.itemsize))
+        array = self.file.bytes(spans).view(self.dtype).reshape(block)
+        return array[(*rest, ...)]  # `...`: an array, also without axes
+
+
+def _length(spans: Iterable[tuple[int, int]]) -> int:
+    return sum(length for _, length in spans)
 
 
 def rows(shape: Shape, region: Region | None) -> tuple[int, Shape, Region]:
@@ -166,12 +206,12 @@ def rows(shape: Shape, region: Region | None) -> tuple[int, Shape, Region]:
 
 def _cut(spans: Iterable[tuple[int, int]], begin: int, end: int) -> Iterator[tuple[int, int]]:
     """Those parts of `spans` that hold the bytes begin:end of them all together."""
-    at = 0
+    before = 0
     for offset, length in spans:
-        start, stop = max(begin - at, 0), min(end - at, length)
+        start, stop = max(begin - before, 0), min(end - before, length)
         if start < stop:
             yield offset + start, stop - start
-        at += length
+        before += length
 
 
 # --- sources ------------------------------------------------------------------------------------------------
@@ -179,7 +219,7 @@ def _cut(spans: Iterable[tuple[int, int]], begin: int, end: int) -> Iterator[tup
 
 @dataclass
 class FileSource:
-    """A `files.Source` whose arrays are `Stored` and whose numbers and strings are known since it was opened."""
+    """A `protocol.Source` whose arrays are `Stored` and whose numbers and strings are known since it was opened."""
 
     path: FilePath
     format: str
@@ -203,7 +243,7 @@ class FileSource:
 
     def close(self) -> None:
         """Let go of the files; arrays that were read stay good."""
-        for file in {id(stored.file): stored.file for stored in self.stored.values()}.values():
+        for file in {stored.file for stored in self.stored.values()}:
             file.close()
 
 
@@ -213,8 +253,14 @@ def make_tree(
     empty: Mapping[Path, str] | None = None,
     sequences: Iterable[Path] = (),
 ) -> Tree:
-    """The tree of leaves given as (shape, dtype, bytes); CheckpointCorruptError if one lies below another."""
+    """The tree of leaves given as (shape, dtype, bytes).
+
+    Raises:
+      CheckpointCorruptError: one leaf lies below another.
+      CheckpointLayoutError: paths too long to be walked.
+    """
     empty, sequences = dict(empty or {}), frozenset(sequences)
+    require_walkable(file, [*kinds, *empty])
     try:
         layout.nest(dict.fromkeys([*kinds, *empty]), sequences)
     except layout.TreeStructureError as error:
@@ -225,14 +271,23 @@ def make_tree(
     return Tree(leaves, empty, sequences)
 
 
+def require_walkable(file: FilePath, paths: Iterable[Path]) -> None:
+    """Raise CheckpointLayoutError if a path has more keys than a tree can be deep."""
+    deepest = max(paths, key=len, default=())
+    if len(deepest) > _DEEPEST:
+        start = show_path(deepest[:5])
+        raise unsupported(file, f"paths of at most {_DEEPEST} keys", f"one of {len(deepest)}: {start:.200}/...")
+
+
 def kinds_of(stored: Mapping[Path, Stored], values: Mapping[Path, Any]) -> dict[Path, tuple[Shape, str, int]]:
     """Shape, dtype name and size in memory of each leaf."""
     kinds = {}
     for path, array in stored.items():
-        kinds[path] = (array.shape, array.dtype.name, sum(length for _, length in array.spans))
+        kinds[path] = (array.shape, array.dtype.name, array.nbytes)
     for path, value in values.items():
         shape, dtype = layout.describe(value)
-        kinds[path] = (shape, dtype, len(value.encode()) if isinstance(value, str) else np.dtype(dtype).itemsize)
+        nbytes = len(value.encode()) if isinstance(value, str) else np.dtype(dtype).itemsize
+        kinds[path] = (shape, dtype, nbytes)
     return kinds
 
 
@@ -268,26 +323,18 @@ def open_shards(index: FilePath, format: str, open_one: Callable[[FilePath], Fil
       CheckpointCorruptError: the index is no such table, a file is missing, or one holds other leaves than it says.
     """
     table, metadata = read_index(index)
-    parts: dict[str, FileSource] = {}
-    for name in dict.fromkeys(table.values()):
-        if not (index.parent / name).is_file():
-            raise damaged(index, expected=f"the file {name} beside it", found="no such file")
-        parts[name] = open_one(index.parent / name)
-        listed = {leaf for leaf, file in table.items() if file == name}
-        held = set(parts[name].names.values())
-        if listed != held:
-            wrong = min(listed ^ held)
-            where = "the index alone" if wrong in listed else "the file alone"
-            raise damaged(
-                index, expected=f"the leaves of {name} as the index lists them", found=f"{wrong!r} in {where}"
-            )
-    kinds, empty, stored, values, finish = {}, {}, {}, {}, {}
-    for part in parts.values():
+    parts = _open_parts(index, table, open_one)
+    kinds: dict[Path, tuple[Shape, str, int]] = {}
+    stored, values, finish, empty = {}, {}, {}, {}
+    for part in parts:
         if twice := kinds.keys() & part.tree.leaves.keys():
             raise damaged(index, expected="each leaf in one file", found=f"{show_path(min(twice))} in two")
-        kinds |= {path: (leaf.shape, leaf.dtype, leaf.nbytes) for path, leaf in part.tree.leaves.items()}
-        empty |= part.tree.empty
-        stored, values, finish = {**stored, **part.stored}, {**values, **part.values}, {**finish, **part.finish}
+        for path, leaf in part.tree.leaves.items():
+            kinds[path] = (leaf.shape, leaf.dtype, leaf.nbytes)
+        stored.update(part.stored)
+        values.update(part.values)
+        finish.update(part.finish)
+        empty.update(part.tree.empty)
     return FileSource(
         path=index,
         format=format,
@@ -298,6 +345,26 @@ def open_shards(index: FilePath, format: str, open_one: Callable[[FilePath], Fil
         finish=finish,
         metadata=metadata,
     )
+
+
+def _open_parts(
+    index: FilePath, table: Mapping[str, str], open_one: Callable[[FilePath], FileSource]
+) -> list[FileSource]:
+    """The files of the index, each with the leaves that it says."""
+    parts = []
+    for name in dict.fromkeys(table.values()):
+        if not (index.parent / name).is_file():
+            raise damaged(index, expected=f"the file {name} beside it", found="no such file")
+        part = open_one(index.parent / name)
+        parts.append(part)
+        in_index = {leaf for leaf, file in table.items() if file == name}
+        in_file = set(part.names.values())
+        if in_index != in_file:
+            wrong = min(in_index ^ in_file)
+            where = "the index alone" if wrong in in_index else "the file alone"
+            expected = f"the leaves of {name} as the index lists them"
+            raise damaged(index, expected=expected, found=f"{wrong!r} in {where}")
+    return parts
 
 
 def read_index(index: FilePath) -> tuple[dict[str, str], dict[str, Any]]:

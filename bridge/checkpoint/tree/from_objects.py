@@ -49,10 +49,10 @@ class Live:
         return take_apart(self.tree, self.layout, self.known)
 
 
-def of_object(thing: Any, found: Layout | None = None) -> Live:
+def of_object(thing: Any, detected: Layout | None = None) -> Live:
     """A model, a State, a TrainState, a dict or tuple of them, variables, ...: whatever a checkpoint may be made of.
 
-    `found` is its layout, if it is known; a model may well have attributes called `model` and `optimizer`.
+    `detected` is its layout, if it is known; a model may well have attributes called `model` and `optimizer`.
 
     >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     >>> live = of_object(model)
@@ -61,12 +61,12 @@ def of_object(thing: Any, found: Layout | None = None) -> Live:
     """
     walk = _Walk()
     walk.visit((), thing)
-    tree = Tree({path: _leaf(path, x) for path, x in walk.values.items()}, walk.empty, frozenset(walk.sequences))
+    tree = Tree(_leaves(walk.values), walk.empty, frozenset(walk.sequences))
     if walk.variables:
-        return Live(tree, walk.values, walk.variables, walk.boxes, *_nnx(tree, walk.variables, found))
-    found = found or tree.layout
-    found = Layout(found.kind, found.reason, frozenset(walk.boxes))
-    return Live(tree, walk.values, {}, walk.boxes, found, Known(boxed=_locations(walk.boxes, found.kind)))
+        return Live(tree, walk.values, walk.variables, walk.boxes, *_nnx(tree, walk.variables, detected))
+    detected = detected or tree.layout
+    detected = Layout(detected.kind, detected.reason, frozenset(walk.boxes))
+    return Live(tree, walk.values, {}, walk.boxes, detected, Known(boxed=_locations(walk.boxes, detected.kind)))
 
 
 def of_training(model: Any, optimizer: Any = None) -> Live:
@@ -79,8 +79,11 @@ def of_training(model: Any, optimizer: Any = None) -> Live:
 
 def of_leaves(leaves: Mapping[Path, Any], kind: Kind, known: Known) -> Live:
     """A flat tree whose layout is known; its values count as leaves, whatever they are."""
-    tree = Tree({path: _leaf(path, x) for path, x in leaves.items()})
-    return Live(tree, leaves, {}, {}, Layout(kind, "as it was given"), known)
+    return Live(Tree(_leaves(leaves)), leaves, {}, {}, Layout(kind, "as it was given"), known)
+
+
+def _leaves(values: Mapping[Path, Any]) -> dict[Path, Leaf]:
+    return {path: _leaf(path, value) for path, value in values.items()}
 
 
 def _leaf(path: Path, value: Any) -> Leaf:
@@ -128,10 +131,9 @@ class _Walk:
     def _visit_variable(self, path: Path, variable: Any) -> None:
         self.variables[path] = variable
         value = raw_value(variable)
-        is_optimizer = any(base.__name__ == "OptState" for base in type(variable).__mro__)
         if value is None or type(value).__name__ == "MaskedNode":
             self.empty[(*path, VALUE)] = "None"
-        elif is_optimizer:  # an optimizer may keep several arrays of one param
+        elif _is_a(type(variable), "OptState"):  # an optimizer may keep several arrays of one param
             self.visit((*path, VALUE), value)
         else:
             self.values[(*path, VALUE)] = value
@@ -201,22 +203,31 @@ def _empty_name(node: Any) -> str:
     return "Tuple" if type(node) is tuple else "None"
 
 
-def _nnx(tree: Tree, variables: Mapping[Path, Any], found: Layout | None) -> tuple[Layout, Known]:
+def _nnx(tree: Tree, variables: Mapping[Path, Any], detected: Layout | None) -> tuple[Layout, Known]:
     """Layout and knowledge from the Variables' types."""
-    found = found or tree.layout
-    if found.kind is not Kind.NNX_TRAINING:
-        found = Layout(Kind.NNX_STATE, "it has Variables")
-    root = take_apart(tree, found, Known({}, streams=frozenset())).form.model
-    inside = {path[len(root) :]: x for path, x in variables.items() if path[: len(root)] == root}
-    collections = {path: collection_name(type(x)) for path, x in inside.items()}
-    streams = frozenset(path for path, x in inside.items() if _is_a(type(x), "RngState"))
-    return found, Known(collections, streams=streams)
+    detected = detected or tree.layout
+    if detected.kind is not Kind.NNX_TRAINING:
+        detected = Layout(Kind.NNX_STATE, "it has Variables")
+    root = take_apart(tree, detected, Known({}, streams=frozenset())).form.model
+    collections: dict[Path, str] = {}
+    streams: set[Path] = set()
+    for path, variable in variables.items():
+        if path[: len(root)] != root:
+            continue
+        inside = path[len(root) :]
+        collections[inside] = collection_name(type(variable))
+        if _is_a(type(variable), "RngState"):
+            streams.add(inside)
+    return detected, Known(collections, streams=frozenset(streams))
 
 
 def collection_name(kind: type) -> str:
     """The collection of a Variable type; a type of flax.nnx has that of nnx_core's type of the same name."""
-    ours = next((getattr(nnx, base.__name__, None) for base in kind.__mro__ if _is_ours_too(base)), None)
-    return collection_of(kind if issubclass(kind, nnx.Variable) or ours is None else ours)
+    if not issubclass(kind, nnx.Variable):
+        for base in kind.__mro__:
+            if _is_ours_too(base):
+                return collection_of(getattr(nnx, base.__name__))
+    return collection_of(kind)
 
 
 def _is_ours_too(base: type) -> bool:
@@ -225,6 +236,7 @@ def _is_ours_too(base: type) -> bool:
 
 
 def _is_a(kind: type, name: str) -> bool:
+    """Whether it is the Variable type of that name, of nnx_core or of flax.nnx, which is not imported for that."""
     return any(base.__name__ == name for base in kind.__mro__)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge._errors import VariablesMismatchError
+from bridge._errors import VariablesMismatchError, listed
 from bridge._types import Path, Shape
 from bridge.variables.kinds import LINEN_COLLECTIONS
 
@@ -112,18 +112,23 @@ def flatten(tree: Any) -> dict[Path, Any]:
     >>> flatten({"params": {"a/b": 1}, "opt_state": [None, {"mu": 2}]})
     {('params', 'a/b'): 1, ('opt_state', '0'): None, ('opt_state', '1', 'mu'): 2}
     """
-    found: dict[Path, Any] = {}
+    leaves: dict[Path, Any] = {}
 
     def visit(path: Path, node: Any) -> None:
         below = children(node)
         if below is None:
-            found[path] = node
+            leaves[path] = node
             return
         for key, child in below:
             visit((*path, key), child)
 
     visit((), tree)
-    return found
+    return leaves
+
+
+def flatten_full(tree: Any) -> dict[Path, Any]:
+    """`flatten` without the empty containers."""
+    return {path: leaf for path, leaf in flatten(tree).items() if not is_empty(leaf)}
 
 
 def nest(leaves: Mapping[Path, Any], sequences: Iterable[Path] = ()) -> Any:
@@ -142,23 +147,28 @@ def nest(leaves: Mapping[Path, Any], sequences: Iterable[Path] = ()) -> Any:
     nodes: dict[Path, dict[str, Any]] = {(): root}
     for path, value in leaves.items():
         for depth in range(1, len(path)):
-            if path[:depth] in leaves:
-                raise TreeStructureError(path[:depth], "is a leaf and has leaves below it")
-            if path[:depth] not in nodes:
-                nodes[path[:depth]] = nodes[path[: depth - 1]][path[depth - 1]] = {}
+            node = path[:depth]
+            if node in leaves:
+                raise TreeStructureError(node, "is a leaf and has leaves below it")
+            if node not in nodes:
+                nodes[node] = nodes[path[: depth - 1]][path[depth - 1]] = {}
         nodes[path[:-1]][path[-1]] = value
-    lists = {path: _as_list(path, nodes[path]) for path in set(sequences) if path in nodes}
-    for path in sorted(lists, key=len, reverse=True):  # deepest first: a list is complete when its parent takes it
-        lists[path][:] = [nodes[path][str(index)] for index in range(len(nodes[path]))]
+    whole: Any = root
+    # deepest first: a list is complete when its parent takes it
+    for path in sorted(nodes.keys() & set(sequences), key=len, reverse=True):
+        items = _as_list(path, nodes[path])
         if path:
-            nodes[path[:-1]][path[-1]] = lists[path]
-    return lists.get((), root)
+            nodes[path[:-1]][path[-1]] = items
+        else:
+            whole = items
+    return whole
 
 
 def _as_list(path: Path, node: dict[str, Any]) -> list[Any]:
-    if set(node) != {str(index) for index in range(len(node))}:
+    indices = [str(index) for index in range(len(node))]
+    if set(node) != set(indices):
         raise TreeStructureError(path, f"is a list with the indices {', '.join(sorted(node))}")
-    return [None] * len(node)
+    return [node[index] for index in indices]
 
 
 def map_leaves(function: Callable[[Path, Any], Any], tree: Any) -> Any:
@@ -215,8 +225,7 @@ def require_match(expected: Any, found: Any, *, source: str = "variables", targe
     either side it fits every scalar of its kind (a TrainState's `step` is an int before the first jitted
     step, an int32 after). Empty containers count as nothing.
     """
-    want = {path: leaf for path, leaf in flatten(expected).items() if not is_empty(leaf)}
-    have = {path: leaf for path, leaf in flatten(found).items() if not is_empty(leaf)}
+    want, have = flatten_full(expected), flatten_full(found)
     shapes, dtypes = [], []
     for path in want.keys() & have.keys():
         (shape, dtype), (got_shape, got_dtype) = describe(want[path]), describe(have[path])
@@ -237,7 +246,10 @@ def _same_kind_number(first: Any, dtype: str, second: Any, other: str) -> bool:
 
 def _number_kind(dtype: str) -> str:
     """'bool', 'complex', 'float' or 'int': bfloat16 and float8_e4m3fn are 'float', uint8 is 'int'."""
-    return next((kind for kind in ("bool", "complex", "float", "int") if kind in dtype), dtype)
+    for kind in ("bool", "complex", "float", "int"):
+        if kind in dtype:
+            return kind
+    return dtype
 
 
 # --- layouts ------------------------------------------------------------------------------------------------
@@ -252,27 +264,27 @@ def detect(paths: Iterable[Path]) -> Layout:
     >>> detect([("step",), ("params", "Dense_0", "kernel"), ("opt_state", "0", "count")]).kind
     <Kind.LINEN_TRAIN_STATE: 'Linen TrainState'>
     """
-    known = list(paths)
-    if () in known:
+    paths = list(paths)
+    if () in paths:
         return Layout(Kind.UNKNOWN, "it is one array, without a name")
-    tops = list(dict.fromkeys(path[0] for path in known))
-    boxed = frozenset(path[:-1] for path in _boxed(known))
-    names = ", ".join(tops[:6]) + (", ..." if len(tops) > 6 else "")
+    if not paths:
+        return Layout(Kind.UNKNOWN, "it has no leaves")
+    tops = list(dict.fromkeys(path[0] for path in paths))
+    boxed = frozenset(path[:-1] for path in _boxed(paths))
+    names = listed(tops, most=6)
     if "params" in tops:
-        return _detect_linen(known, tops, names, boxed)
-    if {"model", "optimizer"} <= set(tops) or {"model", "opt_state", "step"} <= set(tops) or _is_pair(known, tops):
+        return _detect_linen(paths, tops, names, boxed)
+    if {"model", "optimizer"} <= set(tops) or {"model", "opt_state", "step"} <= set(tops) or _is_pair(paths, tops):
         return Layout(Kind.NNX_TRAINING, f"the top-level keys are {names}: a model and its optimizer")
-    if known and all(path[-1] == "value" for path in known):
+    if all(path[-1] == "value" for path in paths):
         return Layout(Kind.NNX_STATE, "all paths end in 'value', the level that an nnx.State has for each Variable")
-    if any(_is_rng(path) for path in known):
+    if any(map(_is_rng, paths)):
         return Layout(Kind.NNX_STATE, "it holds rngs/<stream>/count and key, which only NNX stores with a model")
-    if any(name in LINEN_COLLECTIONS for name in tops):
+    if LINEN_COLLECTIONS & set(tops):
         return Layout(Kind.LINEN_VARIABLES, f"the top-level keys are Linen collections: {names}", boxed)
-    if known and not {"step", "opt_state"} & set(tops) and all(len(path) > 1 for path in known):
+    if not {"step", "opt_state"} & set(tops) and all(len(path) > 1 for path in paths):
         return Layout(Kind.PARAMS_ONLY, f"no collection names on top, only module names: {names}", boxed)
-    return Layout(
-        Kind.UNKNOWN, f"the top-level keys are {names}: no params among them" if known else "it has no leaves"
-    )
+    return Layout(Kind.UNKNOWN, f"the top-level keys are {names}: no params among them")
 
 
 def _is_pair(paths: list[Path], tops: list[str]) -> bool:
@@ -296,13 +308,11 @@ def _detect_linen(paths: list[Path], tops: list[str], names: str, boxed: frozens
 
 def _boxed(paths: list[Path]) -> list[Path]:
     """Paths that end in a `value` which has no sibling: what a box leaves on disk."""
-    siblings: dict[Path, int] = {}
+    keys: dict[Path, set[str]] = {}
     for path in paths:
-        for depth in range(len(path)):
-            siblings.setdefault(path[:depth], 0)
-    for node in {path[:depth] for path in paths for depth in range(1, len(path) + 1)}:
-        siblings[node[:-1]] += 1
-    return [path for path in paths if len(path) > 1 and path[-1] == "value" and siblings[path[:-1]] == 1]
+        for depth, key in enumerate(path):
+            keys.setdefault(path[:depth], set()).add(key)
+    return [path for path in paths if len(path) > 1 and keys[path[:-1]] == {"value"} and path[-1] == "value"]
 
 
 def _is_rng(path: Path) -> bool:
@@ -343,21 +353,30 @@ def collection_names(tree: Mapping[str, Any], params: Any) -> list[str]:
     """Which top-level keys of a TrainState's tree, beside step, params and opt_state, are Linen collections.
 
     A name of Linen's own is one. Any other name is one when its leaves sit in modules that hold params, and
-    are not
-    params themselves: `ema_params` has the params' own paths and is no collection, `dropout_rng` is in no
-    module.
+    are not params themselves: `ema_params` has the params' own paths and is no collection, `dropout_rng` is in
+    no module.
     """
-    weights = {_bare(path) for path in flatten(params)}
-    modules = {path[:depth] for path in weights for depth in range(1, len(path))}
+    weights = _bare_paths(params)
+    modules = set()
+    for path in weights:
+        modules.update(path[:depth] for depth in range(1, len(path)))
+    names = []
+    for name, value in tree.items():
+        if name in ("step", "params", "opt_state") or not isinstance(value, Mapping):
+            continue
+        if name in LINEN_COLLECTIONS or (value and _lives_beside(_bare_paths(value), weights, modules)):
+            names.append(str(name))
+    return names
 
-    def is_collection(name: str, value: Any) -> bool:
-        if name in LINEN_COLLECTIONS:
-            return isinstance(value, Mapping)
-        paths = {_bare(path) for path in flatten(value)} if isinstance(value, Mapping) and value else set()
-        return bool(paths) and not paths <= weights and all(path[:-1] in modules for path in paths)
 
-    skipped = ("step", "params", "opt_state")
-    return [str(name) for name, value in tree.items() if name not in skipped and is_collection(str(name), value)]
+def _lives_beside(paths: set[Path], weights: set[Path], modules: set[Path]) -> bool:
+    """Whether leaves at these paths are in the modules of the weights, and are not the weights again."""
+    return not paths <= weights and all(path[:-1] in modules for path in paths)
+
+
+def _bare_paths(tree: Any) -> set[Path]:
+    """The paths of the leaves, without the `value` of boxes."""
+    return {_bare(path) for path in flatten(tree)}
 
 
 def _bare(path: Path) -> Path:

@@ -207,6 +207,7 @@ class Join(Op):
         axis = _axis(self, self.axis, len(first.shape) + self.stack)
 
         def rest(shape: Shape) -> Shape:
+            """What must be the same of all parts."""
             return shape if self.stack else (*shape[:axis], *shape[axis + 1 :])
 
         for part in self.parts:
@@ -222,21 +223,30 @@ class Join(Op):
         _set(self, axis=axis, shape=(*base[:axis], size, *base[axis:]), dtype=first.dtype)
 
     def value(self, read: Reader, region: Region | None = None) -> Any:
-        wanted = _whole(self.shape) if region is None else region
-        along, before, after = wanted[self.axis], wanted[: self.axis], wanted[self.axis + 1 :]
         if self.stack:
-            rest = None if region is None else (*before, *after)
-            values = [part.value(read, rest) for part in self.parts[along]]
+            values = self._stacked(read, region)
             return _library(values).stack(values, axis=self.axis)
+        values = self._joined(read, region)
+        return values[0] if len(values) == 1 else _library(values).concatenate(values, axis=self.axis)
+
+    def _stacked(self, read: Reader, region: Region | None) -> list[Any]:
+        if region is None:
+            return [part.value(read) for part in self.parts]
+        rest = (*region[: self.axis], *region[self.axis + 1 :])
+        return [part.value(read, rest) for part in self.parts[region[self.axis]]]
+
+    def _joined(self, read: Reader, region: Region | None) -> list[Any]:
+        if region is None:
+            return [part.value(read) for part in self.parts if part.shape[self.axis]]
+        before, along, after = region[: self.axis], region[self.axis], region[self.axis + 1 :]
         values, offset = [], 0
         for part in self.parts:
             size = part.shape[self.axis]
             start, stop = max(along.start - offset, 0), min(along.stop - offset, size)
             if start < stop:
-                whole = region is None
-                values.append(part.value(read, None if whole else (*before, slice(start, stop), *after)))
+                values.append(part.value(read, (*before, slice(start, stop), *after)))
             offset += size
-        return values[0] if len(values) == 1 else _library(values).concatenate(values, axis=self.axis)
+        return values
 
     def on(self, leaf: Callable[[Path], Op]) -> Op:
         return Join(tuple(part.on(leaf) for part in self.parts), self.axis, self.stack)
@@ -298,11 +308,14 @@ class Reshape(Op):
     dtype: str = field(init=False)
 
     def __post_init__(self) -> None:
-        total, known = math.prod(self.of.shape), math.prod(size for size in self.new if size != -1)
-        shape = tuple(total // known if size == -1 and known else size for size in self.new)
-        if self.new.count(-1) > 1 or any(size < -1 for size in self.new) or math.prod(shape) != total:
+        total, shape = math.prod(self.of.shape), list(self.new)
+        if shape.count(-1) == 1:
+            unknown = shape.index(-1)
+            rest = math.prod(shape[:unknown] + shape[unknown + 1 :])
+            shape[unknown] = total // rest if rest else -1
+        if min(shape, default=0) < 0 or math.prod(shape) != total:
             raise OpError(self, f"a shape of {total} elements, as {self.of.shape}", list(self.new))
-        _set(self, shape=shape, dtype=self.of.dtype)
+        _set(self, shape=tuple(shape), dtype=self.of.dtype)
 
     def value(self, read: Reader, region: Region | None = None) -> Any:
         whole = self.of.value(read).reshape(self.shape)

@@ -55,9 +55,9 @@ def param_shapes(params: Any) -> dict[Path, Shape]:
             for key, child in layout.children(node) or ():
                 visit((*path, key), child)
             return
-        leaves = [leaf for leaf in layout.flatten(node).values() if not layout.is_empty(leaf)]
+        leaves = list(layout.flatten_full(node).values())  # a box has one, an array is one itself
         if leaves:
-            shapes[path] = layout.describe(leaves[0])[0]
+            shapes[path], _ = layout.describe(leaves[0])
 
     visit((), params)
     return shapes
@@ -107,21 +107,24 @@ def places(opt_state: Any, params: Mapping[Path, Shape]) -> dict[Path, Place]:
     Place(prefix=('mu',), param=('w',), tail=())
     """
     nodes = set(find_param_nodes(opt_state, params))
-    found = {}
-    for path in layout.flatten(opt_state):
-        cut = next((depth for depth in range(len(path) + 1) if path[:depth] in nodes), None)
-        found[path] = Place(path) if cut is None else _split(path[:cut], path[cut:], params)
-    return found
+    return {path: _place(path, nodes, params) for path in layout.flatten(opt_state)}
 
 
-def _split(prefix: Path, rest: Path, params: Mapping[Path, Shape]) -> Place:
-    length = _start_length(rest, params)
-    return Place(prefix, rest[:length], rest[length:])
+def _place(path: Path, nodes: set[Path], params: Mapping[Path, Shape]) -> Place:
+    for depth in range(len(path) + 1):
+        prefix, rest = path[:depth], path[depth:]
+        if prefix in nodes:
+            length = _start_length(rest, params)
+            return Place(prefix, rest[:length], rest[length:])
+    return Place(path)
 
 
 def _start_length(path: Path, params: Mapping[Path, Shape]) -> int:
     """How many keys of `path` make a param's path, 0 if none: no param's path starts another's."""
-    return next((length for length in range(1, len(path) + 1) if path[:length] in params), 0)
+    for length in range(1, len(path) + 1):
+        if path[:length] in params:
+            return length
+    return 0
 
 
 def _param_nodes(
@@ -129,25 +132,27 @@ def _param_nodes(
 ) -> Iterator[tuple[Path, frozenset[Path]]]:
     """Paths of the params-like nodes in `node`, each with the params it covers."""
     below = layout.children(node) or []
-    deeper = (found for key, child in below for found in _param_nodes((*path, key), child, params, first_keys))
-    looks_like = isinstance(node, Mapping) and any(key in first_keys for key, _ in below)
-    covered = _covered(node, params) if looks_like else frozenset()
-    if covered and _all_have_tails(node, params):
-        # A slot or a label can have the name of a param at the root: {'trace': {'trace': x, 'w': y}}. Then
-        # every leaf seems to hang below that param, and the true node, which covers as many params or more,
-        # is further down.
-        inside = list(deeper)
-        yield from inside if any(len(found) >= len(covered) for _, found in inside) else [(path, covered)]
-    elif covered:
+    covered: frozenset[Path] = frozenset()
+    if isinstance(node, Mapping) and any(key in first_keys for key, _ in below):
+        covered = _covered(node, params)
+    if covered and not _all_have_tails(node, params):
+        yield path, covered
+        return
+    inside: list[tuple[Path, frozenset[Path]]] = []
+    for key, child in below:
+        inside.extend(_param_nodes((*path, key), child, params, first_keys))
+    # A slot or a label can have the name of a param at the root: {'trace': {'trace': x, 'w': y}}. Then every leaf
+    # seems to hang below that param, and the true node, which covers as many params or more, is further down.
+    if covered and all(len(inner) < len(covered) for _, inner in inside):
         yield path, covered
     else:
-        yield from deeper
+        yield from inside
 
 
 def _covered(node: Any, params: Mapping[Path, Shape]) -> frozenset[Path]:
     """The params that have a leaf in `node`; none if `node` is not params-like."""
     covered: set[Path] = set()
-    same_shape, kinds = False, set()
+    same_shape, counters, others = False, 0, 0
     for path, leaf in layout.flatten(node).items():
         length = _start_length(path, params)
         if not length and layout.is_empty(leaf):
@@ -155,18 +160,24 @@ def _covered(node: Any, params: Mapping[Path, Shape]) -> frozenset[Path]:
         if not length:
             return frozenset()
         covered.add(path[:length])
-        if not layout.is_empty(leaf):
-            shape, dtype = layout.describe(leaf)
-            same_shape = same_shape or shape == params[path[:length]]
-            kinds.add("counter" if shape == () and "int" in dtype else "other")
+        if layout.is_empty(leaf):
+            continue
+        shape, dtype = layout.describe(leaf)
+        same_shape = same_shape or shape == params[path[:length]]
+        if shape == () and "int" in dtype:
+            counters += 1
+        else:
+            others += 1
     # A param at the root that is called `count` makes {count: 7} of a schedule look like params. It is not if
     # it covers some params only, or counts, and nothing in it has the shape of a param.
-    refuted = not same_shape and (len(covered) < len(params) or kinds == {"counter"})
-    return frozenset() if refuted else frozenset(covered)
+    counts = counters > 0 and not others
+    if not same_shape and (len(covered) < len(params) or counts):
+        return frozenset()
+    return frozenset(covered)
 
 
 def _all_have_tails(node: Any, params: Mapping[Path, Shape]) -> bool:
-    return all(path not in params for path, leaf in layout.flatten(node).items() if not layout.is_empty(leaf))
+    return params.keys().isdisjoint(layout.flatten_full(node))
 
 
 def _require_named(params: Mapping[Path, Shape]) -> None:
@@ -243,11 +254,15 @@ def _require_one_to_one(renamed: Mapping[Path, Path]) -> None:
 
 def order_dependent(opt_state: Any, params: Mapping[Path, Shape]) -> list[Path]:
     """Paths of 1-D leaves over *all* params in key order, as `optax.flatten` keeps them."""
-    total = sum(math.prod(shape) for shape in params.values())
-    nodes = places(opt_state, params)
-    flat = layout.flatten(opt_state)
-    loose = [path for path, place in nodes.items() if place.param is None and not layout.is_empty(flat[path])]
-    return [path for path in loose if total > 1 and layout.describe(flat[path])[0] == (total,)]
+    total = sum(map(math.prod, params.values()))
+    if total <= 1:
+        return []
+    belongs, vectors = places(opt_state, params), []
+    for path, leaf in layout.flatten_full(opt_state).items():
+        shape, _ = layout.describe(leaf)
+        if belongs[path].param is None and shape == (total,):
+            vectors.append(path)
+    return vectors
 
 
 def _require_order(opt_state: Any, params: Mapping[Path, Shape], renamed: Mapping[Path, Path]) -> None:
@@ -280,10 +295,12 @@ def to_nnx_layout(opt_state: Any, params: Mapping[Path, Shape]) -> dict[Any, Any
             pairs = list(node.items())
         else:
             return node
-        return {key: visit((*path, str(key)), child) for key, child in pairs if not dropped((*path, str(key)), child)}
-
-    def dropped(path: Path, node: Any) -> bool:
-        return node is None and belongs[path].param is None
+        kept = {}
+        for key, child in pairs:
+            place = (*path, str(key))
+            if child is not None or belongs[place].param is not None:
+                kept[key] = visit(place, child)
+        return kept
 
     return visit((), raw) or {}
 
@@ -304,10 +321,10 @@ def to_linen_layout(opt_state: Any, template: Any = None) -> Any:
         return _like(to_raw(template), opt_state)
     if isinstance(opt_state, Mapping):
         parts = {key: to_linen_layout(child) for key, child in opt_state.items()}
-        if parts and all(str(key).isdecimal() for key in parts):
-            by_index = {int(key): child for key, child in parts.items()}
-            return [by_index.get(index) for index in range(max(by_index) + 1)]
-        return parts
+        if not parts or not all(str(key).isdecimal() for key in parts):
+            return parts
+        by_index = {int(key): child for key, child in parts.items()}
+        return [by_index.get(index) for index in range(max(by_index) + 1)]
     if isinstance(opt_state, list):
         return [to_linen_layout(child) for child in opt_state]
     return opt_state
@@ -317,14 +334,21 @@ def _like(template: Any, node: Any) -> Any:
     """`node` with the lists and Nones of the raw `template`; keys that it lacks stay, to be reported."""
     if not isinstance(template, dict | list) or not isinstance(node, Mapping | list):
         return node if layout.children(node) is None else to_linen_layout(node)
-    below = {str(key): child for key, child in (layout.children(node) or ())}
+    below = dict(layout.children(node) or ())
     wanted = dict(layout.children(template) or ())
-    merged = {key: _like(child, below[key]) for key, child in wanted.items() if key in below}
-    merged |= {key: child for key, child in wanted.items() if key not in below and _holds_nothing(child)}
-    merged |= {key: to_linen_layout(child) for key, child in below.items() if key not in wanted}
-    if isinstance(template, list) and set(merged) == set(wanted):
-        return [merged[key] for key in wanted]
-    return {key: merged[key] for key in [*wanted, *merged] if key in merged}
+    merged = {}
+    for key, child in wanted.items():
+        if key in below:
+            merged[key] = _like(child, below[key])
+        elif _holds_nothing(child):
+            merged[key] = child
+    extra = below.keys() - wanted.keys()
+    if isinstance(template, list) and len(merged) == len(wanted) and not extra:
+        return list(merged.values())
+    for key, child in below.items():
+        if key in extra:
+            merged[key] = to_linen_layout(child)
+    return merged
 
 
 def _holds_nothing(tree: Any) -> bool:
@@ -358,8 +382,8 @@ def restore_into_structure(template: Any, raw: Any, *, source: str = "checkpoint
 
 def fill(template: Any, raw: Any) -> Any:
     """`template` with the leaves of `raw` at the same paths; both must have passed `layout.require_match`."""
-    found = layout.flatten(raw)
-    return layout.map_leaves(lambda path, leaf: _as_leaf(leaf, found[path]), template)
+    values = layout.flatten(raw)
+    return layout.map_leaves(lambda path, leaf: _as_leaf(leaf, values[path]), template)
 
 
 def _as_leaf(template: Any, value: Any) -> Any:

@@ -69,10 +69,10 @@ def take_apart(tree: Mapping[str, Any], found: Layout, source: object) -> LinenT
     require_linen(found, source)
     if found.kind is Kind.PARAMS_ONLY:
         return LinenTrainState(params=tree, layout=found.kind, boxed=found.boxed)
-    params, inner = tree.get("params"), {}
+    params, collections = tree.get("params"), {}
     if found.kind is Kind.LINEN_NESTED_TRAIN_STATE:
-        inner = {name: value for name, value in tree["params"].items() if name != "params"}
-        params = tree["params"]["params"]
+        collections = dict(tree["params"])
+        params = collections.pop("params")
     if not isinstance(params, Mapping) or not params:
         raise CheckpointLayoutError(
             "the checkpoint has no params",
@@ -80,13 +80,15 @@ def take_apart(tree: Mapping[str, Any], found: Layout, source: object) -> LinenT
             expected="params/<module>/<name>",
             found=f"params: {type(params).__name__} without entries; top-level keys {', '.join(tree)}",
         )
-    names = layout.collection_names(tree, params)
+    extras = {name: value for name, value in tree.items() if name not in ("params", "step", "opt_state")}
+    for name in layout.collection_names(tree, params):
+        collections[name] = extras.pop(name)
     return LinenTrainState(
         params=params,
         step=tree.get("step"),
-        collections={**inner, **{name: tree[name] for name in names}},
+        collections=collections,
         opt_state=tree.get("opt_state"),
-        extras={k: v for k, v in tree.items() if k not in ("params", "step", "opt_state", *names)},
+        extras=extras,
         layout=found.kind,
         boxed=found.boxed,
     )

@@ -6,7 +6,7 @@ Knows leaves by path; knows no files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -60,23 +60,22 @@ def depth_first(tree: Tree) -> list[Path]:
         for key in path[:-1]:
             node = node.setdefault(key, {})
         node[path[-1]] = None
-    found: list[Path] = []
+    paths: list[Path] = []
 
     def visit(node: dict[str, Any], path: Path) -> None:
-        for key in _ordered(node, [key for key in node if (*path, key) not in tree.empty]):
-            child = node[key]
-            if child:
-                visit(child, (*path, key))
+        full = [key for key in node if (*path, key) not in tree.empty]
+        for key in _ordered(list(node), full):
+            if node[key]:
+                visit(node[key], (*path, key))
             else:
-                found.append((*path, key))
+                paths.append((*path, key))
 
     visit(root, ())
-    return found
+    return paths
 
 
-def _ordered(keys: Iterable[str], full: list[str]) -> list[str]:
+def _ordered(keys: list[str], full: list[str]) -> list[str]:
     """Where empty entries stood among the `full` ones, a Tree does not tell: indices and sorted keys do."""
-    keys = list(keys)
     if all(key.isascii() and key.isdecimal() for key in keys) and full == sorted(full, key=int):
         return sorted(keys, key=int)
     return sorted(keys) if full == sorted(full) else keys

@@ -1,4 +1,7 @@
-"""A conversion that is killed at random points, three times in a row, and resumed: as if nothing had happened."""
+"""A conversion that is killed at random points, three times in a row, and resumed: as if nothing had happened.
+
+And one that a full disk stops where it notes a batch.
+"""
 
 import random
 import subprocess
@@ -8,9 +11,11 @@ import time
 import numpy as np
 import pytest
 
+from bridge._errors import CheckpointWriteError
 from bridge.checkpoint.conversion import convert
 from bridge.checkpoint.verification import verify
 from tests.support import checkpoint_run as run
+from tests.support.full_disk import fill_up, journal_has_room
 from tests.tolerance import assert_trees_equal
 
 LEAVES, BATCHES = 24, 12
@@ -61,3 +66,29 @@ def test_killed_three_times_then_resumed(format, source, tmp_path):
     assert_trees_equal(run.load(tmp_path / "out", format), run.load(tmp_path / "unkilled", format))
     left = sorted(path.name for path in tmp_path.iterdir())
     assert [name for name in left if name.removesuffix(".metadata.json") not in ("out", "unkilled")] == []
+
+
+def content(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("format", ["orbax", "orbax-v1", "safetensors", "msgpack"])
+def test_a_full_disk_when_a_batch_is_noted_then_resumed(format, source, tmp_path, monkeypatch):
+    target, before = tmp_path / "out", content(source)
+
+    def tell(doing, done, total):
+        if done > total // 2:
+            fill_up(left=9)
+
+    def start(**options):
+        return convert(source, target, to="nnx", target_format=format, max_memory=3 << 20, **options)
+
+    with journal_has_room(1 << 20, monkeypatch):
+        text = rf"(?s){target}\n.*found: No space left on device\n.*resume=True"
+        with pytest.raises(CheckpointWriteError, match=text):
+            start(progress=tell)
+    assert not target.exists()
+    assert content(source) == before
+    assert 0 < start(resume=True).resumed < LEAVES
+    convert(source, tmp_path / "unstopped", to="nnx", target_format=format)
+    assert_trees_equal(run.load(target, format), run.load(tmp_path / "unstopped", format))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -19,17 +19,16 @@ from bridge._errors import (
     CheckpointLayoutError,
     CheckpointNotFoundError,
     MissingDependencyError,
-    near_misses,
 )
+from bridge._types import Path
+from bridge.checkpoint.formats.nearby import contents, neighbours, what_is_at
 
-UNFINISHED = ".orbax-checkpoint-tmp"
+UNFINISHED_SAVE = ".orbax-checkpoint-tmp"
 _PARTIAL = ".partial_save"  # what Orbax v1 adds to the name of a checkpoint that comes in several saves
-# `12`, `step_12`, `checkpoint_12`: what CheckpointManager and flax.training.checkpoints call the folder of a
-# step.
+# `12`, `step_12`, `checkpoint_12`: what CheckpointManager and flax.training.checkpoints call the folder of a step.
 _STEP = re.compile(r"(.*_)?(\d+)")
 _USUAL_ITEMS = ("default", "state", "train_state", "items", "pytree", "params")
-# What tensorstore and json raise when a file is missing, cut short, empty, unreadable or not what it should
-# be.
+# What tensorstore and json raise when a file is missing, cut short, empty, unreadable or not what it should be.
 ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, OverflowError)
 
 
@@ -51,20 +50,19 @@ def locate(path: FilePath, step: int | None, item: str | None) -> Location:
             path,
             expected="an Orbax checkpoint folder",
             found="nothing at this path",
-            hint=_neighbours(path),
+            hint=neighbours(path),
         )
     if not path.is_dir():
         raise CheckpointLayoutError(
             "not an Orbax checkpoint",
             path,
             expected="a folder",
-            found=f"a file of {path.stat().st_size} bytes",
+            found=what_is_at(path),
         )
     if _is_unfinished(path.name):
         raise _unfinished(path, path.name)
     steps = _steps(path)
-    named_items = [name for name in _items(path) if not _STEP.fullmatch(name)]
-    if step is None and steps and not named_items:
+    if step is None and steps and all(map(_STEP.fullmatch, _items(path))):
         step = max(steps)
     if step is None:
         return _locate_item(path.absolute(), None, item)
@@ -80,15 +78,16 @@ def _locate_item(path: FilePath, step: int | None, item: str | None) -> Location
     items = _items(path)
     if item is not None:
         if item not in items:
-            found = ", ".join(items) or ("a checkpoint without items" if _is_item(path) else "no items with arrays")
-            raise CheckpointNotFoundError(f"no item {item!r}", path, expected=f"a folder {item!r}", found=found)
+            without = "a checkpoint without items" if _is_item(path) else "no items with arrays"
+            names = ", ".join(items) or without
+            raise CheckpointNotFoundError(f"no item {item!r}", path, expected=f"a folder {item!r}", found=names)
         return Location(items[item], step, item)
     if not items:
         raise _not_a_checkpoint(path)
-    name = next((name for name in _USUAL_ITEMS if name in items), None) or (
-        next(iter(items)) if len(items) == 1 else None
-    )
-    if name is None:
+    for name in _USUAL_ITEMS:
+        if name in items:
+            return Location(items[name], step, name)
+    if len(items) > 1:
         raise CheckpointLayoutError(
             "the checkpoint has several items",
             path,
@@ -96,30 +95,28 @@ def _locate_item(path: FilePath, step: int | None, item: str | None) -> Location
             found=", ".join(items),
             hint="Choose one: item=... (--item NAME)",
         )
-    return Location(items[name], step, name)
+    name, folder = items.popitem()
+    return Location(folder, step, name)
 
 
 def _not_a_checkpoint(path: FilePath) -> Exception:
-    names = sorted(child.name for child in path.iterdir())
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "an empty folder"
-    if {"manifest.ocdbt", "_sharding", "array_metadatas", "ocdbt.process_0"} & set(names):
+    names = {child.name for child in path.iterdir()}
+    if names & {"manifest.ocdbt", "_sharding", "array_metadatas", "ocdbt.process_0"}:
         return CheckpointCorruptError(
-            "the checkpoint is damaged", path, expected="_METADATA, which lists the arrays", found=shown
+            "the checkpoint is damaged", path, expected="_METADATA, which lists the arrays", found=contents(path)
         )
     if any(map(_is_unfinished, names)):
-        return CheckpointCorruptError(
-            "the checkpoint was never finished", path, expected="a finished save", found=shown
-        )
+        return _unfinished(path, contents(path))
     return CheckpointLayoutError(
         "not an Orbax checkpoint",
         path,
-        found=shown,
+        found=contents(path),
         expected="_METADATA and arrays, items with them, or step folders",
     )
 
 
 def _is_unfinished(name: str) -> bool:
-    return UNFINISHED in name or name.endswith(_PARTIAL)
+    return UNFINISHED_SAVE in name or name.endswith(_PARTIAL)
 
 
 def _unfinished(path: FilePath, found: str) -> CheckpointCorruptError:
@@ -130,28 +127,38 @@ def _is_item(path: FilePath) -> bool:
     return (path / "_METADATA").is_file()
 
 
+def _folders(path: FilePath) -> list[FilePath]:
+    return sorted(child for child in path.iterdir() if child.is_dir())
+
+
 def _items(path: FilePath) -> dict[str, FilePath]:
-    folders = [child for child in sorted(path.iterdir()) if child.is_dir() and not _is_unfinished(child.name)]
-    return {child.name: child for child in folders if _is_item(child)}
+    items = {}
+    for folder in _folders(path):
+        if _is_item(folder) and not _is_unfinished(folder.name):
+            items[folder.name] = folder
+    return items
 
 
 def _steps(path: FilePath) -> dict[int, FilePath]:
     """The step folders in `path`: those named by a number alone; if none, those with one common prefix."""
     if _is_item(path):
         return {}
-    folders = [child for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith("ocdbt.")]
-    matches = [(match, child) for child in folders if (match := _STEP.fullmatch(child.name))]
-    bare = {int(match[2]): child for match, child in matches if not match[1]}
-    prefixed = {int(match[2]): child for match, child in matches if match[1]}
-    one_prefix = len({match[1] for match, _ in matches if match[1]}) == 1
-    return bare or (prefixed if one_prefix else {})
-
-
-def _neighbours(path: FilePath) -> str:
-    if not path.parent.is_dir():
-        return ""
-    close = near_misses(path.name, (child.name for child in path.parent.iterdir()))
-    return f"Near it: {', '.join(close)}" if close else ""
+    bare: dict[int, FilePath] = {}
+    prefixed: dict[int, FilePath] = {}
+    prefixes = set()
+    for folder in _folders(path):
+        match = _STEP.fullmatch(folder.name)
+        if not match or folder.name.startswith("ocdbt."):
+            continue
+        prefix, number = match[1], int(match[2])
+        if prefix:
+            prefixes.add(prefix)
+            prefixed[number] = folder
+        else:
+            bare[number] = folder
+    if bare:
+        return bare
+    return prefixed if len(prefixes) == 1 else {}
 
 
 @dataclass(frozen=True)
@@ -169,16 +176,16 @@ def read_save(location: Location, tree_metadata: dict[str, Any]) -> Save:
     `tree_metadata` is the content of `_METADATA`. Of metadata with one name in both files, the item's own wins.
     """
     root = location.root
-    above = [root.parent] if not (root / "_CHECKPOINT_METADATA").is_file() else []
     added: dict[str, Any] = {}
     handlers = ""
-    for folder in [*above, root]:
-        file = folder / "_CHECKPOINT_METADATA"
-        if file.is_file():
-            with reading(file, "who saved the checkpoint, as JSON"):
-                table = json.loads(file.read_text())
-                added.update(table.get("custom_metadata") or {})
-                handlers += json.dumps(table.get("item_handlers"))
+    file = root / "_CHECKPOINT_METADATA"
+    if not file.is_file():
+        file = root.parent / file.name
+    if file.is_file():
+        with reading(file, "who saved the checkpoint, as JSON"):
+            table = json.loads(file.read_text())
+            added.update(table.get("custom_metadata") or {})
+            handlers = json.dumps(table.get("item_handlers"))
     with reading(root / "_METADATA", "custom_metadata with names"):
         added.update(tree_metadata.get("custom_metadata") or {})
     if (root.parent / "orbax.checkpoint").is_file():
@@ -186,6 +193,29 @@ def read_save(location: Location, tree_metadata: dict[str, Any]) -> Save:
     if ".experimental.v1." in handlers:
         return Save("orbax-v1", "_CHECKPOINT_METADATA names handlers of Orbax v1", added)
     return Save("orbax", "_METADATA lists the arrays, as Orbax v0 writes them", added)
+
+
+# --- names of arrays ----------------------------------------------------------------------------------------
+
+
+def name_of(path: Path) -> str:
+    """Orbax's name of an array: the keys joined by dots."""
+    return ".".join(path)
+
+
+def first_clash(paths: Iterable[Path]) -> tuple[Path, Path] | None:
+    """Two paths of one name: of `a.b` and `a`/`b` only one is on disk, and the other is lost."""
+    taken: dict[str, Path] = {}
+    for path in paths:
+        first = taken.setdefault(name_of(path), path)
+        if first != path:
+            return first, path
+    return None
+
+
+def points_out(name: str) -> bool:
+    """Whether an array of this name would be outside the folder of its checkpoint."""
+    return name.startswith("/") or ".." in name.split("/")
 
 
 # --- opening files -------------------------------------------------------------------------------------------
@@ -200,6 +230,12 @@ def tensorstore(what: str) -> Any:
             raise
         raise MissingDependencyError(what, "orbax-checkpoint", "orbax") from error
     return tensorstore
+
+
+def caches(library: Any, chunk_bytes: int, index_bytes: int) -> Any:
+    """tensorstore's Context that keeps so much of chunks, and of the index of a database."""
+    limits = {"cache_pool": chunk_bytes, "cache_pool#index": index_bytes}
+    return library.Context({pool: {"total_bytes_limit": limit} for pool, limit in limits.items()})
 
 
 @contextmanager
@@ -217,5 +253,6 @@ def first_words(error: Exception) -> str:
     """tensorstore appends its whole specification to a message; the part before it says what happened."""
     text = re.split(r" \[(?:tensorstore_spec|source locations)=?", str(error))[0]
     text = " ".join(text.split())
-    text = text if len(text) <= 400 else text[:400] + " ..."
+    if len(text) > 400:
+        text = text[:400] + " ..."
     return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"

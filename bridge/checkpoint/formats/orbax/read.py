@@ -33,7 +33,18 @@ from bridge._errors import (
     show_path,
 )
 from bridge._types import Path, Shape
-from bridge.checkpoint.formats.orbax.files import Location, locate, read_save, reading, tensorstore
+from bridge.checkpoint.formats.orbax.files import (
+    Location,
+    caches,
+    first_clash,
+    locate,
+    name_of,
+    points_out,
+    read_save,
+    reading,
+    tensorstore,
+)
+from bridge.checkpoint.formats.stored import require_walkable
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
 from bridge.checkpoint.tree.ops import Region
@@ -78,7 +89,7 @@ class CheckpointInfo:
 
 
 def open_orbax(path: str | FilePath, step: int | None = None, item: str | None = None) -> OrbaxSource:
-    """The checkpoint at `path`, v0 or v1, opened to be read leaf by leaf (`files.Source`). No array is read.
+    """The checkpoint at `path`, v0 or v1, opened to be read leaf by leaf (`protocol.Source`). No array is read.
 
     Args:
         path, step, item: as for `read_metadata`.
@@ -163,8 +174,8 @@ def read_train_state(path: str | FilePath, *, step: int | None = None, item: str
         CheckpointNotFoundError, CheckpointCorruptError, MissingDependencyError: as for `read_metadata`.
     """
     stored = open_orbax(path, step=step, item=item)
-    require_linen(stored.detected(), stored.path)
-    return take_apart(stored.read_all(), stored.detected(), stored.path)
+    require_linen(stored.tree.layout, stored.path)
+    return take_apart(stored.read_all(), stored.tree.layout, stored.path)
 
 
 # --- what is stored -----------------------------------------------------------------------------------------
@@ -182,17 +193,18 @@ class _Entry:
     @property
     def name(self) -> str:
         """Orbax's name of the array: the keys joined by dots."""
-        return ".".join(self.path)
+        return name_of(self.path)
 
 
 class OrbaxSource:
-    """One item on disk: its rows, and tensorstore handles to its arrays, opened once. A `files.Source`."""
+    """One item on disk: its rows, and tensorstore handles to its arrays, opened once. A `protocol.Source`."""
 
     def __init__(self, location: Location, metadata: dict[str, Any]):
         self.path, self.step, self.item = location.root, location.step, location.item
         self._table = metadata
         with reading(self.path / "_METADATA", "a table of the arrays, as JSON"):
             self._entries = {entry.path: entry for entry in map(_entry, metadata["tree_metadata"].values())}
+        require_walkable(self.path, self._entries)
         save = read_save(location, metadata)
         self.format, self.reason, self.metadata = save.format, save.reason, save.metadata
         self._check_names()
@@ -226,11 +238,12 @@ class OrbaxSource:
         """
         entry = self._entries.get(path)
         if entry is None or entry.is_empty:
+            close = near_misses(show_path(path), map(show_path, self.tree.leaves))
             raise CheckpointLayoutError(
                 "the checkpoint has no such leaf",
                 self.path,
                 expected=show_path(path),
-                found=", ".join(near_misses(show_path(path), map(show_path, self.tree.leaves))) or "nothing like it",
+                found=", ".join(close) or "nothing like it",
             )
         if entry.typestr == "string":
             return self._value(entry, None)
@@ -309,12 +322,18 @@ class OrbaxSource:
         return tuple(store.shape), str(np.dtype(store.dtype.numpy_dtype))
 
     def _make_tree(self) -> Tree:
-        entries = self._entries.values()
-        return Tree(
-            leaves={entry.path: self._leaf(entry) for entry in entries if not entry.is_empty},
-            empty={e.path: e.typestr if e.typestr in _EMPTY else "None" for e in entries if e.is_empty},
-            sequences=frozenset(e.path[:n] for e in entries for n, is_list in enumerate(e.sequences) if is_list),
-        )
+        leaves: dict[Path, Leaf] = {}
+        empty: dict[Path, str] = {}
+        sequences = set()
+        for path, entry in self._entries.items():
+            if entry.is_empty:
+                empty[path] = entry.typestr if entry.typestr in _EMPTY else "None"
+            else:
+                leaves[path] = self._leaf(entry)
+            for depth, is_list in enumerate(entry.sequences):
+                if is_list:
+                    sequences.add(path[:depth])
+        return Tree(leaves, empty, frozenset(sequences))
 
     def _leaf(self, entry: _Entry) -> Leaf:
         if entry.typestr == "string":
@@ -338,41 +357,39 @@ class OrbaxSource:
     # opening files
 
     def _check_names(self) -> None:
-        """Orbax joins keys with dots: of `a.b` and `a`/`b` only one is on disk, the other is lost."""
-        taken: dict[str, Path] = {}
-        for entry in self._entries.values():
-            if entry.is_empty:
-                continue
-            other = taken.setdefault(entry.name, entry.path)
-            if other != entry.path:
-                raise CheckpointCorruptError(
-                    "two leaves are stored as one",
-                    self.path,
-                    expected="one array for each leaf",
-                    found=f"{show_path(other)} and {show_path(entry.path)} are both stored as {entry.name!r}",
-                )
-            if ".." in entry.name.split("/") or entry.name.startswith("/"):
+        """Each array has a name of its own, inside the folder."""
+        stored = [path for path, entry in self._entries.items() if not entry.is_empty]
+        if clash := first_clash(stored):
+            first, second = map(show_path, clash)
+            raise CheckpointCorruptError(
+                "two leaves are stored as one",
+                self.path,
+                expected="one array for each leaf",
+                found=f"{first} and {second} are both stored as {name_of(clash[0])!r}",
+            )
+        for name in map(name_of, stored):
+            if points_out(name):
                 raise CheckpointCorruptError(
                     "a leaf points out of the checkpoint",
                     self.path,
                     expected="names inside the folder",
-                    found=repr(entry.name),
+                    found=repr(name),
                 )
 
     def _load_strings(self) -> dict[Path, str]:
-        wanted = [entry for entry in self._entries.values() if entry.typestr == "string"]
-        if not wanted:
+        entries = [entry for entry in self._entries.values() if entry.typestr == "string"]
+        if not entries:
             return {}
         file = self.path / "_strings.json"
-        found = {}
-        with reading(file, f"the text of {show_path(wanted[0].path)}"):
+        texts = {}
+        with reading(file, f"the text of {show_path(entries[0].path)}"):
             table = json.loads(file.read_text())
-            for entry in wanted:
+            for entry in entries:
                 value = table
                 for key in entry.name.split("/"):  # Orbax writes the name as a JSON pointer, which `/` splits
                     value = value[key]
-                found[entry.path] = str(value)
-        return found
+                texts[entry.path] = str(value)
+        return texts
 
     def _load_key_impls(self) -> dict[str, str]:
         """Name of the random bit generator of each typed key, by the name of its array."""
@@ -397,7 +414,7 @@ class OrbaxSource:
             )
         # Chunks are not cached: a leaf is read once. The index of a database is, for every leaf looks into it.
         ts = tensorstore("Reading an Orbax checkpoint")
-        context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "cache_pool#index": {"total_bytes_limit": 10**8}})
+        context = caches(ts, chunk_bytes=0, index_bytes=10**8)
         opened = {}
         for entry in arrays:
             with reading(self.path, f"the array {show_path(entry.path)}"):
@@ -444,8 +461,7 @@ class _PartCache:
             if self._context is None or chunk_bytes + _CACHE > self._limit:
                 ts = tensorstore("Reading an Orbax checkpoint")
                 self._limit, self._stores = chunk_bytes + _CACHE, {}
-                pools = {"cache_pool": self._limit, "cache_pool#index": _CACHE}
-                self._context = ts.Context({name: {"total_bytes_limit": size} for name, size in pools.items()})
+                self._context = caches(ts, self._limit, _CACHE)
             if entry.path not in self._stores:
                 self._stores[entry.path] = self._opener(entry, self._context).result()
             return self._stores[entry.path]
@@ -454,9 +470,9 @@ class _PartCache:
 def _region(shape: Shape, region: Region | None) -> Region:
     """One slice an axis of the stored array: `region` may be shorter (random keys have an axis of their own)."""
     given = region or ()
-    return tuple(
-        slice(*(given[n] if n < len(given) else slice(None)).indices(size)[:2]) for n, size in enumerate(shape)
-    )
+    rest = (slice(None),) * (len(shape) - len(given))
+    bounds = [part.indices(size) for part, size in zip((*given, *rest), shape, strict=True)]
+    return tuple(slice(start, stop) for start, stop, _ in bounds)
 
 
 def _nbytes(shape: Iterable[int], store: Any) -> int:

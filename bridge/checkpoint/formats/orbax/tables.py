@@ -21,6 +21,8 @@ import numpy as np
 
 from bridge._errors import CheckpointWriteError, show_path
 from bridge._types import Path, Shape
+from bridge.checkpoint.formats.journal import Record
+from bridge.checkpoint.formats.orbax.files import first_clash, name_of, points_out
 from bridge.checkpoint.tree.tree import Tree
 
 HANDLERS = {
@@ -52,7 +54,7 @@ class Row:
     @property
     def name(self) -> str:
         """Orbax's name of the array: the keys joined by dots."""
-        return ".".join(self.path)
+        return name_of(self.path)
 
 
 def row_of(path: Path, value: Any) -> Row:
@@ -64,20 +66,22 @@ def row_of(path: Path, value: Any) -> Row:
     impl = None
     if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
         impl, value = str(jax.random.key_impl(value)), jax.random.key_data(value)
-    wide = value.dtype.name in _WIDE and not isinstance(value, jax.Array)
+    kind = "jax.Array"
+    if value.dtype.name in _WIDE and not isinstance(value, jax.Array):
+        kind = "np.ndarray"
     shape = tuple(value.shape)
-    return Row(path, "np.ndarray" if wide else "jax.Array", shape, _chunk(shape, value.dtype.itemsize), impl)
+    return Row(path, kind, shape, _chunk(shape, value.dtype.itemsize), impl)
 
 
-def line_of(row: Row) -> str:
+def record_of(row: Row) -> Record:
     """The row as a line of a journal."""
-    return json.dumps(asdict(row))
+    return asdict(row)
 
 
-def row_of_line(line: dict[str, Any]) -> Row:
-    """The row that `line_of` made the line from."""
-    lists = {name: tuple(line.pop(name)) for name in ("path", "shape", "chunk")}
-    return Row(**lists, **line)
+def row_of_record(record: Record) -> Row:
+    """The row that `record_of` made the record from, which may have been JSON meanwhile."""
+    as_tuples = {name: tuple(record[name]) for name in ("path", "shape", "chunk")}
+    return Row(**{**record, **as_tuples})
 
 
 def check_names(path: FilePath, tree: Tree) -> None:
@@ -85,19 +89,18 @@ def check_names(path: FilePath, tree: Tree) -> None:
 
     Raises CheckpointWriteError, which names `path`.
     """
-    taken: dict[str, Path] = {}
+    if clash := first_clash(tree.leaves):
+        first, second = map(show_path, clash)
+        raise CheckpointWriteError(
+            "Orbax cannot tell two leaves apart",
+            path,
+            expected="one name for each leaf, its keys joined by dots",
+            found=f"{first} and {second} are both {name_of(clash[0])!r}",
+            hint="Rename one of them with a rule.",
+        )
     for leaf in tree.leaves:
-        name = ".".join(leaf)
-        first = taken.setdefault(name, leaf)
-        if first != leaf:
-            raise CheckpointWriteError(
-                "Orbax cannot tell two leaves apart",
-                path,
-                expected="one name for each leaf, its keys joined by dots",
-                found=f"{show_path(first)} and {show_path(leaf)} are both {name!r}",
-                hint="Rename one of them with a rule.",
-            )
-        if not name or name.startswith("/") or ".." in name.split("/"):
+        name = name_of(leaf)
+        if not name or points_out(name):
             raise CheckpointWriteError(
                 "Orbax cannot store a leaf of this name",
                 path,
@@ -130,7 +133,9 @@ def save_tables(
         "_CHECKPOINT_METADATA": json.dumps(saved),
         "commit_success.txt": f"Checkpoint commit was successful to {path}",
     }
-    return files | ({"orbax.checkpoint": ""} if version == "v1" else {})
+    if version == "v1":
+        files["orbax.checkpoint"] = ""
+    return files
 
 
 def item_tables(tree: Tree, rows: Sequence[Row], version: str) -> dict[str, str]:
@@ -142,15 +147,22 @@ def item_tables(tree: Tree, rows: Sequence[Row], version: str) -> dict[str, str]
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
-    on_device = [row for row in rows if row.kind == "jax.Array"]
     device = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": str(jax.local_devices()[0])})
+    shardings, arrays, texts = {}, [], {}
+    for row in rows:
+        if row.kind == "jax.Array":
+            shardings[base64.b64encode(row.name.encode()).decode()] = device
+            arrays.append(_array(row))
+        elif row.text is not None:
+            texts[row.name] = row.text
     files = {
         "_METADATA": json.dumps(table),
-        "_sharding": json.dumps({base64.b64encode(row.name.encode()).decode(): device for row in on_device}),
-        "array_metadatas/process_0": json.dumps({"array_metadatas": [*map(_array, on_device)]}),
+        "_sharding": json.dumps(shardings),
+        "array_metadatas/process_0": json.dumps({"array_metadatas": arrays}),
     }
-    texts = {row.name: row.text for row in rows if row.text is not None}
-    return files | ({"_strings.json": json.dumps(_by_pointer(texts))} if texts else {})
+    if texts:
+        files["_strings.json"] = json.dumps(_by_pointer(texts))
+    return files
 
 
 def _entries(tree: Tree, rows: Iterable[Row]) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -165,8 +177,11 @@ def _entries(tree: Tree, rows: Iterable[Row]) -> Iterable[tuple[str, dict[str, A
 
 
 def _keys(tree: Tree, path: Path) -> list[dict[str, Any]]:
-    kinds = (_SEQUENCE if path[:depth] in tree.sequences else _DICT for depth in range(len(path)))
-    return [{"key": key, "key_type": kind} for key, kind in zip(path, kinds, strict=True)]
+    keys = []
+    for depth, key in enumerate(path):
+        kind = _SEQUENCE if path[:depth] in tree.sequences else _DICT
+        keys.append({"key": key, "key_type": kind})
+    return keys
 
 
 def _chunk(shape: Shape, itemsize: int) -> Shape:

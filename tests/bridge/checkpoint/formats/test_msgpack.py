@@ -27,9 +27,9 @@ from bridge._errors import (
 )
 from bridge.checkpoint.formats.msgpack import MsgpackSink
 from bridge.checkpoint.formats.open import open_sink, open_source
-from bridge.checkpoint.formats.sink import pieces
-from bridge.checkpoint.formats.stored import ArrayFile
-from bridge.checkpoint.tree.layout import collection_of
+from bridge.checkpoint.formats.stored import ArrayFile, pieces
+from bridge.checkpoint.tree.layout import Leaf, collection_of
+from bridge.checkpoint.tree.tree import Tree
 from tests.support.checkpoint_files import DTYPES, as_dicts, describe, load, run_limited, save, survives, trees
 from tests.tolerance import assert_trees_equal
 
@@ -449,7 +449,7 @@ def test_what_is_there_is_not_written_over(path):
     with open_sink(path, "msgpack", shape) as sink:
         sink.write(values)
         path.write_bytes(b"mine")
-        with pytest.raises(CheckpointWriteError, match="come to be at the target"):
+        with pytest.raises(CheckpointExistsError, match=r"(?s)the target exists.*a file of 4 bytes"):
             sink.finish({})
     assert path.read_bytes() == b"mine"
 
@@ -482,6 +482,9 @@ def test_what_msgpack_cannot_hold_is_refused(path):
         open_sink(path, "msgpack", describe({"rngs": {"key": jax.random.key(0)}})[0])
     with pytest.raises(CheckpointWriteError, match="keys that are text"):
         open_sink(path, "msgpack", describe({"\ud800": 1})[0])
+    deep = Tree({("k",) * 129: Leaf(("k",) * 129, (), "int8", 1)})
+    with pytest.raises(CheckpointWriteError, match=r"(?s)keys nested at most 128 deep.*k/k/k/k/k/\.\.\., 129 deep"):
+        open_sink(path, "msgpack", deep)
     assert not list(path.parent.iterdir())
     shape, _ = describe({"a": "x"})
     with open_sink(path, "msgpack", shape) as sink, pytest.raises(CheckpointWriteError, match="what msgpack can hold"):
@@ -524,7 +527,7 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path):
 
 
 def test_arrays_that_are_not_contiguous_are_written_in_small_pieces(path, monkeypatch):
-    monkeypatch.setattr("bridge.checkpoint.formats.sink._PIECE_BYTES", 64)
+    monkeypatch.setattr("bridge.checkpoint.formats.stored._PIECE_BYTES", 64)
     tree = {
         "transposed": np.arange(120, dtype="float32").reshape(4, 5, 6).transpose(2, 0, 1),
         "strided": np.arange(99, dtype="int16")[::3],

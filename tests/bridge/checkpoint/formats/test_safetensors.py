@@ -16,7 +16,7 @@ import safetensors.numpy
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bridge._errors import CheckpointCorruptError, CheckpointExistsError, CheckpointWriteError
+from bridge._errors import CheckpointCorruptError, CheckpointExistsError, CheckpointLayoutError, CheckpointWriteError
 from bridge.checkpoint.formats.open import open_sink, open_source
 from bridge.checkpoint.formats.safetensors import open_safetensors
 from tests.support.checkpoint_files import DTYPES, describe, load, run_limited, save, survives, trees
@@ -84,6 +84,13 @@ def test_what_the_package_writes_we_read(tmp_path_factory, dtypes):
         assert source.format == "safetensors"
         assert source.metadata == {"format": "pt"}
         assert_trees_equal({".".join(p): source.read(p) for p in source.tree.leaves}, arrays)
+
+
+def test_metadata_of_another_program_is_kept_whatever_its_names(path):
+    metadata = {"format": "pt", "metadata": "theirs", "paths": "a", "bridge.other": "b"}
+    safetensors.numpy.save_file({"w": np.ones(1)}, path, metadata=metadata)
+    with closing(open_source(path)) as source:
+        assert source.metadata == metadata
 
 
 def test_names_are_split_at_slashes_if_there_are_any_or_where_one_says(path):
@@ -227,6 +234,17 @@ def test_a_hostile_file_is_an_error_that_says_what(path, name):
     path.write_bytes(content)
     with pytest.raises(CheckpointCorruptError, match=f"(?s){text}"):
         open_source(path)
+
+
+def test_a_name_of_more_parts_than_a_tree_can_be_deep(path):
+    for parts in (500, 501, 3000):
+        path.write_bytes(file_of({".".join("k" * parts): row()}, FOUR))
+        if parts == 500:
+            assert_trees_equal(jax.tree.leaves(load(path)), [np.zeros(1, "float32")])
+            continue
+        text = rf"(?s)paths of at most 500 keys.*one of {parts}: k/k/k/k/k/\.\.\."
+        with pytest.raises(CheckpointLayoutError, match=text):
+            open_source(path)
 
 
 def test_a_hostile_file_takes_no_memory(path):

@@ -135,6 +135,7 @@ def test_texts(name):
         (lambda: Transpose(leaf("a"), (0, 0)), r"each axis of \(4, 6\) once\n  found: axes \[0, 0\]"),
         (lambda: Reshape(leaf("a"), (5, -1)), r"a shape of 24 elements"),
         (lambda: Reshape(leaf("a"), (-1, -1)), r"a shape of 24 elements"),
+        (lambda: Reshape(Read(("e",), (0, 3), "float32"), (-1, 0)), r"a shape of 0 elements"),  # any size would do
         (lambda: Cast(leaf("a"), "float33"), r"the name of a number type.*\n  found: 'float33'"),
         (lambda: Cast(Read(("k",), (), "key<fry>"), "uint32"), r"expected: numbers\n  found: key<fry>"),
         (lambda: unstack(Read(("s",), (), "float32"), 0), r"an axis 0 to take apart\n  found: shape \(\)"),

@@ -236,7 +236,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path):
             print(error)
     """)
     text = run_limited(script, tmp_path / "ck")
-    assert f"the checkpoint cannot be written: {tmp_path / 'ck'}" in text
+    assert f"the checkpoint could not be written: {tmp_path / 'ck'}" in text
     assert "File too large" in text
     assert "--resume" in text
     assert not (tmp_path / "ck").exists()
@@ -277,7 +277,7 @@ def test_a_small_disk(tmp_path, capfd):
         pytest.skip("needs the right to mount a small disk")
     capfd.readouterr()
     try:
-        with pytest.raises(CheckpointWriteError, match=r"(?s)cannot be written: .*room for \d+ more.*No space left"):
+        with pytest.raises(CheckpointWriteError, match=r"(?s)could not be written: .*room for \d+ more.*No space left"):
             write(disk / "ck", content(size=400))
         assert not (disk / "ck").exists()
         assert capfd.readouterr() == ("", "")

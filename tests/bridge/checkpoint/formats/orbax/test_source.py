@@ -253,6 +253,16 @@ def test_hostile_save_metadata(content, tmp_path):
         open_orbax(path)
 
 
+def test_a_path_of_more_keys_than_a_tree_can_be_deep(tmp_path):
+    path = save(tmp_path / "ck", {"w": np.ones(1, "float32"), "none": None})
+    table = json.loads((path / "_METADATA").read_text())
+    row = table["tree_metadata"]["('none',)"]
+    row["key_metadata"] = [{"key": "k", "key_type": 2}] * 501
+    (path / "_METADATA").write_text(json.dumps(table))
+    with pytest.raises(CheckpointLayoutError, match=r"(?s)paths of at most 500 keys.*one of 501: k/k/k/k/k/\.\.\."):
+        open_orbax(path)
+
+
 def test_a_hostile_key_generator(tmp_path):
     path = save(tmp_path / "ck", {"key": jax.random.key(0)})
     file = path / "array_metadatas" / "process_0"

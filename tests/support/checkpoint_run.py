@@ -18,8 +18,9 @@ from flax.training.train_state import TrainState
 
 import nnx_core as nnx
 from bridge.checkpoint.tree import layout
+from tests.support.numbers import normal
 
-X = np.random.default_rng(0).normal(size=(8, 5)).astype("float32")
+X = normal(0, 8, 5)
 Y = np.arange(8) % 3
 RULES = """
 [[rule]]

@@ -5,10 +5,11 @@ import jax.extend.core
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import nnx_core as nnx
+from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 KEY, DROPOUT = jax.random.key(0), {"dropout": jax.random.key(1)}
-X = jax.random.normal(jax.random.key(7), (8, 3)) + 1
+X = normal(7, 8, 3) + 1
 
 
 def equal(actual, expected):

@@ -12,8 +12,9 @@ from flax.training.train_state import TrainState
 
 import nnx_core as nnx
 from bridge.checkpoint.rules.apply import Rules
+from tests.support.numbers import normal
 
-X = np.random.default_rng(0).normal(size=(8, 5)).astype("float32")
+X = normal(0, 8, 5)
 Y = np.arange(8) % 3
 NAMES = {"hidden": "first", "norm": "bn", "head": "last"}
 RULES = Rules.from_rename(NAMES)

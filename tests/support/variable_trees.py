@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from hypothesis import strategies as st
 
@@ -19,8 +19,8 @@ NAMES = (
 names = st.sampled_from(NAMES) | st.text(max_size=3)
 
 
-def array(seed: int) -> jax.Array:
-    return jnp.full((seed % 3,), seed, jnp.float32)
+def array(seed: int) -> np.ndarray:
+    return np.full((seed % 3,), seed, "float32")
 
 
 arrays = st.integers(0, 99).map(array)
@@ -48,6 +48,6 @@ def dict_of(tree: Any) -> Any:
         return {key: dict_of(child) for key, child in tree.items()}
     if isinstance(tree, list | tuple):
         return type(tree), [dict_of(x) for x in tree]
-    if tree is None or isinstance(tree, jax.Array):
+    if tree is None or isinstance(tree, np.ndarray | jax.Array):
         return id(tree)
     return jax.tree.structure(tree), [id(x) for x in jax.tree.leaves(tree)]

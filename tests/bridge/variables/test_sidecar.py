@@ -20,8 +20,8 @@ from bridge.variables.sidecar import join_metadata, split_metadata
 from tests.support.variable_trees import dict_of, variables
 from tests.tolerance import assert_trees_equal
 
-X = jnp.ones((2, 3))
-VALUE = jnp.arange(6.0).reshape(2, 3)
+X = np.ones((2, 3), "float32")
+VALUE = np.arange(6, dtype="float32").reshape(2, 3)
 KERNEL = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("in", "out"))
 MESH = Mesh(np.array(jax.devices()[:1]), ("x",))
 

@@ -17,9 +17,12 @@ LIMIT = 1 << 30  # bytes; all of the suite on two Pythons is far below
 
 
 def set_environment(environment: MutableMapping[str, str]) -> None:
-    """Let JAX, here and in child processes, keep what took a while to compile. What the user has set stays."""
+    """Let JAX, here and in child processes, keep all that it compiles. What the user has set stays.
+
+    All: `x + 1` compiles in 40 ms and is read in 6; most of what the suite compiles is not much larger.
+    """
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder(environment)))
-    environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # below, reading takes as long
+    environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     environment.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 

@@ -11,7 +11,7 @@ from bridge.modules._errors import NotReadyError
 from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = normal(1, 4, 3)
+X = jnp.asarray(normal(1, 4, 3))
 LIBRARIES = [(nnx, bridge), (flax_nnx, flax_nnx.bridge)]
 
 

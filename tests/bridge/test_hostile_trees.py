@@ -30,7 +30,7 @@ from bridge.variables.mapping import leaves
 from tests.tolerance import assert_trees_equal
 
 KEY = jax.random.key(0)
-X = np.arange(6, dtype="float32").reshape(2, 3)
+X = jnp.asarray(np.arange(6, dtype="float32").reshape(2, 3))
 
 # ---- Linen modules with any names --------------------------------------------------------------------------
 

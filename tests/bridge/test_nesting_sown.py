@@ -13,7 +13,7 @@ from tests.support.numbers import normal
 from tests.tolerance import assert_trees_equal
 
 KEY = jax.random.key(0)
-X = normal(7, 2, 3)
+X = jnp.asarray(normal(7, 2, 3))
 
 
 class Sower(nn.Module):

@@ -18,7 +18,7 @@ from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 KEY, RNGS = jax.random.key(0), {"dropout": jax.random.key(1)}
-X = normal(7, 6, 3) + 1
+X = jnp.asarray(normal(7, 6, 3) + 1)
 TX = optax.adam(1e-2)
 STATE = ["batch_stats", "cache"]
 KEEP, STEPS = 0.75, 3

@@ -18,7 +18,7 @@ from bridge.variables.mapping import leaves, tree_of
 from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = normal(1, 2, 5, 4)
+X = jnp.asarray(normal(1, 2, 5, 4))
 
 
 class NestedCalls(nn.Module):

@@ -1,4 +1,4 @@
-"""Inputs of tests. Arrays of numpy: a module that is imported computes nothing with JAX yet."""
+"""Inputs of tests, drawn by numpy: `jax.random` would compile a program for each shape while tests are collected."""
 
 import numpy as np
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import nnx_core as nnx
@@ -10,7 +11,7 @@ from tests.tolerance import assert_trees_close, assert_trees_equal
 from tests.twins import unless_same_program
 
 KEY, DROPOUT = jax.random.key(0), {"dropout": jax.random.key(1)}
-X = normal(7, 8, 3) + 1
+X = jnp.asarray(normal(7, 8, 3) + 1)
 
 
 def equal(actual, expected):

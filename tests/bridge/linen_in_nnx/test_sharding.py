@@ -4,6 +4,7 @@ import contextlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -17,7 +18,7 @@ from tests.support.linen_models import KEY, equal
 from tests.tolerance import assert_trees_equal
 
 DEVICES = 8
-WIDE = np.ones((2, 8), "float32")
+WIDE = jnp.asarray(np.ones((2, 8), "float32"))
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs 8 devices")
 
 

@@ -16,8 +16,8 @@ from bridge import ToLinen, ToNNX
 from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = normal(3, 6, 3) + 1
-Y = normal(4, 6, 2)
+X = jnp.asarray(normal(3, 6, 3) + 1)
+Y = jnp.asarray(normal(4, 6, 2))
 
 
 class Head(bridge.Module):

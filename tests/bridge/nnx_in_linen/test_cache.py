@@ -12,7 +12,7 @@ from tests.support.to_linen_models import KEY
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 HEADS, WIDTH, LENGTH = 2, 4, 5
-X = normal(3, 2, LENGTH, WIDTH)
+X = jnp.asarray(normal(3, 2, LENGTH, WIDTH))
 
 
 class Decoder(nnx.Module):

@@ -11,7 +11,7 @@ from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 KEY, DROPOUT = jax.random.key(0), jax.random.key(1)
-X = normal(7, 4, 3)
+X = jnp.asarray(normal(7, 4, 3))
 
 
 def ours(name):

@@ -12,7 +12,7 @@ from tests.support.numbers import normal
 from tests.tolerance import assert_trees_equal
 
 KEY = jax.random.key(0)
-X = normal(7, 4, 3)
+X = jnp.asarray(normal(7, 4, 3))
 
 
 class Linen(nn.Module):

@@ -8,6 +8,7 @@ import contextlib
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -24,7 +25,7 @@ from tests.tolerance import assert_trees_equal
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
 KEY = jax.random.key(0)
-X = np.ones((4, 8), "float32")
+X = jnp.asarray(np.ones((4, 8), "float32"))
 INIT = nn.initializers.ones  # cheap to compile; that numbers are kept is a test of its own
 RULES = (("embed", "data"), ("mlp", "model"), ("pipe", "pipe"))
 LAYERS = {

@@ -72,7 +72,7 @@ class Model(nnx.Module):
         return self.spectral(self.weight(x))
 
 
-X = normal(1, 2, 3, 3)
+X = jnp.asarray(normal(1, 2, 3, 3))
 
 
 @pytest.fixture(scope="module")

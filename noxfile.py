@@ -3,6 +3,7 @@
 nox            every check on the Python at hand
 nox -s tests   the suite on Python 3.11, 3.12 and 3.13, as far as they are installed
 nox -s oldest  the suite on the lowest versions that pyproject.toml allows; `newest` on the highest
+nox -s grids   the suite with the full grids of dtypes, optimizers and pairs, of which it otherwise runs the diagonal
 nox -s models  real Linen networks, from packages that ship some, through the bridge
 nox -s docs    the API reference into build/docs
 """
@@ -61,6 +62,13 @@ def oldest(session):
     """The suite on the lower end of every range."""
     session.install("-e", ".[test]", *lowest())
     session.run(*SUITE, *session.posargs)
+
+
+@nox.session
+def grids(session):
+    """The suite with every combination that `grid` marks: what the diagonal stands for."""
+    session.install("-e", ".[test]")
+    session.run(*SUITE, "--grids", *session.posargs)
 
 
 @nox.session

@@ -2,6 +2,8 @@
 
 Eight CPU devices, so that meshes mean something; matrix products in full float32, so that one tolerance table
 (`tests/tolerance.py`) holds on every platform; no 64-bit; hypothesis draws the same examples in every run.
+What XLA compiled is kept on disk (`tests/support/compile_cache.py`): that saves time and changes no result.
+The suite runs the diagonal of the large grids; `--grids` runs all of them.
 """
 
 import os
@@ -9,15 +11,19 @@ import sys
 
 import pytest
 
+from tests.support import compile_cache
+
 if "jax" in sys.modules:
     raise pytest.UsageError("jax was imported before tests/conftest.py could set its environment")
 
 _DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two workers share one accelerator
+compile_cache.set_environment(os.environ)
 
 import jax  # noqa: E402  the environment above has to come first
 from hypothesis import settings  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_enable_x64", False)
@@ -28,8 +34,35 @@ settings.load_profile("fixed")
 
 
 def pytest_addoption(parser):
-    """`--write-layer-matrix`: write the measured matrix of layers into the migration guide."""
+    """`--grids`: all of the large grids; `--write-layer-matrix`: write the measured matrix into the migration guide."""
+    parser.addoption("--grids", action="store_true", help="run what is marked `grid`, too")
     parser.addoption("--write-layer-matrix", action="store_true", help="write migration_guide/layer_matrix.md")
+
+
+def pytest_configure(config):
+    """Keep the cache small: once a run, not in the workers of pytest-xdist."""
+    if not hasattr(config, "workerinput"):
+        compile_cache.trim_own(os.environ)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without `--grids`, what is marked `grid` is deselected."""
+    if config.getoption("--grids"):
+        return
+    grid = [item for item in items if item.get_closest_marker("grid")]
+    if grid:
+        config.hook.pytest_deselected(items=grid)
+        items[:] = [item for item in items if not item.get_closest_marker("grid")]
+
+
+@pytest.fixture
+def no_compile_cache():
+    """Everything is compiled in this process: for tests that count compilations or look at what was compiled."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once whether there is a cache, and keeps the answer
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -16,7 +16,7 @@ import nnx_core as nnx
 from benchmarks import bridge as benchmark
 from benchmarks import dispatch
 
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_the_command_prints_every_figure_and_writes_json(tmp_path):

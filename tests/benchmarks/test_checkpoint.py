@@ -11,7 +11,7 @@ import pytest
 from benchmarks import checkpoint
 from benchmarks.figures import Figure, busy
 
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks import core
 
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_the_command_writes_every_figure(tmp_path):

@@ -13,7 +13,7 @@ from benchmarks import dispatch, timing
 from benchmarks.timing import Timing, Timings
 from tests.tolerance import assert_trees_close
 
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_all_variants_compute_the_same_losses():

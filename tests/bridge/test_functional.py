@@ -8,9 +8,10 @@ from flax import nnx as flax_nnx
 import bridge
 import nnx_core as nnx
 from bridge.modules._errors import NotReadyError
+from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jax.random.normal(jax.random.key(1), (4, 3))
+X = jnp.asarray(normal(1, 4, 3))
 LIBRARIES = [(nnx, bridge), (flax_nnx, flax_nnx.bridge)]
 
 

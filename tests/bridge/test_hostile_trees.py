@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax.core import FrozenDict, freeze, meta
@@ -29,7 +30,7 @@ from bridge.variables.mapping import leaves
 from tests.tolerance import assert_trees_equal
 
 KEY = jax.random.key(0)
-X = jnp.arange(6.0).reshape(2, 3)
+X = jnp.asarray(np.arange(6, dtype="float32").reshape(2, 3))
 
 # ---- Linen modules with any names --------------------------------------------------------------------------
 

@@ -13,10 +13,11 @@ from bridge.linen_in_nnx.wrapper import ToNNX, lazy_init
 from bridge.nnx_in_linen._errors import UnexpectedVariablesError
 from bridge.nnx_in_linen.host import current_linen_module
 from bridge.nnx_in_linen.wrapper import to_linen, to_linen_class
+from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 KEY, RNGS = jax.random.key(0), {"dropout": jax.random.key(1)}
-X = jax.random.normal(jax.random.key(7), (6, 3)) + 1
+X = jnp.asarray(normal(7, 6, 3) + 1)
 
 
 def equal(actual, expected):

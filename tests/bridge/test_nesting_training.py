@@ -14,10 +14,11 @@ from flax.traverse_util import flatten_dict
 
 import bridge
 import nnx_core as nnx
+from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 KEY, RNGS = jax.random.key(0), {"dropout": jax.random.key(1)}
-X = jax.random.normal(jax.random.key(7), (6, 3)) + 1
+X = jnp.asarray(normal(7, 6, 3) + 1)
 TX = optax.adam(1e-2)
 STATE = ["batch_stats", "cache"]
 KEEP, STEPS = 0.75, 3

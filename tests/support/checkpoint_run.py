@@ -18,9 +18,10 @@ from flax.training.train_state import TrainState
 
 import nnx_core as nnx
 from bridge.checkpoint.tree import layout
+from tests.support.numbers import normal
 
-X = jax.random.normal(jax.random.key(0), (8, 5))
-Y = jnp.arange(8) % 3
+X = normal(0, 8, 5)
+Y = np.arange(8) % 3
 RULES = """
 [[rule]]
 from = "*/dense/**"
@@ -128,6 +129,31 @@ def native_state(steps):
     for _ in range(steps):
         native_step(model, optimizer)
     return {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
+
+
+def continued_in_nnx(leaves, steps):
+    """The run in NNX after so many more steps, from the leaves of a checkpoint: by path, whatever wrote them."""
+    model, optimizer = native(seed=1)
+    for name, node in (("model", model), ("optimizer", optimizer)):
+        for path, variable in nnx.to_flat_state(nnx.state(node)):
+            value = leaves.pop((name, *map(str, path), "value"))
+            variable.set_value(jnp.asarray(value, variable.dtype))
+    assert not leaves
+    for _ in range(steps):
+        native_step(model, optimizer)
+    return flat({"model": nnx.state(model), "optimizer": nnx.state(optimizer)})
+
+
+def continued_in_linen(leaves, steps):
+    """The same in Linen."""
+    state = linen_state(1)
+    expected = flat(state)
+    assert sorted(leaves) == sorted(expected)
+    values = [jnp.asarray(leaves[path], array.dtype) for path, array in expected.items()]
+    state = jax.tree.unflatten(jax.tree.structure(state), values)
+    for _ in range(steps):
+        state = linen_step(state)
+    return flat(state)
 
 
 def flat(tree):

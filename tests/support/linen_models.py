@@ -11,9 +11,10 @@ from flax import linen as nn
 
 import nnx_core as nnx
 from bridge import ToNNX
+from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jax.random.normal(jax.random.key(7), (4, 6))
+X = jnp.asarray(normal(7, 4, 6))
 KEY, DROPOUT = jax.random.key(1), jax.random.key(2)
 
 

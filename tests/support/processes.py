@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def run_processes(module: str, *arguments: object, count: int = 2, devices: int = 4, timeout: float = 240) -> None:

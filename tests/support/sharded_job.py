@@ -9,8 +9,10 @@ import os
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from jax.sharding import AxisType, Mesh
 
 import nnx_core as nnx
@@ -19,6 +21,7 @@ from bridge.checkpoint.loading import load_into
 from bridge.checkpoint.rules.apply import Rules
 from bridge.checkpoint.save import save_as_linen
 from nnx_core import sharding
+from tests.support.training import State
 
 RULES = Rules.from_rename({"hidden": "first", "norm": "bn", "head": "last"})
 MESHES = {"rows": ((2, 4), "in order"), "interleaved": ((8, 1), "interleaved")}
@@ -28,8 +31,24 @@ def make_tx():
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 
 
+class Net(nn.Module):
+    """The model in Linen."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        x = nn.Dense(64, name="hidden")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        return nn.Dense(8, name="head")(nn.relu(x))
+
+
+def linen_state(seed=1):
+    """Its TrainState, as it begins."""
+    variables = Net().init(jax.random.key(seed), jnp.zeros((1, 16)))
+    return State.create(apply_fn=None, tx=make_tx(), **variables)
+
+
 class Sharded(nnx.Module):
-    """The model of tests/bridge/checkpoint/test_processes.py, its kernels over both axes of a mesh."""
+    """The same in NNX, its kernels over both axes of a mesh."""
 
     def __init__(self, rngs):
         def over(*names):
@@ -110,8 +129,6 @@ def main(port, count, index, source, known, target, dies=-1):
 
 def linen_like():
     """The TrainState that the Linen code has, abstract: no boxes, though the kernels have axis names."""
-    from tests.bridge.checkpoint.test_processes import linen_state
-
     return jax.eval_shape(linen_state)
 
 

@@ -2,18 +2,28 @@
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import nnx_core as nnx
+from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
+from tests.twins import unless_same_program
 
 KEY, DROPOUT = jax.random.key(0), {"dropout": jax.random.key(1)}
-X = jax.random.normal(jax.random.key(7), (8, 3)) + 1
+X = jnp.asarray(normal(7, 8, 3) + 1)
 
 
 def equal(actual, expected):
     """Bit for bit on CPU, where both sides compile to the same program."""
     (assert_trees_equal if jax.default_backend() == "cpu" else assert_trees_close)(actual, expected)
+
+
+def equal_programs(ours, theirs, *args):
+    """Both functions give equal results; what lowers to one and the same program is not compiled to see it."""
+    results = unless_same_program(ours, theirs, *args)
+    if results is not None:
+        equal(*results)
 
 
 class Block(nnx.Module):

@@ -64,37 +64,12 @@ def options(to, rules):
 # ---- every format, both directions -------------------------------------------------------------------------
 
 
-def continued_in_nnx(leaves, steps):
-    """The run in NNX after so many more steps, from the leaves of a checkpoint: by path, whatever wrote them."""
-    model, optimizer = run.native(seed=1)
-    for name, node in (("model", model), ("optimizer", optimizer)):
-        for path, variable in nnx.to_flat_state(nnx.state(node)):
-            value = leaves.pop((name, *map(str, path), "value"))
-            variable.set_value(jnp.asarray(value, variable.dtype))
-    assert not leaves
-    for _ in range(steps):
-        run.native_step(model, optimizer)
-    return run.flat({"model": nnx.state(model), "optimizer": nnx.state(optimizer)})
-
-
-def continued_in_linen(leaves, steps):
-    """The same in Linen."""
-    state = run.linen_state(1)
-    expected = run.flat(state)
-    assert sorted(leaves) == sorted(expected)
-    values = [jnp.asarray(leaves[path], array.dtype) for path, array in expected.items()]
-    state = jax.tree.unflatten(jax.tree.structure(state), values)
-    for _ in range(steps):
-        state = run.linen_step(state)
-    return run.flat(state)
-
-
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_linen_in_every_format_resumes_in_nnx(source, target, saved, rules, tmp_path):
     report = convert(saved("nnx", source), tmp_path / "out", target_format=target, **options("nnx", rules))
     assert report.verified
-    found = continued_in_nnx(run.load(tmp_path / "out", target), steps=2)
+    found = run.continued_in_nnx(run.load(tmp_path / "out", target), steps=2)
     assert_trees_equal(found, run.flat(run.native_state(5)))
     assert verify(tmp_path / "out").leaves == report.leaves == len(found)
 
@@ -103,7 +78,7 @@ def test_linen_in_every_format_resumes_in_nnx(source, target, saved, rules, tmp_
 @pytest.mark.parametrize("source", SOURCES)
 def test_nnx_in_every_format_resumes_in_linen(source, target, saved, rules, tmp_path):
     convert(saved("linen", source), tmp_path / "out", target_format=target, **options("linen", rules))
-    found = continued_in_linen(run.load(tmp_path / "out", target), steps=2)
+    found = run.continued_in_linen(run.load(tmp_path / "out", target), steps=2)
     assert_trees_equal(found, run.flat(run.linen_state(5)))
 
 
@@ -239,7 +214,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_resumes(target, saved, rul
     report = convert(source, out, target_format=target, resume=True, verify=False, **arguments)
     assert 0 < report.resumed < report.leaves
     assert report.verified
-    assert_trees_equal(continued_in_nnx(run.load(out, target), 2), run.flat(run.native_state(5)))
+    assert_trees_equal(run.continued_in_nnx(run.load(out, target), 2), run.flat(run.native_state(5)))
     assert [path.name for path in tmp_path.iterdir() if "unfinished" in path.name or "tmp" in path.name] == []
 
 

@@ -1,5 +1,7 @@
 """In memory: variables and States, TrainStates and models; strict, and without a copy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,7 @@ from bridge.checkpoint.plan.places import CollectionClashError
 from bridge.checkpoint.rules.apply import Rule, Rules
 from tests.tolerance import assert_trees_equal
 
-X = jnp.ones((2, 4))
+X = np.ones((2, 4), "float32")
 INIT = nn.initializers.lecun_normal()
 
 
@@ -51,17 +53,22 @@ class State(TrainState):
 
 
 RULES = Rules.from_rename({"out_1": "out/1"})
-VARIABLES = Linen().init(jax.random.key(0), X)
+
+
+@functools.cache
+def linen_variables():
+    """The same arrays each time: some tests ask whether they were copied."""
+    return Linen().init(jax.random.key(0), X)
 
 
 def linen_state(tx, wrap=lambda tree: tree):
-    params = wrap(VARIABLES["params"])
+    params = wrap(linen_variables()["params"])
     ema = jax.tree.map(lambda x: x + 1, params)
     state = State.create(
         apply_fn=None,
         params=params,
         tx=tx,
-        batch_stats=wrap(VARIABLES["batch_stats"]),
+        batch_stats=wrap(linen_variables()["batch_stats"]),
         ema_params=ema,
         dropout_rng=jax.random.key(3),
     )
@@ -87,24 +94,24 @@ def unchanged(before, *objects):
 
 def test_a_state_for_a_model_has_its_types_keys_and_streams():
     model = Native(seed=7)
-    state, report = variables_to_state(VARIABLES, rules=RULES, target=model)
+    state, report = variables_to_state(linen_variables(), rules=RULES, target=model)
     assert isinstance(state["norm"]["mean"], nnx.BatchStat)
-    assert state["out"][1]["kernel"].get_raw_value() is VARIABLES["params"]["out_1"]["kernel"]
+    assert state["out"][1]["kernel"].get_raw_value() is linen_variables()["params"]["out_1"]["kernel"]
     assert state["out"][0]["rngs"]["key"].get_raw_value() is model.out[0].rngs.key.get_raw_value()
     assert state["a"]["kernel"].out_sharding == ("in", "out")
     assert len(report.rows) == 10
     nnx.update(model, state)
-    assert_trees_equal(bridge.variables_of(model, {"out_1": "out/1"})["batch_stats"], VARIABLES["batch_stats"])
-    abstract, _ = variables_to_state(VARIABLES, rules=RULES, target=nnx.state(model, nnx.Not(nnx.RngState)))
-    assert abstract["a"]["bias"].get_raw_value() is VARIABLES["params"]["a"]["bias"]
+    assert_trees_equal(bridge.variables_of(model, {"out_1": "out/1"})["batch_stats"], linen_variables()["batch_stats"])
+    abstract, _ = variables_to_state(linen_variables(), rules=RULES, target=nnx.state(model, nnx.Not(nnx.RngState)))
+    assert abstract["a"]["bias"].get_raw_value() is linen_variables()["params"]["a"]["bias"]
 
 
 def test_a_state_without_a_target():
-    state, _ = variables_to_state(freeze(VARIABLES), rules=RULES)
-    assert state["out"][1]["bias"].get_raw_value() is VARIABLES["params"]["out_1"]["bias"]
+    state, _ = variables_to_state(freeze(linen_variables()), rules=RULES)
+    assert state["out"][1]["bias"].get_raw_value() is linen_variables()["params"]["out_1"]["bias"]
     assert type(state["norm"]["var"]) is nnx.BatchStat
     back, _ = state_to_variables(state, rules=RULES.inverse())
-    assert_trees_equal(back, VARIABLES)
+    assert_trees_equal(back, linen_variables())
     other, _ = variables_to_state({"params": {"07": {"w": 1.0}}, "mine": {"a": jnp.ones(1)}, "empty": {}})
     assert set(other) == {"07", "a"}
     assert type(other["a"]).__name__ == "mine"
@@ -144,21 +151,21 @@ def test_values_in_a_ref_are_read():
 
 def test_axis_names_do_not_stay_where_axes_change():
     flip = Rules([Rule("params/a/kernel", keep=True, transpose=[1, 0])])
-    state, report = variables_to_state(VARIABLES, rules=flip)
+    state, report = variables_to_state(linen_variables(), rules=flip)
     assert state["a"]["kernel"].get_metadata() == {}
     assert any("axis names" in warning and "params/a/kernel" in warning for warning in report.warnings)
-    state, _ = variables_to_state(VARIABLES)
+    state, _ = variables_to_state(linen_variables())
     back, report = state_to_variables(state, rules=flip)
     assert not isinstance(back["params"]["a"]["kernel"], nn.Partitioned)
     assert any("a/kernel/value" in warning for warning in report.warnings)
     cast = Rules([Rule("params/a/kernel", keep=True, cast="bfloat16")])
     assert state_to_variables(state, rules=cast)[0]["params"]["a"]["kernel"].names == ("in", "out")
-    assert variables_to_state(VARIABLES, rules=cast)[0]["a"]["kernel"].out_sharding == ("in", "out")
+    assert variables_to_state(linen_variables(), rules=cast)[0]["a"]["kernel"].out_sharding == ("in", "out")
 
 
 def test_variables_that_do_not_fit_are_one_error():
     with pytest.raises(VariablesMismatchError, match=r"(?s)2 missing, 2 unexpected.*params/out/1/bias.*out_1"):
-        variables_to_state(VARIABLES, target=Native())
+        variables_to_state(linen_variables(), target=Native())
 
 
 # ---- TrainStates ------------------------------------------------------------------------------------------------
@@ -221,7 +228,9 @@ def test_states_change_nothing():
     assert unchanged(before, model, optimizer)
     nnx.update(model, model_state)
     nnx.update(optimizer, optimizer_state)
-    assert_trees_equal(state_to_variables(model, rules=RULES.inverse())[0]["batch_stats"], VARIABLES["batch_stats"])
+    assert_trees_equal(
+        state_to_variables(model, rules=RULES.inverse())[0]["batch_stats"], linen_variables()["batch_stats"]
+    )
     only, none, report = train_state_to_states(linen_state(tx), model, rules=RULES)
     assert none is None
     assert_trees_equal(only, model_state)
@@ -261,7 +270,7 @@ def test_what_does_not_fit_changes_nothing(change, match):
 def test_no_optimizer_state_for_an_optimizer():
     model, optimizer = native(optax.adam(1e-2))
     with pytest.raises(CheckpointLayoutError, match=r"(?s)no optimizer state: dict.*because an optimizer was given"):
-        train_state_to_nnx({"params": VARIABLES["params"]}, model, optimizer, rules=RULES)
+        train_state_to_nnx({"params": linen_variables()["params"]}, model, optimizer, rules=RULES)
 
 
 def test_values_go_where_the_model_is_sharded():

@@ -1,89 +1,27 @@
-"""load_into: checkpoints of either layout into models with values and without, on the shardings that they have."""
-
-import itertools
-import subprocess
-import sys
-from pathlib import Path
+"""load_into: checkpoints of either layout into models with values and without."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 from flax import linen as nn
 from flax import nnx as flax_nnx
 from flax.training.train_state import TrainState
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bridge
 import nnx_core as nnx
-from bridge._errors import CheckpointCorruptError, CheckpointLayoutError, VariablesMismatchError
+from bridge._errors import CheckpointLayoutError
 from bridge.checkpoint.derivation.derive import derive
-from bridge.checkpoint.formats.orbax.read import OrbaxSource
-from bridge.checkpoint.loading import ShardingError, load_into
+from bridge.checkpoint.loading import load_into
 from bridge.checkpoint.rules.apply import Rule, Rules
 from nnx_core import sharding
-from nnx_core._errors import TraceError
-from tests.bridge.checkpoint.test_restore import Native, native_step
-from tests.bridge.checkpoint.test_resume import OPTIMIZERS, RULES, STEPS, linen_state, native
+from tests.support.placed_models import BIAS, KERNEL, Scanned, abstract, assert_untouched, contents, mesh, wide
+from tests.support.training import OPTIMIZERS, RULES, STEPS, Native, linen_state, native, native_step, on_host, saved
 from tests.tolerance import assert_trees_close, assert_trees_equal
-
-ROOT = Path(__file__).parents[3]
-KERNEL = np.arange(16 * 32, dtype="float32").reshape(16, 32)
-BIAS = np.linspace(-1, 1, 32, dtype="float32")
-
-
-def saved(path, tree):
-    with ocp.StandardCheckpointer() as saver:
-        saver.save(path, tree)
-    return path
-
-
-def mesh(shape=(2, 4), order=None):
-    devices = np.array(jax.devices())
-    devices = devices if order is None else devices[order]
-    return Mesh(devices.reshape(shape), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-
-
-def abstract(make, over=None):
-    """What `make` makes, without values, with the shardings of its axis names."""
-    made = nnx.eval_shape(make)
-    if over is None:
-        return made
-    with jax.set_mesh(over):
-        return nnx.as_abstract(made)
-
-
-def contents(*things):
-    """Every raw value by path: arrays, keys and placeholders."""
-    return [{path: v.get_raw_value() for path, v in nnx.to_flat_state(nnx.state(thing))} for thing in things]
-
-
-def assert_untouched(things, before):
-    now = contents(*things)
-    assert [list(x) for x in now] == [list(x) for x in before]
-    assert all(a[path] is b[path] for a, b in zip(now, before, strict=True) for path in a)
-
-
-class Wide(nnx.Module):
-    """One kernel with axis names, and a bias without."""
-
-    def __init__(self, *names, rngs, dtype=None):
-        init = sharding.with_partitioning(nnx.initializers.lecun_normal(), names)
-        self.dense = nnx.Linear(16, 32, kernel_init=init, param_dtype=dtype or jnp.float32, rngs=rngs)
-
-
-def wide(*names, **options):
-    return lambda: Wide(*names, rngs=nnx.Rngs(0), **options)
-
-
-@pytest.fixture
-def dense(tmp_path):
-    return saved(tmp_path / "dense", {"params": {"dense": {"kernel": KERNEL, "bias": BIAS}}})
-
 
 # ---- training goes on --------------------------------------------------------------------------------------------
 
@@ -117,10 +55,6 @@ def test_linen_from_disk_then_nnx_on_a_mesh(tmp_path):
     assert_trees_close(trained_on(path, make, mesh()), linen_variables(linen_state(make(), 2 * STEPS)))
 
 
-def on_host(tree):
-    return jax.tree.map(np.asarray, tree)
-
-
 def test_an_optimizer_with_several_arrays_of_one_param(tmp_path):
     def make():
         return optax.sm3(1e-2)
@@ -136,116 +70,6 @@ def test_an_optimizer_with_several_arrays_of_one_param(tmp_path):
     load_into(again, saved(tmp_path / "nnx", {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}), None)
     load_into(again, tmp_path / "nnx", optimizer=fresh)
     assert_trees_equal(on_host(nnx.to_pure_dict(nnx.state(fresh))), on_host(nnx.to_pure_dict(nnx.state(optimizer))))
-
-
-# ---- where shards go ---------------------------------------------------------------------------------------------
-
-ORDERS = {"in order": None, "interleaved": [0, 4, 1, 5, 2, 6, 3, 7]}
-SPECS = [("data", None), (None, "model"), ("model", "data"), (("data", "model"), None), (None, None), ("data",)]
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """Every array that is read, as (path, bytes)."""
-    found = []
-    read = OrbaxSource.read
-
-    def recorded(self, path, region=None):
-        value = read(self, path, region)
-        found.append((path, np.asarray(value).nbytes))
-        return value
-
-    monkeypatch.setattr(OrbaxSource, "read", recorded)
-    return found
-
-
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-@pytest.mark.parametrize("names", SPECS, ids=str)
-def test_shards(dense, reads, names, order):
-    model = abstract(wide(*names), mesh(order=order))
-    wanted = model.dense.kernel.get_raw_value().sharding
-    load_into(model, dense)
-    kernel = model.dense.kernel.get_raw_value()
-    assert kernel.sharding == wanted
-    assert kernel.committed
-    assert len(kernel.addressable_shards) == 8
-    for shard in kernel.addressable_shards:
-        np.testing.assert_array_equal(np.asarray(shard.data), KERNEL[shard.index])
-    assert model.dense.bias.get_raw_value().sharding.is_fully_replicated
-    np.testing.assert_array_equal(np.asarray(model.dense.bias[...]), BIAS)
-    assert dict(reads) == {("params", "dense", "kernel"): KERNEL.nbytes, ("params", "dense", "bias"): BIAS.nbytes}
-    assert len(reads) == 2
-
-
-def test_some_of_the_devices(dense):
-    half = Mesh(np.array(jax.devices()[:4]), ("data",), axis_types=(AxisType.Auto,))
-    model = wide(None, None)()
-    whole = NamedSharding(half, P("data"))
-    model.dense.kernel.set_raw_value(jax.device_put(jnp.zeros((16, 32)), whole))
-    load_into(model, dense)
-    assert model.dense.kernel.get_raw_value().sharding == whole
-    np.testing.assert_array_equal(np.asarray(model.dense.kernel[...]), KERNEL)
-
-
-def test_a_real_model_keeps_its_places_and_variables(dense):
-    model = wide("data", "model")()
-    over = NamedSharding(mesh(), P("data", "model"))
-    third = jax.devices()[3]
-    model.dense.kernel.set_raw_value(jax.device_put(model.dense.kernel.get_raw_value(), over))
-    model.dense.bias.set_raw_value(jax.device_put(model.dense.bias.get_raw_value(), third))
-    kernel, bias, metadata = model.dense.kernel, model.dense.bias, dict(model.dense.kernel.get_metadata())
-    load_into(model, dense)
-    assert model.dense.kernel is kernel
-    assert model.dense.bias is bias
-    assert kernel.get_metadata() == metadata
-    assert kernel.get_raw_value().sharding == over
-    assert bias.get_raw_value().devices() == {third}
-    np.testing.assert_array_equal(np.asarray(kernel[...]), KERNEL)
-    np.testing.assert_array_equal(np.asarray(bias[...]), BIAS)
-
-
-def test_a_model_that_was_traced_under_a_mesh(dense):
-    over = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-
-    def make():
-        model = wide(None, None)()
-        model.dense.kernel[...] = jax.reshard(model.dense.kernel[...], P("data", "model"))
-        return model
-
-    with jax.set_mesh(over):
-        model = nnx.eval_shape(make)
-        before = contents(model)
-        other = jax.make_mesh((8,), ("other",), axis_types=(AxisType.Explicit,))
-        match = r"(?s)dense/.*expected: a mesh of devices.*jax.set_mesh"
-        with jax.set_mesh(other), pytest.raises(ShardingError, match=match):
-            load_into(model, dense)
-        assert_untouched([model], before)
-        load_into(model, dense)
-    assert model.dense.kernel.get_raw_value().sharding == NamedSharding(over, P("data", "model"))
-    np.testing.assert_array_equal(np.asarray(model.dense.kernel[...]), KERNEL)
-
-
-def test_get_abstract_model(dense):
-    graphdef, state = sharding.get_abstract_model(wide("data", "model"), mesh())
-    model = nnx.merge(graphdef, state)
-    load_into(model, dense)
-    assert model.dense.kernel.get_raw_value().sharding.spec == P("data", "model")
-    np.testing.assert_array_equal(np.asarray(model.dense.kernel[...]), KERNEL)
-
-
-def test_bfloat16(tmp_path):
-    kernel, bias = KERNEL.astype(jnp.bfloat16), BIAS.astype(jnp.bfloat16)
-    path = saved(tmp_path / "half", {"params": {"dense": {"kernel": kernel, "bias": bias}}})
-    model = abstract(wide("data", "model", dtype=jnp.bfloat16), mesh())
-    load_into(model, path)
-    assert model.dense.kernel.get_raw_value().dtype == jnp.bfloat16
-    assert_trees_equal(np.asarray(model.dense.kernel[...]), kernel)
-
-
-def test_a_cast_in_the_rules(dense):
-    model = abstract(wide("data", "model", dtype=jnp.bfloat16), mesh())
-    load_into(model, dense, Rules([Rule("params/dense/*", keep=True, cast="bfloat16")]))
-    assert_trees_equal(np.asarray(model.dense.kernel[...]), KERNEL.astype(jnp.bfloat16))
 
 
 # ---- layers that are laid out otherwise --------------------------------------------------------------------------
@@ -268,12 +92,6 @@ class Layers(nnx.Module):
     def __init__(self, rngs):
         init = sharding.with_partitioning(nnx.initializers.lecun_normal(), ("data", "model"))
         self.layers = nnx.List([nnx.Linear(8, 8, kernel_init=init, rngs=rngs) for _ in range(4)])
-
-
-class Scanned(nnx.Module):
-    def __init__(self, rngs):
-        self.kernel = nnx.Param(jnp.zeros((4, 8, 8)), out_sharding=("model", "data"))
-        self.bias = nnx.Param(jnp.zeros((4, 8)), out_sharding=("model", None))
 
 
 def scanned_state():
@@ -387,8 +205,9 @@ def test_an_abstract_model_needs_a_seed(dense):
     assert not np.array_equal(*(stream(x)[0] for x in (one, other)))
 
 
-@pytest.mark.parametrize("over", [None, mesh()], ids=["one device", "mesh"])
-def test_streams_of_an_nnx_checkpoint(tmp_path, over):
+@pytest.mark.parametrize("make_mesh", [lambda: None, mesh], ids=["one device", "mesh"])
+def test_streams_of_an_nnx_checkpoint(tmp_path, make_mesh):
+    over = make_mesh()
     origin = dropping(11)
     origin.drop(jnp.ones((3,)))
     path = saved(tmp_path / "nnx", nnx.state(origin))
@@ -475,166 +294,3 @@ def test_the_report(tmp_path):
     assert len(report.rows) == 8
     assert report.source_layout == "Linen TrainState"
     assert {row["source"][0] for row in report.dropped} == {"opt_state", "step"}
-
-
-# ---- what does not fit -------------------------------------------------------------------------------------------
-
-
-def refused(error, match, things, path, rules=None, **options):
-    before = contents(*things)
-    with pytest.raises(error, match=match) as caught:
-        load_into(things[0], path, rules, optimizer=things[1] if len(things) > 1 else None, **options)
-    assert_untouched(things, before)
-    return caught.value
-
-
-@pytest.mark.parametrize("over", [None, mesh()], ids=["real", "abstract"])
-def test_everything_that_does_not_fit_is_one_error(tmp_path, reads, over):
-    path = saved(tmp_path / "linen", linen_state(optax.adam(0.1), 1))
-
-    def make():
-        model = Native(width=6, rngs=nnx.Rngs(0))
-        return model, nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
-
-    things = make() if over is None else abstract(make, over)
-    error = refused(VariablesMismatchError, "Nothing was changed", things, path, RULES)
-    assert (("params", "first", "kernel"), (5, 6), (5, 4)) in error.wrong_shape
-    assert any(row[0][:4] == ("opt_state", "0", "mu", "first") for row in error.wrong_shape)
-    rules = Rules.from_rename({"hidden": "first", "norm": "bn", "head": "tail"})
-    error = refused(VariablesMismatchError, "did you mean params/tail/kernel", things, path, rules)
-    assert ("params", "last", "bias") in error.missing
-    assert ("params", "tail", "bias") in error.unexpected
-    assert reads == []
-
-
-def test_a_checkpoint_without_an_optimizer(tmp_path):
-    path = saved(tmp_path / "linen", {"params": linen_state(optax.adam(0.1)).params})
-    model = nnx.Dict(hidden=nnx.Linear(5, 4, rngs=nnx.Rngs(0)), head=nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
-    optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
-    rules = Rules([Rule("params/norm/*", drop=True)])
-    error = refused(VariablesMismatchError, "opt_state/0/count", [model, optimizer], path, rules)
-    assert ("step",) in error.missing
-
-
-@pytest.mark.parametrize("over", [None, mesh()], ids=["real", "abstract"])
-def test_a_damaged_file(dense, over):
-    model = wide("data", None)() if over is None else abstract(wide("data", None), over)
-    for file in (dense / "d").iterdir():
-        file.write_bytes(file.read_bytes()[:-40])
-    for process in dense.glob("ocdbt.process_*/d/*"):
-        process.write_bytes(b"\0" * process.stat().st_size)
-    refused(CheckpointCorruptError, "damaged", [model], dense)
-
-
-def test_an_array_that_is_damaged_is_found_before_anything_is_written(tmp_path, monkeypatch):
-    path = saved(tmp_path / "linen", linen_state(optax.adam(0.1), 1))
-
-    read, count = OrbaxSource.read, itertools.count(1)
-
-    def damaged(self, path, region=None):
-        if next(count) % 9 == 0:
-            raise CheckpointCorruptError("the checkpoint is damaged", path, expected="numbers", found="none")
-        return read(self, path, region)
-
-    monkeypatch.setattr(OrbaxSource, "read", damaged)
-    refused(CheckpointCorruptError, "expected: numbers", native(optax.adam(0.1)), path, RULES)
-    over = abstract(lambda: native(optax.adam(0.1)), mesh())
-    refused(CheckpointCorruptError, "expected: numbers", over, path, RULES)
-
-
-def test_an_axis_that_does_not_divide(tmp_path, reads):
-    path = saved(tmp_path / "odd", {"params": {"kernel": np.zeros((6, 9), "float32")}})
-    model = nnx.Dict(kernel=nnx.Param(jnp.zeros((6, 9)), out_sharding=("data", "model")))
-    model = abstract(lambda: model, mesh())
-    error = refused(
-        ShardingError, r"(?s)^kernel/value cannot be sharded.*expected: shards.*9.*axis names", [model], path
-    )
-    assert error.path == ("kernel", "value")
-    assert reads == []
-
-
-def test_a_placeholder_is_never_left(dense):
-    def make():
-        model = wide(None, None)()
-        model.dense.sow(nnx.Intermediate, "seen", jnp.ones(3))
-        return model
-
-    model = abstract(make)
-    refused(
-        CheckpointLayoutError, r"(?s)no value for a Variable.*expected: a value for dense/seen/value", [model], dense
-    )
-    real = make()
-    load_into(real, dense)
-    np.testing.assert_array_equal(np.asarray(real.dense.kernel[...]), KERNEL)
-
-
-def test_a_model_of_another_trace(dense, reads):
-    model = wide(None, None)()
-
-    @jax.jit
-    def inside():
-        load_into(model, dense)
-
-    before = contents(model)
-    with pytest.raises(TraceError):
-        inside()
-    assert_untouched([model], before)
-    assert reads == []
-
-
-# ---- memory ------------------------------------------------------------------------------------------------------
-
-MEMORY = """
-import os, re, sys
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-import jax, jax.numpy as jnp, nnx_core as nnx
-from jax.sharding import AxisType
-from bridge.checkpoint.loading import load_into
-
-def high_water():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
-
-class Model(nnx.Module):
-    def __init__(self):
-        for index in range(32):
-            setattr(self, f"w{index}", nnx.Param(jnp.zeros((1024, 2048)), out_sharding=("data", "model")))
-
-def model(count):
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    made = nnx.eval_shape(Model)
-    for index in range(count, 32):
-        delattr(made, f"w{index}")
-    with jax.set_mesh(mesh):
-        return nnx.as_abstract(made)
-
-load_into(model(1), sys.argv[1])  # compiles and imports what it needs
-start = high_water()
-whole = model(32)
-load_into(whole, sys.argv[2])
-size = sum(x.get_raw_value().nbytes for _, x in nnx.to_flat_state(nnx.state(whole)))
-print(size, high_water() - start, sum(float(x[...][0, 0]) for _, x in nnx.to_flat_state(nnx.state(whole))))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("format", ["orbax", "safetensors"])
-def test_memory_is_that_of_the_model(tmp_path, format):
-    def make(count):
-        return {f"w{i}": np.full((1024, 2048), i, "float32") for i in range(count)}
-
-    paths = []
-    for count in (1, 32):
-        paths.append(tmp_path / f"{count}{'' if format == 'orbax' else '.safetensors'}")
-        if format == "orbax":
-            saved(paths[-1], {"params": make(count)})
-        else:
-            safetensors.numpy.save_file({f"params/{name}": x for name, x in make(count).items()}, paths[-1])
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, *map(str, paths)], cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    size, peak, total = map(float, done.stdout.split())
-    largest = 1024 * 2048 * 4
-    assert size == 32 * largest
-    assert total == sum(range(32))
-    assert peak < 1.5 * size + largest, f"{peak / 2**20:.0f} MiB for a model of {size / 2**20:.0f} MiB"

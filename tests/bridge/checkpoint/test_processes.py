@@ -8,29 +8,15 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import linen as nn
 
 import nnx_core as nnx
 from bridge.checkpoint.in_memory import train_state_to_nnx
-from tests.bridge.checkpoint.test_restore import State
 from tests.support.processes import run_processes
-from tests.support.sharded_job import MESHES, RULES, make, make_tx
+from tests.support.sharded_job import MESHES, RULES, Net, linen_state, make
+from tests.support.training import saved
 from tests.tolerance import assert_trees_equal
 
 JOB = "tests.support.sharded_job"
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool = True):
-        x = nn.Dense(64, name="hidden")(x)
-        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
-        return nn.Dense(8, name="head")(nn.relu(x))
-
-
-def linen_state(seed=1):
-    variables = Net().init(jax.random.key(seed), jnp.zeros((1, 16)))
-    return State.create(apply_fn=None, tx=make_tx(), **variables)
 
 
 @jax.jit
@@ -52,12 +38,6 @@ def trained():
     for _ in range(3):
         state = linen_step(state)
     return state
-
-
-def saved(path, state):
-    with ocp.StandardCheckpointer() as saver:
-        saver.save(path, state)
-    return path
 
 
 def known_arrays(file, state):

@@ -4,10 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-from flax import linen as nn
-from flax.training.train_state import TrainState
 
 import bridge
 import nnx_core as nnx
@@ -17,65 +14,20 @@ from bridge._errors import (
     CheckpointNotFoundError,
     VariablesMismatchError,
 )
+from tests.support.training import (
+    NAMES,
+    RULES,
+    Native,
+    Net,
+    X,
+    by_rank,
+    is_kernel,
+    linen_state,
+    linen_step,
+    native_step,
+    saved,
+)
 from tests.tolerance import assert_trees_equal
-
-X = jax.random.normal(jax.random.key(0), (8, 5))
-Y = jnp.arange(8) % 3
-NAMES = {"hidden": "first", "norm": "bn", "head": "last"}
-RULES = checkpoint.Rules.from_rename(NAMES)
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool = True):
-        x = nn.Dense(4, name="hidden")(x)
-        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
-        return nn.Dense(3, name="head")(nn.relu(x))
-
-
-class Native(nnx.Module):
-    def __init__(self, width=4, *, rngs):
-        self.first = nnx.Linear(5, width, rngs=rngs)
-        self.bn = nnx.BatchNorm(width, rngs=rngs)
-        self.last = nnx.Linear(width, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.last(nnx.relu(self.bn(self.first(x))))
-
-
-class State(TrainState):
-    batch_stats: dict
-
-
-def loss_of(logits):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean()
-
-
-@jax.jit
-def linen_step(state):
-    def loss_fn(params):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updated = Net().apply(variables, X, mutable=["batch_stats"])
-        return loss_of(logits), updated
-
-    (loss, updated), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    return state.apply_gradients(grads=grads, **updated), loss
-
-
-@nnx.jit
-def native_step(model, optimizer):
-    loss, grads = nnx.value_and_grad(lambda model: loss_of(model(X)))(model)
-    optimizer.update(model, grads)
-    return loss
-
-
-def is_kernel(params):
-    return jax.tree.map(lambda x: x.ndim > 1, params)
-
-
-def by_rank(params):
-    return jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", params)
-
 
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-2),
@@ -90,20 +42,6 @@ OPTIMIZERS = {
 }
 
 
-def train(tx, steps):
-    variables = Net().init(jax.random.key(1), X)
-    state = State.create(apply_fn=Net().apply, params=variables["params"], tx=tx, batch_stats=variables["batch_stats"])
-    for _ in range(steps):
-        state, _ = linen_step(state)
-    return state
-
-
-def save(state, path):
-    with ocp.StandardCheckpointer() as saver:
-        saver.save(path, state)
-    return path
-
-
 def fingerprint(*objects):
     return [np.asarray(x) for x in jax.tree.leaves(nnx.to_pure_dict(nnx.state(objects, nnx.Not(nnx.RngState))))]
 
@@ -111,8 +49,8 @@ def fingerprint(*objects):
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_training_goes_on_to_the_last_bit(make, tmp_path):
     tx = make()
-    state = train(tx, 3)
-    save(state, tmp_path / "ckpt")
+    state = linen_state(tx, 3)
+    saved(tmp_path / "ckpt", state)
     model = Native(rngs=nnx.Rngs(9))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     report = checkpoint.load_into(model, tmp_path / "ckpt", RULES, optimizer=optimizer)
@@ -126,8 +64,8 @@ def test_training_goes_on_to_the_last_bit(make, tmp_path):
 
 
 def test_into_a_wrapped_model(tmp_path):
-    state = train(optax.adam(1e-2), 2)
-    save(state, tmp_path / "ckpt")
+    state = linen_state(optax.adam(1e-2), 2)
+    saved(tmp_path / "ckpt", state)
     model = bridge.ToNNX(Net(), rngs=nnx.Rngs(0)).lazy_init(X)
     report = checkpoint.load_into(model, tmp_path / "ckpt")
     assert {row["source"][0] for row in report.dropped} == {"opt_state", "step"}
@@ -136,8 +74,8 @@ def test_into_a_wrapped_model(tmp_path):
 
 def test_a_wrapped_model_trains_on_with_its_optimizer(tmp_path):
     tx = optax.adamw(1e-2)
-    state = train(tx, 3)
-    save(state, tmp_path / "ckpt")
+    state = linen_state(tx, 3)
+    saved(tmp_path / "ckpt", state)
     model = bridge.ToNNX(Net(), rngs=nnx.Rngs(0)).lazy_init(X)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     checkpoint.load_into(model, tmp_path / "ckpt", optimizer=optimizer)
@@ -147,7 +85,7 @@ def test_a_wrapped_model_trains_on_with_its_optimizer(tmp_path):
 
 
 def test_variables_keep_their_identity(tmp_path):
-    save(train(optax.adam(1e-2), 1), tmp_path / "ckpt")
+    saved(tmp_path / "ckpt", linen_state(optax.adam(1e-2), 1))
     model = Native(rngs=nnx.Rngs(0))
     model.tied = model.first
     kernel = model.first.kernel
@@ -160,8 +98,8 @@ def test_variables_keep_their_identity(tmp_path):
 
 
 @pytest.fixture
-def saved(tmp_path):
-    return save(train(optax.adam(1e-2), 1), tmp_path / "ckpt")
+def trained(tmp_path):
+    return saved(tmp_path / "ckpt", linen_state(optax.adam(1e-2), 1))
 
 
 def files(path):
@@ -182,53 +120,52 @@ def pair(width=4, tx=None):
     return model, nnx.Optimizer(model, tx or optax.adam(1e-2), wrt=nnx.Param)
 
 
-def test_a_checkpoint_of_another_model(saved):
+def test_a_checkpoint_of_another_model(trained):
     class Other(nnx.Module):
         def __init__(self):
             self.only = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
 
     model = Other()
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
-    refused(saved, model, optimizer, VariablesMismatchError, r"(?s)missing.*only/kernel.*unexpected.*first/kernel")
+    refused(trained, model, optimizer, VariablesMismatchError, r"(?s)missing.*only/kernel.*unexpected.*first/kernel")
 
 
 def test_a_missing_checkpoint(tmp_path):
     refused(tmp_path / "nothing", *pair(), CheckpointNotFoundError, r"(?s)nothing.*expected.*found")
 
 
-def test_a_wrong_shape(saved):
+def test_a_wrong_shape(trained):
     refused(
-        saved, *pair(width=6), VariablesMismatchError, r"(?s)wrong shape.*kernel: expected \(5, 6\), found \(5, 4\)"
+        trained, *pair(width=6), VariablesMismatchError, r"(?s)wrong shape.*kernel: expected \(5, 6\), found \(5, 4\)"
     )
     model, _ = pair(width=6)
     with pytest.raises(VariablesMismatchError, match=r"params/first/kernel: expected \(5, 6\), found \(5, 4\)"):
-        checkpoint.load_into(model, saved, RULES)
+        checkpoint.load_into(model, trained, RULES)
 
 
-def test_another_optimizer(saved):
+def test_another_optimizer(trained):
     match = r"(?s)missing.*opt_state/0/trace/.*unexpected.*opt_state/0/mu/"
-    assert refused(saved, *pair(tx=optax.sgd(1e-2, 0.9)), VariablesMismatchError, match) == []
+    assert refused(trained, *pair(tx=optax.sgd(1e-2, 0.9)), VariablesMismatchError, match) == []
 
 
-def test_a_wrong_dtype(saved):
+def test_a_wrong_dtype(trained):
     model, optimizer = pair()
     model.last.bias[...] = model.last.bias.astype(jnp.bfloat16)
-    refused(saved, model, optimizer, VariablesMismatchError, r"params/last/bias: expected bfloat16, found float32")
+    refused(trained, model, optimizer, VariablesMismatchError, r"params/last/bias: expected bfloat16, found float32")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete"])
-def test_a_truncated_checkpoint(saved, damage):
-    data = max((p for p in (saved / "d").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+def test_a_truncated_checkpoint(trained, damage):
+    data = max((p for p in (trained / "d").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     if damage == "delete":
         data.unlink()
     else:
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    refused(saved, *pair(), CheckpointCorruptError, r"(?s)ckpt.*expected.*found")
+    refused(trained, *pair(), CheckpointCorruptError, r"(?s)ckpt.*expected.*found")
 
 
 def test_no_optimizer_state_in_the_checkpoint(tmp_path):
-    with ocp.StandardCheckpointer() as saver:
-        saver.save(tmp_path / "ckpt", Net().init(jax.random.key(1), X))
+    saved(tmp_path / "ckpt", Net().init(jax.random.key(1), X))
     [note] = refused(tmp_path / "ckpt", *pair(), VariablesMismatchError, r"(?s)missing.*opt_state/0/mu/")
     assert "leave the optimizer out" in note
     model, _ = pair()

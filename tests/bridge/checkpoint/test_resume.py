@@ -9,50 +9,23 @@ from flax.core import freeze
 import bridge
 import nnx_core as nnx
 from bridge.checkpoint.in_memory import nnx_to_train_state, train_state_to_nnx, variables_to_state
-from bridge.checkpoint.rules.apply import Rules
-from tests.bridge.checkpoint.test_restore import (
+from tests.support.training import (
     NAMES,
-    Native,
+    OPTIMIZERS,
+    RULES,
+    STEPS,
     Net,
     State,
     X,
-    by_rank,
     is_kernel,
+    linen_state,
     linen_step,
+    native,
     native_step,
 )
 from tests.tolerance import assert_trees_equal
 
-STEPS = 3
-RULES = Rules.from_rename(NAMES)
-OPTIMIZERS = {
-    "adamw chain": lambda: optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 10))
-    ),
-    "masked": lambda: optax.adamw(1e-2, mask=is_kernel),
-    "masked, inner": lambda: optax.masked(optax.adam(1e-2), is_kernel),
-    "multi_transform": lambda: optax.multi_transform(
-        {"matrix": optax.adam(1e-2), "vector": optax.sgd(1e-2, 0.9)}, by_rank
-    ),
-    "sgd, without a state": lambda: optax.sgd(1e-2),
-    "MultiSteps": lambda: optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(),
-}
 each_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-
-
-def linen_state(tx, steps=0, wrap=lambda tree: tree):
-    variables = Net().init(jax.random.key(1), X)
-    state = State.create(
-        apply_fn=Net().apply, params=wrap(variables["params"]), tx=tx, batch_stats=wrap(variables["batch_stats"])
-    )
-    for _ in range(steps):
-        state, _ = linen_step(state)
-    return state
-
-
-def native(tx, seed=9):
-    model = Native(rngs=nnx.Rngs(seed))
-    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
 @each_optimizer

@@ -1,5 +1,7 @@
 """There and back is the identity, to the bit: layers, optimizers, boxes, stacks, trees that hypothesis draws."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +21,9 @@ from bridge.checkpoint.plan.plan import make_plan
 from bridge.checkpoint.rules.apply import Rules
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.from_objects import of_object
-from tests.bridge.checkpoint.tree.test_opt_state import OPTIMIZERS, each_optimizer, each_renameable, filled, make_params
 from tests.layers import LAYERS
 from tests.support.checkpoint_trees import clean, converted, on_disk, row_rules, same_objects
+from tests.support.optimizers import OPTIMIZERS, RENAMEABLE, filled, make_params, random_bits
 from tests.tolerance import assert_trees_equal
 
 # The params of `make_params` in a model of NNX, and its optimizer, which is the oracle for NNX's layout.
@@ -47,66 +49,78 @@ class Model(nnx.Module):
         self.norm.mean = nnx.BatchStat(jnp.zeros(4))
 
 
-def train_state_tree(name):
-    _, params, state = filled(name)
-    stats = {"Norm_0": {"mean": jnp.arange(4.0)}}
-    return on_disk({"step": jnp.int32(3), "params": params, "opt_state": state, "batch_stats": stats})
-
-
 def forms(tree):
     live = of_object(tree)
     return {path: (leaf.shape, leaf.dtype) for path, leaf in live.tree.leaves.items()}, dict(live.tree.empty)
 
 
-@each_optimizer
-def test_linen_nnx_linen_nnx(name):
-    tree = train_state_tree(name)
-    there, plan, metadata = converted(tree, "nnx")
-    back, plan_back, metadata_back = converted(there, "linen", metadata=metadata)
-    assert_trees_equal(back, tree)
+class Run:
+    """A training state in Linen with this optimizer, and the NNX checkpoint that it becomes."""
+
+    def __init__(self, name):
+        self.tx, params, opt_state = filled(name)
+        self.live = {"step": jnp.int32(3), "params": params, "opt_state": opt_state}
+        self.tree = on_disk({**self.live, "batch_stats": {"Norm_0": {"mean": np.arange(4, dtype="float32")}}})
+        self.there, self.plan, self.metadata = converted(self.tree, "nnx")
+
+
+@pytest.mark.parametrize("name", RENAMEABLE)
+def test_every_optimizer_there_and_back(name):
+    """Five laws on one state."""
+    run = Run(name)
+    there_and_back_is_the_same_tree(run)
+    tx_tells_what_an_nnx_checkpoint_does_not(run)
+    what_flax_serialization_writes_is_the_same_state(run)
+    model = Model()
+    optimizer = nnx.Optimizer(model, run.tx, wrt=nnx.Param)
+    the_nnx_layout_is_that_of_an_nnx_optimizer(run, model, optimizer)
+    nnx_linen_nnx_is_the_same_tree(run, model, optimizer)
+
+
+def test_an_optimizer_of_one_flat_vector_there_and_back():
+    """Without renames: the vector's order is that of the names."""
+    run = Run("flatten")
+    there_and_back_is_the_same_tree(run)
+    tx_tells_what_an_nnx_checkpoint_does_not(run)
+    what_flax_serialization_writes_is_the_same_state(run)
+
+
+def there_and_back_is_the_same_tree(run):
+    back, plan_back, metadata_back = converted(run.there, "linen", metadata=run.metadata)
+    assert_trees_equal(back, run.tree)
     again, _, _ = converted(back, "nnx", metadata=metadata_back)
-    assert_trees_equal(again, there)
-    assert clean(plan)
+    assert_trees_equal(again, run.there)
+    assert clean(run.plan)
     assert clean(plan_back)
 
 
-@each_optimizer
-def test_tx_tells_what_an_nnx_checkpoint_does_not(name):
-    tree = train_state_tree(name)
-    there, _, metadata = converted(tree, "nnx")
+def tx_tells_what_an_nnx_checkpoint_does_not(run):
+    metadata = copy.deepcopy(run.metadata)
     del metadata["linen_nnx_bridge"]["linen"]
-    back, plan, _ = converted(there, "linen", metadata=metadata, tx=OPTIMIZERS[name]())
-    assert_trees_equal(back, tree)
+    back, plan, _ = converted(run.there, "linen", metadata=metadata, tx=run.tx)
+    assert_trees_equal(back, run.tree)
     assert clean(plan)
 
 
-@each_renameable
-def test_the_nnx_layout_is_that_of_an_nnx_optimizer(name):
+def the_nnx_layout_is_that_of_an_nnx_optimizer(run, model, optimizer):
     """The oracle: leaves, dtypes and masked params of `nnx.state(optimizer)` for a model of these names."""
-    model = Model()
-    oracle = {
-        "model": nnx.state(model),
-        "optimizer": nnx.state(nnx.Optimizer(model, OPTIMIZERS[name](), wrt=nnx.Param)),
-    }
-    there, _, _ = converted(train_state_tree(name), "nnx", rules=Rules.from_rename(NAMES))
+    oracle = {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
+    there, _, _ = converted(run.tree, "nnx", rules=Rules.from_rename(NAMES))
     assert forms(there) == forms(oracle)
-    make_plan(of_object(train_state_tree(name)).tree, to="nnx", rules=Rules.from_rename(NAMES), target=oracle)
+    make_plan(of_object(run.tree).tree, to="nnx", rules=Rules.from_rename(NAMES), target=oracle)
 
 
-@each_renameable
-def test_nnx_linen_nnx(name):
-    model = Model()
-    optimizer = nnx.Optimizer(model, OPTIMIZERS[name](), wrt=nnx.Param)
+def nnx_linen_nnx_is_the_same_tree(run, model, optimizer):
     live = of_object({"model": model, "optimizer": optimizer})
     draw = np.random.default_rng(0)
     values = {path: random_bits(draw, x) for path, x in live.values.items()}
     tree = layout.nest({**values, **dict.fromkeys(live.tree.empty)})
     rules = Rules.from_rename(NAMES)
-    there, plan, metadata = converted(tree, "linen", rules=rules.inverse(), known=live.known, tx=OPTIMIZERS[name]())
+    there, plan, metadata = converted(tree, "linen", rules=rules.inverse(), known=live.known, tx=run.tx)
     template = {
         "step": jnp.int32(0),
         "params": make_params(),
-        "opt_state": jax.eval_shape(OPTIMIZERS[name]().init, make_params()),
+        "opt_state": jax.eval_shape(run.tx.init, make_params()),
         "batch_stats": {"Norm_0": {"mean": jnp.zeros(4)}},
     }
     assert forms(there) == forms(template)
@@ -115,25 +129,15 @@ def test_nnx_linen_nnx(name):
     assert not plan.lost
 
 
-def random_bits(draw, leaf):
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.key(5)
-    raw = draw.integers(0, 2 if leaf.dtype == bool else 256, leaf.size * leaf.dtype.itemsize, dtype=np.uint8)
-    return raw.view(leaf.dtype).reshape(leaf.shape)
-
-
-@each_optimizer
-def test_what_flax_serialization_writes_is_the_same_state(name):
+def what_flax_serialization_writes_is_the_same_state(run):
     """msgpack has digits for lists and {} for None: the same NNX tree, and back for either format."""
-    tx, params, state = filled(name)
-    live = {"step": jnp.int32(3), "params": params, "opt_state": state}
-    msgpack = serialization.to_state_dict(live)
+    msgpack = serialization.to_state_dict(run.live)
     there, _, metadata = converted(msgpack, "nnx")
-    assert_trees_equal(there, converted(on_disk(live), "nnx")[0])
+    assert_trees_equal(there, converted(on_disk(run.live), "nnx")[0])
     back, _, _ = converted(there, "linen", metadata=metadata, empty="Dict")
-    assert_trees_equal(serialization.from_state_dict(live, without_lists(back)), live)
+    assert_trees_equal(serialization.from_state_dict(run.live, without_lists(back)), run.live)
     assert_trees_equal(without_lists(back), msgpack)
-    assert_trees_equal(converted(there, "linen", metadata=metadata, tx=tx, empty="None")[0], on_disk(live))
+    assert_trees_equal(converted(there, "linen", metadata=metadata, tx=run.tx, empty="None")[0], on_disk(run.live))
 
 
 def without_lists(tree):
@@ -151,8 +155,9 @@ def nested(flat):
 
 @pytest.mark.parametrize("row", LAYERS, ids=lambda row: row.name)
 def test_every_layer_there_and_back(row):
-    variables, rules = nested(row.variables()), row_rules(row)
-    model = row.make(nnx, nnx.Rngs(0))
+    values, rules = row.variables(), row_rules(row)
+    variables = nested(values)
+    model = row.module(jax.tree.map(np.zeros_like, values))  # its values show if they are taken for the variables'
     state, report = variables_to_state(variables, rules=rules, target=model)
     back, report_back = state_to_variables(state, rules=rules.inverse())
     assert_trees_equal(back, variables)
@@ -162,11 +167,12 @@ def test_every_layer_there_and_back(row):
     assert not [row for row in report.dropped if not row["asked"]]
 
 
-@pytest.mark.parametrize("row", LAYERS, ids=lambda row: row.name)
+WITH_PARAMS = [row for row in LAYERS if row.params]  # all but Dropout
+
+
+@pytest.mark.parametrize("row", WITH_PARAMS, ids=lambda row: row.name)
 def test_every_layer_with_its_optimizer_there_and_back(row):
     variables, rules = nested(row.variables()), row_rules(row)
-    if "params" not in variables:
-        return
     draw = np.random.default_rng(0)
     params, rest = variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
     opt_state = jax.tree.map(lambda x: random_bits(draw, x), jax.eval_shape(optax.adamw(0.1).init, params))

@@ -30,9 +30,18 @@ from bridge.checkpoint.loading import load_into
 from bridge.checkpoint.rules.apply import Rule, Rules
 from bridge.checkpoint.rules.rule import RulesError
 from bridge.checkpoint.save import save_as_linen
-from tests.bridge.checkpoint.test_loading import Scanned, mesh, on_host, saved
-from tests.bridge.checkpoint.test_restore import native_step
-from tests.bridge.checkpoint.test_resume import OPTIMIZERS, RULES, STEPS, linen_state, linen_step, native
+from tests.support.placed_models import Scanned, mesh
+from tests.support.training import (
+    OPTIMIZERS,
+    RULES,
+    STEPS,
+    linen_state,
+    linen_step,
+    native,
+    native_step,
+    on_host,
+    saved,
+)
 from tests.tolerance import assert_trees_equal
 
 

@@ -18,10 +18,11 @@ from tests.support.checkpoint_fakes import MemorySource, leaf_of
 # ---- hashes ------------------------------------------------------------------------------------------------
 
 
-@given(arrays.arrays(arrays.scalar_dtypes(), arrays.array_shapes(min_dims=0, min_side=0), fill=st.nothing()))
+HASHED = arrays.scalar_dtypes().filter(lambda dtype: dtype.kind not in "Mm")  # no checkpoint holds dates
+
+
+@given(arrays.arrays(HASHED, arrays.array_shapes(min_dims=0, min_side=0), fill=st.nothing()))
 def test_a_hash_is_that_of_the_bytes_whatever_the_strides(array):
-    if array.dtype.kind in "Mm":
-        return
     little = array.astype(array.dtype.newbyteorder("<"))
     expected = hashlib.sha256(f"{little.dtype.name}{list(array.shape)}".encode() + little.tobytes()).hexdigest()
     assert leaf_hash(array) == expected

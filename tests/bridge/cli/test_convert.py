@@ -18,7 +18,6 @@ from bridge.checkpoint.formats.open import FORMATS, SINK_FORMATS
 from bridge.checkpoint.formats.orbax.read import OrbaxSource
 from bridge.checkpoint.tree.layout import Kind
 from bridge.cli.convert import LayoutName, SourceFormat, TargetFormat
-from tests.bridge.checkpoint.test_conversion import continued_in_linen, continued_in_nnx
 from tests.support import checkpoint_run
 from tests.tolerance import assert_trees_equal
 
@@ -100,7 +99,7 @@ def test_a_conversion_says_what_it_found_and_did(linen, rules, tmp_path, run):
     assert f"target: {tmp_path / 'out'} (orbax, NNX model and optimizer)" in out
     assert "23 leaves" in out
     assert f"written and verified: {tmp_path / 'out'} in " in out
-    found = continued_in_nnx(checkpoint_run.load(tmp_path / "out", "orbax"), 2)
+    found = checkpoint_run.continued_in_nnx(checkpoint_run.load(tmp_path / "out", "orbax"), 2)
     assert_trees_equal(found, checkpoint_run.flat(checkpoint_run.native_state(5)))
 
 
@@ -108,7 +107,7 @@ def test_rules_are_derived_from_both_models(linen, tmp_path, run):
     words = ("--linen", f"{HERE}:Net", "--nnx", f"{HERE}:Native", "--input", "8,5:float32")
     code, _, err = run("convert", linen, tmp_path / "out", "--to", "nnx", *words)
     assert (code, err) == (0, "")
-    found = continued_in_nnx(checkpoint_run.load(tmp_path / "out", "orbax"), 2)
+    found = checkpoint_run.continued_in_nnx(checkpoint_run.load(tmp_path / "out", "orbax"), 2)
     assert_trees_equal(found, checkpoint_run.flat(checkpoint_run.native_state(5)))
 
 
@@ -121,7 +120,7 @@ def test_derived_rules_are_kept_and_serve_both_ways(linen, tmp_path, run):
     assert "--save-rules" in out
     back = ("convert", tmp_path / "there", tmp_path / "back", "--to", "linen", "--rules", file, "--inverse", "--quiet")
     assert run(*back) == (0, "", "")
-    found = continued_in_linen(checkpoint_run.load(tmp_path / "back", "orbax"), 2)
+    found = checkpoint_run.continued_in_linen(checkpoint_run.load(tmp_path / "back", "orbax"), 2)
     assert_trees_equal(found, checkpoint_run.flat(checkpoint_run.linen_state(5)))
     assert run("convert", linen, tmp_path / "more", "--to", "nnx", *words, "--save-rules", file)[0] == 2  # is there
 
@@ -137,7 +136,7 @@ def test_rules_are_derived_for_the_way_back_too(ours, tmp_path, run):
     words = ("--linen", f"{HERE}:Net", "--nnx", f"{HERE}:Native", "--input", "8,5", "--tx", f"{HERE}:adamw")
     code, _, err = run("convert", ours, tmp_path / "out", "--to", "linen", *words)
     assert (code, err) == (0, "")
-    found = continued_in_linen(checkpoint_run.load(tmp_path / "out", "orbax"), 2)
+    found = checkpoint_run.continued_in_linen(checkpoint_run.load(tmp_path / "out", "orbax"), 2)
     assert_trees_equal(found, checkpoint_run.flat(checkpoint_run.linen_state(5)))
 
 
@@ -168,7 +167,7 @@ def test_the_result_must_fit_the_nnx_module(linen, rules, tmp_path, run):
     assert "params/first/kernel: expected (5, 9), found (5, 4)" in err
     assert "opt_state/1/0/mu/first/bias: expected (9,), found (4,)" in err
     assert run(*words, "--nnx", f"{HERE}:Native", "--quiet")[0] == 0
-    found = continued_in_nnx(checkpoint_run.load(tmp_path / "out", "orbax"), 2)
+    found = checkpoint_run.continued_in_nnx(checkpoint_run.load(tmp_path / "out", "orbax"), 2)
     assert_trees_equal(found, checkpoint_run.flat(checkpoint_run.native_state(5)))
 
 

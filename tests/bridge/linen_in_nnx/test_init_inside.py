@@ -11,9 +11,10 @@ from bridge import ToNNX, variables_of
 from bridge._errors import UnboundModuleError
 from bridge.linen_in_nnx._errors import UnknownValueError
 from tests.support.linen_models import KEY
+from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jax.random.normal(jax.random.key(7), (4, 3)) + 1
+X = jnp.asarray(normal(7, 4, 3) + 1)
 SPEC = jax.ShapeDtypeStruct(X.shape, X.dtype)
 DROPOUT = jax.random.key(11)
 LAYERS = {nn.PARTITION_NAME: "layers"}

@@ -31,7 +31,7 @@ def linen(variables, x=X):
     return Block().apply(variables, x, train=False)
 
 
-XS = jnp.stack([X, X + 1])
+XS = jnp.asarray(np.stack([X, X + 1]))
 PLAIN = {
     "jit": (lambda m: jax.jit(call)(m, X), lambda v: jax.jit(linen)(v, X)),
     "vmap over inputs": (
@@ -99,7 +99,7 @@ class Sows(nn.Module):
         return nn.Dense(3)(x)
 
 
-TOKEN = jnp.ones((4, 1, 6))
+TOKEN = jnp.asarray(np.ones((4, 1, 6), "float32"))
 LOSES = {
     "statistics": (lambda: ToNNX(Block(), nnx.Rngs(0)).lazy_init(X), X, {}, r"BatchStat.* at ToNNX\.BatchNorm_0.*mean"),
     "a count of keys": (lambda: ToNNX(nn.Dropout(0.5, deterministic=False), nnx.Rngs(dropout=0)), X, {}, "RngCount"),

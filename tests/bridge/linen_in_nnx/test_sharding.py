@@ -18,7 +18,7 @@ from tests.support.linen_models import KEY, equal
 from tests.tolerance import assert_trees_equal
 
 DEVICES = 8
-WIDE = jnp.ones((2, 8))
+WIDE = jnp.asarray(np.ones((2, 8), "float32"))
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs 8 devices")
 
 

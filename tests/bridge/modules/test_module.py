@@ -11,9 +11,10 @@ from flax.core import freeze
 import bridge
 import nnx_core as nnx
 from bridge.modules._errors import NameTwiceError
+from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jax.random.normal(jax.random.key(3), (4, 3))
+X = jnp.asarray(normal(3, 4, 3))
 LIBRARIES = [(nnx, bridge), (flax_nnx, flax_nnx.bridge)]
 
 

@@ -13,10 +13,11 @@ from flax import linen as nn
 import bridge
 import nnx_core as nnx
 from bridge import ToLinen, ToNNX
+from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jax.random.normal(jax.random.key(3), (6, 3)) + 1
-Y = jax.random.normal(jax.random.key(4), (6, 2))
+X = jnp.asarray(normal(3, 6, 3) + 1)
+Y = jnp.asarray(normal(4, 6, 2))
 
 
 class Head(bridge.Module):

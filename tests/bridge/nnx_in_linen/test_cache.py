@@ -7,11 +7,12 @@ from flax import linen as nn
 
 import nnx_core as nnx
 from bridge.nnx_in_linen.wrapper import to_linen, to_linen_class
+from tests.support.numbers import normal
 from tests.support.to_linen_models import KEY
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 HEADS, WIDTH, LENGTH = 2, 4, 5
-X = jax.random.normal(jax.random.key(3), (2, LENGTH, WIDTH))
+X = jnp.asarray(normal(3, 2, LENGTH, WIDTH))
 
 
 class Decoder(nnx.Module):

@@ -7,10 +7,11 @@ from flax import linen as nn
 
 import nnx_core as nnx
 from bridge.nnx_in_linen.wrapper import to_linen
+from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 KEY, DROPOUT = jax.random.key(0), jax.random.key(1)
-X = jax.random.normal(jax.random.key(7), (4, 3))
+X = jnp.asarray(normal(7, 4, 3))
 
 
 def ours(name):

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import nnx_core as nnx
 from bridge.nnx_in_linen.wrapper import ToLinen, to_linen
 from tests.layers import LAYERS
-from tests.support.to_linen_models import DROPOUT, KEY, Net, X, equal, native, primitives
+from tests.support.to_linen_models import DROPOUT, KEY, Net, X, equal, equal_programs, native, primitives
 from tests.tolerance import assert_trees_equal
 
 # ---- numbers ----
@@ -40,16 +40,17 @@ def flat(tree):
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
 def test_every_layer_equals_the_native_call(layer, train):
     model = ToLinen(lambda rngs: layer.make(nnx, rngs))
-    values, x = layer.variables(), layer.example()
-    variables = as_nnx(layer, values)
 
-    @jax.jit
-    def ours(variables, x):
+    def ours(values, x):
+        variables = as_nnx(layer, values)
         y, updates = model.apply(variables, x, nnx_method=call_of(layer, train), mutable=["batch_stats"])
         return y, {**flat(variables), **flat(updates)}
 
-    y, updated = jax.jit(layer.functional(train=train))(values, x)
-    equal(ours(variables, x), (y, flat(as_nnx(layer, updated))))
+    def native_call(values, x):
+        y, updated = layer.functional(train=train)(values, x)
+        return y, flat(as_nnx(layer, updated))
+
+    equal_programs(ours, native_call, layer.variables(), layer.example())
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
@@ -75,11 +76,16 @@ ONE_SCOPE = [
 
 @pytest.mark.parametrize("layer", ONE_SCOPE, ids=lambda layer: layer.name)
 def test_row_32_same_key_same_initial_values_as_the_linen_layer(layer):
-    x, model = layer.example(), ToLinen(lambda rngs: layer.make(nnx, rngs))
-    ours = model.init(KEY, x, nnx_method=call_of(layer, False))
+    model = ToLinen(lambda rngs: layer.make(nnx, rngs))
     method = {} if layer.method == "__call__" else {"method": layer.method}
-    theirs = layer.twin().init(KEY, x, **method, **layer.twin_modes[False])
-    assert_trees_equal(ours, theirs)
+
+    def ours(key, x):
+        return model.init(key, x, nnx_method=call_of(layer, False))
+
+    def theirs(key, x):
+        return layer.twin().init(key, x, **method, **layer.twin_modes[False])
+
+    equal_programs(ours, theirs, KEY, layer.example())
 
 
 def test_outputs_gradients_and_statistics_equal_the_native_model():

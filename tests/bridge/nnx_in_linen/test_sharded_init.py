@@ -9,6 +9,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax.core import meta
@@ -23,7 +24,8 @@ from tests.tolerance import assert_trees_equal
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
-KEY, X = jax.random.key(0), jnp.ones((4, 8))
+KEY = jax.random.key(0)
+X = jnp.asarray(np.ones((4, 8), "float32"))
 INIT = nn.initializers.ones  # cheap to compile; that numbers are kept is a test of its own
 RULES = (("embed", "data"), ("mlp", "model"), ("pipe", "pipe"))
 LAYERS = {

@@ -13,9 +13,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import nnx_core as nnx
 from bridge._errors import VariablesMismatchError
 from bridge.variables.layouts import Entry, Layout, LayoutError, layout_for, layout_of
+from tests.support.numbers import normal
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-RNGS = nnx.Rngs(0)
+
+def new_rngs():
+    return nnx.Rngs(0)
 
 
 class LinenModel(linen.Module):
@@ -69,7 +72,7 @@ class Model(nnx.Module):
         return self.spectral(self.weight(x))
 
 
-X = jax.random.normal(jax.random.key(1), (2, 3, 3))
+X = jnp.asarray(normal(1, 2, 3, 3))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +147,7 @@ def test_layout_of_a_class(cls, twin, states):
     shapes = flatten_dict(jax.eval_shape(twin(4).init, jax.random.key(0), carry, X[0, :2]))
     layout = layout_of(cls)
     assert {at for entry in layout.entries for at in entry.linen} == set(shapes)
-    cell = cls(3, 4, rngs=RNGS)
+    cell = cls(3, 4, rngs=new_rngs())
     assert {at: x.shape for at, x in layout.to_linen(flat_state(cell)).items()} == {
         at: x.shape for at, x in shapes.items()
     }
@@ -152,7 +155,7 @@ def test_layout_of_a_class(cls, twin, states):
 
 
 def test_layout_of_a_class_without_an_optional_parameter():
-    cell = nnx.MGUCell(3, 4, reset_gate=False, rngs=RNGS)
+    cell = nnx.MGUCell(3, 4, reset_gate=False, rngs=new_rngs())
     there = layout_of(nnx.MGUCell).to_linen(flat_state(cell))
     assert ("params", "hn", "bias") not in there
     assert layout_of(nnx.MGUCell).from_linen(there).keys() == flat_state(cell).keys()
@@ -166,7 +169,7 @@ def test_classes_inherit_and_most_have_none():
 
     assert layout_of(Mine) is layout_of(nnx.LSTMCell)
     assert layout_of(nnx.Linear) is layout_of(nnx.RNN) is None
-    entries = {entry.nnx: entry.linen for entry in layout_for(Mine(3, 4, rngs=RNGS)).entries}
+    entries = {entry.nnx: entry.linen for entry in layout_for(Mine(3, 4, rngs=new_rngs())).entries}
     assert entries["extra",] == (("params", "extra"),)
     assert entries["if_", "kernel"] == (("params", "if", "kernel"),)
 
@@ -175,7 +178,7 @@ def test_collections_follow_the_type_of_the_variable():
     class Frozen(nnx.Variable):
         pass
 
-    cell = nnx.GRUCell(3, 4, rngs=RNGS)
+    cell = nnx.GRUCell(3, 4, rngs=new_rngs())
     cell.dense_h.kernel = Frozen(cell.dense_h.kernel[...])
     cell.counts = nnx.Dict(steps=nnx.BatchStat(jnp.zeros(())))
     entries = {entry.nnx: entry.linen for entry in layout_for(cell).entries}
@@ -189,7 +192,7 @@ def test_a_shared_layer_is_there_once():
             self.b = self.a = nnx.GRUCell(4, 4, rngs=rngs)
             self.z = self.a.dense_i
 
-    model = Tied(RNGS)
+    model = Tied(new_rngs())
     assert {entry.nnx for entry in layout_for(model).entries} == set(flat_state(model))
 
 
@@ -207,7 +210,7 @@ def test_scales_of_a_fused_kernel_are_those_of_its_gates():
 
     carry, x = (jnp.ones((2, 4)), jnp.ones((2, 4))), X[0, :2]
     variables = Normed().init(jax.random.key(0), carry, x)
-    model = NnxNormed(RNGS)
+    model = NnxNormed(new_rngs())
     state = layout_for(model).from_linen(flatten_dict(variables))
     nnx.update(model, nnx.from_flat_state(state.items()))
     assert_trees_close(model.norm(carry, x), Normed().apply(variables, carry, x))
@@ -219,7 +222,7 @@ def test_scales_of_a_fused_kernel_are_those_of_its_gates():
 def test_flax_nnx_has_no_hn_bias():
     theirs = flax.nnx.RNN(flax.nnx.GRUCell(3, 4, rngs=flax.nnx.Rngs(0)))
     flat = {path: v[...] for path, v in flax.nnx.to_flat_state(flax.nnx.state(theirs, flax.nnx.Param))}
-    ours = nnx.RNN(nnx.GRUCell(3, 4, bias_init=nnx.initializers.ones, rngs=RNGS))
+    ours = nnx.RNN(nnx.GRUCell(3, 4, bias_init=nnx.initializers.ones, rngs=new_rngs()))
     layout = layout_for(ours)
     with pytest.raises(VariablesMismatchError, match=r"(?s)1 missing.*cell/hn_bias"):
         layout.to_linen(flat)
@@ -234,7 +237,7 @@ def test_flax_nnx_has_no_hn_bias():
 
 
 def test_a_bias_that_flax_nnx_has_no_place_for_is_refused():
-    cell = nnx.GRUCell(3, 4, bias_init=nnx.initializers.ones, rngs=RNGS)
+    cell = nnx.GRUCell(3, 4, bias_init=nnx.initializers.ones, rngs=new_rngs())
     layout = layout_of(nnx.GRUCell)
     with pytest.raises(LayoutError, match=r"(?s)hn_bias.*expected zeros.*found    other values.*at zero"):
         layout.to_flax_nnx(flat_state(cell))
@@ -249,7 +252,7 @@ def test_a_bias_that_flax_nnx_has_no_place_for_is_refused():
 
 def test_missing_and_unexpected_paths():
     layout = layout_of(nnx.SimpleCell)
-    flat = flat_state(nnx.SimpleCell(3, 4, rngs=RNGS))
+    flat = flat_state(nnx.SimpleCell(3, 4, rngs=new_rngs()))
     wrong = {("dense_x", *path[1:]) if path == ("dense_i", "bias") else path: x for path, x in flat.items()}
     message = r"(?s)the NNX state and the layout do not match: 1 missing, 1 unexpected.*dense_i/bias.*dense_x/bias"
     with pytest.raises(VariablesMismatchError, match=message):
@@ -262,7 +265,7 @@ def test_missing_and_unexpected_paths():
 
 def test_values_that_do_not_fit():
     layout = layout_of(nnx.GRUCell)
-    flat = flat_state(nnx.GRUCell(3, 4, rngs=RNGS))
+    flat = flat_state(nnx.GRUCell(3, 4, rngs=new_rngs()))
     there = layout.to_linen(flat)
     message = r"(?s)dense_i/bias.*expected an axis -1 of 3 equal parts: params/ir/bias.*found    shape \(13,\)"
     with pytest.raises(LayoutError, match=message):
@@ -275,17 +278,17 @@ def test_values_that_do_not_fit():
 
 
 def test_layers_without_a_counterpart():
-    cell = nnx.GRUCell(3, 4, rngs=RNGS)
+    cell = nnx.GRUCell(3, 4, rngs=new_rngs())
     cell.hn_bias = None
     with pytest.raises(LayoutError, match=r"(?s)^hn_bias:.*params/hn/bias in Linen.*found    none.*flax.nnx has not"):
         layout_for(cell)
-    fused = nnx.GRUCell(3, 4, rngs=RNGS)
+    fused = nnx.GRUCell(3, 4, rngs=new_rngs())
     with pytest.raises(
         LayoutError, match=r"(?s)batch_stats/dense_h/kernel/.*params|batch_stats.*one kernel for each gate"
     ):
-        layout_for(nnx.SpectralNorm(fused, rngs=RNGS))
+        layout_for(nnx.SpectralNorm(fused, rngs=new_rngs()))
     with pytest.raises(LayoutError, match=r"(?s)scales/dense_h/kernel.*feature_axes=-1.*found    feature_axes=None"):
-        layout_for(nnx.WeightNorm(fused, feature_axes=None, rngs=RNGS))
+        layout_for(nnx.WeightNorm(fused, feature_axes=None, rngs=new_rngs()))
 
     class Shared(nnx.Module):
         def __init__(self, rngs):
@@ -293,7 +296,7 @@ def test_layers_without_a_counterpart():
             self.b = nnx.WeightNorm(self.a, rngs=rngs)
 
     with pytest.raises(LayoutError, match=r"(?s)b/scales/kernel.*parameter kernel in the wrapped layer.*is shared"):
-        layout_for(Shared(RNGS))
+        layout_for(Shared(new_rngs()))
 
 
 def test_a_layout_of_your_own():

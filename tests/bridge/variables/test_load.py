@@ -17,7 +17,7 @@ from bridge.variables.load import renaming
 from nnx_core._errors import TraceError
 from tests.tolerance import assert_trees_equal
 
-X = jnp.ones((2, 3))
+X = jnp.asarray(np.ones((2, 3), "float32"))
 
 
 class Block(nn.Module):

@@ -35,7 +35,7 @@ def box_of(names, shape=(4, 2, 3), **metadata):
 
 # ---- crossing ----------------------------------------------------------------------------------------------
 
-VALUE = jnp.arange(6.0).reshape(2, 3)
+VALUE = jnp.asarray(np.arange(6, dtype="float32").reshape(2, 3))
 BOXES = {
     "Partitioned": nn.Partitioned(VALUE, ("embed", "mlp")),
     "short": nn.Partitioned(VALUE, ("embed",)),

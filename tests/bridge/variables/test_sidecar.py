@@ -17,11 +17,11 @@ import nnx_core as nnx
 from bridge import NNXMeta, to_linen, to_linen_value, to_nnx_variable
 from bridge.variables._errors import SidecarError, UnsayableMetadataError
 from bridge.variables.sidecar import join_metadata, split_metadata
-from tests.bridge.variables.test_mapping import dict_of, variables
+from tests.support.variable_trees import dict_of, variables
 from tests.tolerance import assert_trees_equal
 
-X = jnp.ones((2, 3))
-VALUE = jnp.arange(6.0).reshape(2, 3)
+X = np.ones((2, 3), "float32")
+VALUE = np.arange(6, dtype="float32").reshape(2, 3)
 KERNEL = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("in", "out"))
 MESH = Mesh(np.array(jax.devices()[:1]), ("x",))
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
@@ -186,7 +187,7 @@ class NnxTransformer(nnx.Module):
         return self.token_table.attend(self.norm(x))
 
 
-TOKENS = jnp.array([[1, 2, 3, 4, 5], [6, 5, 4, 0, 0]])
+TOKENS = jnp.asarray(np.array([[1, 2, 3, 4, 5], [6, 5, 4, 0, 0]], "int32"))
 
 
 def test_transformer_with_tied_embedding_flags_and_two_inputs():

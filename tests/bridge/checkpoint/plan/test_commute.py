@@ -8,7 +8,7 @@ import pytest
 
 from bridge.checkpoint.plan.commute import probe, stacks, warning_without_tx
 from bridge.checkpoint.tree.ops import Block, Cast, Fill, Join, Pick, Read, Reshape, Transpose
-from tests.bridge.checkpoint.tree.test_opt_state import OPTIMIZERS
+from tests.support.optimizers import OPTIMIZERS, each_optimizer
 
 LAYERS = 3
 SINGLE = {("head", "kernel"): (16, 10)}
@@ -44,7 +44,7 @@ OTHER_UPDATE = {
 WARNINGS = {"keeps another state once": OTHER_STATE, "the next update of this optimizer is another one": OTHER_UPDATE}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@each_optimizer
 def test_probe_finds_what_was_measured(name):
     found = probe(OPTIMIZERS[name](), SINGLE, STACK)
     expected = [text for text, names in WARNINGS.items() if name in names]

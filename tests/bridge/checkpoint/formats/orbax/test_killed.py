@@ -18,24 +18,10 @@ from bridge._errors import CheckpointCorruptError, CheckpointExistsError, Checkp
 from bridge.checkpoint.formats.orbax.read import open_orbax, read_tree
 from bridge.checkpoint.formats.orbax.write import OrbaxSink
 from tests.support.checkpoint_files import describe, run_limited
+from tests.support.orbax_files import content, write
 from tests.tolerance import assert_trees_equal
 
 SUFFIX = ".orbax-checkpoint-tmp-linen-nnx"
-
-
-def content(count=8, size=50):
-    rng = np.random.default_rng(1)
-    arrays = {f"layer_{n}": {"kernel": rng.standard_normal((size, size), "float32")} for n in range(count)}
-    return {"params": arrays, "opt_state": [None, {"count": np.int32(3)}], "name": "run", "step": 7}
-
-
-def write(path, tree, batch=2, **options):
-    shape, values = describe(tree)
-    with OrbaxSink(path, shape, **options) as sink:
-        places = [place for place in shape.leaves if place not in sink.done]
-        for start in range(0, len(places), batch):
-            sink.write({place: values[place] for place in places[start : start + batch]})
-        sink.finish({"made": "here"})
 
 
 def assert_whole(path, tree):
@@ -124,7 +110,7 @@ def test_a_torn_leaf_and_a_torn_journal_are_written_again(tmp_path):
 
 SCRIPT = """
     import os, signal, sys, threading, time
-    from tests.bridge.checkpoint.formats.orbax.test_killed import content, write
+    from tests.support.orbax_files import content, write
     from bridge.checkpoint.formats.orbax.write import OrbaxSink
 
     path, last_write, delay = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
@@ -229,7 +215,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path):
     script = textwrap.dedent("""
         import sys
         from bridge._errors import CheckpointWriteError
-        from tests.bridge.checkpoint.formats.orbax.test_killed import content, write
+        from tests.support.orbax_files import content, write
         try:
             write(sys.argv[1], content(size=400))
         except CheckpointWriteError as error:

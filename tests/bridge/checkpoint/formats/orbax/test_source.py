@@ -1,5 +1,6 @@
 """Orbax checkpoints as sources: leaf by leaf, region by region, both of Orbax's layouts, what the writer added."""
 
+import functools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +18,21 @@ from bridge.checkpoint.formats.orbax.read import open_orbax, read_tree
 from bridge.checkpoint.tree import layout
 from tests.tolerance import assert_trees_equal
 
-TREE = {
-    "params": {
-        "Dense_0": {"kernel": np.arange(24.0, dtype="float32").reshape(4, 6), "bias": jnp.ones(6, jnp.bfloat16)}
-    },
-    "opt_state": [{"count": jnp.array(3, jnp.int32)}, None, {}],
-    "stack": jnp.arange(30, dtype=jnp.int32).reshape(3, 2, 5),
-    "key": jax.random.key(7),
-    "keys": jax.random.split(jax.random.key(1, impl="rbg"), 4),
-    "step": 12,
-    "name": "run/7",
-}
+
+@functools.cache
+def whole_tree():
+    """Every kind of leaf."""
+    return {
+        "params": {
+            "Dense_0": {"kernel": np.arange(24.0, dtype="float32").reshape(4, 6), "bias": jnp.ones(6, jnp.bfloat16)}
+        },
+        "opt_state": [{"count": jnp.array(3, jnp.int32)}, None, {}],
+        "stack": jnp.arange(30, dtype=jnp.int32).reshape(3, 2, 5),
+        "key": jax.random.key(7),
+        "keys": jax.random.split(jax.random.key(1, impl="rbg"), 4),
+        "step": 12,
+        "name": "run/7",
+    }
 
 
 def save(path, tree, **options):
@@ -45,7 +50,7 @@ def save_chunked(path, tree, nbytes):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("ck") / "all", TREE)
+    return save(tmp_path_factory.mktemp("ck") / "all", whole_tree())
 
 
 def host(value):
@@ -66,7 +71,7 @@ def regions(shape, rng, count=8):
 
 def test_leaves_are_those_that_were_saved(saved):
     with open_orbax(saved) as source:
-        wanted = {path: leaf for path, leaf in layout.flatten(TREE).items() if not layout.is_empty(leaf)}
+        wanted = {path: leaf for path, leaf in layout.flatten(whole_tree()).items() if not layout.is_empty(leaf)}
         assert source.tree.leaves.keys() == wanted.keys()
         for path, leaf in wanted.items():
             read = source.read(path)
@@ -88,7 +93,7 @@ def test_leaves_stand_in_the_order_of_the_file(saved):
 
 @pytest.mark.parametrize("nbytes", [None, 16])
 def test_a_region_is_that_part_of_the_leaf(nbytes, tmp_path):
-    tree = {name: TREE[name] for name in ("params", "stack", "key", "keys")}
+    tree = {name: whole_tree()[name] for name in ("params", "stack", "key", "keys")}
     path = save_chunked(tmp_path / "ck", tree, nbytes) if nbytes else save(tmp_path / "ck", tree)
     rng = np.random.default_rng(0)
     with open_orbax(path) as source:
@@ -145,44 +150,49 @@ def test_many_threads_read_at_once(saved):
 
 # --- who wrote it -------------------------------------------------------------------------------------------
 
-PLAIN = {"params": {"w": jnp.arange(3.0)}, "opt_state": [None, {"count": jnp.zeros((), jnp.int32)}]}
+
+@functools.cache
+def plain_tree():
+    return {"params": {"w": jnp.arange(3.0)}, "opt_state": [None, {"count": jnp.zeros((), jnp.int32)}]}
+
+
 ADDED = {"who": "me", "hashes": {"params/w": "abc"}}
 
 
 def standard(path):
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, PLAIN, custom_metadata=ADDED)
+        checkpointer.save(path, plain_tree(), custom_metadata=ADDED)
 
 
 def legacy(path):
-    save(path, PLAIN, save_args=orbax_utils.save_args_from_target(PLAIN), custom_metadata=ADDED)
+    save(path, plain_tree(), save_args=orbax_utils.save_args_from_target(plain_tree()), custom_metadata=ADDED)
 
 
 def manager(path):
     with ocp.CheckpointManager(path) as manager:
-        manager.save(3, args=ocp.args.StandardSave(PLAIN), custom_metadata=ADDED)
+        manager.save(3, args=ocp.args.StandardSave(plain_tree()), custom_metadata=ADDED)
         manager.wait_until_finished()
 
 
 def in_the_table(path):
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(PLAIN, custom_metadata=ADDED))
+        checkpointer.save(path, args=ocp.args.PyTreeSave(plain_tree(), custom_metadata=ADDED))
 
 
 def version_1(path):
-    orbax_v1.save(path, PLAIN, custom_metadata=ADDED)
+    orbax_v1.save(path, plain_tree(), custom_metadata=ADDED)
 
 
 def version_1_steps(path):
     with orbax_v1.training.Checkpointer(path) as checkpointer:
-        checkpointer.save(3, PLAIN, custom_metadata=ADDED)
+        checkpointer.save(3, plain_tree(), custom_metadata=ADDED)
 
 
 def version_1_named(path):
     with ocp.CheckpointManager(path / "v0") as manager:  # a folder beside it changes nothing
-        manager.save(1, args=ocp.args.StandardSave(PLAIN))
+        manager.save(1, args=ocp.args.StandardSave(plain_tree()))
         manager.wait_until_finished()
-    orbax_v1.save_checkpointables(path / "7", {"weights": PLAIN}, custom_metadata=ADDED)
+    orbax_v1.save_checkpointables(path / "7", {"weights": plain_tree()}, custom_metadata=ADDED)
 
 
 WRITERS = {
@@ -203,7 +213,7 @@ def test_format_item_and_metadata_are_found(writer, tmp_path):
         assert (source.format, source.step, source.item) == WRITERS[writer]
         assert source.metadata == ADDED
         assert source.reason
-        assert_trees_equal(source.read_all(), jax.tree.map(np.asarray, PLAIN))
+        assert_trees_equal(source.read_all(), jax.tree.map(np.asarray, plain_tree()))
     with open_orbax(source.path) as inner:  # the item's own folder
         assert (inner.format, inner.metadata) == (source.format, ADDED)
 
@@ -225,7 +235,7 @@ def test_partial_saves_are_read(tmp_path):
 
 def test_an_unfinished_save_is_not_read(saved, tmp_path):
     unfinished = tmp_path / "ck.orbax-checkpoint-tmp-123"
-    save(tmp_path / "ck", PLAIN)
+    save(tmp_path / "ck", plain_tree())
     os.rename(tmp_path / "ck", unfinished)
     with pytest.raises(CheckpointCorruptError, match=r"never finished: .*ck\.orbax-checkpoint-tmp-123"):
         open_orbax(unfinished)
@@ -247,7 +257,7 @@ def test_a_path_that_is_no_leaf(saved):
 
 @pytest.mark.parametrize("content", ["[]", "", '{"custom_metadata": 3}', "[" * 100_000, "\x00"])
 def test_hostile_save_metadata(content, tmp_path):
-    path = save(tmp_path / "ck", PLAIN)
+    path = save(tmp_path / "ck", plain_tree())
     (path / "_CHECKPOINT_METADATA").write_text(content)
     with pytest.raises(CheckpointCorruptError, match="_CHECKPOINT_METADATA"):
         open_orbax(path)

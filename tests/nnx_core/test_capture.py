@@ -8,10 +8,11 @@ import nnx_core as nnx
 from nnx_core._errors import StateMismatchError, TraceError
 from nnx_core.capture import capture
 from tests.strategies import portrait
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 flax_nnx = pytest.importorskip("flax.nnx", reason="the oracle of this file")
-X = jnp.arange(2.0)[None]
+X = ramp(1, 2)
 
 
 def model(n):
@@ -232,11 +233,9 @@ def test_under_another_trace():
     m = Perturbed()  # of the outer trace: a plain sow would be refused
     g = jax.grad(lambda x: capture(m, nnx.Perturbation)(x)[0].sum())(X)
     assert_trees_equal(g, jnp.full((1, 2), 3.0))
+    model_of_calls = model(nnx)
     with pytest.raises(TraceError, match=r"Variable at .*calls"):
         jax.jit(lambda x: capture(model_of_calls, nnx.Intermediate)(x)[0])(X)
-
-
-model_of_calls = model(nnx)
 
 
 def test_compiled_once():

@@ -28,9 +28,10 @@ from tests.strategies import (
     recipes,
     variables_of,
 )
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jnp.arange(6.0).reshape(2, 3)
+X = ramp(2, 3)
 
 
 # ---- law 1: merge inverts split ------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ import pytest
 
 import nnx_core as nnx
 from tests.strategies import assert_no_tracer, portrait, reachable
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close
 
-X = jnp.arange(16.0).reshape(4, 4) / 16
+X = ramp(4, 4, over=16)
 
 
 def by_value_and_grad(f):

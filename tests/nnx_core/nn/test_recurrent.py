@@ -16,12 +16,13 @@ import nnx_core as nnx
 from nnx_core.nn.recurrent import flip_sequences, modified_orthogonal
 from nnx_core.nn.recurrent_base import per_gate
 from tests.layer_rows.recurrent import ROWS
+from tests.support.arrays import noise
 from tests.support.jaxprs import scans
 from tests.tolerance import assert_trees_close, assert_trees_equal
 from tests.twins import assert_equal_to_twin
 
 BY_NAME = {row.name: row for row in ROWS}
-X = jax.random.normal(jax.random.key(1), (2, 5, 3))
+X = noise(1, 2, 5, 3)
 RANDOM = initializers.normal()
 
 

@@ -66,7 +66,7 @@ COMPILED_ALONE = {
 
 
 @pytest.fixture
-def compilations():
+def compilations(no_compile_cache):
     """The names of what XLA compiled since this list was cleared."""
     seen = []
 

@@ -176,6 +176,48 @@ def test_package_has_a_public_list(package):
     assert importlib.import_module(package).__all__
 
 
+# ---- test modules compute nothing while they are collected, and are no libraries -----------------------------
+
+COMPUTES = re.compile(r"(jnp\.(?!dtype$)|jax\.random\.(?!wrap_key_data$)|nnx\.Rngs$)")
+
+
+def calls_at_import(source: str) -> list[str]:
+    """Calls of jax that run when a module is imported: outside of functions, and in their decorators and defaults."""
+    calls = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            runs_now = [*getattr(node, "decorator_list", []), *node.args.defaults, *filter(None, node.args.kw_defaults)]
+        else:
+            runs_now = list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Call) and COMPUTES.match(ast.unparse(node.func)):
+            calls.append(f"line {node.lineno}: {ast.unparse(node)}")
+        for child in runs_now:
+            visit(child)
+
+    visit(ast.parse(source))
+    return calls
+
+
+def test_calls_at_import_sees_constants_and_decorators():
+    source = """
+X = jnp.ones(2) + 1
+@pytest.mark.parametrize("x", [jax.random.key(0)])
+def f(x, y=nnx.Rngs(0)): return jnp.zeros(2)
+g = lambda: jnp.zeros(2)
+D = jnp.dtype("float32")
+"""
+    assert calls_at_import(source) == ["line 2: jnp.ones(2)", "line 3: jax.random.key(0)", "line 4: nnx.Rngs(0)"]
+
+
+def test_test_modules_compute_nothing_when_they_are_imported():
+    top = [str(file.relative_to(ROOT)) for file in ROOT.glob("tests/*.py")]
+    files = [*top, *python_files("tests/nnx_core", "tests/layer_rows")]
+    calls = {file: calls_at_import((ROOT / file).read_text()) for file in files}
+    assert len(calls) > 80
+    assert {file: lines for file, lines in calls.items() if lines} == {}, "make it with tests/support/arrays.py"
+
+
 # ---- every exception has its reason, and the README what .ci/run runs --------------------------------------
 
 

@@ -132,7 +132,7 @@ def crossed():
         yield pytest.param(*case.values, dtype, column, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("layer", "train", "dtype", "column"), crossed())
+@pytest.mark.parametrize(("layer", "train", "dtype", "column"), list(crossed()))
 def test_matrix(layer, train, dtype, column, record_property):
     x = layer.example(dtype)
     dtypes = {"dtype": None, "param_dtype": dtype}

@@ -41,7 +41,7 @@ def crossed():
         yield pytest.param(*case.values, *dtypes, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("layer", "train", "inputs", "dtype", "param_dtype"), crossed())
+@pytest.mark.parametrize(("layer", "train", "inputs", "dtype", "param_dtype"), list(crossed()))
 @pytest.mark.accelerator
 def test_forward_updates_and_gradients(layer, train, inputs, dtype, param_dtype, record_property):
     figures = assert_equal_to_twin(layer, train=train, inputs=inputs, dtype=dtype, param_dtype=param_dtype)

@@ -23,7 +23,7 @@ SEEDS = {
     "int": ((7,), {}),
     "default by name": ((), {"default": 7}),
     "key": ((key(7),), {}),
-    "raw key": ((np.array([0, 7], np.uint32),), {}),
+    "raw key": ((jax.device_put(np.array([0, 7], np.uint32)),), {}),
     "streams": ((0,), {"params": 1, "dropout": 2}),
     "stream of key": ((0,), {"params": key(5)}),
     "mapping": (({"default": 3, "dropout": 4},), {}),

@@ -32,6 +32,15 @@ def pytest_addoption(parser):
     parser.addoption("--write-layer-matrix", action="store_true", help="write migration_guide/layer_matrix.md")
 
 
+@pytest.fixture
+def no_compile_cache():
+    """No compilation cache on disk: what is compiled here is compiled, and can be counted."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """Print the matrix of layers, if this run measured it."""
     from tests import layer_matrix

@@ -122,12 +122,13 @@ def objects_of(root: Any) -> list[nnx.Pytree]:
     return [x for x in reachable(root) if isinstance(x, nnx.Pytree)]
 
 
-def portrait(root: Any, *, origin: Sequence[Any] = (), values: bool = True) -> Any:
+def portrait(root: Any, *, origin: Sequence[Any] = (), values: bool = True, shapes: bool = True) -> Any:
     """Nested tuples that are equal iff two graphs are isomorphic, order of members included.
 
     origin: what was reachable before some call. A member of it is drawn by its place there, so that equal
     portraits mean: the same old objects sit in the same places.
     values: False leaves the numbers out and keeps shapes and dtypes; then tracers can be drawn too.
+    shapes: False leaves these out as well: what remains of an array is that it is one.
     """
     old = {id(x): i for i, x in enumerate(origin)}
     seen: dict[int, int] = {}
@@ -148,7 +149,8 @@ def portrait(root: Any, *, origin: Sequence[Any] = (), values: bool = True) -> A
         if isinstance(x, dict):
             return "dict", tuple(x), tuple((key, draw(value)) for key, value in _walking_order(x.items()))
         if is_array(x):
-            return "array", str(x.dtype), tuple(x.shape), _bytes(x) if values else None
+            form = (str(x.dtype), tuple(x.shape)) if shapes else ()
+            return "array", *form, _bytes(x) if values else None
         return "static", x
 
     return draw(root)

@@ -4,8 +4,10 @@ import-linter holds the rooms (`.importlinter`); here is what is left of CONTRIB
 """
 
 import ast
+import collections
 import importlib
 import itertools
+import json
 import pkgutil
 import re
 import subprocess
@@ -52,12 +54,18 @@ def test_function_lengths_leave_out_decorator_and_docstring():
     assert function_lengths(source) == {"f, line 2": 4}
 
 
-@pytest.mark.parametrize("file", python_files(*PACKAGES, "benchmarks"))
-def test_file_and_functions_are_short(file):
-    source = (ROOT / file).read_text()
-    assert len(source.splitlines()) <= FILE_LINES, f"{file} is over {FILE_LINES} lines: split it by what it knows"
-    long = {name: n for name, n in function_lengths(source).items() if n > FUNCTION_LINES}
-    assert not long, f"{file} has functions over {FUNCTION_LINES} lines: {long}"
+def test_files_are_short():
+    lengths = {file: len((ROOT / file).read_text().splitlines()) for file in python_files(*PACKAGES, "benchmarks")}
+    long = {file: lines for file, lines in lengths.items() if lines > FILE_LINES}
+    assert not long, f"over {FILE_LINES} lines, to be split by what they know: {long}"
+
+
+def test_functions_are_short():
+    long = []
+    for file in python_files(*PACKAGES, "benchmarks"):
+        lengths = function_lengths((ROOT / file).read_text())
+        long += [f"{file}: {name}: {lines}" for name, lines in lengths.items() if lines > FUNCTION_LINES]
+    assert not long, f"functions over {FUNCTION_LINES} lines: {long}"
 
 
 # ---- nnx_core never imports flax ---------------------------------------------------------------------------
@@ -93,43 +101,121 @@ def test_imported_packages_sees_every_form():
     assert imported_packages("from . import flax\nflax = 'flax'") == set()
 
 
-@pytest.mark.parametrize("file", python_files("nnx_core"))
-def test_core_file_knows_neither_flax_nor_bridge(file):
-    assert not imported_packages((ROOT / file).read_text()) & {"flax", "bridge"}
+def test_core_files_know_neither_flax_nor_bridge():
+    packages = {file: imported_packages((ROOT / file).read_text()) for file in python_files("nnx_core")}
+    assert "nnx_core" in packages["nnx_core/__init__.py"]
+    assert [file for file, names in packages.items() if names & {"flax", "bridge"}] == []
 
 
-def test_importing_all_of_core_leaves_flax_out():
+# What each import brings, one after the other in one fresh interpreter: the core first, since the bridge brings flax.
+IMPORTS = """
+import importlib, json, sys
+
+def after(*modules):
+    for module in modules:
+        importlib.import_module(module)
+    from jax._src import xla_bridge
+    packages = sorted({name.split(".")[0] for name in sys.modules})
+    return {"packages": packages, "backends": xla_bridge.backends_are_initialized()}
+
+stages = json.loads(sys.argv[1])
+print(json.dumps({name: after(*modules) for name, modules in stages.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """Stage -> the top-level packages then loaded, and whether jax has a backend."""
     core = [name for name in module_names() if name.startswith("nnx_core")]
-    script = f"import importlib, sys; [importlib.import_module(n) for n in {core}]; print(sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    stages = {
+        "inspect": ["nnx_core.inspect"],
+        "nnx_core": ["nnx_core"],
+        "all of nnx_core": core,
+        "bridge": ["bridge"],
+    }
+    command = [sys.executable, "-c", IMPORTS, json.dumps(stages)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    loaded = {name.split(".")[0] for name in ast.literal_eval(done.stdout)}
-    assert "nnx_core" in loaded
-    assert not loaded & {"flax", "bridge"}
+    return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("package", ["nnx_core", "bridge"])
-def test_importing_starts_no_backend(package):
+def test_importing_all_of_core_leaves_flax_out(imported):
+    packages = set(imported["all of nnx_core"]["packages"])
+    assert "nnx_core" in packages
+    assert not packages & {"flax", "bridge"}
+    assert {"flax", "bridge"} <= set(imported["bridge"]["packages"])  # the list sees them
+
+
+def test_importing_brings_in_no_drawing_library(imported):
+    for stage in ("inspect", "all of nnx_core"):
+        assert not set(imported[stage]["packages"]) & {"rich", "treescope", "IPython"}
+
+
+@pytest.mark.parametrize("package", ["nnx_core", "all of nnx_core", "bridge"])
+def test_importing_starts_no_backend(imported, package):
     # jax.distributed.initialize and XLA_FLAGS must come before the backend; an import must not be in their way.
-    script = f"import {package}; from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["False"], done.stdout + done.stderr
+    assert imported[package]["backends"] is False
 
 
 # ---- public = listed ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", module_names())
-def test_every_listed_name_exists_once(name):
-    module = importlib.import_module(name)
-    listed = getattr(module, "__all__", [])
-    assert not [n for n in listed if not hasattr(module, n)], f"{name}.__all__ lists what is not there"
-    assert len(listed) == len(set(listed)), f"{name}.__all__ lists a name twice"
+def test_every_listed_name_exists_once():
+    absent, twice = [], []
+    for name in module_names():
+        module = importlib.import_module(name)
+        listed = getattr(module, "__all__", [])
+        absent += [f"{name}.{n}" for n in listed if not hasattr(module, n)]
+        twice += [f"{name}.{n}" for n, times in collections.Counter(listed).items() if times > 1]
+    assert not absent, f"an __all__ lists what is not there: {absent}"
+    assert not twice, f"an __all__ lists a name twice: {twice}"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_package_has_a_public_list(package):
     assert importlib.import_module(package).__all__
+
+
+# ---- test modules compute nothing while they are collected, and are no libraries -----------------------------
+
+COMPUTES = re.compile(r"(jnp\.(?!dtype$)|jax\.random\.(?!wrap_key_data$)|nnx\.Rngs$)")
+
+
+def calls_at_import(source: str) -> list[str]:
+    """Calls of jax that run when a module is imported: outside of functions, and in their decorators and defaults."""
+    calls = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            runs_now = [*getattr(node, "decorator_list", []), *node.args.defaults, *filter(None, node.args.kw_defaults)]
+        else:
+            runs_now = list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Call) and COMPUTES.match(ast.unparse(node.func)):
+            calls.append(f"line {node.lineno}: {ast.unparse(node)}")
+        for child in runs_now:
+            visit(child)
+
+    visit(ast.parse(source))
+    return calls
+
+
+def test_calls_at_import_sees_constants_and_decorators():
+    source = """
+X = jnp.ones(2) + 1
+@pytest.mark.parametrize("x", [jax.random.key(0)])
+def f(x, y=nnx.Rngs(0)): return jnp.zeros(2)
+g = lambda: jnp.zeros(2)
+D = jnp.dtype("float32")
+"""
+    assert calls_at_import(source) == ["line 2: jnp.ones(2)", "line 3: jax.random.key(0)", "line 4: nnx.Rngs(0)"]
+
+
+def test_test_modules_compute_nothing_when_they_are_imported():
+    top = [str(file.relative_to(ROOT)) for file in ROOT.glob("tests/*.py")]
+    files = [*top, *python_files("tests/nnx_core", "tests/layer_rows")]
+    calls = {file: calls_at_import((ROOT / file).read_text()) for file in files}
+    assert len(calls) > 80
+    assert {file: lines for file, lines in calls.items() if lines} == {}, "make it with tests/support/arrays.py"
 
 
 # ---- every exception has its reason, and the README what .ci/run runs --------------------------------------

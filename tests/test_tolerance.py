@@ -6,9 +6,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.support.arrays import key, ones
 from tests.tolerance import TOLERANCE, assert_trees_close, assert_trees_equal
 
 ONE = np.float32(1.0)
+RBG = jax.random.wrap_key_data(np.zeros(4, np.uint32), impl="rbg")
 BOTH = pytest.mark.parametrize("check", [assert_trees_close, assert_trees_equal])
 
 
@@ -25,26 +27,26 @@ def test_equal_trees_pass(check):
         "empty": np.zeros((0, 3)),
         "n": np.arange(4),
     }
-    check(tree(jnp.ones((2, 3)), **leaves), tree(np.ones((2, 3), np.float32), **leaves))
+    check(tree(ones(2, 3), **leaves), tree(np.ones((2, 3), np.float32), **leaves))
 
 
 @BOTH
 @pytest.mark.parametrize(
     ("actual", "expected", "text"),
     [
-        (jnp.ones((2, 3)), np.ones((3, 2), np.float32), r"got float32\[2, 3\], expected float32\[3, 2\]"),
+        (ones(2, 3), np.ones((3, 2), np.float32), r"got float32\[2, 3\], expected float32\[3, 2\]"),
         (np.ones(2, np.float32), np.float32(1), r"got float32\[2\], expected float32\[\]"),
-        (jnp.ones(2, jnp.bfloat16), jnp.ones(2), r"got bfloat16\[2\], expected float32\[2\]"),
+        (ones(2, dtype=jnp.bfloat16), ones(2), r"got bfloat16\[2\], expected float32\[2\]"),
         (np.float64(1), ONE, r"got float64\[\], expected float32\[\]"),
         (np.int32(1), np.int32(2), r"1 of 1 values differ \(bit for bit\), most by 1: got 1, expected 2"),
         (np.array([True, False]), np.array([True, True]), r"most by 1 at \[1\]: got False, expected True"),
-        (jax.random.key(0), jax.random.key(1), r"1 of 2 values differ \(bit for bit\)"),
-        (jax.random.key(0), jax.random.key(0, impl="rbg"), r"got key<fry>\[\], expected key<rbg>\[\]"),
+        (key(0), key(1), r"1 of 2 values differ \(bit for bit\)"),
+        (key(0), RBG, r"got key<fry>\[\], expected key<rbg>\[\]"),
         (np.float32(np.nan), ONE, "most by inf: got nan, expected 1.0"),
         (np.float32(np.inf), np.float32(-np.inf), "most by inf: got inf, expected -inf"),
         (
-            jnp.array([0.0, 1.0, 5.0]),
-            jnp.array([0.0, 2.0, 3.0]),
+            np.array([0.0, 1.0, 5.0], np.float32),
+            np.array([0.0, 2.0, 3.0], np.float32),
             r"2 of 3 .* 2 at \[2\]: got 5.0, expected 3.0",
         ),
         (np.complex64(1j), np.complex64(2j), "most by 1: got 1j, expected 2j"),

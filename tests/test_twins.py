@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.arrays import noise
 from tests.twins import unless_same_program
 
-X, Y = jnp.arange(3.0), jnp.arange(3.0) + 1
+X, Y = noise(0, 3), noise(1, 3)
 
 
 def weighted(x, y):

@@ -18,9 +18,10 @@ from flax.core import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import nnx_core as nnx
+from tests.support.arrays import key
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-KEY = jax.random.key(17)  # what both sides get where a call needs randomness
+KEY = key(17)  # what both sides get where a call needs randomness
 Values = dict[str, jax.Array]  # Linen path -> array
 Modes = Mapping[bool, Mapping[str, Any]]  # train? -> keyword arguments of the call
 
@@ -246,6 +247,12 @@ def _program(lowered: Any) -> str:
     text = lowered.as_text()
     assert "dense_resource" not in text  # nothing is left out of it
     return re.sub(r"@[\w.]+|@\"[^\"]+\"", lambda found: names.setdefault(found[0], f"@{len(names)}"), text)
+
+
+def equations(jaxpr: Any) -> int:
+    """Number of equations, those of inner jaxprs included."""
+    inner = (getattr(value, "jaxpr", value) for eqn in jaxpr.eqns for value in eqn.params.values())
+    return len(jaxpr.eqns) + sum(equations(value) for value in inner if hasattr(value, "eqns"))
 
 
 def max_difference(ours: Any, theirs: Any) -> float:

@@ -1,19 +1,19 @@
 """Filters choose Variables by (path, value)."""
 
 import jax
-import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import nnx_core as nnx
 from tests.strategies import LAW
+from tests.support.arrays import key, ones
 
 PATH = ("layers", 0, "kernel")
-PARAM = nnx.Param(jnp.ones(1), tag="hi")
-STAT = nnx.BatchStat(jnp.ones(1))
-KEY = nnx.RngKey(jax.random.key(0), tag="params")
-ARRAY = jnp.ones(1)
+PARAM = nnx.Param(ones(1), tag="hi")
+STAT = nnx.BatchStat(ones(1))
+KEY = nnx.RngKey(key(0), tag="params")
+ARRAY = ones(1)
 VALUES = (PARAM, STAT, KEY, ARRAY)
 
 CASES = {

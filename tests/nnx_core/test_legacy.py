@@ -17,10 +17,11 @@ from nnx_core import legacy as nnx
 from nnx_core._errors import FilterError, NnxError, StateMismatchError, StaticAttributeError, TraceError
 from nnx_core.legacy import _errors
 from tests.strategies import LAW, graphs, is_identity, portrait, reachable
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jnp.arange(12.0).reshape(4, 3) / 10
-Y = jnp.stack([X.sum(1), X[:, 0] - X[:, 1]], axis=1)
+X = ramp(4, 3, over=10)
+Y = jax.device_put(np.stack([np.asarray(X).sum(1), np.full(4, -0.1, np.float32)], axis=1))
 
 
 class Dense(nnx.Module):

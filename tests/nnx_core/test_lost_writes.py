@@ -8,8 +8,9 @@ import pytest
 
 import nnx_core as nnx
 from nnx_core._errors import TraceError
+from tests.support.arrays import ones
 
-X = jnp.ones((3, 2))
+X = ones(3, 2)
 
 
 class Net(nnx.Module):

@@ -1,7 +1,8 @@
 """Every transform inside every other: results, writes, new state, sharing and gradients as without them.
 
 A row below is a transform that, on functions which work element by element, means nothing but the function. So any
-two of them nested must give what the plain function gives.
+two of them nested must give what the plain function gives. The frequent pairs are compiled and run. The others are
+traced, and the structure and the forms that they leave are compared; to run them too is the grid.
 """
 
 import itertools
@@ -12,9 +13,10 @@ import pytest
 
 import nnx_core as nnx
 from tests.strategies import assert_no_tracer, portrait, reachable
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close
 
-X = jnp.arange(16.0).reshape(4, 4) / 16
+X = ramp(4, 4, over=16)
 
 
 def by_value_and_grad(f):
@@ -179,6 +181,9 @@ PAIRS = [pair for pair in itertools.product(TRANSFORMS, TRANSFORMS) if pair not 
 FIRST = set(list(TRANSFORMS)[:7])
 OFTEN = [p for p in PAIRS if FIRST.issuperset(p) or "jit" in p]  # and each of the others with jit, in both orders
 
+SELDOM = [pair for pair in PAIRS if pair not in OFTEN]
+RUN = [*OFTEN, *(pytest.param(*pair, marks=pytest.mark.grid) for pair in SELDOM)]
+
 
 def without(names):
     """The pairs of which neither is among `names`."""
@@ -208,12 +213,42 @@ class Growing(Wave):
         return super().__call__(x)
 
 
-@pytest.mark.parametrize(("outer", "inner"), PAIRS)
+def nested(outer, inner):
+    """One transform of the other one's call of a module."""
+    return TRANSFORMS[outer](lambda m, x: TRANSFORMS[inner](lambda m, x: m(x))(m, x))
+
+
+def abstract(f, m):
+    """What a trace of `f` with `m` shows: the module's portrait after it; forms of the result and of all state."""
+    portraits = []
+    graphdef, state = nnx.split(m)
+
+    def pure(state, x):
+        inner = nnx.merge(graphdef, state)
+        old, total = reachable(inner), inner.total.get_raw_value()
+        y = f(inner, x)
+        assert inner.total.get_raw_value() is not total  # a portrait without values would not show a lost write
+        portraits.append(portrait(inner, origin=old, values=False))
+        return y, nnx.to_pure_dict(nnx.state(inner))
+
+    forms = jax.eval_shape(pure, state, X)
+    return portraits[0], jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), forms)
+
+
+@pytest.mark.parametrize(("outer", "inner"), SELDOM)
+def test_two_transforms_trace_as_none(outer, inner):
+    m = Wave()
+    before = portrait(m)
+    assert abstract(nested(outer, inner), m) == abstract(lambda m, x: m(x), Wave())
+    assert portrait(m) == before
+
+
+@pytest.mark.parametrize(("outer", "inner"), RUN)
 def test_two_transforms_equal_none(outer, inner):
     m, twin = Wave(), Wave()
     old, old_twin = reachable(m), reachable(twin)
     scale = m.scale.get_value()
-    f = TRANSFORMS[outer](lambda m, x: TRANSFORMS[inner](lambda m, x: m(x))(m, x))
+    f = nested(outer, inner)
     for _ in range(2 if (outer, inner) in OFTEN else 1):
         assert_trees_close(f(m, X), twin(X))
         assert_trees_close(m.total.get_value(), twin.total.get_value())
@@ -226,7 +261,7 @@ def test_two_transforms_equal_none(outer, inner):
 def test_new_state_leaves_two_transforms(outer, inner):
     m, twin = Growing(), Growing()
     old, old_twin = reachable(m), reachable(twin)
-    f = TRANSFORMS[outer](lambda m, x: TRANSFORMS[inner](lambda m, x: m(x))(m, x))
+    f = nested(outer, inner)
     for _ in range(2):
         assert_trees_close(f(m, X), twin(X))
     assert_trees_close(m.seen.get_value(), X * 2)
@@ -238,7 +273,7 @@ def test_new_state_leaves_two_transforms(outer, inner):
 @pytest.mark.parametrize(("outer", "inner"), without({"while_loop"}))
 def test_gradients_go_through_two_transforms(outer, inner):
     m = Wave()
-    f = TRANSFORMS[outer](lambda m, x: TRANSFORMS[inner](lambda m, x: m(x))(m, x))
+    f = nested(outer, inner)
     if "jax.jit" in (outer, inner):
         grads = nnx.grad(lambda m: f(nnx.clone(m), X).sum())(m)  # its update would write parameters too
     else:

@@ -16,10 +16,11 @@ import nnx_core as nnx
 from nnx_core import traversals
 from nnx_core.graph import functional
 from nnx_core.graph import tree as graph_tree
-from tests.nnx_core.test_errors import CASES as ERROR_CASES
 from tests.strategies import Affine, Node
+from tests.support.arrays import ones
+from tests.support.error_cases import CASES as ERROR_CASES
 
-X = jnp.ones((2, 3))
+X = ones(2, 3)
 P = jax.sharding.PartitionSpec
 ROOT = Path(nnx.__file__).parent
 # What no case has to reach, and why.

@@ -7,9 +7,10 @@ import pytest
 
 import nnx_core as nnx
 from tests.strategies import Affine, Tied, portrait, reachable
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_equal
 
-X = jnp.arange(6.0).reshape(2, 3) / 6
+X = ramp(2, 3, over=6)
 
 
 class Pair(nnx.Module):

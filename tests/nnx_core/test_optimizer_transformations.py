@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 import nnx_core as nnx
 from tests.strategies import Tied, portrait
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jnp.arange(6.0).reshape(2, 3) / 6
+X = ramp(2, 3, over=6)
 
 
 class Layer(nnx.Module):
@@ -165,7 +166,7 @@ def test_a_hyperparameter_changes_between_steps_without_a_new_trace():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("rate", [0.5, jnp.float32(0.5)], ids=["number", "array"])
+@pytest.mark.parametrize("rate", [0.5, jax.device_put(np.float32(0.5))], ids=["number", "array"])
 def test_a_hyperparameter_may_be_replaced(rate):
     tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
     model, twin = Layer(), Layer()

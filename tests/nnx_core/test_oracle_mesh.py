@@ -7,8 +7,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.oracle import same
+from tests.support.arrays import ramp
 
-X = jnp.arange(64.0).reshape(16, 4) / 64
+X = ramp(16, 4, over=64)
 PROGRAMS = {}
 
 

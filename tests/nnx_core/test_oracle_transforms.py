@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from tests.oracle import same
+from tests.support.arrays import ramp
 
-X = jnp.arange(12.0).reshape(4, 3) / 12
+X = ramp(4, 3, over=12)
 PROGRAMS = {}
 
 

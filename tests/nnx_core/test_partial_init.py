@@ -72,6 +72,7 @@ def test_no_initializer_runs_for_what_is_given():
     assert computed == [(2, 3)]
 
 
+@pytest.mark.usefixtures("no_compile_cache")  # a program from the cache need not have a text
 def test_the_compiled_constructor_draws_nothing():
     state = whole()
 

@@ -13,9 +13,10 @@ import pytest
 
 import nnx_core as nnx
 from tests.oracle import same
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_equal
 
-X = jnp.arange(3.0)
+X = ramp(3)
 PROGRAMS = {}
 
 

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import nnx_core as nnx
 from tests.strategies import Node, Record, portrait
+from tests.support.arrays import key
 from tests.tolerance import assert_trees_equal
 
 flax_nnx = pytest.importorskip("flax.nnx", reason="the oracle of this file")
@@ -20,10 +22,10 @@ def draws(rngs, n=3):
 SEEDS = {
     "int": ((7,), {}),
     "default by name": ((), {"default": 7}),
-    "key": ((jax.random.key(7),), {}),
-    "raw key": ((jax.random.PRNGKey(7),), {}),
+    "key": ((key(7),), {}),
+    "raw key": ((jax.device_put(np.array([0, 7], np.uint32)),), {}),
     "streams": ((0,), {"params": 1, "dropout": 2}),
-    "stream of key": ((0,), {"params": jax.random.key(5)}),
+    "stream of key": ((0,), {"params": key(5)}),
     "mapping": (({"default": 3, "dropout": 4},), {}),
 }
 

@@ -16,10 +16,11 @@ from jax.sharding import PartitionSpec as P
 
 import nnx_core as nnx
 from nnx_core import sharding
+from tests.support.arrays import ones
 
 MESH = jax.make_mesh((1, 1), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 RULES = [("embed", "x"), ("mlp", ("x", "y")), ("heads", None)]
-X = jnp.ones((2, 4))
+X = ones(2, 4)
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,10 @@ import pytest
 
 import nnx_core as nnx
 from tests.strategies import Affine, Tied, assert_no_tracer, portrait, stack_of_affine
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jnp.arange(9.0).reshape(3, 3) / 9
+X = ramp(3, 3, over=9)
 MESH = jax.sharding.Mesh(jax.devices()[:1], ("data",))
 P = jax.sharding.PartitionSpec
 KEPT = {}  # functions that a loop or a branch gets: the same ones in every call, as in a program
@@ -65,7 +66,7 @@ COMPILED_ALONE = {
 
 
 @pytest.fixture
-def compilations():
+def compilations(no_compile_cache):
     """The names of what XLA compiled since this list was cleared."""
     seen = []
 

@@ -12,9 +12,10 @@ from flax.training.train_state import TrainState as LinenTrainState
 
 import nnx_core as nnx
 from tests.strategies import portrait
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jnp.arange(12.0).reshape(4, 3) / 12
+X = ramp(4, 3, over=12)
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.1))
 
 

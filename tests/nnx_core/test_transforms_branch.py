@@ -6,13 +6,15 @@ import weakref
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import nnx_core as nnx
 from tests.strategies import Affine
+from tests.support.arrays import ones
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jnp.ones((2, 3))
+X = ones(2, 3)
 WRAPS = {"eager": lambda f: f, "jit": nnx.jit}
 
 
@@ -177,7 +179,7 @@ def test_a_condition_that_writes_is_an_error():
         nnx.while_loop(writes, lambda m: m, Affine())
 
 
-@pytest.mark.parametrize("upper", [5, jnp.array(5)], ids=["static", "traced"])
+@pytest.mark.parametrize("upper", [5, jax.device_put(np.int32(5))], ids=["static", "traced"])
 def test_fori_loop(upper):
     total = nnx.Variable(jnp.array(0))
 

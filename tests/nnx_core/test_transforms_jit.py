@@ -11,9 +11,10 @@ import pytest
 
 import nnx_core as nnx
 from tests.strategies import Affine, Count, Node, Tied, assert_no_tracer, portrait
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jnp.arange(6.0).reshape(2, 3)
+X = ramp(2, 3)
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ import pytest
 
 import nnx_core as nnx
 from tests.strategies import Affine, Count, Node, Tied, assert_no_tracer, portrait, reachable, stack_of_affine
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jnp.arange(6.0).reshape(2, 3) / 6
-XS = jnp.arange(30.0).reshape(5, 2, 3) / 30
+X = ramp(2, 3, over=6)
+XS = ramp(5, 2, 3, over=30)
 
 
 def through_layers(kernels, x=X):

@@ -9,9 +9,10 @@ from jax.sharding import PartitionSpec as P
 import nnx_core as nnx
 from nnx_core.transforms.mesh import pmap, shard_map
 from tests.strategies import Affine, Count, Node, Tied, assert_no_tracer, reachable, stack_of_affine
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jnp.arange(24.0).reshape(8, 3)
+X = ramp(8, 3)
 
 if len(jax.devices()) < 8:
     pytest.skip("needs eight devices", allow_module_level=True)

@@ -10,9 +10,10 @@ from jax.experimental import checkify as checks
 import nnx_core as nnx
 from nnx_core.transforms.stages import cached_partial, checkify, jit_partial, make_jaxpr
 from tests.strategies import Affine, Count, Node, Tied, assert_no_tracer, portrait, reachable
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jnp.arange(6.0).reshape(2, 3)
+X = ramp(2, 3)
 
 
 # ---- make_jaxpr ----------------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ import pytest
 import nnx_core as nnx
 from nnx_core.transforms.vjp_jvp import jvp, vjp
 from tests.strategies import Affine, Tied, assert_no_tracer, reachable
+from tests.support.arrays import ones, ramp
 from tests.support.counted import counted, pair
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
-X = jnp.arange(6.0).reshape(2, 3)
+X = ramp(2, 3)
 
 
 # ---- vjp -----------------------------------------------------------------------------------------------------------
@@ -124,10 +125,10 @@ def test_pytree_values_and_random_state():
 @pytest.mark.parametrize(
     ("cotangent", "text"),
     [
-        (jnp.ones(3), r"cotangent: expected the form of a tuple with 2 items, found a ArrayImpl"),
+        (ones(3), r"cotangent: expected the form of a tuple with 2 items, found a ArrayImpl"),
         ((1.0,), r"cotangent: expected the form of a tuple with 2 items, found 1 items"),
         ((1.0, {}), r"cotangent\[1\]\.a is missing\. Give a tangent, or None for zero"),
-        ((jnp.ones(2), {"a": 1.0}), r"cotangent\[0\]: expected shape \(\), found \(2,\)"),
+        ((ones(2), {"a": 1.0}), r"cotangent\[0\]: expected shape \(\), found \(2,\)"),
         ((1.0, {"a": "no"}), r"cotangent\[1\]\.a: expected an array of shape \(\), found a str"),
     ],
 )

@@ -416,9 +416,9 @@ def test_row49_a_taken_name_is_named_in_the_error():
 def test_law7_remove_axis_inverts_add_axis(names, index, name):
     v = nnx.Param(jnp.zeros((1,) * 4), out_sharding=tuple(names))
     v.add_axis(index, name)
-    assert len(v.out_sharding) >= min(len(names), index) or name is None
-    if name is not None:
-        assert v.out_sharding[index] == name
+    padded = [*names, *[None] * (index - len(names))]
+    unnamed_beyond_all_names = name is None and index > len(names)
+    assert v.out_sharding == tuple(names if unnamed_beyond_all_names else [*padded[:index], name, *padded[index:]])
     v.remove_axis(index, name)
     assert v.out_sharding == tuple(names)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import flax.nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -15,12 +16,13 @@ from nnx_core.nn.attention import MissingCacheError, MissingInputError
 from nnx_core.nn.attention_dot_product import AttentionShapeError, dot_product_attention_weights
 from nnx_core.nn.dtypes import promote_dtype
 from tests.layer_rows.attention import NORMS, PRODUCTS, ROWS
+from tests.support.arrays import noise, ones
 from tests.tolerance import assert_trees_close, assert_trees_equal
 from tests.twins import KEY, Layer, assert_equal_to_twin
 
 MHA, _ = ROWS
-X = jax.random.normal(jax.random.key(0), (2, 3, 4))
-MASK = jnp.array([[[[1, 0, 1], [1, 1, 0], [0, 0, 0]]], [[[0, 1, 0], [1, 1, 1], [1, 0, 0]]]])
+X = noise(0, 2, 3, 4)
+MASK = np.array([[[[1, 0, 1], [1, 1, 0], [0, 0, 0]]], [[[0, 1, 0], [1, 1, 1], [1, 0, 0]]]], np.int32)
 
 
 def attention(**options):
@@ -128,8 +130,8 @@ def test_sown_weights():
 
 # ---- the function, against Linen's -------------------------------------------------------------------------
 
-Q, K, V = (jax.random.normal(key, (2, 3, 2, 4)) for key in jax.random.split(jax.random.key(3), 3))
-BIAS = jax.random.normal(jax.random.key(4), (2, 1, 3, 3))
+Q, K, V = (noise(seed, 2, 3, 2, 4) for seed in (1, 2, 3))
+BIAS = noise(4, 2, 1, 3, 3)
 FUNCTION = {
     "plain": {},
     "bias": {"bias": BIAS},
@@ -221,7 +223,9 @@ DECODE = {
 
 
 @pytest.mark.parametrize("options", DECODE.values(), ids=DECODE)
-@pytest.mark.parametrize("mask", [None, jnp.array([[[[1, 0, 1, 1]]], [[[0, 1, 1, 0]]]])], ids=["no-mask", "mask"])
+@pytest.mark.parametrize(
+    "mask", [None, np.array([[[[1, 0, 1, 1]]], [[[0, 1, 1, 0]]]], np.int32)], ids=["no-mask", "mask"]
+)
 def test_decoding_step_by_step(options, mask):
     x = jax.random.normal(jax.random.key(7), (2, 4, 4))
     layer = attention(decode=True, bias_init=nnx.initializers.normal(), **options)
@@ -535,19 +539,27 @@ def test_rejected_options(options, message):
 
 
 WRONG_ARRAYS = {
-    "rank": ((Q, K[0], V[0]), {}, r"query and key:.*found +query \(2, 3, 2, 4\).*found +key \(3, 2, 4\)"),
-    "batch": ((Q, K[:1], V[:1]), {}, r"query and key:.*found +key \(1, 3, 2, 4\).*nothing is broadcast"),
-    "depth": ((Q, K[..., :3], V), {}, r"query and key:.*found +key \(2, 3, 2, 3\)"),
-    "heads": ((Q[:, :, :1], K, V), {}, r"query and key:.*kv_heads divides.*found +query \(2, 3, 1, 4\)"),
-    "value": ((Q, K, V[:, :2]), {}, r"key and value:.*up to the depth.*found +value \(2, 2, 2, 4\)"),
+    "rank": (
+        (Q, ones(3, 2, 4), ones(3, 2, 4)),
+        {},
+        r"query and key:.*found +query \(2, 3, 2, 4\).*found +key \(3, 2, 4\)",
+    ),
+    "batch": (
+        (Q, ones(1, 3, 2, 4), ones(1, 3, 2, 4)),
+        {},
+        r"query and key:.*found +key \(1, 3, 2, 4\).*nothing is broadcast",
+    ),
+    "depth": ((Q, ones(2, 3, 2, 3), V), {}, r"query and key:.*found +key \(2, 3, 2, 3\)"),
+    "heads": ((ones(2, 3, 1, 4), K, V), {}, r"query and key:.*kv_heads divides.*found +query \(2, 3, 1, 4\)"),
+    "value": ((Q, K, ones(2, 2, 2, 4)), {}, r"key and value:.*up to the depth.*found +value \(2, 2, 2, 4\)"),
     "mask": (
         (Q, K, V),
-        {"mask": jnp.ones((3, 3, 3))},
+        {"mask": ones(3, 3, 3)},
         r"mask:.*broadcasts to \[\*batch, heads, q_length, kv_length\] = \(2, 2, 3, 3\).*found +mask \(3, 3, 3\)"
         r".*make_attention_mask",
     ),
     "mask-rank": ((Q, K, V), {"mask": MASK[None]}, r"mask:.*found +mask \(1, 2, 1, 3, 3\)"),
-    "bias": ((Q, K, V), {"bias": jnp.ones(4)}, r"bias:.*found +bias \(4,\)"),
+    "bias": ((Q, K, V), {"bias": ones(4)}, r"bias:.*found +bias \(4,\)"),
 }
 
 

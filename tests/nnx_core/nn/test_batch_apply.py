@@ -10,20 +10,21 @@ import nnx_core as nnx
 from nnx_core._errors import NnxError
 from nnx_core.nn._errors import InputShapeError, OptionError
 from nnx_core.nn.batch_apply import MergedAxisError
+from tests.support.arrays import noise, ones, ramp
 from tests.tolerance import assert_trees_equal
 
-X = jax.random.normal(jax.random.key(0), (2, 3, 4))
+X = noise(0, 2, 3, 4)
 CASES = {
     "one": (lambda x: x.sum(-1), (X,), {}),
-    "small-array": (lambda x, y: x @ y, (X, jnp.arange(4.0)), {}),
+    "small-array": (lambda x, y: x @ y, (X, ramp(4)), {}),
     "number": (lambda x, y: x + y, (X, 2), {}),
     "flag": (lambda x, flag: -x if flag else x, (X, True), {}),
     "none": (lambda x, mask: x if mask is None else x * mask, (X, None), {}),
-    "keyword": (lambda x, scale: x * scale, (X,), {"scale": X + 1}),
-    "broadcast": (lambda x, y: x + y, (X, jnp.ones((1, 1, 4))), {}),
-    "trees": (lambda d: {"a": (d["a"], d["b"][:, None]), "c": None}, ({"a": X, "b": X[..., 0]},), {}),
+    "keyword": (lambda x, scale: x * scale, (X,), {"scale": noise(1, 2, 3, 4)}),
+    "broadcast": (lambda x, y: x + y, (X, ones(1, 1, 4)), {}),
+    "trees": (lambda d: {"a": (d["a"], d["b"][:, None]), "c": None}, ({"a": X, "b": noise(1, 2, 3)},), {}),
     "numpy": (lambda x: x * 2, (np.ones((2, 3)),), {}),
-    "empty": (lambda x: x * 2, (X[:0],), {}),
+    "empty": (lambda x: x * 2, (ones(0, 3, 4),), {}),
 }
 
 

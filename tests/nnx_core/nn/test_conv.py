@@ -15,7 +15,7 @@ from tests.tolerance import assert_trees_equal
 from tests.twins import assert_equal_to_twin
 
 CONV = next(layer for layer in LAYERS if layer.name == "Conv")
-MASK = jnp.tril(jnp.ones((4, 6))) * jnp.ones((3, 3, 1, 1))
+MASK = np.tril(np.ones((3, 3, 4, 6), np.float32))
 
 
 def conv(kernel_size, shape=(2, 5, 7, 4), **options):

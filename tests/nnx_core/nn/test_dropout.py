@@ -5,6 +5,7 @@ from dataclasses import replace
 import flax.nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen
 
@@ -14,7 +15,7 @@ from tests.tolerance import assert_trees_equal
 from tests.twins import assert_equal_to_twin
 
 DROPOUT = next(layer for layer in LAYERS if layer.name == "Dropout")
-X = jnp.arange(1.0, 41.0)
+X = jax.device_put(np.arange(1, 41, dtype=np.float32))
 
 
 def dropout(rate, **options):

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 from nnx_core.nn.dtypes import canonicalize_dtype, promote_dtype
+from tests.support.arrays import ones
 from tests.tolerance import assert_trees_equal
 
 VALUES = {
-    "bool": jnp.ones(2, bool),
-    "int8": jnp.ones(2, jnp.int8),
-    "uint32": jnp.ones(2, jnp.uint32),
-    "bfloat16": jnp.ones(2, jnp.bfloat16),
-    "float16": jnp.ones(2, jnp.float16),
-    "float32": jnp.ones(2),
-    "complex64": jnp.ones(2, jnp.complex64),
+    "bool": ones(2, dtype=bool),
+    "int8": ones(2, dtype=np.int8),
+    "uint32": ones(2, dtype=np.uint32),
+    "bfloat16": ones(2, dtype=jnp.bfloat16),
+    "float16": ones(2, dtype=np.float16),
+    "float32": ones(2),
+    "complex64": ones(2, dtype=np.complex64),
     "numpy": np.ones(2, np.float32),
     "int": 1,
     "float": 1.5,

@@ -2,9 +2,11 @@
 
 Each column runs nnx_core's transform on the module, and plain JAX's on the Linen twin as a pure function. What is
 measured here and in `test_linen_twin.py` (the column jit, in 13 combinations of dtypes) goes into the test report
-and, with `--write-layer-matrix`, into `migration_guide/layer_matrix.md`.
+and, with `--grids --write-layer-matrix`, into `migration_guide/layer_matrix.md`.
 `pytest -m accelerator` runs these tests on whatever `jax.default_backend()` is.
 """
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +33,7 @@ CASES = [
     for layer in LAYERS
     for train in ((False, True) if layer.modes[True] != layer.modes[False] else (False,))
 ]
-DTYPES = [
-    pytest.param({"inputs": dtype, "dtype": None, "param_dtype": dtype}, id=jnp.dtype(dtype).name)
-    for dtype in (jnp.float32, jnp.bfloat16)
-]
+DTYPES = (jnp.float32, jnp.bfloat16)
 # Where streams of random numbers are part of the module: they are the same in every copy.
 STACKED = nnx.StateAxes({nnx.RngState: None, ...: 0})
 
@@ -124,12 +123,19 @@ NO_DIFFERENCE = {
 }
 
 
-@pytest.mark.parametrize("column", COLUMNS)
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize(("layer", "train"), CASES)
-def test_matrix(layer, train, dtypes, column, record_property):
-    dtypes = dict(dtypes)
-    x = layer.example(dtypes.pop("inputs"))
+def crossed():
+    """Every layer, in train and eval mode, under every transform: in float32, and gradients in bfloat16 too."""
+    for case, dtype, column in itertools.product(CASES, DTYPES, COLUMNS):
+        only_in_grid = dtype is jnp.bfloat16 and column != "grad"
+        marks = [pytest.mark.grid] if only_in_grid else []
+        name = f"{case.id}-{jnp.dtype(dtype).name}-{column}"
+        yield pytest.param(*case.values, dtype, column, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("layer", "train", "dtype", "column"), list(crossed()))
+def test_matrix(layer, train, dtype, column, record_property):
+    x = layer.example(dtype)
+    dtypes = {"dtype": None, "param_dtype": dtype}
     values = layer.variables(**dtypes)
     if not values and column in ("grad", "scan"):
         pytest.skip("the layer has no variables")

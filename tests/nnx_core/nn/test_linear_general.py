@@ -11,11 +11,12 @@ from flax import linen
 import nnx_core as nnx
 from nnx_core.nn._errors import InputShapeError, MissingRngsError, OptionError
 from tests.layer_rows.linear_general import ROWS
+from tests.support.arrays import noise
 from tests.tolerance import assert_trees_close, assert_trees_equal
 from tests.twins import assert_equal_to_twin
 
 GENERAL, _, EINSUM = ROWS
-X = jax.random.normal(jax.random.key(0), (2, 3, 4))
+X = noise(0, 2, 3, 4)
 
 
 def general(in_features, out_features, shape=(2, 3, 4), batch=None, **options):

@@ -9,10 +9,11 @@ import optax
 import pytest
 
 import nnx_core as nnx
-from tests.nnx_core.nn.test_linen_twin import equations
+from tests.support.arrays import noise
 from tests.tolerance import assert_trees_close, assert_trees_equal
+from tests.twins import equations
 
-X = jax.random.normal(jax.random.key(5), (2, 6, 3))
+X = noise(5, 2, 6, 3)
 F32, BF16 = jnp.float32, jnp.bfloat16
 RANDOM = nnx.initializers.normal(1.0)
 

@@ -11,10 +11,11 @@ import pytest
 
 import nnx_core as nnx
 from nnx_core.nn.pooling import PoolingError
+from tests.support.arrays import noise
 from tests.tolerance import assert_trees_equal
 
 NAMES = ("avg_pool", "max_pool", "min_pool")
-X = jax.random.normal(jax.random.key(0), (2, 6, 5, 3)) + 1
+X = noise(0, 2, 6, 5, 3, mean=1)
 CASES = {
     "valid": ((2, 3), {}),
     "strides": ((2, 2), {"strides": (2, 3)}),

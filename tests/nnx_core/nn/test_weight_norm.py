@@ -14,12 +14,13 @@ from flax import linen
 
 import nnx_core as nnx
 from tests.layer_rows.norms import ROWS
+from tests.support.arrays import noise
 from tests.tolerance import assert_trees_close, assert_trees_equal
 from tests.twins import assert_equal_to_twin
 
 DENSE = next(row for row in ROWS if row.name == "WeightNorm")
 CONV = next(row for row in ROWS if row.name == "WeightNorm.Conv")
-X = jax.random.normal(jax.random.key(5), (2, 4))
+X = noise(5, 2, 4)
 
 
 def weight_norm(row=DENSE, filters=None, absent=(), extra=None, **options):

@@ -15,7 +15,8 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from nnx_core.graph.pack import After, Forced, Packer, Place, Refs, Unpacker, Watch, apply, check_writes, collect
+from nnx_core.graph.effects import After, Forced, apply, check_writes, collect
+from nnx_core.graph.pack import Packer, Place, Refs, Unpacker, Watch
 from nnx_core.graph.structure import Element, Static, nodes
 
 _ROOT = Place((), None, 0)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-import bridge
 import nnx_core as nnx
 from bridge import ToNNX, variables_of
 from bridge.linen_in_nnx._errors import (
     StateAttributeError,
     SubmoduleAccessError,
 )
+from bridge.linen_in_nnx.as_graph import LinenScope
 from tests.support.linen_models import (
     CNN,
     KEY,
@@ -175,7 +175,7 @@ def test_compact_submodules_are_not_callable_row23():
     with pytest.raises(SubmoduleAccessError, match=r"(?s)Dense_0 of CNN cannot be called.*exist only while"):
         model.Dense_0(X)
     with pytest.raises(SubmoduleAccessError, match="not reached through its ToNNX"):
-        bridge.linen_state.LinenScope()(X)
+        LinenScope()(X)
 
 
 def test_writing_attributes_that_are_variables():

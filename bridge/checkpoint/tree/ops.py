@@ -273,7 +273,7 @@ class Transpose(OfOne):
 
     def __post_init__(self) -> None:
         rank = len(self.of.shape)
-        axes = tuple(axis + rank if axis < 0 else axis for axis in self.axes)
+        axes = tuple(_from_front(axis, rank) for axis in self.axes)
         if sorted(axes) != list(range(rank)):
             raise OpError(self, f"each axis of {self.of.shape} once", f"axes {list(self.axes)}")
         _set(self, axes=axes, shape=tuple(self.of.shape[axis] for axis in axes), dtype=self.of.dtype)
@@ -369,6 +369,10 @@ def _axis(op: Op, axis: int, rank: int) -> int:
     if not -rank <= axis < rank:
         raise OpError(op, f"an axis of {rank}", f"axis {axis}")
     return axis % rank
+
+
+def _from_front(axis: int, rank: int) -> int:
+    return axis + rank if axis < 0 else axis
 
 
 def _whole(shape: Sequence[int]) -> Region:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -68,6 +68,18 @@ class Op:
         return ()
 
 
+class OfOne(Op):
+    """What is made of one other value."""
+
+    of: Op
+
+    def on(self, leaf: Callable[[Path], Op]) -> Op:
+        return replace(self, of=self.of.on(leaf))  # type: ignore[type-var]  # each subclass is a dataclass
+
+    def _parts(self) -> tuple[Op, ...]:
+        return (self.of,)
+
+
 @dataclass(frozen=True)
 class Read(Op):
     """A leaf as it is.
@@ -115,7 +127,7 @@ class Fill(Op):
 
 
 @dataclass(frozen=True)
-class Block(Op):
+class Block(OfOne):
     """`of[start:stop]` along one axis, which stays: one gate of a fused kernel.
 
     >>> Block(Read(("kernel",), (2, 8), "float32"), axis=-1, start=4, stop=8).shape
@@ -141,18 +153,12 @@ class Block(Op):
         wanted[self.axis] = slice(old.start + self.start, old.stop + self.start)
         return self.of.value(read, tuple(wanted))
 
-    def on(self, leaf: Callable[[Path], Op]) -> Op:
-        return Block(self.of.on(leaf), self.axis, self.start, self.stop)
-
     def _word(self) -> str:
         return f"{self.start}:{self.stop} along {self.axis}"
 
-    def _parts(self) -> tuple[Op, ...]:
-        return (self.of,)
-
 
 @dataclass(frozen=True)
-class Pick(Op):
+class Pick(OfOne):
     """`of[index]` along one axis, which goes: one layer of a stack.
 
     >>> Pick(Read(("kernel",), (12, 2, 8), "float32"), axis=0, index=3).shape
@@ -177,14 +183,8 @@ class Pick(Op):
         value = self.of.value(read, block)
         return value.reshape((*value.shape[: self.axis], *value.shape[self.axis + 1 :]))
 
-    def on(self, leaf: Callable[[Path], Op]) -> Op:
-        return Pick(self.of.on(leaf), self.axis, self.index)
-
     def _word(self) -> str:
         return f"{self.index} along {self.axis}"
-
-    def _parts(self) -> tuple[Op, ...]:
-        return (self.of,)
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class Join(Op):
 
 
 @dataclass(frozen=True)
-class Transpose(Op):
+class Transpose(OfOne):
     """Axes in another order, as `numpy.transpose` takes them.
 
     >>> Transpose(Read(("kernel",), (2, 3, 4), "float32"), (2, 0, 1)).shape
@@ -273,7 +273,7 @@ class Transpose(Op):
 
     def __post_init__(self) -> None:
         rank = len(self.of.shape)
-        axes = tuple(axis + rank if axis < 0 else axis for axis in self.axes)
+        axes = tuple(_from_front(axis, rank) for axis in self.axes)
         if sorted(axes) != list(range(rank)):
             raise OpError(self, f"each axis of {self.of.shape} once", f"axes {list(self.axes)}")
         _set(self, axes=axes, shape=tuple(self.of.shape[axis] for axis in axes), dtype=self.of.dtype)
@@ -284,18 +284,12 @@ class Transpose(Op):
             inner = tuple(region[self.axes.index(axis)] for axis in range(len(self.axes)))
         return self.of.value(read, inner).transpose(self.axes)
 
-    def on(self, leaf: Callable[[Path], Op]) -> Op:
-        return Transpose(self.of.on(leaf), self.axes)
-
     def _word(self) -> str:
         return f"transpose {list(self.axes)}"
 
-    def _parts(self) -> tuple[Op, ...]:
-        return (self.of,)
-
 
 @dataclass(frozen=True)
-class Reshape(Op):
+class Reshape(OfOne):
     """The same numbers in row-major order under another shape; one size may be -1. A region needs the whole source.
 
     >>> Reshape(Read(("kernel",), (2, 3, 4), "float32"), (2, -1)).shape
@@ -321,18 +315,12 @@ class Reshape(Op):
         whole = self.of.value(read).reshape(self.shape)
         return whole if region is None else whole[region]
 
-    def on(self, leaf: Callable[[Path], Op]) -> Op:
-        return Reshape(self.of.on(leaf), self.new)
-
     def _word(self) -> str:
         return f"reshape {list(self.shape)}"
 
-    def _parts(self) -> tuple[Op, ...]:
-        return (self.of,)
-
 
 @dataclass(frozen=True)
-class Cast(Op):
+class Cast(OfOne):
     """Another number type, by name: 'bfloat16', 'float32', ...
 
     >>> Cast(Read(("kernel",), (2,), "float32"), "bfloat16").dtype
@@ -365,9 +353,6 @@ class Cast(Op):
     def _word(self) -> str:
         return f"cast to {self.dtype}"
 
-    def _parts(self) -> tuple[Op, ...]:
-        return (self.of,)
-
 
 def unstack(of: Op, axis: int) -> tuple[Op, ...]:
     """The slices of `of` along `axis`: what `Join(..., stack=True)` was made from.
@@ -384,6 +369,10 @@ def _axis(op: Op, axis: int, rank: int) -> int:
     if not -rank <= axis < rank:
         raise OpError(op, f"an axis of {rank}", f"axis {axis}")
     return axis % rank
+
+
+def _from_front(axis: int, rank: int) -> int:
+    return axis + rank if axis < 0 else axis
 
 
 def _whole(shape: Sequence[int]) -> Region:

@@ -15,8 +15,8 @@ import nnx_core as nnx
 from bridge._types import Path
 from bridge.modules.scope import current_context
 from bridge.modules.tree import current_run, has_place, is_bridge_module, rebuilt_with, unbound
-from bridge.modules.waiting import Parked, Waiting, fill, flat, parked, put, take
-from bridge.variables.mapping import inside, locations
+from bridge.modules.waiting import Parked, Waiting, fill, flat, parked, take
+from bridge.variables.mapping import inside, locations, put
 from nnx_core.graph.walk import children
 
 

@@ -32,25 +32,11 @@ from bridge.modules.scope import (
     running,
     streams,
 )
-from bridge.modules.tree import (
-    OWN,
-    check_writes,
-    collect,
-    config_of,
-    is_bridge_module,
-    run_of,
-    unbound,
-)
-from bridge.modules.waiting import (
-    check_shape,
-    flat,
-    put,
-    take_one,
-    waiting_of,
-)
+from bridge.modules.tree import OWN, check_writes, collect, config_of, is_bridge_module, run_of, unbound
+from bridge.modules.waiting import check_shape, flat, take_one, waiting_of
 from bridge.nnx_in_linen.host import Host, hosted
 from bridge.variables.kinds import collection_of, variable_type
-from bridge.variables.mapping import inside, linen_tree
+from bridge.variables.mapping import inside, linen_tree, put
 from bridge.variables.metadata import to_linen_value, to_nnx_variable
 
 __all__ = ["AttrPriority", "Module", "ModuleStackEntry", "Scope", "compact", "current_context", "current_module"]

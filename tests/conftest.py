@@ -40,7 +40,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Keep the cache small: once a run, not in the workers of pytest-xdist."""
+    """Refuse to write half a page; keep the cache small, once a run and not in the workers of pytest-xdist."""
+    if config.getoption("--write-layer-matrix") and not config.getoption("--grids"):
+        raise pytest.UsageError("--write-layer-matrix writes the whole matrix: give --grids too")
     if not hasattr(config, "workerinput"):
         compile_cache.trim_own(os.environ)
 

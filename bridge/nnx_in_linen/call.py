@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax.core import meta
 
 import nnx_core as nnx
-from bridge._errors import show_path
+from bridge._errors import linen_not_found, linen_place, show_path
 from bridge._types import Location
 from bridge.nnx_in_linen._errors import ConstructorChangedError, KeptGraphDefError, UnexpectedVariablesError
 from bridge.nnx_in_linen.host import Host, give_back_streams, hosted, no_key
@@ -130,7 +130,7 @@ class Call:
 
     def _place(self, location: Location) -> tuple[str, str]:
         """(name, path of its scope) as Linen's errors show them."""
-        return location[-1], "/" + "/".join((*self.scope.debug_path, *location[1:-1]))
+        return linen_place(location, self.scope.debug_path)
 
     def _create_missing(self) -> None:
         missing = [slot for location, slot in self.structure.slots.items() if location not in self.values]
@@ -169,12 +169,7 @@ class Call:
         return self.recipe.make(Host(None, True, streams, make_rng))
 
     def _not_found(self, location: Location) -> Exception:
-        collection, (name, path) = location[0], self._place(location)
-        if self.scope.is_collection_empty(collection):
-            return flax.errors.ScopeCollectionNotFound(collection, name, path)
-        if collection == "params":
-            return flax.errors.ScopeParamNotFoundError(name, path)
-        return flax.errors.ScopeVariableNotFoundError(name, collection, path)
+        return linen_not_found(location, self.scope.debug_path, empty=self.scope.is_collection_empty(location[0]))
 
     # ---- the module ----
 

@@ -18,7 +18,7 @@ from bridge.nnx_in_linen.stand_ins import plain, visible_class
 from bridge.nnx_in_linen.structure import Structure
 from nnx_core._changes import track
 from nnx_core._errors import Path
-from nnx_core.graph.classify import contents
+from nnx_core.graph.classify import contents, same_things
 from nnx_core.graph.watched import Watched, set_class
 
 #: A Variable or an array that is an attribute, and its value.
@@ -82,7 +82,7 @@ class Subject:
             return True
         if any(x._nnx_version != version for x, version in self._versions):
             return True
-        return any(not _same(contents(items.get(key)), before) for items, key, before in self._containers)
+        return any(not same_things(contents(items.get(key)), before) for items, key, before in self._containers)
 
     def written(self, moved: bool, with_streams: bool) -> Iterator[tuple[Path, Any, bool]]:
         """(path, Variable or array, whether it was there before) of all that the call wrote."""
@@ -115,10 +115,6 @@ class Subject:
         for slot, index, value in zip(order, indices, self._values, strict=True):
             before[slot.path] = (value if index is None else self._objects[index]), value
         return before
-
-
-def _same(now: list[Any], before: list[Any]) -> bool:
-    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
 
 
 def _contents(module: nnx.Module, *, with_streams: bool) -> dict[Path, Leaf]:

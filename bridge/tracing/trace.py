@@ -300,7 +300,7 @@ class _Watcher(Recorder):
     """Takes down when each object was called first, and which axes its Variables had lost then."""
 
     def __init__(self, infos: list[ObjectInfo], shapes: Mapping[Location, Shape]):
-        super().__init__(infos, keep=False)
+        super().__init__(infos, count=False)
         self.log, self.shapes = _Log(), shapes
 
     def record(self, index: int, name: str, method: Any, args: Any, kwargs: Any, part: Any = None) -> Any:

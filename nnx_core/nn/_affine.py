@@ -51,13 +51,13 @@ class KernelLayer(Module):
     promote_dtype: PromoteDtypeFn
     preferred_element_type: Dtype | None  # of those that have one
 
-    def _keep_numerics(
+    def _nnx_keep_numerics(
         self, dtype: Dtype | None, param_dtype: Dtype, precision: lax.PrecisionLike, promote_dtype: PromoteDtypeFn
     ) -> None:
         self.dtype, self.param_dtype = dtype, param_dtype
         self.precision, self.promote_dtype = precision, promote_dtype
 
-    def _product_options(self, out_sharding: Any) -> dict[str, Any]:
+    def _nnx_product_options(self, out_sharding: Any) -> dict[str, Any]:
         """Keyword arguments of the product."""
         options: dict[str, Any] = {"precision": self.precision, "out_sharding": out_sharding}
         if self.preferred_element_type is not None:  # else left out: a product of the user's need not take it

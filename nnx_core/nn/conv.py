@@ -96,17 +96,17 @@ class Conv(Convolution):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self._keep_window(in_features, out_features, kernel_size, strides, padding, kernel_dilation)
-        self._keep_numerics(dtype, param_dtype, precision, promote_dtype)
+        self._nnx_keep_window(in_features, out_features, kernel_size, strides, padding, kernel_dilation)
+        self._nnx_keep_numerics(dtype, param_dtype, precision, promote_dtype)
         self.input_dilation, self.feature_group_count = hashable(input_dilation), feature_group_count
         self.use_bias, self.mask = use_bias, data(mask)
         self.conv_general_dilated, self.preferred_element_type = conv_general_dilated, preferred_element_type
         self.kernel_shape = (*self.kernel_size, in_features // feature_group_count, out_features)
-        self._check_per_axis("strides", "input_dilation", "kernel_dilation")
-        self._check_padding(CONV_PADDINGS)
-        self._check_input_dilation()
-        self._check_groups()
-        self._check_mask()
+        self._nnx_check_per_axis("strides", "input_dilation", "kernel_dilation")
+        self._nnx_check_padding(CONV_PADDINGS)
+        self._nnx_check_input_dilation()
+        self._nnx_check_groups()
+        self._nnx_check_mask()
         self.kernel = new_param(rngs, kernel_init, self.kernel_shape, param_dtype, kernel_metadata)
         self.bias = optional_param(use_bias, rngs, bias_init, (out_features,), param_dtype, bias_metadata)
 
@@ -128,12 +128,12 @@ class Conv(Convolution):
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         # Not `in_features`: inside shard_map the kernel is a shard of its own size, and users replace it.
-        self._check_input(inputs.shape, kernel.shape[-2] * self.feature_group_count)
+        self._nnx_check_input(inputs.shape, kernel.shape[-2] * self.feature_group_count)
         rank = len(self.kernel_size)
         inputs, batch = merge_batch(inputs, rank)
         dilation = each_axis(self.kernel_dilation, rank)
         inputs, padding = pad_inputs(inputs, self.padding, self.kernel_size, dilation)
-        inputs, kernel, bias = self._promoted(inputs, kernel, bias)
+        inputs, kernel, bias = self._nnx_promoted(inputs, kernel, bias)
         y = self.conv_general_dilated(
             inputs,
             kernel,
@@ -143,13 +143,13 @@ class Conv(Convolution):
             rhs_dilation=dilation,
             dimension_numbers=channels_last(rank),
             feature_group_count=self.feature_group_count,
-            **self._product_options(out_sharding),
+            **self._nnx_product_options(out_sharding),
         )
-        return self._finished(y, bias, batch)
+        return self._nnx_finished(y, bias, batch)
 
-    def _check_groups(self) -> None:
+    def _nnx_check_groups(self) -> None:
         for option in ("in_features", "out_features"):
             features = getattr(self, option)
             if features % self.feature_group_count:
                 found = f"{option} {features}, feature_group_count {self.feature_group_count}"
-                self._fail("feature_group_count", f"a divisor of {option}", found)
+                self._nnx_fail("feature_group_count", f"a divisor of {option}", found)

@@ -29,7 +29,7 @@ class Convolution(KernelLayer):
     kernel_shape: tuple[int, ...]
     mask: jax.Array | None
 
-    def _keep_window(
+    def _nnx_keep_window(
         self,
         in_features: int,
         out_features: int,
@@ -42,7 +42,7 @@ class Convolution(KernelLayer):
         self.kernel_size, self.strides = as_tuple(kernel_size), hashable(strides)
         self.padding, self.kernel_dilation = hashable(padding), hashable(kernel_dilation)
 
-    def _promoted(
+    def _nnx_promoted(
         self, inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """All three in one dtype, the kernel under its mask; `inputs` are padded already.
@@ -53,7 +53,7 @@ class Convolution(KernelLayer):
             kernel = kernel * self.mask
         return self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
 
-    def _finished(self, y: jax.Array, bias: jax.Array | None, batch: tuple[int, ...]) -> jax.Array:
+    def _nnx_finished(self, y: jax.Array, bias: jax.Array | None, batch: tuple[int, ...]) -> jax.Array:
         """`y` with the bias added along its last axes, and with the batch axes that the input had."""
         if bias is not None:
             y = y + jnp.reshape(bias, (1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -61,35 +61,35 @@ class Convolution(KernelLayer):
 
     # ---- checks
 
-    def _check_per_axis(self, *options: str) -> None:
+    def _nnx_check_per_axis(self, *options: str) -> None:
         """OptionError unless each of these attributes is one integer, None, or as long as `kernel_size`."""
         rank = len(self.kernel_size)
         for option in options:
             value = getattr(self, option)
             if isinstance(value, tuple) and len(value) != rank:
-                self._fail(option, f"one integer, or {rank}: one for each spatial axis", value)
+                self._nnx_fail(option, f"one integer, or {rank}: one for each spatial axis", value)
 
-    def _check_padding(self, names: tuple[str, ...]) -> None:
+    def _nnx_check_padding(self, names: tuple[str, ...]) -> None:
         """OptionError unless `padding` is one of `names`, or integers that fit `kernel_size`."""
         rank, padding = len(self.kernel_size), self.padding
         if not _is_padding(padding, rank, names):
             expected = f"one of {', '.join(names)}; an integer; or {rank} integers or (before, after) pairs"
-            self._fail("padding", expected, padding)
+            self._nnx_fail("padding", expected, padding)
         if isinstance(padding, str) and padding.upper() == "CAUSAL" and rank != 1:
-            self._fail("padding", "CAUSAL only with one spatial axis", f"kernel_size {self.kernel_size}")
+            self._nnx_fail("padding", "CAUSAL only with one spatial axis", f"kernel_size {self.kernel_size}")
 
-    def _check_input_dilation(self) -> None:
+    def _nnx_check_input_dilation(self) -> None:
         """OptionError if the input is spread and the padding is a name: lax pads by name only what is not spread."""
         if isinstance(self.padding, str) and set(each_axis(self.input_dilation, 1)) != {1}:
             found = f"{self.input_dilation}, padding {self.padding}"
-            self._fail("input_dilation", "1, or a padding in integers", found)
+            self._nnx_fail("input_dilation", "1, or a padding in integers", found)
 
-    def _check_mask(self) -> None:
+    def _nnx_check_mask(self) -> None:
         """OptionError unless `mask` is None or has the shape of the kernel."""
         if self.mask is not None and jnp.shape(self.mask) != self.kernel_shape:
-            self._fail("mask", f"the shape of the kernel, {self.kernel_shape}", jnp.shape(self.mask))
+            self._nnx_fail("mask", f"the shape of the kernel, {self.kernel_shape}", jnp.shape(self.mask))
 
-    def _check_input(self, shape: tuple[int, ...], features: int) -> None:
+    def _nnx_check_input(self, shape: tuple[int, ...], features: int) -> None:
         """InputShapeError unless `shape` is `(*batch, *spatial, features)`."""
         rank = len(self.kernel_size)
         if len(shape) < rank + 1 or shape[-1] != features:
@@ -101,7 +101,7 @@ class Convolution(KernelLayer):
                 f"kernel_size {self.kernel_size} has {rank} spatial axes; channels are last (NHWC, not NCHW).",
             )
 
-    def _fail(self, option: str, expected: str, found: object) -> NoReturn:
+    def _nnx_fail(self, option: str, expected: str, found: object) -> NoReturn:
         fix = f"This {type(self).__name__} has kernel_size {self.kernel_size}."
         raise OptionError(self, option, expected, found, fix)
 

@@ -90,16 +90,16 @@ class ConvLocal(Convolution):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self._keep_window(in_features, out_features, kernel_size, strides, padding, kernel_dilation)
-        self._keep_numerics(dtype, param_dtype, precision, promote_dtype)
+        self._nnx_keep_window(in_features, out_features, kernel_size, strides, padding, kernel_dilation)
+        self._nnx_keep_numerics(dtype, param_dtype, precision, promote_dtype)
         self.in_spatial_shape, self.input_dilation = as_tuple(in_spatial_shape), hashable(input_dilation)
         self.use_bias, self.mask = use_bias, data(mask)
-        self._check_per_axis("strides", "input_dilation", "kernel_dilation")
-        self._check_padding(CONV_PADDINGS)
-        self._check_input_dilation()
+        self._nnx_check_per_axis("strides", "input_dilation", "kernel_dilation")
+        self._nnx_check_padding(CONV_PADDINGS)
+        self._nnx_check_input_dilation()
         self.out_spatial_shape = _out_spatial_shape(self)
         self.kernel_shape = (*self.out_spatial_shape, in_features * prod(self.kernel_size), out_features)
-        self._check_mask()
+        self._nnx_check_mask()
         self.kernel = new_param(rngs, kernel_init, self.kernel_shape, param_dtype, kernel_metadata)
         bias_shape = (*self.out_spatial_shape, out_features)
         self.bias = optional_param(use_bias, rngs, bias_init, bias_shape, param_dtype, bias_metadata)
@@ -123,7 +123,7 @@ class ConvLocal(Convolution):
         # Not `in_features`: inside shard_map the kernel is a shard of its own size, and users replace it.
         features = kernel.shape[-2] // prod(self.kernel_size)
         rank = len(self.kernel_size)
-        self._check_input(inputs.shape, features)
+        self._nnx_check_input(inputs.shape, features)
         if inputs.shape[-rank - 1 : -1] != self.in_spatial_shape:
             expected = f"(*batch, {', '.join(map(str, self.in_spatial_shape))}, {features})"
             fix = "There is one kernel for each position: construct the layer with the in_spatial_shape of its input."
@@ -131,7 +131,7 @@ class ConvLocal(Convolution):
         inputs, batch = merge_batch(inputs, rank)
         dilation = each_axis(self.kernel_dilation, rank)
         inputs, padding = pad_inputs(inputs, self.padding, self.kernel_size, dilation)
-        inputs, kernel, bias = self._promoted(inputs, kernel, bias)
+        inputs, kernel, bias = self._nnx_promoted(inputs, kernel, bias)
         y = lax.conv_general_dilated_local(
             inputs,
             kernel,
@@ -143,14 +143,14 @@ class ConvLocal(Convolution):
             dimension_numbers=channels_last(rank),
             precision=self.precision,
         )
-        return self._finished(y, bias, batch)
+        return self._nnx_finished(y, bias, batch)
 
 
 def _out_spatial_shape(layer: ConvLocal) -> tuple[int, ...]:
     """How many windows there are along each axis: what a convolution with shared weights would return."""
     rank = len(layer.kernel_size)
     if len(layer.in_spatial_shape) != rank:
-        layer._fail("in_spatial_shape", f"{rank} integers, one for each spatial axis", layer.in_spatial_shape)
+        layer._nnx_fail("in_spatial_shape", f"{rank} integers, one for each spatial axis", layer.in_spatial_shape)
 
     def convolve(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         dilation = each_axis(layer.kernel_dilation, rank)
@@ -170,5 +170,5 @@ def _out_spatial_shape(layer: ConvLocal) -> tuple[int, ...]:
     shape = jax.eval_shape(convolve, image, kernel).shape[1:-1]
     if 0 in shape:
         found = f"{layer.in_spatial_shape}, which gives an output of {shape}"
-        layer._fail("in_spatial_shape", "an input that is at least as large as the window", found)
+        layer._nnx_fail("in_spatial_shape", "an input that is at least as large as the window", found)
     return shape

@@ -97,17 +97,17 @@ class ConvTranspose(Convolution):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self._keep_window(in_features, out_features, kernel_size, strides, padding, kernel_dilation)
-        self._keep_numerics(dtype, param_dtype, precision, promote_dtype)
+        self._nnx_keep_window(in_features, out_features, kernel_size, strides, padding, kernel_dilation)
+        self._nnx_keep_numerics(dtype, param_dtype, precision, promote_dtype)
         self.use_bias, self.mask = use_bias, data(mask)
         self.transpose_kernel, self.preferred_element_type = transpose_kernel, preferred_element_type
         features = (out_features, in_features) if transpose_kernel else (in_features, out_features)
         self.kernel_shape = (*self.kernel_size, *features)
-        self._check_per_axis("strides", "kernel_dilation")
-        self._check_padding((*LAX_PADDINGS, "CIRCULAR", "CAUSAL"))
+        self._nnx_check_per_axis("strides", "kernel_dilation")
+        self._nnx_check_padding((*LAX_PADDINGS, "CIRCULAR", "CAUSAL"))
         if str(padding).upper() == "SAME_LOWER" and set(each_axis(self.strides, 1)) != {1}:
-            self._fail("padding", "SAME_LOWER only without strides", f"strides {self.strides}")
-        self._check_mask()
+            self._nnx_fail("padding", "SAME_LOWER only without strides", f"strides {self.strides}")
+        self._nnx_check_mask()
         self.kernel = new_param(rngs, kernel_init, self.kernel_shape, param_dtype, kernel_metadata)
         self.bias = optional_param(use_bias, rngs, bias_init, (out_features,), param_dtype, bias_metadata)
 
@@ -128,10 +128,10 @@ class ConvTranspose(Convolution):
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         # Not `in_features`: inside shard_map the kernel is a shard of its own size, and users replace it.
-        self._check_input(inputs.shape, kernel.shape[-1 if self.transpose_kernel else -2])
+        self._nnx_check_input(inputs.shape, kernel.shape[-1 if self.transpose_kernel else -2])
         rank = len(self.kernel_size)
         inputs, batch = merge_batch(inputs, rank)
-        inputs, kernel, bias = self._promoted(inputs, kernel, bias)
+        inputs, kernel, bias = self._nnx_promoted(inputs, kernel, bias)
         strides = each_axis(self.strides, rank)
         y = lax.conv_transpose(
             inputs,
@@ -146,7 +146,7 @@ class ConvTranspose(Convolution):
         if isinstance(self.padding, str) and self.padding.upper() == "CIRCULAR":
             for axis, stride in enumerate(strides, start=1):
                 y = _wrap(y, axis, inputs.shape[axis] * stride, keep_left=not self.transpose_kernel)
-        return self._finished(y, bias, batch)
+        return self._nnx_finished(y, bias, batch)
 
     def _lax_padding(self) -> LaxPadding:
         padding = explicit_padding(self.padding, len(self.kernel_size))

@@ -70,10 +70,10 @@ class GroupNorm(Norm):
     ):
         require_rngs(self, rngs)
         self.num_groups, self.group_size = _groups(self, num_features, num_groups, group_size)
-        self._keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
-        self._keep_averaging(axis_name, axis_index_groups, use_fast_variance)
-        self._make_scale(rngs, use_scale, scale_init, scale_metadata)
-        self._make_bias(rngs, use_bias, bias_init, bias_metadata)
+        self._nnx_keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
+        self._nnx_keep_averaging(axis_name, axis_index_groups, use_fast_variance)
+        self._nnx_make_scale(rngs, use_scale, scale_init, scale_metadata)
+        self._nnx_make_bias(rngs, use_bias, bias_init, bias_metadata)
         self.feature_axis, self.reduction_axes = -1, hashable(reduction_axes)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
@@ -163,10 +163,10 @@ class InstanceNorm(Norm):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self._keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
-        self._keep_averaging(axis_name, axis_index_groups, use_fast_variance)
-        self._make_scale(rngs, use_scale, scale_init, scale_metadata)
-        self._make_bias(rngs, use_bias, bias_init, bias_metadata)
+        self._nnx_keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
+        self._nnx_keep_averaging(axis_name, axis_index_groups, use_fast_variance)
+        self._nnx_make_scale(rngs, use_scale, scale_init, scale_metadata)
+        self._nnx_make_bias(rngs, use_bias, bias_init, bias_metadata)
         self.feature_axes = hashable(feature_axes)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:

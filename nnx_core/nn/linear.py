@@ -77,7 +77,7 @@ class Linear(KernelLayer):
         self.kernel = new_param(rngs, kernel_init, shape, param_dtype, kernel_metadata)
         self.bias = optional_param(use_bias, rngs, bias_init, shape[1:], param_dtype, bias_metadata)
         self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
-        self._keep_numerics(dtype, param_dtype, precision, promote_dtype)
+        self._nnx_keep_numerics(dtype, param_dtype, precision, promote_dtype)
         self.dot_general, self.preferred_element_type = dot_general, preferred_element_type
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
@@ -105,7 +105,7 @@ class Linear(KernelLayer):
             )
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
         contracted, batch = ((inputs.ndim - 1,), (0,)), ((), ())
-        y = self.dot_general(inputs, kernel, (contracted, batch), **self._product_options(out_sharding))
+        y = self.dot_general(inputs, kernel, (contracted, batch), **self._nnx_product_options(out_sharding))
         if bias is not None:
             y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
         return y

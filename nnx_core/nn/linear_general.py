@@ -98,7 +98,7 @@ class LinearGeneral(KernelLayer):
         self.axis = as_tuple(axis)
         self.batch_axis = _AxisSizes(batch_axis)
         self.use_bias = use_bias
-        self._keep_numerics(dtype, param_dtype, precision, promote_dtype)
+        self._nnx_keep_numerics(dtype, param_dtype, precision, promote_dtype)
         self.dot_general, self.dot_general_cls = dot_general, dot_general_cls
         self.preferred_element_type = preferred_element_type
         _check_axes(self)
@@ -133,7 +133,7 @@ class LinearGeneral(KernelLayer):
         if self.dot_general_cls is not None:
             dot_general = self.dot_general_cls()
         contracted = axes, tuple(range(len(batch), len(batch) + len(axes)))
-        y = dot_general(inputs, kernel, (contracted, (batch, batch)), **self._product_options(out_sharding))
+        y = dot_general(inputs, kernel, (contracted, (batch, batch)), **self._nnx_product_options(out_sharding))
         if bias is not None:
             free = (1,) * (y.ndim - bias.ndim)
             y = y + jnp.reshape(bias, (*bias.shape[: len(batch)], *free, *bias.shape[len(batch) :]))
@@ -201,7 +201,7 @@ class Einsum(KernelLayer):
         use_bias = self.bias_shape is not None
         self.kernel = new_param(rngs, kernel_init, self.kernel_shape, param_dtype, kernel_metadata)
         self.bias = optional_param(use_bias, rngs, bias_init, self.bias_shape, param_dtype, bias_metadata)
-        self._keep_numerics(dtype, param_dtype, precision, promote_dtype)
+        self._nnx_keep_numerics(dtype, param_dtype, precision, promote_dtype)
         self.einsum_op, self.preferred_element_type = einsum_op, preferred_element_type
 
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None) -> jax.Array:
@@ -225,7 +225,7 @@ class Einsum(KernelLayer):
         _check_equation(self, equation, kernel.shape, None if bias is None else bias.shape)
         _check_operand(self, equation, jnp.shape(inputs), kernel.shape)
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
-        y = self.einsum_op(equation, inputs, kernel, **self._product_options(out_sharding))
+        y = self.einsum_op(equation, inputs, kernel, **self._nnx_product_options(out_sharding))
         if bias is not None:
             y = y + jnp.reshape(bias, _broadcastable(equation, kernel.shape, y.ndim))
         return y

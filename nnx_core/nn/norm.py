@@ -94,10 +94,10 @@ class BatchNorm(Norm):
         # float32 whatever param_dtype is: 1 - momentum is below the resolution of bfloat16.
         self.mean = BatchStat(jnp.zeros(num_features, jnp.float32))
         self.var = BatchStat(jnp.ones(num_features, jnp.float32))
-        self._keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
-        self._keep_averaging(axis_name, axis_index_groups, use_fast_variance)
-        self._make_scale(rngs, use_scale, scale_init, scale_metadata)
-        self._make_bias(rngs, use_bias, bias_init, bias_metadata)
+        self._nnx_keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
+        self._nnx_keep_averaging(axis_name, axis_index_groups, use_fast_variance)
+        self._nnx_make_scale(rngs, use_scale, scale_init, scale_metadata)
+        self._nnx_make_bias(rngs, use_bias, bias_init, bias_metadata)
         self.use_running_average = use_running_average
         self.axis, self.momentum = hashable(axis), momentum
 
@@ -204,10 +204,10 @@ class LayerNorm(Norm):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self._keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
-        self._keep_averaging(axis_name, axis_index_groups, use_fast_variance)
-        self._make_scale(rngs, use_scale, scale_init, scale_metadata)
-        self._make_bias(rngs, use_bias, bias_init, bias_metadata)
+        self._nnx_keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
+        self._nnx_keep_averaging(axis_name, axis_index_groups, use_fast_variance)
+        self._nnx_make_scale(rngs, use_scale, scale_init, scale_metadata)
+        self._nnx_make_bias(rngs, use_bias, bias_init, bias_metadata)
         self.reduction_axes, self.feature_axes = hashable(reduction_axes), hashable(feature_axes)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:

@@ -29,7 +29,7 @@ class Norm(Module):
     scale: Param | None
     bias: Param | None  # of those that have one
 
-    def _keep_options(
+    def _nnx_keep_options(
         self,
         num_features: int,
         epsilon: float,
@@ -40,14 +40,14 @@ class Norm(Module):
         self.num_features, self.epsilon = num_features, epsilon
         self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
 
-    def _keep_averaging(self, axis_name: str | None, axis_index_groups: Any, use_fast_variance: bool) -> None:
+    def _nnx_keep_averaging(self, axis_name: str | None, axis_index_groups: Any, use_fast_variance: bool) -> None:
         self.axis_name, self.axis_index_groups = axis_name, hashable(axis_index_groups)
         self.use_fast_variance = use_fast_variance
 
-    def _make_scale(self, rngs: Rngs, use_scale: bool, init: Initializer, metadata: Metadata) -> None:
+    def _nnx_make_scale(self, rngs: Rngs, use_scale: bool, init: Initializer, metadata: Metadata) -> None:
         self.use_scale = use_scale
         self.scale = optional_param(use_scale, rngs, init, (self.num_features,), self.param_dtype, metadata)
 
-    def _make_bias(self, rngs: Rngs, use_bias: bool, init: Initializer, metadata: Metadata) -> None:
+    def _nnx_make_bias(self, rngs: Rngs, use_bias: bool, init: Initializer, metadata: Metadata) -> None:
         self.use_bias = use_bias
         self.bias = optional_param(use_bias, rngs, init, (self.num_features,), self.param_dtype, metadata)

@@ -220,7 +220,7 @@ class ArrayCell(RNNCellBase):
     carry_init: Initializer | None
     rngs: RngStream | None
 
-    def _keep_options(
+    def _nnx_keep_options(
         self,
         in_features: int,
         hidden_features: int,
@@ -231,12 +231,12 @@ class ArrayCell(RNNCellBase):
         self.in_features, self.hidden_features = in_features, hidden_features
         self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
 
-    def _keep_carry(self, carry_init: Initializer | None, keep_rngs: bool, rngs: Rngs) -> None:
+    def _nnx_keep_carry(self, carry_init: Initializer | None, keep_rngs: bool, rngs: Rngs) -> None:
         """How carries begin. Before the layers: a stream that is kept takes its key before they take theirs."""
         self.carry_init = carry_init
         self.rngs = data(carry_stream(self, rngs) if keep_rngs else None)
 
-    def _product(
+    def _nnx_product(
         self, rngs: Rngs, in_features: int, kernel: Start, bias: Start | None = None, *, gates: int = 1
     ) -> Linear:
         """A Linear to `hidden_features` of each gate, side by side; it computes in the dtype of the cell."""
@@ -310,9 +310,9 @@ class FusedCell(ArrayCell):
         bias_metadata: Metadata = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self._keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
-        self._keep_carry(carry_init, keep_rngs, rngs)
+        self._nnx_keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
+        self._nnx_keep_carry(carry_init, keep_rngs, rngs)
         self.gate_fn, self.activation_fn = gate_fn, activation_fn
         of_input = Start(kernel_init, kernel_metadata)
         of_state = Start(recurrent_kernel_init, recurrent_kernel_metadata)
-        self._make_products(rngs, of_input, of_state, Start(bias_init, bias_metadata))
+        self._nnx_make_products(rngs, of_input, of_state, Start(bias_init, bias_metadata))

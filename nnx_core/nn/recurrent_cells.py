@@ -95,14 +95,16 @@ class LSTMCell(MemoryCell):
         bias_metadata: Metadata = _NOTHING,
     ):
         require_rngs(self, rngs)
-        self._keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
-        self._keep_carry(carry_init, keep_rngs, rngs)
+        self._nnx_keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
+        self._nnx_keep_carry(carry_init, keep_rngs, rngs)
         self.gate_fn, self.activation_fn = gate_fn, activation_fn
         of_input = Start(kernel_init, kernel_metadata)
         of_state = Start(recurrent_kernel_init, recurrent_kernel_metadata)
         bias = Start(bias_init, bias_metadata)
-        self.ii, self.if_, self.ig, self.io = (self._product(rngs, in_features, of_input) for _ in range(4))
-        self.hi, self.hf, self.hg, self.ho = (self._product(rngs, hidden_features, of_state, bias) for _ in range(4))
+        self.ii, self.if_, self.ig, self.io = (self._nnx_product(rngs, in_features, of_input) for _ in range(4))
+        self.hi, self.hf, self.hg, self.ho = (
+            self._nnx_product(rngs, hidden_features, of_state, bias) for _ in range(4)
+        )
 
     def __call__(self, carry: Pair, inputs: jax.Array) -> tuple[Pair, jax.Array]:
         """One step.
@@ -152,9 +154,9 @@ class OptimizedLSTMCell(FusedCell, MemoryCell):
     (2, 4)
     """
 
-    def _make_products(self, rngs: Rngs, of_input: Start, of_state: Start, bias: Start) -> None:
-        self.dense_i = self._product(rngs, self.in_features, of_input.fused(4), gates=4)
-        self.dense_h = self._product(rngs, self.hidden_features, of_state.fused(4), bias.fused(4), gates=4)
+    def _nnx_make_products(self, rngs: Rngs, of_input: Start, of_state: Start, bias: Start) -> None:
+        self.dense_i = self._nnx_product(rngs, self.in_features, of_input.fused(4), gates=4)
+        self.dense_h = self._nnx_product(rngs, self.hidden_features, of_state.fused(4), bias.fused(4), gates=4)
 
     def __call__(self, carry: Pair, inputs: jax.Array) -> tuple[Pair, jax.Array]:
         """One step: see LSTMCell."""
@@ -198,7 +200,7 @@ class GRUCell(FusedCell):
     ((2, 4), True, (4,))
     """
 
-    def _make_products(self, rngs: Rngs, of_input: Start, of_state: Start, bias: Start) -> None:
+    def _nnx_make_products(self, rngs: Rngs, of_input: Start, of_state: Start, bias: Start) -> None:
         drawn: list[jax.Array] = []
 
         def biases(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> Any:
@@ -206,8 +208,8 @@ class GRUCell(FusedCell):
             return bias.fused(3).init(key, shape, dtype)
 
         of_gates = Start(biases, bias.metadata)
-        self.dense_i = self._product(rngs, self.in_features, of_input.fused(3), of_gates, gates=3)
-        self.dense_h = self._product(rngs, self.hidden_features, of_state.fused(3), gates=3)
+        self.dense_i = self._nnx_product(rngs, self.in_features, of_input.fused(3), of_gates, gates=3)
+        self.dense_h = self._nnx_product(rngs, self.hidden_features, of_state.fused(3), gates=3)
         # No key of its own: flax.nnx draws none here, and layers made after this one must get the keys they get there.
         key = jax.random.fold_in(drawn[0], 3)
         value = bias.init(key, (self.hidden_features,), self.param_dtype)
@@ -293,17 +295,17 @@ class MGUCell(ArrayCell):
         bias_metadata: Metadata = _NOTHING,
     ):
         require_rngs(self, rngs)
-        self._keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
-        self._keep_carry(carry_init, keep_rngs, rngs)
+        self._nnx_keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
+        self._nnx_keep_carry(carry_init, keep_rngs, rngs)
         self.gate_fn, self.activation_fn = gate_fn, activation_fn
         self.reset_gate = reset_gate
         of_input = Start(kernel_init, kernel_metadata)
         of_state = Start(recurrent_kernel_init, recurrent_kernel_metadata)
         forget, activation = Start(forget_bias_init, bias_metadata), Start(activation_bias_init, bias_metadata)
-        self.if_ = self._product(rngs, in_features, of_input, forget)
-        self.in_ = self._product(rngs, in_features, of_input, activation)
-        self.hf = self._product(rngs, hidden_features, of_state)
-        self.hn = self._product(rngs, hidden_features, of_state, activation if reset_gate else None)
+        self.if_ = self._nnx_product(rngs, in_features, of_input, forget)
+        self.in_ = self._nnx_product(rngs, in_features, of_input, activation)
+        self.hf = self._nnx_product(rngs, hidden_features, of_state)
+        self.hn = self._nnx_product(rngs, hidden_features, of_state, activation if reset_gate else None)
 
     def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step: see GRUCell."""
@@ -362,13 +364,13 @@ class SimpleCell(ArrayCell):
         bias_metadata: Metadata = _NOTHING,
     ):
         require_rngs(self, rngs)
-        self._keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
-        self._keep_carry(carry_init, keep_rngs, rngs)
+        self._nnx_keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
+        self._nnx_keep_carry(carry_init, keep_rngs, rngs)
         self.activation_fn, self.residual = activation_fn, residual
         of_state = Start(recurrent_kernel_init, recurrent_kernel_metadata)
-        self.dense_h = self._product(rngs, hidden_features, of_state)
+        self.dense_h = self._nnx_product(rngs, hidden_features, of_state)
         bias = Start(bias_init, bias_metadata)
-        self.dense_i = self._product(rngs, in_features, Start(kernel_init, kernel_metadata), bias)
+        self.dense_i = self._nnx_product(rngs, in_features, Start(kernel_init, kernel_metadata), bias)
 
     def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step.

@@ -73,8 +73,8 @@ class ConvLSTMCell(MemoryCell):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self._keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
-        self._keep_carry(carry_init, keep_rngs, rngs)
+        self._nnx_keep_options(in_features, hidden_features, dtype, param_dtype, promote_dtype)
+        self._nnx_keep_carry(carry_init, keep_rngs, rngs)
         self.use_bias = use_bias
         convolution = functools.partial(
             Conv,

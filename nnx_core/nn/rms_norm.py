@@ -72,9 +72,9 @@ class RMSNorm(Norm):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self._keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
-        self._keep_averaging(axis_name, axis_index_groups, use_fast_variance)
-        self._make_scale(rngs, use_scale, scale_init, scale_metadata)
+        self._nnx_keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
+        self._nnx_keep_averaging(axis_name, axis_index_groups, use_fast_variance)
+        self._nnx_make_scale(rngs, use_scale, scale_init, scale_metadata)
         self.reduction_axes, self.feature_axes = hashable(reduction_axes), hashable(feature_axes)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:

@@ -76,7 +76,7 @@ class SpectralNorm(substitute.Wrapper):
         update_stats: bool = True,
         rngs: Rngs,
     ):
-        self._wrap(layer_instance, rngs, epsilon, dtype, param_dtype)
+        self._nnx_wrap(layer_instance, rngs, epsilon, dtype, param_dtype)
         if n_steps < 1:
             raise OptionError(self, "n_steps", "at least 1", n_steps, "One step a call is the usual number.")
         self.n_steps, self.error_on_non_matrix = n_steps, error_on_non_matrix

@@ -56,7 +56,7 @@ class Wrapper(Module):
     dtype: Dtype | None
     param_dtype: Dtype
 
-    def _wrap(self, layer: Module, rngs: Rngs, epsilon: float, dtype: Dtype | None, param_dtype: Dtype) -> None:
+    def _nnx_wrap(self, layer: Module, rngs: Rngs, epsilon: float, dtype: Dtype | None, param_dtype: Dtype) -> None:
         require_rngs(self, rngs)
         if not isinstance(layer, Module) or not callable(layer):
             raise OptionError(

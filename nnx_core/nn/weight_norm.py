@@ -78,7 +78,7 @@ class WeightNorm(substitute.Wrapper):
         promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
         rngs: Rngs,
     ):
-        self._wrap(layer_instance, rngs, epsilon, dtype, param_dtype)
+        self._nnx_wrap(layer_instance, rngs, epsilon, dtype, param_dtype)
         self.feature_axes = hashable(feature_axes)
         self.use_scale, self.scale_init = use_scale, scale_init
         self.variable_filter, self.promote_dtype = variable_filter, promote_dtype

@@ -59,7 +59,8 @@ class ConversionOptions:
       target: what the result must fit: a model, `{"model": model, "optimizer": optimizer}` or the pair, a TrainState,
         variables, abstract or not. It also says which collection a variable of NNX belongs to.
       tx: the optax transformation: its state must be what the result has; also tells where Linen keeps empty states.
-      rng: random streams: 'drop', 'keep' (Linen keeps them apart, under 'nnx_rngs'), or a seed for fresh ones.
+      rng: random streams: 'drop' (or None), 'keep' (Linen keeps them apart, under 'nnx_rngs'), or a seed for fresh
+        ones.
       kind: the source's layout, instead of the detected one.
       known: what is known about the source that it does not tell, such as the collections of NNX variables:
         `of_object(model).known`.
@@ -95,7 +96,7 @@ class ConversionOptions:
     rules: LeafRules | None = None
     target: Any = None
     tx: optax.GradientTransformation | None = None
-    rng: str | int = "drop"
+    rng: str | int | None = "drop"
     kind: Kind | None = None
     known: Known | None = None
     nested: bool | None = None
@@ -115,16 +116,16 @@ class ConversionOptions:
         if self.to not in ("nnx", "linen"):
             raise OptionError("to", "'nnx' or 'linen'", self.to)
         is_seed = isinstance(self.rng, Integral) and not isinstance(self.rng, bool)
-        if not is_seed and self.rng not in ("drop", "keep"):
+        if not is_seed and self.rng not in (None, "drop", "keep"):
             raise OptionError("rng", "'drop', 'keep' or a seed", self.rng)
         if self.kind is not None and not isinstance(self.kind, Kind):
             raise OptionError("kind", "a bridge.checkpoint.Kind", self.kind)
         if self.empty not in (None, "None", "Dict"):
             raise OptionError("empty", "'None', 'Dict' or nothing", self.empty)
-        if self.max_memory < 1:
+        if not isinstance(self.max_memory, Integral) or self.max_memory < 1:
             raise OptionError("max_memory", "a number of bytes", self.max_memory)
 
     @property
     def seed(self) -> int | None:
         """For fresh random streams; None where `rng` asks for none."""
-        return None if isinstance(self.rng, str) else int(self.rng)
+        return None if self.rng is None or isinstance(self.rng, str) else int(self.rng)

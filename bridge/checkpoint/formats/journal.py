@@ -57,10 +57,14 @@ class Journal:
             records.append(record)
         return records
 
-    def clear(self) -> None:
-        """Forget what is there."""
+    def restart(self, first: Record) -> None:
+        """Forget what is there but for the line `first`."""
+        if self._whole() == _line(first):
+            self.go_on()
+            return
         self._end = 0
         self._file.truncate(0)
+        self.append([first])
 
     def go_on(self) -> None:
         """Keep the whole lines that are there."""
@@ -69,7 +73,7 @@ class Journal:
 
     def append(self, records: Iterable[Record]) -> None:
         """Add lines; they are on disk when this returns. If the disk refuses, none of them is added."""
-        content = b"".join(json.dumps(record).encode() + b"\n" for record in records)
+        content = b"".join(map(_line, records))
         self._file.truncate(self._end)  # half a line may be left of an earlier call
         try:
             if self._file.write(content) < len(content):  # as much as there was room for
@@ -89,6 +93,10 @@ class Journal:
         self._file.seek(0)
         text = self._file.read()
         return text[: text.rfind(b"\n") + 1]
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record).encode() + b"\n"
 
 
 # --- how a file gets to the disk ----------------------------------------------------------------------------

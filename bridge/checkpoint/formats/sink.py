@@ -247,10 +247,12 @@ class ResumableSink:
 
     def _begin_anew(self, journal: Journal) -> None:
         try:
-            journal.clear()  # first: old lines beside new content would be believed
+            # First the line: old lines beside new content would be believed, and content without one is not known
+            # for ours. A run that is killed from here on leaves a journal that promises nothing, and is begun anew;
+            # where such a run was before, the line is there, and there is no moment without one.
+            journal.restart(self._identity())
             self._open_content(anew=True)
-            journal.append([self._identity()])
-            self._make_room()  # last: content without a line would not be known for ours
+            self._make_room()
         except Exception:
             with suppress(OSError):
                 self._discard()

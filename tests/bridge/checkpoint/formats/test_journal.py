@@ -26,9 +26,18 @@ def test_lines_come_back_in_order(path):
     journal.append([FIRST])
     journal.append([SECOND, SECOND])
     assert journal.read() == [FIRST, SECOND, SECOND] == lines(path)
-    journal.clear()
-    assert journal.read() == []
+    journal.restart(SECOND)
+    assert journal.read() == [SECOND] == lines(path)
     journal.close()
+
+
+def test_what_begins_anew_with_the_line_that_is_there_has_no_moment_without_it(path, monkeypatch):
+    path.write_bytes(json.dumps(FIRST).encode() + b'\n{"done')
+    journal = Journal(path)
+    monkeypatch.setattr(journal, "append", None)
+    journal.restart(FIRST)
+    journal.close()
+    assert lines(path) == [FIRST]
 
 
 def test_half_a_line_is_not_read_stays_until_one_goes_on_and_is_cut_off_then(path):

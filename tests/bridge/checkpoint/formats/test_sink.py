@@ -222,6 +222,22 @@ def test_what_comes_to_the_path_meanwhile_stays(path, format):
     resume(path, format, done=len(ORDER))
 
 
+def test_killed_twice_before_the_first_line_of_a_leaf(path, format, monkeypatch):
+    """The second run begins anew, and dies while the content of the first one is still there."""
+    with open_sink(path, format, SHAPE) as sink:
+        monkeypatch.setattr(sink._journal, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sink.write(some(*ORDER[:1]))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(sink), "_open_content", killed)
+        open_sink(path, format, SHAPE, resume=True)
+    resume(path, format, done=0)
+
+
+def killed(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_a_leftover_without_a_journal_is_not_overwritten(path, format):
     """Nothing of ours, it seems: it has no journal, or an empty one."""
     with open_sink(path, format, SHAPE) as sink:

@@ -4,6 +4,7 @@ The public list, nothing else: the names of flax.nnx.bridge, and what migration 
 """
 
 from bridge import interop, variables
+from bridge._compat_paths import __getattr__ as __getattr__
 from bridge._compat_paths import initializers, module, wrappers
 from bridge.functional import Functional, functional
 from bridge.interop import linen_in_bridge_mdl, nnx_in_bridge_mdl

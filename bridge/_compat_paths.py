@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -93,3 +93,17 @@ class _MovedFiles(MetaPathFinder, Loader):
 
 
 sys.meta_path.append(_MovedFiles())
+
+
+def moved_in(package: str) -> Callable[[str], ModuleType]:
+    """A `__getattr__` for a package: `bridge.metadata`, a file of 0.1.0, without an import of its own."""
+
+    def find(name: str) -> ModuleType:
+        if f"{package}.{name}" not in MOVED:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return importlib.import_module(f"{package}.{name}")
+
+    return find
+
+
+__getattr__ = moved_in("bridge")

@@ -197,7 +197,9 @@ summary = _alias(
 )
 deprecations = _alias("deprecations", deprecated=deprecated)
 proxy_caller = _alias("proxy_caller", call=functional.call)
-differentials = _alias("transforms.differentials", vjp_jvp, custom_vjp)  # our own path of before
+# Our own path of before, also as an attribute of its package.
+differentials = _alias("transforms.differentials", vjp_jvp, custom_vjp)
+sys.modules["nnx_core.transforms"].differentials = differentials  # type: ignore[attr-defined]
 training = sys.modules["nnx_core.training"] = optim
 sys.modules |= {"nnx_core.metrics": metrics, "nnx_core.optimizer": optimizer}
 sys.modules |= {f"nnx_core.training.{room.__name__.rpartition('.')[2]}": room for room in (ema, metrics, optimizer)}

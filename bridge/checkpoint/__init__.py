@@ -9,6 +9,7 @@ Law: nothing is written before all is known to fit; what is dropped, changed or 
 Knows models by their variables alone; one optional dependency a file.
 """
 
+from bridge._compat_paths import moved_in
 from bridge.checkpoint.comparison import Difference, DiffReport, diff
 from bridge.checkpoint.conversion import (
     Conversion,
@@ -81,3 +82,5 @@ __all__ = [
     # optimizer states
     "param_shapes", "rename_params", "restore_into_structure", "to_linen_layout", "to_nnx_layout",
 ]  # fmt: skip
+
+__getattr__ = moved_in("bridge.checkpoint")

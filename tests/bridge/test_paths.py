@@ -34,7 +34,9 @@ def test_a_public_path_still_works(path, names):
 
 def test_old_paths_work_in_any_order_and_hide_no_function():
     statements = [f"from {path} import {names.split()[0]}" for path, names in reversed(ROWS)]
-    script = ";".join([*statements, "import bridge", "print(callable(bridge.to_linen), callable(bridge.functional))"])
+    attributes = [path for path, _ in reversed(ROWS)]
+    script = ";".join(["import bridge, bridge.checkpoint, bridge.cli", *attributes, *statements])
+    script += ";print(callable(bridge.to_linen), callable(bridge.functional))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "True"], done.stderr
 

@@ -112,4 +112,5 @@ def test_our_own_path_of_before():
     from nnx_core.transforms.differentials import NoRuleError, custom_vjp, jvp, vjp
 
     assert (custom_vjp, jvp, vjp) == (nnx.custom_vjp, nnx.jvp, nnx.vjp)
+    assert nnx.transforms.differentials.vjp is vjp
     assert issubclass(NoRuleError, AttributeError)

@@ -1,13 +1,13 @@
 """graph.watched: what is watched is what it was, but for who is told of its calls; and what a public method is."""
 
-import jax.numpy as jnp
 import pytest
 
 import nnx_core as nnx
 from nnx_core.graph.watched import Watched, plain_class, public_methods, set_class, watched_class
+from tests.support.arrays import ones
 from tests.support.watched_models import CALLED, CASES, Methods
 
-X = jnp.ones(2)
+X = ones(2)
 
 
 def captured(model, *args):

@@ -1,4 +1,4 @@
-"""How many floating point operations a staged call takes, forward and backward.
+"""How many floating point operations a call takes, forward and backward.
 
 Law: XLA's own count of the call as it is written, before it is optimized; nothing is compiled or run, and no code of
 the model's is called.
@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx_core.inspect.staged import Equations
+from nnx_core.inspect.packed import Equations
 
 
 def forward_flops(call: Equations) -> int | None:
-    """Of the outputs of a call; None where the call makes sense only inside a transform that names an axis."""
+    """Of the outputs of a call; None if XLA does not say, or cannot see them here."""
     return _count(call.outputs, call.inputs, call.closure)
 
 
@@ -36,10 +36,7 @@ def vjp_flops(call: Equations) -> int | None:
         outputs, pullback = jax.vjp(differentiable, [inputs[i] for i in where])
         return outputs, pullback(cotangents)
 
-    try:
-        cotangents = jax.eval_shape(inexact, call.inputs, call.closure)
-    except NameError:  # as in _count
-        return None
+    cotangents = jax.eval_shape(inexact, call.inputs, call.closure)
     return _count(pull, call.inputs, call.closure, cotangents)
 
 
@@ -48,9 +45,11 @@ def _is_inexact(x: Any) -> bool:
 
 
 def _count(f: Callable[..., Any], *args: Any) -> int | None:
+    traced = jax.jit(f).trace(*args)  # says what has no gradient
     try:
-        cost = jax.jit(f).lower(*args).cost_analysis()
-    except NameError:  # JAX's error for a collective over an axis that only a vmap or shard_map around it names
+        lowered = traced.lower()
+    except Exception:  # noqa: BLE001  a kernel may be for another platform; any rule, any library's, may fail in its way
         return None
+    cost = lowered.cost_analysis()
     flops = (cost or {}).get("flops")
     return None if flops is None or flops < 0 else int(flops)

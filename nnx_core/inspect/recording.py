@@ -4,12 +4,15 @@ Law: nothing is computed and nothing of the caller's is changed, whether the cal
 `jax.eval_shape` on fresh copies, which are watched and report to the Recorder that their marks name. (What the
 model's own code sets outside of them, on its class say, it sets, as in any trace.) A mark is part of the structure, so
 it survives transforms inside the call, and no function that was compiled before is taken to know the answer.
+To be counted, a call is kept as it began and traced once more, alone, when the whole call is over: the model runs as
+it always does, whichever way values leave its calls.
 Knows objects and calls; knows nothing of how they are drawn.
 """
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +20,16 @@ import jax
 
 from nnx_core._errors import Path
 from nnx_core.graph.objects import Object
-from nnx_core.graph.pack import Refs
+from nnx_core.graph.structure import Node, nodes
 from nnx_core.graph.walk import iter_graph
 from nnx_core.graph.watched import Method, set_class, watched_class
 from nnx_core.inspect.census import ObjectInfo
 from nnx_core.inspect.describe import describe, describe_arguments
-from nnx_core.inspect.staged import Equations, Packed, shape_of, stage
+from nnx_core.inspect.packed import Equations, Packed
 
 Part = tuple[Path, type]  # of an object that is no object itself: where it is below that one, and what
 _MARK = "recorded:"  # no identifier: no attribute of a user's has such a name
+_MISSING = object()
 _tokens = itertools.count()
 _running: dict[int, "Recorder"] = {}
 
@@ -53,14 +57,15 @@ class Recorder:
 
     Args:
       infos: the objects there are.
-      count: whether to keep the equations of each call, for its operations to be counted. A call is then staged:
-        its code still runs once, but under a trace of its own.
+      count: whether to keep the equations of each call, for its operations to be counted. Its code then runs once
+        more, unless it is equal to a call whose equations are known.
     """
 
     def __init__(self, infos: list[ObjectInfo], *, count: bool):
         self.infos, self.count = infos, count
         self.token = next(_tokens)
-        self.equations: dict[int, Equations] = {}  # by the number of the call
+        self.equations: dict[int, Equations] = {}  # by the number of the call; none of one that cannot run alone
+        self._begun: dict[int, tuple[str, Method, Packed]] = {}  # how each call began, by its number
         self._rows: dict[int, CallInfo] = {}
         self._numbers = itertools.count()
         self._seen: set[tuple[Path, str, tuple[str, ...]]] = set()
@@ -79,11 +84,10 @@ class Recorder:
             return method(*args, **kwargs)
         self._seen.add(question)
         order = next(self._numbers)
+        if self.count and part is None:
+            self._begun[order] = name, method, Packed.of(args, kwargs)
         try:
-            if self.count and part is None:
-                output, self.equations[order] = stage(method, args, kwargs)
-            else:
-                output = method(*args, **kwargs)
+            output = method(*args, **kwargs)
         except BaseException:
             self._seen.discard(question)  # whoever catches this may call again, and that call has a row
             raise
@@ -101,17 +105,33 @@ class Recorder:
         packed = Packed.of(args, kwargs, from_shapes=True)
 
         def call(arrays: tuple[Any, ...]) -> None:
-            (root, *rest), keywords = packed.unpack(arrays, Refs())
+            (root, *rest), keywords = packed.unpack(arrays)
             # Of the class as it is before it is watched: this call has a row already.
             method = getattr(type(root), name)
             self._watch(root)
-            self.record(0, name, method, (root, *rest), keywords)
+            _running[self.token] = self
+            try:
+                self.record(0, name, method, (root, *rest), keywords)
+            finally:
+                del _running[self.token]
+            self._trace_alone()  # in here, where an array that a closure holds is still good
 
-        _running[self.token] = self
-        try:
-            jax.eval_shape(call, tuple(map(shape_of, packed.arrays)))
-        finally:
-            del _running[self.token]
+        jax.eval_shape(call, packed.arrays)
+
+    def _trace_alone(self) -> None:
+        calls = []
+        for order, (name, method, packed) in self._begun.items():
+            if order in self._rows:  # it returned
+                calls.append((order, name, method, packed.map_nodes(_unmarked)))
+        known: dict[Any, Equations | None] = {}
+        with _classes_kept(packed for *_, packed in calls):
+            for order, name, method, packed in calls:
+                key = name, packed.key
+                if packed.key is None or key not in known:
+                    known[key] = _equations(method, packed)
+                equations = known[key]
+                if equations is not None:
+                    self.equations[order] = equations
 
     def _watch(self, root: Any) -> None:
         index_at = {info.path: index for index, info in enumerate(self.infos)}
@@ -123,7 +143,48 @@ class Recorder:
 
 @functools.lru_cache(maxsize=1024)  # JAX keeps every class it has been told of: the same one for every table
 def _recorded_class(cls: type) -> type:
-    return watched_class(cls, _reporting)
+    return watched_class(cls, _reporting, _nnx_recorded=True)
+
+
+def _unmarked(node: Node) -> Node:
+    """What `_watch` did to an object, undone, in its structure: two layers of the same form have equal ones."""
+    if node.id is None:
+        return node
+    kind = node.kind._nnx_plain if "_nnx_recorded" in vars(node.kind) else node.kind
+    marks = tuple((name, mark) for name, mark in node.extra if name != _MARK)
+    return node._replace(kind=kind, extra=marks)
+
+
+@contextlib.contextmanager
+def _classes_kept(calls: Iterable[Packed]) -> Iterator[None]:
+    """What code in here sets on the classes of the objects in `calls` is undone: the model has set it, once."""
+    kinds: set[type] = set()
+    for packed in calls:
+        for _, part in nodes(packed.root):
+            if type(part) is Node and part.kind not in kinds:
+                kinds.update(part.kind.__mro__)
+    before = {kind: dict(vars(kind)) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, attributes in before.items():
+            for name in vars(kind).keys() - attributes.keys():
+                type.__delattr__(kind, name)
+            for name, value in attributes.items():
+                if vars(kind).get(name, _MISSING) is not value:
+                    type.__setattr__(kind, name, value)
+
+
+def _equations(method: Method, packed: Packed) -> Equations | None:
+    """None where the call makes sense only where it was made.
+
+    Inside a transform that names an axis, say, or after what another call left in a global list. The model has just
+    run, so an error is none of the model's, and whichever it is, all that is lost is a number.
+    """
+    try:
+        return Equations.of(method, packed)
+    except Exception:  # noqa: BLE001  the code is the user's, and runs where it never did
+        return None
 
 
 def part_recorder(x: Object) -> Callable[..., Any] | None:

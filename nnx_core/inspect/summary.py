@@ -5,6 +5,7 @@ of the first row and the totals are those of the whole graph, each Variable coun
 imported when there is one to draw.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -63,7 +64,8 @@ def tabulate(
       console_kwargs: for `rich.console.Console`; by default `force_terminal=True`, and `force_jupyter` is whether
         this is a notebook. `width` sets the width of the table.
       compute_flops: add a column with the floating point operations of each call, as XLA counts them before it
-        optimizes; nothing is compiled, and the model's code does not run again.
+        optimizes. Nothing is compiled, but each call is traced once more, alone, as it began; equal layers once. No
+        number for a call that cannot run alone.
       compute_vjp_flops: the same for outputs and gradients with respect to parameters and inputs.
       **input_kwargs: keyword arguments of the method.
 
@@ -103,13 +105,14 @@ def _calls(
 ) -> list[CallInfo]:
     recorder = Recorder(infos, count=flops or gradients)
     recorder.run(method, (obj, *args), kwargs)
+    forward, gradient = map(functools.cache, (forward_flops, vjp_flops))  # equal calls have the same equations
     rows = []
     for row in recorder.rows:
         equations = recorder.equations.get(row.call_order)
         if equations is not None and flops:
-            row = replace(row, flops=forward_flops(equations))
+            row = replace(row, flops=forward(equations))
         if equations is not None and gradients:
-            row = replace(row, vjp_flops=vjp_flops(equations))
+            row = replace(row, vjp_flops=gradient(equations))
         rows.append(row)
     return rows
 

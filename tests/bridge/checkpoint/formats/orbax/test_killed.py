@@ -144,7 +144,7 @@ def test_killed_three_times_in_a_row(seed, tmp_path):
         if last_write:
             assert done.returncode == -signal.SIGKILL
             assert not path.exists()
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert_whole(path, content(20, 400))
 
 

@@ -31,8 +31,7 @@ def plan_of(node: Any, *, allow_sharing: bool = True) -> Plan:
         plan: Plan | None = node._nnx_plan
         if plan is None or not plan.holds():
             plan = _walk(node)[0]
-            if plan.cacheable:
-                set_plan(node, plan)
+            set_plan(node, plan)
         return plan
     return _walk(node, allow_sharing)[0]
 
@@ -50,9 +49,8 @@ def _parts(node: Any, graph: bool | None, function: str) -> tuple[GraphDef, list
     sharing = sharing_allowed(graph)
     if isinstance(node, Object) and sharing:
         plan = plan_of(node)
-        if plan.cacheable:
-            [leaves] = plan.leaves([])
-            return plan.graphdef, _pairs(plan, leaves)
+        [leaves] = plan.leaves([])
+        return plan.graphdef, _pairs(plan, leaves)
     plan, packer = _walk(node, sharing)
     [leaves] = packer.leaves
     return plan.graphdef, _pairs(plan, leaves)

@@ -4,7 +4,7 @@ Law: two readings of `contents` that are pairwise identical mean that nothing ch
 Knows types and pytrees; knows nothing of walks, indices or groups.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from numbers import Number
 from operator import is_
 from typing import Any
@@ -66,36 +66,84 @@ def plain_key(entry: Any) -> Hashable:
 
 
 def can_change(value: Any) -> bool:
-    """Whether `value` is a container without change counter that may change: a list, a dict, a pytree of the user's.
+    """Whether `value` is a container that may change without an object being told: a list, a State, a user's pytree.
 
     Tuples and namedtuples change only if what is in them does.
     """
     if isinstance(value, tuple):
         return any(map(can_change, value))
-    return kind_of(value) in (SEQUENCE, DICT, PYTREE)
+    return kind_of(value) in _CONTAINERS
 
 
-_OPEN, _CLOSE = object(), object()
+_CONTAINERS = (SEQUENCE, DICT, STATE, PYTREE)
+_OPEN, _CLOSE, _ARRAY = object(), object(), object()
 
 
-def contents(container: Any) -> list[Any]:
-    """Everything in a container, nested containers flattened between brackets; objects and States are not entered."""
-    out: list[Any] = [_OPEN]
+def contents(container: Any) -> Iterator[Any]:
+    """What is in a container, one by one, nested containers between brackets; objects are not entered.
+
+    An array stands for any array: another one in its place is a change of value, not of what the container holds.
+    One by one, since a list that was made to hold itself has no end.
+    """
+    kind = kind_of(container)
+    yield _OPEN
+    if kind == STATE:
+        container = container._mapping
     if isinstance(container, dict):
-        out += container
+        yield from container
         children: Any = container.values()
     elif isinstance(container, list | tuple):
         children = container
     else:
         _, children, treedef = one_level(container)
-        out += [type(container), *_aux(treedef)]
+        yield type(container)
+        yield from _aux(treedef)
     for x in children:
-        if kind_of(x) in (SEQUENCE, DICT, PYTREE):
-            out += contents(x)
+        child_kind = kind_of(x)
+        if child_kind in _CONTAINERS:
+            yield from contents(x)
         else:
-            out.append(x)
-    out.append(_CLOSE)
-    return out
+            yield _ARRAY if child_kind == ARRAY else x
+    yield _CLOSE
+
+
+def holds_still(container: Any, before: Sequence[Any]) -> bool:
+    """Whether the contents of `container` are those read `before`; read no further than to the first difference.
+
+    By identity, since == of arrays is an array. Both end where their first bracket is closed, so neither can be
+    the beginning of the other.
+    """
+    return kind_of(container) in _CONTAINERS and all(map(is_, before, contents(container)))
+
+
+def plain_containers(value: Any) -> Iterator[Any]:
+    """The lists, dicts, tuples, States and other pytrees that `value` is made of, itself first."""
+    kind = kind_of(value)
+    if kind not in _CONTAINERS:
+        return
+    yield value
+    if kind == STATE:
+        value = value._mapping
+    children: Iterable[Any] = value.values() if isinstance(value, dict) else value
+    if kind == PYTREE:
+        children = one_level(value)[1]
+    for child in children:
+        yield from plain_containers(child)
+
+
+def copied_containers(value: Any) -> Any:
+    """`value` with new lists, dicts, tuples, States and other pytrees around the same things."""
+    kind = kind_of(value)
+    if kind not in _CONTAINERS:
+        return value
+    if kind == STATE:
+        return type(value).over(copied_containers(value._mapping))
+    if kind == DICT:
+        return {key: copied_containers(child) for key, child in value.items()}
+    if kind == SEQUENCE:
+        return type(value)([copied_containers(child) for child in value])
+    _, children, treedef = one_level(value)
+    return treedef.unflatten([copied_containers(child) for child in children])
 
 
 def same_things(a: Sequence[Any], b: Sequence[Any]) -> bool:

@@ -151,12 +151,12 @@ class _Reusing(Unpacker):
         old: Object | None = self.reuse.get(d.id)  # type: ignore[arg-type]  # objects have an index
         if old is None:
             return super()._object(d, place)
-        index = self.refs.add(old, place)
+        self.refs.add(old, place)
         before = dict(old._nnx_items())
         now: dict[Any, Any] = {}
         for key, child in zip(d.keys, d.children, strict=True):
             below = None if place is None else place.below(key)
-            now[key] = self.build(child, below, OwnedBy(index, (key,)))
+            now[key] = self.build(child, below, OwnedBy(old, (key,)))
         # By identity: a Variable or object that was filled is what it was.
         changed = {key: now[key] for key in d.order or d.keys if key not in before or before[key] is not now[key]}
         gone = tuple(key for key in before if key not in now)

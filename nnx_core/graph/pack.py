@@ -24,6 +24,7 @@ import jax
 from nnx_core._changes import track
 from nnx_core._errors import AliasError, NotAGraphError, Path, SharedReferenceError, SpecError, show_path
 from nnx_core._trace import current_trace
+from nnx_core.graph.cells import ArrayCell, Cell, Way
 from nnx_core.graph.classify import (
     ARRAY,
     DICT,
@@ -37,10 +38,12 @@ from nnx_core.graph.classify import (
     contents,
     kind_of,
     one_level,
+    plain_containers,
     same_things,
 )
 from nnx_core.graph.objects import Object, create, is_array
 from nnx_core.graph.structure import (
+    ArrayDef,
     Element,
     GraphDef,
     Leaf,
@@ -124,25 +127,24 @@ class Place(NamedTuple):
 
 
 class OwnedBy(NamedTuple):
-    """Where a leaf belongs that is no Variable: the index of an object, the keys from it down to the leaf.
+    """Where a leaf belongs that is no Variable: the object that holds it, and the way from there to the leaf."""
 
-    Not `findable` if those keys do not lead to it: inside of a pytree that only JAX can open.
-    """
-
-    owner: int
-    keys: Path
-    findable: bool = True
+    owner: Object
+    way: Way
 
     def below(self, key: Hashable) -> "OwnedBy":
         """The same, one level down."""
-        return OwnedBy(self.owner, (*self.keys, key), self.findable)
+        return OwnedBy(self.owner, (*self.way, key))
 
 
 Owner = OwnedBy | None
 
 
 class Refs:
-    """Object <-> index, and where each was first reached, for the length of one call."""
+    """Object <-> index, and where each was first reached, for the length of one call.
+
+    The arrays that objects hold have an index too, that of an `ArrayCell`; being no objects, they are never met again.
+    """
 
     __slots__ = ("indices", "objects", "places")
 
@@ -164,20 +166,17 @@ class Refs:
         self.places.append(place)
         return index
 
+    def add_cell(self, cell: ArrayCell | None, place: Place | None) -> int:
+        """Give the array at `cell`, which is reached at `place`, the next index."""
+        self.objects.append(cell)
+        self.places.append(place)
+        return len(self.objects) - 1
+
     def path(self, index: int) -> Path:
         """Where the thing under `index` was first reached, if that was asked for."""
         place = self.places[index]
         assert place is not None
         return place.path
-
-
-class AttributePlace:
-    """An array that an object owns: index of the object, keys from it down to the array."""
-
-    __slots__ = ("findable", "index", "keys")
-
-    def __init__(self, index: int, keys: Path, findable: bool):
-        self.index, self.keys, self.findable = index, keys, findable
 
 
 class Packer:
@@ -196,11 +195,13 @@ class Packer:
         self.groups = groups
         self.group_index = {group: i for i, group in enumerate(groups)}
         self.leaves: list[Leaves] = [([], []) for _ in groups]
-        #: For each value, the Variable or AttributePlace it came from; for each loose leaf its group.
-        self.sources: list[list[Variable[Any] | AttributePlace]] = [[] for _ in groups]
+        #: For each value the cell it lives in; for each loose leaf its group.
+        self.cells: list[list[Cell]] = [[] for _ in groups]
         self.loose_groups: list[int] = []
-        self.containers: list[tuple[int, Hashable]] = []
-        self.states: list[State] = []
+        #: (object, key, contents) of each plain container that an object holds.
+        self.containers: list[tuple[Object, Hashable, list[Any]]] = []
+        #: Objects and Variables with their versions, taken before they were read: another thread may change them.
+        self.versions: list[tuple[Object | Variable[Any], int]] = []
         self.refs = refs
         self.allow_sharing = allow_sharing
         self.strict = strict
@@ -225,7 +226,6 @@ class Packer:
         node_kind = type(x)
         if kind in (DICT, STATE):
             if kind == STATE:
-                self.states.append(x._root)
                 x = x._mapping
             keys = sorted_keys(x)
             children = self._children(node_kind, keys, [x[key] for key in keys], place, owner)
@@ -238,15 +238,14 @@ class Packer:
         self, kind: type, keys: Sequence[Hashable], values: Sequence[Any], place: Place, owner: Owner
     ) -> tuple[Element, ...]:
         children: list[Element] = []
-        for key, value, below in zip(keys, values, _places_below(place, keys, kind), strict=True):
-            owner_below = None if owner is None else owner.below(key)
+        steps = keys if kind in _FOUND_BY_KEY or issubclass(kind, State) else range(len(keys))
+        for step, value, below in zip(steps, values, _places_below(place, keys, kind), strict=True):
+            owner_below = None if owner is None else owner.below(step)
             children.append(self.walk(value, below, owner_below))
         return tuple(children)
 
     def _pytree(self, x: Any, place: Place, owner: Owner) -> Element:
         keys, values, treedef = one_level(x)
-        if owner is not None and not isinstance(x, tuple):
-            owner = owner._replace(findable=False)
         children = self._children(type(x), keys, values, place, owner)
         return Node(type(x), None, tuple(keys), children, None, treedef)
 
@@ -257,14 +256,14 @@ class Packer:
             group = self._group(place, x)
             self.leaves[group][1].append(x)
             self.loose_groups.append(group)
-            return Leaf(group, owned=False)
-        index, keys, findable = owner
-        if kind == NUMBER and self.refs.objects[index]._nnx_mark(keys[0]) != "data":
+            return Leaf(group)
+        if kind == NUMBER and owner.owner._nnx_mark(owner.way[0]) != "data":
             return static(x)  # as in NNX, a number stored on an object is configuration
         group = self._group(place, x)
+        cell = ArrayCell(*owner)
         self.leaves[group][0].append(x)
-        self.sources[group].append(AttributePlace(index, keys, findable))
-        return Leaf(group, owned=True)
+        self.cells[group].append(cell)
+        return ArrayDef(self.refs.add_cell(cell, Place(place.path, self.groups[group], place.base)), group)
 
     def _group(self, place: Place, x: Any) -> int:
         path, spec, base = place
@@ -291,9 +290,10 @@ class Packer:
         if index is not None:
             return self._reached_again(index, place, self.groups[group])
         index = self.refs.add(v, Place(place.path, self.groups[group], place.base))
+        self.versions.append((v, track(v)))
         value, metadata = v._raw_value, v._var_metadata
         self.leaves[group][0].append(value)
-        self.sources[group].append(v)
+        self.cells[group].append(v)
         if self.describe is not None:
             metadata = self.describe(v, self.groups[group])
         return VariableDef(type(v), index, freeze_metadata(metadata), group)
@@ -309,26 +309,29 @@ class Packer:
                 f" StateSharding, ...), found {spec!r}."
             )
         index = self.refs.add(obj, place)
+        self.versions.append((obj, track(obj)))
         items = obj._nnx_items()
         order = tuple(items)
         keys = tuple(sorted_keys(order))
-        children = tuple([self.attribute(index, obj, key, items[key], place) for key in keys])
+        children = tuple([self.attribute(obj, key, items[key], place) for key in keys])
         marks = tuple(sorted(obj._nnx_marks.items()))
         return Node(type(obj), index, keys, children, None if order == keys else order, marks)
 
-    def attribute(self, index: int, obj: Object, key: Hashable, value: Any, place: Place) -> Element:
-        """The structure of one attribute (or item) of the object under `index`, which is at `place`."""
+    def attribute(self, obj: Object, key: Hashable, value: Any, place: Place) -> Element:
+        """The structure of one attribute (or item) of `obj`, which is at `place`."""
         if obj._nnx_mark(key) == "static":
             return static(value)
         kind = kind_of(value)
         if kind == STATIC or (kind == NUMBER and obj._nnx_mark(key) is None):
             return static(value)
         if can_change(value):
-            self.containers.append((index, key))
-        return self.walk(value, place.below(key), OwnedBy(index, (key,)))
+            self.containers.append((obj, key, list(contents(value))))
+        return self.walk(value, place.below(key), OwnedBy(obj, (key,)))
 
 
 _PREFIXES = (tuple, list, dict)
+#: Containers whose children are found again by their keys (States too); those of other pytrees by position.
+_FOUND_BY_KEY = (tuple, list, dict)
 
 
 def _places_below(place: Place, keys: Sequence[Hashable], kind: type) -> list[Place]:
@@ -382,19 +385,15 @@ class Watch:
     Each entry begins with the index of the object or Variable it belongs to, and ends with what it was like.
     """
 
-    __slots__ = ("arrays", "containers", "objects", "states", "variables")
+    __slots__ = ("cells", "containers", "objects")
 
     def __init__(self) -> None:
-        #: (index, Variable, value before, metadata before, group)
-        self.variables: list[tuple[int, Variable[Any], Any, dict[str, Any], int]] = []
+        #: (index, cell, value before, metadata before, group), in walking order; an array has no metadata
+        self.cells: list[tuple[int, Cell, Any, dict[str, Any] | None, int]] = []
         #: (index, object, version before, items before)
         self.objects: list[tuple[int, Object, int, dict[Any, Any]]] = []
-        #: (index of the owner, the owner, keys, value before, group)
-        self.arrays: list[tuple[int, Object, Path, Any, int]] = []
-        #: (index of the owner, the owner, key, contents before)
-        self.containers: list[tuple[int, Object, Hashable, list[Any]]] = []
-        #: (index of the owner, key, State, version before)
-        self.states: list[tuple[int, Hashable, State, int]] = []
+        #: (index of the owner, the owner, key, contents before, the plain containers before)
+        self.containers: list[tuple[int, Object, Hashable, list[Any], list[Any]]] = []
 
 
 def snapshot(value: Any) -> Any:
@@ -442,18 +441,25 @@ class Unpacker:
         if type(d) is VariableDef:
             return self._variable(d, place)
         if type(d) is Leaf:
-            return self._leaf(d, owner)
+            return next(self.loose[d.group])
+        if type(d) is ArrayDef:
+            return self._array(d, place, owner)
         if type(d) is Ref:
             return self.refs.objects[d.id]
         assert type(d) is Node  # there is nothing else
         return self._node(d, place, owner) if d.id is None else self._object(d, place)
 
-    def _leaf(self, d: Leaf, owner: Owner) -> Any:
-        if not d.owned:
-            return next(self.loose[d.group])
+    def _array(self, d: ArrayDef, place: Place | None, owner: Owner) -> Any:
         value = next(self.values[d.group])
-        if self.watch is not None and owner is not None and len(owner.keys) == 1:
-            self.watch.arrays.append((owner.owner, self.refs.objects[owner.owner], owner.keys, value, d.group))
+        if place is None:
+            self.refs.append(None)  # nobody will ask for its place, or for its index
+            return value
+        if self.groups is not None:
+            place = Place(place.path, self.groups[d.group], place.base)
+        cell = None if owner is None else ArrayCell(*owner)
+        index = self.refs.add_cell(cell, place)
+        if self.watch is not None and cell is not None:
+            self.watch.cells.append((index, cell, value, None, d.group))
         return value
 
     def _variable(self, d: VariableDef, place: Place | None) -> Variable[Any]:
@@ -468,7 +474,7 @@ class Unpacker:
                 set_metadata_dict(v, self.describe(v, place.spec))
         index = self.refs.add(v, place)
         if self.watch is not None:
-            self.watch.variables.append((index, v, snapshot(value), v._var_metadata, d.group))
+            self.watch.cells.append((index, v, snapshot(value), v._var_metadata, d.group))
         return v
 
     def _node(self, d: Node, place: Place | None, owner: Owner) -> Any:
@@ -484,10 +490,7 @@ class Unpacker:
             new = dict(zip(d.keys, children, strict=True))
             return new if d.order is None else {key: new[key] for key in d.order}
         if issubclass(d.kind, State):
-            state = d.kind.over(dict(zip(d.keys, children, strict=True)))
-            if self.watch is not None and owner is not None:
-                self.watch.states.append((owner.owner, owner.keys[0], state, track(state)))
-            return state
+            return d.kind.over(dict(zip(d.keys, children, strict=True)))
         return d.rebuild(children)
 
     def _children(self, d: Node, place: Place | None, owner: Owner) -> list[Any]:
@@ -495,9 +498,10 @@ class Unpacker:
         places: Iterable[Place | None] = itertools.repeat(None, len(d.keys))
         if place is not None:
             places = _places_below(place, d.keys, d.kind)
+        steps = d.keys if d.kind in _FOUND_BY_KEY or issubclass(d.kind, State) else range(len(d.keys))
         children: list[Any] = []
-        for key, child, below in zip(d.keys, d.children, places, strict=True):
-            owner_below = None if owner is None else owner.below(key)
+        for step, child, below in zip(steps, d.children, places, strict=True):
+            owner_below = None if owner is None else owner.below(step)
             children.append(self.build(child, below, owner_below))
         return children
 
@@ -511,12 +515,13 @@ class Unpacker:
             if type(child) is VariableDef:
                 items[key] = self._variable(child, below)
             else:
-                owner = None if self.watch is None else OwnedBy(index, (key,))  # only a Watch asks for owners
+                owner = None if self.watch is None else OwnedBy(obj, (key,))  # only a Watch asks for owners
                 items[key] = self.build(child, below, owner)
         obj._nnx_fill(items, d.extra)
         if self.watch is not None:
             self.watch.objects.append((index, obj, track(obj), items.copy()))
             for key, value in items.items():
                 if can_change(value):
-                    self.watch.containers.append((index, obj, key, contents(value)))
+                    held = list(plain_containers(value))
+                    self.watch.containers.append((index, obj, key, list(contents(value)), held))
         return obj

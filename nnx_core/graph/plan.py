@@ -6,18 +6,16 @@ each object it saw. Plain lists and dicts cannot count their changes and are com
 A plan keeps no object alive: it holds objects weakly, and Variables, which refer to none, strongly.
 """
 
-import itertools
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from nnx_core._changes import now, track
+from nnx_core._changes import now
 from nnx_core._errors import Path
-from nnx_core.graph.classify import contents, same_things
+from nnx_core.graph.classify import holds_still
 from nnx_core.graph.objects import Object
-from nnx_core.graph.pack import AttributePlace, Leaves, Packer, Refs
+from nnx_core.graph.pack import Leaves, Packer, Refs
 from nnx_core.graph.structure import GraphDef
-from nnx_core.state import State
 from nnx_core.variables import Variable
 
 
@@ -25,15 +23,13 @@ class Plan:
     """What a walk found: the structure, where the leaves of each group are, and the versions of all it saw."""
 
     __slots__ = (
-        "_all_variables",
+        "_cells",
         "_containers",
         "_known",
         "_objects",
         "_places",
         "_seen_at",
-        "_sources",
         "_variables",
-        "cacheable",
         "graphdef",
         "loose_groups",
         "memo",
@@ -46,23 +42,13 @@ class Plan:
         self.loose_groups = packer.loose_groups
         self._known = list(map(_held, packer.refs.objects))
         self._places: list[Any] = packer.refs.places  # of a walk, which has a Place for everything
-        self._variables = [(v, track(v)) for v in packer.refs.objects if isinstance(v, Variable)]
-        tracked = [x for x in packer.refs.objects if isinstance(x, Object)] + packer.states
-        self._objects = [(weakref.ref(x), track(x)) for x in tracked]
-        self._containers = [self._container(packer.refs.objects[i], key) for i, key in packer.containers]
-        self._sources: list[list[Any]] = packer.sources  # Variables, and places of arrays on objects
-        self._all_variables = [not any(map(_is_array_place, sources)) for sources in packer.sources]
-        places = filter(_is_array_place, itertools.chain.from_iterable(packer.sources))
-        self.cacheable = all(place.findable for place in places)
-
-    @staticmethod
-    def _container(owner: Object, key: Hashable) -> tuple[Any, Hashable, list[Any]]:
-        return weakref.ref(owner), key, list(map(_held, contents(owner._nnx_storage()[key])))
+        self._variables = [(x, version) for x, version in packer.versions if isinstance(x, Variable)]
+        self._objects = [(weakref.ref(x), version) for x, version in packer.versions if isinstance(x, Object)]
+        self._containers = [_container(*container) for container in packer.containers]
+        self._cells = packer.cells
 
     def holds(self) -> bool:
         """Whether everything this plan saw is unchanged."""
-        if self._containers and not all(map(_same_contents, self._containers)):
-            return False
         stamp = now()  # before the versions: a change in between must not be missed
         if stamp != self._seen_at:
             for ref, version in self._objects:
@@ -73,32 +59,19 @@ class Plan:
                 if v._nnx_version != version:
                     return False
             self._seen_at = stamp
-        return True
+        # After the versions: that the owner is unchanged means that there still is a container to look into.
+        return not self._containers or all(map(_same_contents, self._containers))
 
     def leaves(self, loose: list[Any]) -> list[Leaves]:
         """The leaves of each group as they are now; `loose` are those that no object owns, in order."""
-        groups: list[Leaves] = []
-        for sources, only_variables in zip(self._sources, self._all_variables, strict=True):
-            # The hot spot of a steady call: Python 3.12 and later specialise the attribute in a comprehension, and
-            # have no frame for it. Neither `map` nor a method of the Variable comes near.
-            if only_variables:
-                values = [v._raw_value for v in sources]
-            else:
-                values = [self._read(source) for source in sources]
-            groups.append((values, []))
+        # The hot spot of a steady call: Python 3.12 and later specialise the attribute in a comprehension, and
+        # have no frame for it. Neither `map` nor a method of the Variable comes near.
+        groups: list[Leaves] = [([cell._raw_value for cell in cells], []) for cells in self._cells]
         if len(groups) == 1:
             return [(groups[0][0], loose)]
         for x, group in zip(loose, self.loose_groups, strict=True):
             groups[group][1].append(x)
         return groups
-
-    def _read(self, source: Any) -> Any:
-        if type(source) is not AttributePlace:
-            return source._raw_value
-        level = self.known(source.index)._nnx_storage()
-        for key in source.keys:
-            level = getattr(level, str(key)) if hasattr(level, "_fields") else level[key]
-        return level
 
     def known(self, index: int) -> Any:
         """The object or Variable under `index`."""
@@ -116,7 +89,7 @@ class Plan:
     @property
     def group_count(self) -> int:
         """How many groups the leaves are in."""
-        return len(self._sources)
+        return len(self._cells)
 
     def path(self, index: int) -> Path:
         """Where the object or Variable under `index` was first reached."""
@@ -131,18 +104,17 @@ class Plan:
 
 def _held(x: Any) -> Any:
     """`x`, or a weak reference to it where holding it would keep a graph alive."""
-    return weakref.ref(x) if isinstance(x, Object | State) else x
+    return weakref.ref(x) if isinstance(x, Object) else x
 
 
-def _is_array_place(source: Any) -> bool:
-    return type(source) is AttributePlace
+def _container(owner: Object, key: Hashable, contents: list[Any]) -> tuple[Any, Hashable, list[Any]]:
+    return weakref.ref(owner), key, list(map(_held, contents))
 
 
 def _same_contents(entry: tuple[Any, Hashable, list[Any]]) -> bool:
     ref, key, before = entry
     owner = ref()
-    container = None if owner is None else owner._nnx_items().get(key)
-    if container is None:
+    if owner is None:
         return False
     alive = [x() if type(x) is weakref.ReferenceType else x for x in before]  # at every call, as in `leaves`
-    return same_things(contents(container), alive)
+    return holds_still(owner._nnx_items().get(key), alive)

@@ -32,11 +32,28 @@ def static(value: Any) -> Static:
 
 
 class Leaf(NamedTuple):
-    """A value that travels in group number `group`; `owned` if it is an attribute of an object."""
+    """A loose value, which no object holds; it travels in group number `group`."""
 
     group: int
-    owned: bool
     tag: str = "leaf"
+
+    @property
+    def owned(self) -> bool:
+        """Whether the value lives in a cell: one that belongs to a Variable or an object."""
+        return False
+
+
+class ArrayDef(NamedTuple):
+    """The place of a plain array on an object, an `ArrayCell`; its value travels in group number `group`."""
+
+    id: int
+    group: int
+    tag: str = "array"
+
+    @property
+    def owned(self) -> bool:
+        """As of a `Leaf`."""
+        return True
 
 
 class Ref(NamedTuple):
@@ -57,7 +74,7 @@ class VariableDef(NamedTuple):
 
     @property
     def owned(self) -> bool:
-        """As of a `Leaf`: a Variable's value never is a loose leaf."""
+        """As of a `Leaf`."""
         return True
 
 
@@ -82,8 +99,10 @@ class Node(NamedTuple):
         return make(children)
 
 
-Element: TypeAlias = Static | Leaf | Ref | VariableDef | Node
-LeafDef: TypeAlias = Leaf | VariableDef
+Element: TypeAlias = Static | Leaf | ArrayDef | Ref | VariableDef | Node
+#: What lives in a cell: `id` is its index.
+CellDef: TypeAlias = ArrayDef | VariableDef
+LeafDef: TypeAlias = Leaf | CellDef
 
 
 #: The items of an object in its own order, static ones filled in, and the other keys with their elements.
@@ -115,6 +134,8 @@ class LeafPlace(NamedTuple):
 
 Layout: TypeAlias = tuple[LeafPlace, ...]
 
+LEAVES = (Leaf, ArrayDef, VariableDef)
+
 
 def nodes(element: Element, path: Path = ()) -> Iterator[tuple[Path, Element]]:
     """(path, element) of everything in `element`, depth first, itself first."""
@@ -127,8 +148,8 @@ def nodes(element: Element, path: Path = ()) -> Iterator[tuple[Path, Element]]:
 def leaf_defs(element: Element) -> Iterator[tuple[Path, LeafDef]]:
     """(path, element) of every leaf in `element`, in walking order."""
     for path, d in nodes(element):
-        if type(d) is VariableDef or type(d) is Leaf:
-            yield path, d
+        if type(d) in LEAVES:
+            yield path, d  # type: ignore[misc]  # one of `LeafDef`, as `LEAVES` says
 
 
 @jax.tree_util.register_static

@@ -28,7 +28,6 @@ from nnx_core.nn.recurrent_cells import SimpleCell as SimpleCell
 from nnx_core.nn.recurrent_conv import ConvLSTMCell as ConvLSTMCell
 from nnx_core.rngs import Rngs, RngStream, restore_rngs, split_rngs, streams_of
 from nnx_core.transforms.groups import Carry, StateAxes
-from nnx_core.transforms.lift import remembered
 from nnx_core.transforms.loops import scan
 
 _LOGGER = logging.getLogger("nnx_core")
@@ -208,15 +207,13 @@ class RNN(Module):
         """The final carry, or with `lengths` the one after the last step of each sequence, and the outputs."""
         chosen = filterlib.to_predicate(self.broadcast_rngs)
         options = self.state_axes, chosen, axis, self.unroll
-        function = type(self.cell).__call__
         backups = split_rngs(self.cell, splits=1, only=_streams(chosen), squeeze=True)
         try:
             if lengths is None:
-                run = remembered((function,), ("RNN", *options), lambda: _loop(*options))
-                return run(carry, self.cell, inputs)
-            run = remembered((function,), ("RNN with lengths", *options), lambda: _loop_with_lengths(*options))
+                return _loop(*options)(carry, self.cell, inputs)
             steps = jnp.arange(inputs.shape[axis], dtype=jnp.int32)
             lengths = jnp.where(lengths == 0, inputs.shape[axis], lengths)
+            run = _loop_with_lengths(*options)
             (_, last), outputs = run((carry, carry), self.cell, inputs, steps, lengths)
             return last, outputs
         except TypeError as error:

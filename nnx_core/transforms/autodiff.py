@@ -218,6 +218,11 @@ def remat(
     def make(count: int) -> Form:
         static = positions(static_argnums, count, len(owner))
         lifted = plainly(function, modes, static_at(static, count))
-        return Form(lifted, jax.checkpoint(lifted.pure, prevent_cse=prevent_cse, policy=policy))
+
+        def run(*packed: Any) -> Any:
+            # A new function each time: JAX keeps the trace of one it has seen, and with it what that closed over.
+            return jax.checkpoint(lifted.named, prevent_cse=prevent_cse, policy=policy)(*packed)
+
+        return Form(lifted, run)
 
     return by_count(f, make)

@@ -14,7 +14,7 @@ import jax
 
 from nnx_core._errors import MetadataError, StructureError, show_paths
 from nnx_core.graph.effects import After
-from nnx_core.graph.structure import GraphDef, VariableDef, leaf_defs
+from nnx_core.graph.structure import GraphDef, Leaf, leaf_defs
 from nnx_core.transforms.groups import distinct
 from nnx_core.transforms.lift import (
     Form,
@@ -128,7 +128,7 @@ def _run(lifted: Lifted, options: dict[str, Any], *packed: Any) -> Any:
 def _batched_error(lifted: Lifted, graphdef: GraphDef, after: After, error: ValueError) -> Exception:
     paths = []
     for path, d in leaf_defs(graphdef.root):
-        if type(d) is VariableDef and d.id in after.travelling and lifted.groups[d.group] is None:
+        if not isinstance(d, Leaf) and d.id in after.travelling and lifted.groups[d.group] is None:
             is_keyword, *rest = path
             paths.append(("kwargs" if is_keyword else "args", *rest))
     if not paths:

@@ -18,30 +18,28 @@ from nnx_core.graph.pack import Leaves
 from nnx_core.graph.structure import GraphDef
 from nnx_core.transforms.carry import described
 from nnx_core.transforms.compile import plainly
-from nnx_core.transforms.lift import Lifted, Modes, name_of, remembered, unbound
+from nnx_core.transforms.lift import Lifted, Modes, name_of, unbound
 from nnx_core.variables import Variable
 
 
 class _Switch:
-    """Some branches over the same operands; made once for each list of functions."""
+    """Some branches over the same operands, for one call: what they close over may be another thing at the next."""
 
     def __init__(self, branches: tuple[Callable[..., Any], ...], modes: Modes):
         self.branches = [plainly(f, modes) for f in branches]
-        # jit, so that a second call outside of any jit traces and compiles nothing; inlined inside of one
-        self.compiled = jax.jit(self.run, static_argnums=1, inline=True)
-        self.written: dict[GraphDef, frozenset[int]] = {}
 
     def __call__(self, index: Any, graphdef: GraphDef, leaves: Leaves) -> tuple[Any, ...]:
-        written = self.written.get(graphdef, frozenset())
+        written: frozenset[int] = frozenset()
         # JAX wants the same leaves from every branch, but which one writes what shows only when it is traced. So
-        # trace again with more, until every branch returns what any of them writes; the next call knows.
+        # trace again with more, until every branch returns what any of them writes.
         while True:
             try:
-                return self.compiled(index, written, graphdef, leaves)
+                return self.run(index, written, graphdef, leaves)
             except _AnotherWrites as more:
-                written = self.written[graphdef] = written | more.variables
+                written |= more.cells
 
     def run(self, index: Any, written: frozenset[int], graphdef: GraphDef, leaves: Leaves) -> tuple[Any, ...]:
+        """`jax.lax.switch`, where every branch returns the cells in `written`."""
         traced: list[tuple[Lifted, After]] = []
 
         def branch(lifted: Lifted, leaves: Leaves) -> Leaves:
@@ -60,10 +58,10 @@ class _Switch:
 
 
 class _AnotherWrites(Exception):
-    """Signal to trace again: some branch writes these Variables, so every one must return them."""
+    """Signal to trace again: some branch writes these cells, so every one must return them."""
 
-    def __init__(self, variables: frozenset[int]):
-        self.variables = variables
+    def __init__(self, cells: frozenset[int]):
+        self.cells = cells
 
 
 def _differ(first: Callable[..., Any], a: After, second: Callable[..., Any], b: After) -> StructureError:
@@ -81,7 +79,7 @@ def _differ(first: Callable[..., Any], a: After, second: Callable[..., Any], b: 
 def _changes(after: After) -> str:
     if after.changed_keys:
         return f"the attributes {after.changed_keys}"
-    return "metadata only" if after.variables else "nothing"
+    return "metadata only" if after.cells else "nothing"
 
 
 def cond(
@@ -137,7 +135,7 @@ def switch(
         index = index.get_value()
     functions, owner = _unbound_alike(branches)
     modes = Modes.of(graph, graph_updates)
-    branching = remembered(functions, ("switch", modes), lambda: _Switch(functions, modes))
+    branching = _Switch(functions, modes)
     run = functools.partial(branching, index)
     return branching.branches[0].call(run, (*owner, *operands), {})
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nnx_core._errors import Path, StructureError, show_path
 from nnx_core.graph.effects import After
-from nnx_core.graph.structure import Element, GraphDef, Leaf, Node, Ref, Static, VariableDef
+from nnx_core.graph.structure import ArrayDef, Element, GraphDef, Leaf, Node, Ref, Static, VariableDef
 from nnx_core.transforms.groups import Carry
 from nnx_core.transforms.lift import arguments_of, name_of
 
@@ -41,7 +41,7 @@ def described(d: Element) -> str:
         return f"{d.kind.__name__}({', '.join(parts)})"
     if type(d) is VariableDef:
         return d.kind.__name__
-    return "an array or number" if type(d) is Leaf else "an object of the caller"
+    return "an array or number" if isinstance(d, Leaf | ArrayDef) else "an object of the caller"
 
 
 def carried(d: Element, spec: Any, path: Path) -> list[tuple[Path, Element]]:

@@ -245,7 +245,7 @@ def _differ(f: Callable[..., Any], a: After, fwd: Any, b: After) -> StructureErr
 
 def _show(after: After) -> str:
     result, keys = described(after.result.root), after.changed_keys
-    return f"returns {result}, writes {len(after.variables)} Variables, sets or removes {keys}"
+    return f"returns {result}, writes {len(after.cells)} values, sets or removes {keys}"
 
 
 _is_owned: Callable[[LeafDef], bool] = attrgetter("owned")

@@ -8,17 +8,18 @@ pass over the Variables to read, the compiled function, one pass over those it w
 """
 
 import weakref
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeAlias
 
 from nnx_core._trace import current_trace
+from nnx_core.graph.cells import ArrayCell, Cell, write_cell
 from nnx_core.graph.classify import ARRAY, DICT, NUMBER, OBJECT, SEQUENCE, STATIC, kind_of
 from nnx_core.graph.effects import After, check_writes
 from nnx_core.graph.pack import AS_STATIC, Leaves, Refs, Unpacker
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import Element, Leaf, Node, Static
 from nnx_core.state import sorted_keys
-from nnx_core.variables import Variable, set_raw
+from nnx_core.variables import set_raw
 
 MAX_PLANS = 512
 _LEAF = 0
@@ -127,20 +128,24 @@ class _Forget:
             plans._plans.pop(self.key, None)
 
 
+#: The cells of one group that are written, and how one is.
+Targets: TypeAlias = tuple[Callable[[Any, Any], None], list[Cell]]
+
+
 class Outcome:
-    """What one compiled function writes, resolved to Variables: nothing is looked up any more."""
+    """What one compiled function writes, resolved to cells: nothing is looked up any more."""
 
     __slots__ = ("after", "result", "targets", "trace")
 
-    def __init__(self, after: After, targets: list[list[Variable[Any]]], trace: object):
+    def __init__(self, after: After, targets: "list[Targets]", trace: object):
         self.after, self.targets, self.trace = after, targets, trace
         self.result = after.result.root
 
     def write(self, written: list[Leaves]) -> Any:
-        for targets, (values, _) in zip(self.targets, written, strict=True):
-            if targets:
-                # exhausts `map` at C speed: set_raw returns None; there are no values beyond the targets (`_is_quick`)
-                any(map(set_raw, targets, values))
+        for (write, cells), (values, _) in zip(self.targets, written, strict=True):
+            if cells:
+                # exhausts `map` at C speed: `write` returns None; there are no values beyond the cells (`_is_quick`)
+                any(map(write, cells, values))
         if type(self.result) is Leaf:
             return written[self.result.group][1][0]
         return Unpacker(tuple(written), Refs()).build(self.result, None)
@@ -184,10 +189,14 @@ class Outcomes:
 def _resolve(plan: Plan, after: After) -> Outcome | None:
     if not _is_quick(after):
         return None
-    targets: list[list[Variable[Any]]] = [[] for _ in range(plan.group_count)]
-    for index, _, group in after.variables:
+    cells: list[list[Cell]] = [[] for _ in range(plan.group_count)]
+    for index, _, group in after.cells:
         if group is not None:
-            targets[group].append(plan.known(index))
+            cells[group].append(plan.known(index))
+    targets: list[Targets] = []
+    for group_cells in cells:
+        has_arrays = any(isinstance(cell, ArrayCell) for cell in group_cells)
+        targets.append((write_cell if has_arrays else set_raw, group_cells))
     return Outcome(after, targets, None)
 
 
@@ -195,8 +204,8 @@ def _is_quick(after: After) -> bool:
     return (
         not after.objects
         and not after.idle
-        and not after.arrays
-        and all(metadata is None for _, metadata, _ in after.variables)
+        and not after.renewed
+        and all(write.metadata is None for write in after.cells)
         and _is_plain(after.result.root)
     )
 

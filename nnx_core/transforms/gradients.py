@@ -17,7 +17,7 @@ from nnx_core.filters import Filter
 from nnx_core.graph.classify import ARRAY, NUMBER, PYTREE, kind_of, one_level
 from nnx_core.graph.objects import Object
 from nnx_core.graph.pack import Leaves, reader
-from nnx_core.graph.structure import Element, Leaf, LeafDef, Node, VariableDef, leaf_defs
+from nnx_core.graph.structure import LEAVES, Element, LeafDef, Node, VariableDef, leaf_defs
 from nnx_core.state import State
 from nnx_core.transforms.groups import Diff, DiffState, FilterGroups, Rest
 from nnx_core.transforms.lift import name_of
@@ -64,7 +64,7 @@ def as_states(d: Element, read: Callable[[LeafDef], Any], wanted: Callable[[Leaf
     Args:
       read: gives the gradient of a wanted leaf; they are asked for in walking order.
     """
-    if type(d) is VariableDef or type(d) is Leaf:
+    if isinstance(d, LEAVES):
         return _gradient(d, read(d)) if wanted(d) else None
     if type(d) is not Node:
         return None
@@ -100,7 +100,7 @@ def fitted(d: Element, tree: Any, path: Path, primals: Leaves, group: int = 0) -
 
 def matched(d: Element, tree: Any, path: Path) -> Iterator[tuple[Path, LeafDef, Any]]:
     """(path, leaf, what `tree` has there) for each leaf of `d`; None stands for anything below it."""
-    if type(d) is VariableDef or type(d) is Leaf:
+    if isinstance(d, LEAVES):
         yield path, d, tree._raw_value if isinstance(tree, Variable) else tree
     elif type(d) is Node:
         for key, child in zip(d.keys, d.children, strict=True):

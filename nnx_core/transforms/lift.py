@@ -129,7 +129,7 @@ class Lifted:
         if plan is None:
             plan, packer = self.pack(args, kwargs)
             leaves = packer.leaves
-            if key is not None and plan.cacheable:
+            if key is not None:
                 self.plans.remember(key, roots, plan)
         else:
             leaves = plan.leaves(loose)
@@ -224,28 +224,6 @@ def by_count(
         return lifted.call(run, args, kwargs)
 
     return dressed(call, f)
-
-
-_REMEMBERED = "_nnx_remembered"
-MAX_REMEMBERED = 16
-
-
-def remembered(functions: tuple[Callable[..., Any], ...], key: Hashable, make: Callable[[], Any]) -> Any:
-    """`make()`, once for these functions and `key`: so that a second `cond` of the same branches traces nothing.
-
-    Kept with the first of the functions, and gone with it: a function may close over arrays, or over tracers of a
-    trace that has ended. A function that has no attributes is made anew each time.
-    """
-    attributes = getattr(functions[0], "__dict__", None)
-    if not isinstance(attributes, dict):
-        return make()
-    cache = attributes.setdefault(_REMEMBERED, {})
-    entry = (key, *map(id, functions))  # what is made holds the functions, so none of the ids is used again
-    if entry not in cache:
-        if len(cache) >= MAX_REMEMBERED:
-            cache.clear()
-        cache[entry] = make()
-    return cache[entry]
 
 
 # ---- the user's function and its arguments ----

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from nnx_core._errors import SpecError, StructureError
 from nnx_core.graph.effects import After
 from nnx_core.graph.pack import Leaves
-from nnx_core.graph.structure import GraphDef, VariableDef, leaf_defs
+from nnx_core.graph.structure import GraphDef, Leaf, leaf_defs
 from nnx_core.transforms.batch import AxisMetadata, axes_of_arguments, axis_options
 from nnx_core.transforms.carry import carried, require_same_carry, same_form
 from nnx_core.transforms.groups import Carry, distinct
@@ -30,7 +30,6 @@ from nnx_core.transforms.lift import (
     by_position,
     name_of,
     optional_decorator,
-    remembered,
     unbound,
 )
 
@@ -46,14 +45,17 @@ class _SharedWritten(Exception):
 
 
 def _shared_positions(graphdef: GraphDef) -> dict[int, int]:
-    """Index of each Variable of the group None -> its position among the values of that group."""
-    shared = [d for _, d in leaf_defs(graphdef.root) if d.group == _SHARED and d.owned]
-    return {d.id: position for position, d in enumerate(shared) if type(d) is VariableDef}
+    """Index of each cell of the group None -> its position among the values of that group."""
+    positions: dict[int, int] = {}
+    for _, d in leaf_defs(graphdef.root):
+        if d.group == _SHARED and not isinstance(d, Leaf):
+            positions[d.id] = len(positions)
+    return positions
 
 
 def _written_shared(after: After) -> list[int]:
-    """The Variables of the group None that f wrote, in the order in which their values travel."""
-    return [write.id for write in after.variables if write.group == _SHARED]
+    """The cells of the group None that f wrote, in the order in which their values travel."""
+    return [write.id for write in after.cells if write.group == _SHARED]
 
 
 class _Scan:
@@ -66,18 +68,16 @@ class _Scan:
 
     def __init__(self, lifted: Lifted, options: dict[str, Any]):
         self.lifted, self.options = lifted, options
-        # jit, so that a second call outside of any jit traces and compiles nothing; inlined inside of one
-        self.compiled = jax.jit(self.run, static_argnums=0, inline=True)
         self.threaded: dict[GraphDef, frozenset[int]] = {}
         self.axes: tuple[int, ...] = lifted.groups[2:]  # type: ignore[assignment]  # after Carry and None come axes
 
     def __call__(self, graphdef: GraphDef, carry: Leaves, shared: Leaves, *mapped: Leaves) -> tuple[Any, ...]:
         positions = self.threaded.get(graphdef, frozenset())
         try:
-            return self.compiled(positions, graphdef, carry, shared, mapped)
+            return self.run(positions, graphdef, carry, shared, mapped)
         except _SharedWritten as written:
             self.threaded[graphdef] = written.positions
-            return self.compiled(written.positions, graphdef, carry, shared, mapped)
+            return self.run(written.positions, graphdef, carry, shared, mapped)
 
     def run(
         self, positions: frozenset[int], graphdef: GraphDef, carry: Leaves, shared: Leaves, mapped: tuple[Leaves, ...]
@@ -197,19 +197,18 @@ def scan(
 
 
 class _While:
-    """A while loop over one carry; made once for each pair of functions."""
+    """A while loop over one carry, for one call: what the functions close over may be another thing at the next."""
 
     def __init__(self, cond: Callable[..., Any], body: Callable[..., Any], modes: Modes):
         self.cond = Lifted(cond, (Carry,), (Carry,), Carry, modes=modes)
         self.body = Lifted(body, (Carry,), (Carry,), Carry, carried=frozenset({Carry}), modes=modes)
-        self.compiled = jax.jit(self.run, inline=True)
 
-    def run(self, graphdef: GraphDef, carry: Leaves) -> tuple[Any, ...]:
+    def __call__(self, graphdef: GraphDef, carry: Leaves) -> tuple[Any, ...]:
         afters: list[After] = []
 
         def test(carry: Leaves) -> Any:
             after, (_, (result, *_)) = self.cond.pure(graphdef, carry)
-            if after.variables or after.objects:
+            if after.cells or after.objects or after.renewed:
                 raise StructureError(
                     f"while_loop: {name_of(self.cond.f)}, the condition, must not write anything. Write in the body."
                 )
@@ -253,9 +252,8 @@ def while_loop(
       5
     """
     modes = Modes.of(graph, graph_updates)
-    functions = body_fun, cond_fun
-    loop = remembered(functions, ("while", modes), lambda: _While(cond_fun, body_fun, modes))
-    return loop.body.call(loop.compiled, (init_val,), {})
+    loop = _While(cond_fun, body_fun, modes)
+    return loop.body.call(loop, (init_val,), {})
 
 
 def _fori_body(body_fun: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
@@ -311,11 +309,9 @@ def fori_loop(
     if isinstance(lower, int) and isinstance(upper, int):
         if upper <= lower:
             return init_val
-        options = lower, upper, unroll, Modes.of(graph, graph_updates)
-        run = remembered((body_fun,), ("scan", *options), lambda: _fori_scan(body_fun, *options))
+        run = _fori_scan(body_fun, lower, upper, unroll, Modes.of(graph, graph_updates))
         return run(init_val, jnp.arange(lower, upper))
     if unroll is not None:
         raise ValueError("fori_loop can be unrolled only if lower and upper are Python numbers.")
     start = jnp.asarray(lower), jnp.asarray(upper), init_val
-    body = remembered((body_fun,), "fori", lambda: _fori_body(body_fun))
-    return while_loop(_fori_cond, body, start, graph=graph, graph_updates=graph_updates)[2]
+    return while_loop(_fori_cond, _fori_body(body_fun), start, graph=graph, graph_updates=graph_updates)[2]

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from nnx_core._errors import SpecError
 from nnx_core.graph.pack import AS_STATIC
 from nnx_core.transforms.batch import AxisMetadata, axis_options
+from nnx_core.transforms.closures import sees_arrays
 from nnx_core.transforms.compile import Placement, placed
 from nnx_core.transforms.groups import distinct
 from nnx_core.transforms.lift import (
@@ -99,11 +100,16 @@ def shard_map(
         groups = distinct(inputs, out_specs)
         lifted = Lifted(function, groups, inputs, out_specs, modes=modes)
         specs = (_REPLICATED, *map(_partition_spec, groups))
-        mapped = jax.shard_map(
-            lifted.named, mesh=mesh, in_specs=specs, out_specs=specs, axis_names=axis_names, check_vma=check_vma
-        )
-        # jit, so that a second call outside of any jit traces and compiles nothing; inlined inside of one
-        return Form(lifted, jax.jit(mapped, inline=True))
+
+        def run(*packed: Any) -> Any:
+            # A new function each time: JAX keeps the trace of one it has seen, and with it what that closed over.
+            # jit, since without it every operation of `f` is compiled and sent to the devices by itself.
+            mapped = jax.shard_map(
+                lifted.named, mesh=mesh, in_specs=specs, out_specs=specs, axis_names=axis_names, check_vma=check_vma
+            )
+            return jax.jit(mapped, inline=True)(*packed)
+
+        return Form(lifted, run)
 
     return by_count(f, make, _only_by_position)
 
@@ -168,6 +174,8 @@ def pmap(
       graph, graph_updates: False forbids sharing; structure changes.
 
     What is written to a Variable with axis None must be the same on every device: JAX keeps that of one.
+    Compiled once for each form of the arguments. A function that sees modules or arrays beside its arguments (closes
+    over them, names them as globals) is compiled at every call, since they may have changed: pass them as arguments.
 
     Raises:
       AliasError: if one Variable is reached under two axes; it names both paths.
@@ -212,7 +220,12 @@ def pmap(
         # A pair for each group, since jax.pmap gives one plain axis an argument to the wrong leaves where the number
         # of leaves happens to be that of the arguments (as of 0.12, its short cut for arguments that are leaves).
         mapped = (None, *((_axis(g), _axis(g)) for g in groups))
-        run = jax.pmap(lifted.named, in_axes=mapped, out_axes=mapped, donate_argnums=numbers, **options)
-        return Form(lifted, run)
+
+        def compiled() -> Callable[..., Any]:
+            return jax.pmap(lifted.named, in_axes=mapped, out_axes=mapped, donate_argnums=numbers, **options)
+
+        if sees_arrays(function):
+            return Form(lifted, lambda *packed: compiled()(*packed))
+        return Form(lifted, compiled())
 
     return by_count(f, make, by_position)

@@ -94,14 +94,13 @@ def checkify(
     """
     function, owner = unbound(f)
     lifted = plainly(function, Modes.of(graph, graph_updates))
-    # jit, so that a second call traces and compiles nothing; inlined inside of another one
-    checked = jax.jit(jax_checkify.checkify(lifted.named, errors=errors), inline=True)
 
     def call(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         raised: list[Any] = []  # what `run` has beside what it returns
 
         def run(*packed: Any) -> Any:
-            error, out = checked(*packed)
+            # A new function each time: JAX keeps the trace of one it has seen, and with it what that closed over.
+            error, out = jax_checkify.checkify(lifted.named, errors=errors)(*packed)
             raised.append(error)
             return out
 

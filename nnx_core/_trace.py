@@ -23,6 +23,28 @@ def current_trace() -> object:
     return _ask(convention="nnx")
 
 
+class Handed:
+    """The trace of what a transform of ours hands to the user's function; equal to that trace itself.
+
+    What has it is fresh and belongs to that one call, so `merge` may put it into an object.
+    """
+
+    __slots__ = ("trace",)
+
+    def __init__(self, trace: object):
+        self.trace = trace
+
+    def __eq__(self, other: object) -> bool:
+        return self.trace == other
+
+    __hash__ = None  # type: ignore[assignment]  # as the traces it is compared with are not used as keys
+
+
+def is_handed(trace: object) -> bool:
+    """Whether `trace` is that of something which the running transform handed to the user's function."""
+    return type(trace) is Handed and trace == current_trace()
+
+
 _locator: Callable[[object], str | None] | None = None
 
 

@@ -12,6 +12,7 @@ import jax
 from nnx_core import filters as filterlib
 from nnx_core._changes import now
 from nnx_core._errors import FilterError, Path, StateMismatchError
+from nnx_core._trace import is_handed
 from nnx_core.graph.objects import Object, set_plan
 from nnx_core.graph.pack import Leaves, Packer, Place, Refs, Unpacker, apart, in_order, require_graph
 from nnx_core.graph.plan import Plan
@@ -110,13 +111,18 @@ def merge(
     graphdef_or_graphstate: GraphDef | GraphState,
     /,
     *states: Mapping[Any, Any],
-    copy: bool = True,
-    recreate_variables: bool = True,
+    copy: bool | None = None,
+    recreate_variables: bool | None = None,
 ) -> Any:
     """The inverse of `split` and `unpack`: new objects, and new Variables with the values in the States.
 
-    The Variables in the States are copied, never adopted: writing to the result does not write to them
-    (`copy` and `recreate_variables` are accepted for flax.nnx's callers; this is always so).
+    Writing to the result does not write to the Variables in the States. But inside a transform of this package, the
+    States that it handed to the function are the call's own: their Variables themselves become part of the result,
+    so that what is written to it reaches the caller's States.
+
+    Args:
+      copy: False puts the Variables in the States into the result themselves, True never does.
+      recreate_variables: flax.nnx's other name for `copy`.
 
     Raises:
       StateMismatchError: listing all paths that are missing from the States, or that the graph has not.
@@ -137,7 +143,9 @@ def merge(
     refs = Refs()
     # As `raw_value_of`, without its call: this is what a merge of many Variables does most.
     values = [leaf._raw_value if isinstance(leaf, Variable) else leaf for leaf in leaves]
-    merged = Unpacker((apart(graphdef, values),), refs, templates=graphdef.templates).build(graphdef.root, None)
+    adopted = _adopted(graphdef, leaves, recreate_variables if copy is None else copy)
+    unpacker = Unpacker((apart(graphdef, values),), refs, templates=graphdef.templates, adopted=adopted)
+    merged = unpacker.build(graphdef.root, None)
     for place, leaf in zip(graphdef.layout, leaves, strict=True):
         if place.id is not None and isinstance(leaf, Variable):
             variable = refs.objects[place.id]
@@ -145,6 +153,17 @@ def merge(
             if variable._var_metadata != leaf._var_metadata:
                 variable.set_metadata(leaf._var_metadata)
     return merged
+
+
+def _adopted(graphdef: GraphDef, leaves: list[Any], copy: bool | None) -> dict[int, Variable[Any]]:
+    """By index, the Variables that become part of the merged graph themselves."""
+    if copy:
+        return {}
+    variables: dict[int, Variable[Any]] = {}
+    for place, leaf in zip(graphdef.layout, leaves, strict=True):
+        if place.id is not None and isinstance(leaf, Variable) and (copy is False or is_handed(leaf._trace_state)):
+            variables[place.id] = leaf
+    return variables
 
 
 def _state_of(state: Any) -> Any:

@@ -16,14 +16,15 @@ Knows nothing of transforms.
 """
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
 from nnx_core._changes import track
 from nnx_core._errors import AliasError, NotAGraphError, Path, SharedReferenceError, SpecError, show_path
-from nnx_core._trace import current_trace
+from nnx_core._trace import Handed, current_trace
 from nnx_core.graph.cells import ArrayCell, Cell, Way
 from nnx_core.graph.classify import (
     ARRAY,
@@ -415,6 +416,9 @@ def is_unchanged(value: Any, before: Any) -> bool:
     return bool(treedef == treedef_before) and same_things(leaves, leaves_before)
 
 
+_NONE_ADOPTED: Mapping[int, Variable[Any]] = MappingProxyType({})
+
+
 class Unpacker:
     """Rebuilds a structure with fresh objects under the structure's own indices."""
 
@@ -426,10 +430,13 @@ class Unpacker:
         watch: Watch | None = None,
         describe: Describe | None = None,
         templates: dict[int, Template] | None = None,
+        adopted: Mapping[int, Variable[Any]] = _NONE_ADOPTED,
     ):
         self.templates = {} if templates is None else templates
+        self.adopted = adopted  # by index, Variables that are there already, with their values
         self.groups = groups
-        self.trace = current_trace()
+        trace = current_trace()
+        self.trace = trace if watch is None else Handed(trace)  # with a Watch, what is made is handed to a function
         self.values = [iter(values) for values, _ in leaves]
         self.loose = [iter(loose) for _, loose in leaves]
         self.refs, self.watch, self.describe = refs, watch, describe
@@ -464,7 +471,10 @@ class Unpacker:
 
     def _variable(self, d: VariableDef, place: Place | None) -> Variable[Any]:
         value = next(self.values[d.group])
-        v: Variable[Any] = new_variable(d.kind, value, thaw_metadata(d.metadata) if d.metadata else {}, self.trace)
+        if d.id in self.adopted:
+            v = self.adopted[d.id]
+        else:
+            v = new_variable(d.kind, value, thaw_metadata(d.metadata) if d.metadata else {}, self.trace)
         if place is None:
             self.refs.objects.append(v)  # nobody will ask for its place, or for its index
             return v

@@ -1,34 +1,118 @@
 """What a loop carries, and the check that it comes back in the form it had.
 
-Law: a carry keeps its structure: the same objects, in the same containers; only values change.
+Law: a carry keeps its structure. Objects come back as themselves, with new values. A Variable comes back as itself,
+or another one of the same class and metadata takes its place, as in a State that is rebuilt in each step: then the
+new one's value goes on.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from nnx_core._errors import Path, StructureError, show_path
 from nnx_core.graph.effects import After
-from nnx_core.graph.structure import ArrayDef, Element, GraphDef, Leaf, Node, Ref, Static, VariableDef
+from nnx_core.graph.pack import Leaves
+from nnx_core.graph.structure import (
+    ArrayDef,
+    CellDef,
+    Element,
+    GraphDef,
+    Leaf,
+    Node,
+    Ref,
+    Static,
+    VariableDef,
+    leaf_defs,
+)
 from nnx_core.transforms.groups import Carry
 from nnx_core.transforms.lift import arguments_of, name_of
 
+#: Index of a Variable of the carry -> index of the new one that came back in its place.
+_Replaced = dict[int, int]
 
-def same_form(before: Element, after: Element, path: Path, f: Callable[..., Any]) -> None:
-    """Raise StructureError unless a carry came back with the structure it had."""
-    if isinstance(before, Node | VariableDef | Ref) and type(after) is Ref and before.id == after.id:
-        return  # the object itself: in a result it is a Ref, since the arguments introduced it
-    if type(before) is Node and type(after) is Node and before.id is None is after.id:
+
+class Route:
+    """From what one step returns for the group Carry to what the next one takes, and back.
+
+    A step returns the values of the cells it was given, then those of what it made. The next step takes values in
+    the order of the structure, each from the cell itself or from the Variable that came back in its place.
+    """
+
+    def __init__(self, graphdef: GraphDef, after: After, group: int, replaced: _Replaced):
+        owned: list[CellDef] = [d for _, d in leaf_defs(graphdef.root) if not isinstance(d, Leaf) and d.group == group]
+        travelling = [write.id for write in after.cells if write.group == group]
+        made = [d.id for _, d in leaf_defs(after.result.root) if not isinstance(d, Leaf) and d.group == group]
+        place_of = {index: place for place, index in enumerate((*travelling, *made))}
+        self._takes = [place_of[replaced.get(d.id, d.id)] for d in owned]
+        self._left_out = frozenset(range(len(place_of))).difference(self._takes)
+        self._size = len(place_of)
+        self._replaced = replaced
+
+    def forward(self, returned: Leaves) -> Leaves:
+        """What the next step takes of what a step returned."""
+        values, loose = returned
+        return [values[place] for place in self._takes], loose
+
+    def back(self, taken: Leaves, f: Callable[..., Any], after: After) -> tuple[After, Leaves]:
+        """The last of it as a step would have returned it, and `after` without what did not go on.
+
+        Raises:
+          StructureError: if `f` wrote to a Variable and returned another one in its place: which write counts?
+        """
+        values, loose = taken
+        returned: list[Any] = [None] * self._size
+        for place, value in zip(self._takes, values, strict=True):
+            returned[place] = value
+        if not self._left_out:
+            return after, (returned, loose)
+        gone = frozenset(self._replaced)
+        if not gone <= after.idle:
+            raise StructureError(
+                f"{name_of(f)} wrote to a Variable of its carry and returned another one in its place. Expected one of"
+                " the two: write to the Variable and return it, or leave it as it is and return a new one."
+            )
+        kept = tuple(write for write in after.cells if write.id not in gone)
+        after = dataclasses.replace(after, cells=kept, idle=after.idle - gone)
+        return after, ([x for place, x in enumerate(returned) if place not in self._left_out], loose)
+
+
+def follow(before: Element, after: Element, path: Path, f: Callable[..., Any], replaced: _Replaced) -> None:
+    """Raise StructureError unless a carry came back with the structure it had; note the Variables in `replaced`."""
+    if isinstance(before, Node | VariableDef | Ref) and type(after) is Ref:
+        # The thing itself, which is a Ref in a result since the arguments introduced it; or what took its place.
+        if before.id is not None and replaced.get(before.id, before.id) == after.id:
+            return
+    elif type(before) is Node and type(after) is Node and before.id is None is after.id:
         if (before.kind, before.keys, before.extra) == (after.kind, after.keys, after.extra):
             for key, given, returned in zip(before.keys, before.children, after.children, strict=True):
-                same_form(given, returned, (*path, key), f)
+                follow(given, returned, (*path, key), f, replaced)
+            return
+    elif type(before) is VariableDef and type(after) is VariableDef:
+        if (before.kind, before.metadata) == (after.kind, after.metadata):
+            replaced[before.id] = after.id
             return
     elif type(before) is type(after) and before == after:
         return
+    expected, found = described(before), described(after)
+    if expected == found:
+        expected, found = _told_apart(before, after)
     raise StructureError(
         f"{name_of(f)} must return its carry with the structure it was given; {show_path(path)} differs:\n"
-        f"  given:    {described(before)}\n  returned: {described(after)}\n"
+        f"  given:    {expected}\n  returned: {found}\n"
         "Update modules in place and return the same objects."
     )
+
+
+def _told_apart(before: Element, after: Element) -> tuple[str, str]:
+    """Two structures that read the same, with what tells them apart."""
+    text = described(before)
+    if isinstance(before, Node) and isinstance(after, Node) and before.id is not None:
+        return f"{text}, the caller's object", f"{text}, another object"
+    if isinstance(before, VariableDef) and isinstance(after, VariableDef):
+        return f"{text} with metadata {dict(before.metadata)}", f"{text} with metadata {dict(after.metadata)}"
+    if isinstance(before, Node) and isinstance(after, Node):
+        return f"{text} made by {before.extra}", f"{text} made by {after.extra}"
+    return f"{text} at its first place", f"{text} that stands at another place of the carry too"
 
 
 def described(d: Element) -> str:
@@ -44,24 +128,27 @@ def described(d: Element) -> str:
     return "an array or number" if isinstance(d, Leaf | ArrayDef) else "an object of the caller"
 
 
-def carried(d: Element, spec: Any, path: Path) -> list[tuple[Path, Element]]:
+def carried(d: Element, spec: Any, path: Path) -> Iterator[tuple[Path, Element]]:
     """The parts of a structure whose spec is Carry."""
     if spec is Carry:
-        return [(path, d)]
-    if type(spec) in (tuple, list, dict) and type(d) is Node:
+        yield path, d
+    elif type(spec) in (tuple, list, dict) and type(d) is Node:
         specs = spec if type(spec) is dict else dict(enumerate(spec))
-        parts: list[tuple[Path, Element]] = []
         for key, child in zip(d.keys, d.children, strict=True):
-            parts += carried(child, specs[key], (*path, key))
-        return parts
-    return []
+            yield from carried(child, specs[key], (*path, key))
 
 
-def require_same_carry(f: Callable[..., Any], graphdef: GraphDef, after: After) -> None:
-    """Raise StructureError unless `f` returned its one positional argument in the form it was given."""
+def route_of(f: Callable[..., Any], graphdef: GraphDef, after: After) -> Route:
+    """How the one positional argument of `f` goes from step to step.
+
+    Raises:
+      StructureError: if `f` did not return it in the form it was given.
+    """
     [carry] = arguments_of(graphdef).children
-    same_form(carry, after.result.root, ("carry",), f)
+    replaced: _Replaced = {}
+    follow(carry, after.result.root, ("carry",), f, replaced)
     require_no_changes(f, after, "carry")
+    return Route(graphdef, after, 0, replaced)
 
 
 def require_no_changes(f: Callable[..., Any], after: After, what: str) -> None:

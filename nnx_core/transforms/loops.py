@@ -2,10 +2,11 @@
 
 Law: `scan(f)` equals the Python loop over f, with every effect on the arguments. Leaves of the group Carry go
 from step to step; leaves with an axis are sliced and what is written to them stacked; leaves without axis
-(None) are the same in every step, and those that f writes go from step to step as well. Nothing else is
-carried, and of what is sliced only what was written is stacked again.
+(None) are the same in every step, and those that f writes go from step to step as well, but for random state:
+that is the same in every step. Nothing else is carried, and of what is sliced only what was written is stacked again.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -17,9 +18,10 @@ import jax.numpy as jnp
 from nnx_core._errors import SpecError, StructureError
 from nnx_core.graph.effects import After
 from nnx_core.graph.pack import Leaves
-from nnx_core.graph.structure import GraphDef, Leaf, leaf_defs
+from nnx_core.graph.structure import GraphDef, Leaf, VariableDef, leaf_defs
+from nnx_core.kinds import RngState
 from nnx_core.transforms.batch import AxisMetadata, axes_of_arguments, axis_options
-from nnx_core.transforms.carry import carried, require_same_carry, same_form
+from nnx_core.transforms.carry import Route, carried, follow, route_of
 from nnx_core.transforms.groups import Carry, distinct
 from nnx_core.transforms.lift import (
     Form,
@@ -58,6 +60,17 @@ def _written_shared(after: After) -> list[int]:
     return [write.id for write in after.cells if write.group == _SHARED]
 
 
+def _without_random_state(graphdef: GraphDef, after: After, news: list[Any]) -> tuple[After, list[Any]]:
+    """(after, news) without the random state of the group None: each step draws the same keys, and none is counted."""
+    cells = {d.id: d for _, d in leaf_defs(graphdef.root) if isinstance(d, VariableDef) and d.group == _SHARED}
+    fixed = {index for index, d in cells.items() if issubclass(d.kind, RngState)}
+    written = _written_shared(after)
+    kept = tuple(write for write in after.cells if write.id not in fixed)
+    made = news[len(written) :]
+    values = [value for index, value in zip(written, news, strict=False) if index not in fixed]
+    return dataclasses.replace(after, cells=kept), values + made
+
+
 class _Scan:
     """One scanned function, for one number of arguments.
 
@@ -73,11 +86,11 @@ class _Scan:
 
     def __call__(self, graphdef: GraphDef, carry: Leaves, shared: Leaves, *mapped: Leaves) -> tuple[Any, ...]:
         positions = self.threaded.get(graphdef, frozenset())
-        try:
-            return self.run(positions, graphdef, carry, shared, mapped)
-        except _SharedWritten as written:
-            self.threaded[graphdef] = written.positions
-            return self.run(written.positions, graphdef, carry, shared, mapped)
+        while True:
+            try:
+                return self.run(positions, graphdef, carry, shared, mapped)
+            except _SharedWritten as written:
+                positions = self.threaded[graphdef] = written.positions
 
     def run(
         self, positions: frozenset[int], graphdef: GraphDef, carry: Leaves, shared: Leaves, mapped: tuple[Leaves, ...]
@@ -86,17 +99,19 @@ class _Scan:
         order = sorted(positions)
         position_of = _shared_positions(graphdef)
         shared_values, shared_loose = shared
+        routes: list[Route] = []  # of each trace that JAX makes; all are the same
 
         def step(carried: Any, xs: Any) -> Any:
             carry, threaded = carried
             values = list(shared_values)
             for position, value in zip(order, threaded, strict=True):
                 values[position] = value
-            after, carry, (news, loose), *ys = self.lifted.pure(graphdef, carry, (values, shared_loose), *xs)
+            after, returned, (news, loose), *ys = self.lifted.pure(graphdef, carry, (values, shared_loose), *xs)
+            after, news = _without_random_state(graphdef, after, news)
             written = [position_of[index] for index in _written_shared(after)]
             if not positions.issuperset(written):
                 raise _SharedWritten(positions.union(written))
-            self.check(graphdef, after)
+            routes.append(self.route(graphdef, after))
             if loose or len(news) != len(written):
                 raise StructureError(
                     f"scan: {name_of(self.lifted.f)} returned or created something without axis (None)."
@@ -104,23 +119,27 @@ class _Scan:
                 )
             for position, value in zip(written, news, strict=True):
                 values[position] = value
-            return (carry, [values[position] for position in order]), (after, tuple(ys))
+            threaded = [values[position] for position in order]
+            return (routes[-1].forward(returned), threaded), (after, tuple(ys))
 
         xs = tuple(map(_moved_to_front, mapped, self.axes))
         start = carry, [shared_values[position] for position in order]
         (carry, threaded), (after, ys) = jax.lax.scan(step, start, xs, **self.options)
         last = dict(zip(order, threaded, strict=True))
         news = [last[position_of[index]] for index in _written_shared(after)]
+        after, carry = routes[-1].back(carry, self.lifted.f, after)
         return after, carry, (news, []), *map(_moved_back, ys, self.axes)
 
-    def check(self, graphdef: GraphDef, after: After) -> None:
-        """Raise unless every carry comes back, with the structure it had."""
-        before = carried(arguments_of(graphdef), self.lifted.inputs, ("args",))
-        result = carried(after.result.root, self.lifted.outputs, ("result",))
+    def route(self, graphdef: GraphDef, after: After) -> Route:
+        """How the carries go from step to step; raises unless every one comes back with the structure it had."""
+        before = list(carried(arguments_of(graphdef), self.lifted.inputs, ("args",)))
+        result = list(carried(after.result.root, self.lifted.outputs, ("result",)))
         if len(before) != len(result):
             raise SpecError(f"scan: in_axes has {len(before)} Carry and out_axes has {len(result)}; give both as many.")
+        replaced: dict[int, int] = {}
         for (path, given), (_, returned) in zip(before, result, strict=True):
-            same_form(given, returned, path, self.lifted.f)
+            follow(given, returned, path, self.lifted.f, replaced)
+        return Route(graphdef, after, _CARRY, replaced)
 
 
 def _moved_to_front(leaves: Leaves, axis: int) -> Leaves:
@@ -155,7 +174,10 @@ def scan(
 
     Args:
       in_axes: for each positional argument nnx.Carry (goes from step to step), an axis (one slice a step),
-        None (the same in every step), or StateAxes of these for a module.
+        None, or StateAxes of these for a module. What has axis None is the same in every step: what f writes to
+        it goes from step to step and is written at the end, except for random state, of which every step draws
+        the same keys and none is counted (as in flax.nnx). Give `nnx.RngState` the axis nnx.Carry for other keys
+        in each step, or split it (`nnx.split_rngs`) and give it an axis.
       out_axes: likewise for the result; as many Carry as in `in_axes`, in the same order.
       length, reverse, unroll: as in `jax.lax.scan`.
       transform_metadata: {nnx.PARTITION_NAME: name} names the scanned axis in the Variables' axis names.
@@ -204,7 +226,7 @@ class _While:
         self.body = Lifted(body, (Carry,), (Carry,), Carry, carried=frozenset({Carry}), modes=modes)
 
     def __call__(self, graphdef: GraphDef, carry: Leaves) -> tuple[Any, ...]:
-        afters: list[After] = []
+        steps: list[tuple[After, Route]] = []  # of each trace that JAX makes; all are the same
 
         def test(carry: Leaves) -> Any:
             after, (_, (result, *_)) = self.cond.pure(graphdef, carry)
@@ -215,13 +237,14 @@ class _While:
             return result
 
         def step(carry: Leaves) -> Leaves:
-            after, carry = self.body.pure(graphdef, carry)
-            require_same_carry(self.body.f, graphdef, after)
-            afters.append(after)
-            return carry
+            after, returned = self.body.pure(graphdef, carry)
+            route = route_of(self.body.f, graphdef, after)
+            steps.append((after, route))
+            return route.forward(returned)
 
         carry = jax.lax.while_loop(test, step, carry)
-        return afters[-1], carry  # JAX may trace the body more than once; all traces do the same
+        after, route = steps[-1]
+        return route.back(carry, self.body.f, after)
 
 
 def while_loop(

@@ -92,18 +92,6 @@ class FilterError(NnxError, ValueError):
     """Filters that do not cover a value, or something that is no filter."""
 
 
-class StaticAttributeError(NnxError, TypeError):
-    """A static attribute cannot be hashed, so it cannot be part of a compiled function's key."""
-
-    def __init__(self, path: Path, value: object):
-        self.path, self.value = path, value
-        super().__init__(
-            f"{show_path(path)} is a static attribute of type {type(value).__name__}, which is not hashable.\n"
-            "Expected a hashable value (number, string, tuple, function, frozen dataclass); wrap arrays in"
-            " nnx.Variable or mark data with nnx.data(...)."
-        )
-
-
 class StateMismatchError(NnxError, ValueError):
     """A state does not fit the graph it was given to; lists every path at once."""
 

@@ -18,6 +18,7 @@ from nnx_core._borrowed import Borrowing
 from nnx_core._changes import touch
 from nnx_core._errors import InPlaceError, TraceError
 from nnx_core._repr import show_fields
+from nnx_core._statics import Fixed, fixed, unfixed
 from nnx_core._trace import Site, caller, current_trace, show_site
 from nnx_core.modes import var_defaults
 
@@ -539,12 +540,24 @@ def freeze_metadata(metadata: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Metadata as a hashable, order-free tuple; lists in it come back as lists."""
     if not metadata:
         return ()
-    return tuple((k, _FrozenList(v) if type(v) is list else v) for k, v in sorted(metadata.items()))
+    return tuple((k, _frozen(v)) for k, v in sorted(metadata.items()))
 
 
 def thaw_metadata(frozen: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     """The inverse of `freeze_metadata`."""
-    return {k: list(v) if type(v) is _FrozenList else v for k, v in frozen}
+    return {k: _thawed(v) for k, v in frozen}
+
+
+def _frozen(value: Any) -> Any:
+    if type(value) is list:
+        return _FrozenList(map(_frozen, value))
+    part = fixed(value)
+    # What compares well is left as it is: there are readers of frozen metadata beside `thaw_metadata`.
+    return value if type(part) is Fixed and part.content is value else part
+
+
+def _thawed(part: Any) -> Any:
+    return list(map(_thawed, part)) if type(part) is _FrozenList else unfixed(part)
 
 
 class _FrozenList(tuple[Any, ...]):

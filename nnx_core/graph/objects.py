@@ -20,6 +20,8 @@ from nnx_core._borrowed import Borrowing, current_borrowing
 from nnx_core._changes import touch
 from nnx_core._errors import TraceError
 from nnx_core._repr import show_fields
+from nnx_core._statics import fixed as as_part
+from nnx_core._statics import unfixed
 from nnx_core._trace import current_trace
 from nnx_core.state import sorted_keys
 from nnx_core.variables import MISSING, Variable, set_trace
@@ -286,7 +288,7 @@ def _split_attributes(obj: Object) -> tuple[list[Any], list[Any], tuple[Any, ...
             keys.append(key)
             children.append(items[key])
         else:
-            fixed.append((key, type(items[key]), items[key]))
+            fixed.append((key, type(items[key]), as_part(items[key])))
     return keys, children, (tuple(keys), tuple(fixed), tuple(sorted(obj._nnx_marks.items())), tuple(items))
 
 
@@ -313,7 +315,7 @@ def _key_entry(obj: Object, key: Any) -> Any:
 def _unflatten(kind: type[Any], aux: Any, children: Any) -> Any:
     keys, fixed, marks, order = aux
     items = dict(zip(keys, children, strict=True))
-    items |= {key: value for key, _, value in fixed}
+    items |= {key: unfixed(part) for key, _, part in fixed}
     obj = create(kind, _borrow(children))
     obj._nnx_fill({key: items[key] for key in order}, marks)
     return obj

@@ -24,6 +24,7 @@ import jax
 
 from nnx_core._changes import track
 from nnx_core._errors import AliasError, NotAGraphError, Path, SharedReferenceError, SpecError, show_path
+from nnx_core._statics import Fixed
 from nnx_core._trace import Handed, current_trace
 from nnx_core.graph.cells import ArrayCell, Cell, Way
 from nnx_core.graph.classify import (
@@ -203,23 +204,32 @@ class Packer:
         self.containers: list[tuple[Object, Hashable, list[Any]]] = []
         #: Objects and Variables with their versions, taken before they were read: another thread may change them.
         self.versions: list[tuple[Object | Variable[Any], int]] = []
+        #: Configuration that can be changed in place.
+        self.fixed: list[Fixed] = []
         self.refs = refs
         self.allow_sharing = allow_sharing
         self.strict = strict
         self.trace_numbers = trace_numbers
         self.describe = describe  # what to do to a Variable's metadata before it leaves
 
+    def static(self, x: Any) -> Static:
+        """`x` as configuration, which may be changed in place."""
+        element = static(x)
+        if type(element.key) is Fixed and element.key.content is not x:
+            self.fixed.append(element.key)
+        return element
+
     def walk(self, x: Any, place: Place, owner: Owner = None) -> Element:
         """The structure of `x`; its leaves go into `self.leaves`."""
         if place.spec is AS_STATIC:
-            return static(x)
+            return self.static(x)
         kind = kind_of(x)
         if kind == VARIABLE:
             return self._variable(x, place)
         if kind == OBJECT:
             return self._object(x, place)
         if kind == STATIC:
-            return static(x)
+            return self.static(x)
         if kind in (ARRAY, NUMBER):
             return self._leaf(x, place, owner, kind)
         if kind == PYTREE:
@@ -321,10 +331,10 @@ class Packer:
     def attribute(self, obj: Object, key: Hashable, value: Any, place: Place) -> Element:
         """The structure of one attribute (or item) of `obj`, which is at `place`."""
         if obj._nnx_mark(key) == "static":
-            return static(value)
+            return self.static(value)
         kind = kind_of(value)
         if kind == STATIC or (kind == NUMBER and obj._nnx_mark(key) is None):
-            return static(value)
+            return self.static(value)
         if can_change(value):
             self.containers.append((obj, key, list(contents(value))))
         return self.walk(value, place.below(key), OwnedBy(obj, (key,)))

@@ -25,6 +25,7 @@ class Plan:
     __slots__ = (
         "_cells",
         "_containers",
+        "_fixed",
         "_known",
         "_objects",
         "_places",
@@ -46,6 +47,7 @@ class Plan:
         self._objects = [(weakref.ref(x), version) for x, version in packer.versions if isinstance(x, Object)]
         self._containers = [_container(*container) for container in packer.containers]
         self._cells = packer.cells
+        self._fixed = packer.fixed
 
     def holds(self) -> bool:
         """Whether everything this plan saw is unchanged."""
@@ -60,7 +62,9 @@ class Plan:
                     return False
             self._seen_at = stamp
         # After the versions: that the owner is unchanged means that there still is a container to look into.
-        return not self._containers or all(map(_same_contents, self._containers))
+        if self._containers and not all(map(_same_contents, self._containers)):
+            return False
+        return not self._fixed or all(fixed.is_current for fixed in self._fixed)
 
     def leaves(self, loose: list[Any]) -> list[Leaves]:
         """The leaves of each group as they are now; `loose` are those that no object owns, in order."""

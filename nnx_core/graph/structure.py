@@ -12,23 +12,29 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-from nnx_core._errors import Path, StaticAttributeError
+from nnx_core._errors import Path
+from nnx_core._statics import fixed, unfixed
 from nnx_core.state import State
 
 
 class Static(NamedTuple):
-    """A value that is part of the structure: configuration."""
+    """A value that is part of the structure: configuration; `key` is what is hashed and compared of it."""
 
     kind: type
-    value: Any
+    key: Any
     tag: str = "static"
+
+    @property
+    def value(self) -> Any:
+        """The value itself."""
+        return unfixed(self.key)
 
 
 def static(value: Any) -> Static:
     """`value` as configuration. 0.0 and -0.0 are two values, though Python says they are equal."""
     if type(value) is float and value == 0.0 and math.copysign(1.0, value) < 0:
         return Static(float, value, "static -0.0")
-    return Static(type(value), value)
+    return Static(type(value), fixed(value))
 
 
 class Leaf(NamedTuple):
@@ -180,10 +186,7 @@ class GraphDef:
 
     def __hash__(self) -> int:
         if self._hash is None:
-            try:
-                self._hash = hash(self.root)
-            except TypeError as error:
-                raise _unhashable(self.root) or error from None
+            self._hash = hash(self.root)
         return self._hash
 
     @property
@@ -267,32 +270,3 @@ class GraphState(MutableMapping[Any, Any]):
     def tree_unflatten(cls, graphdef: GraphDef, children: Any) -> "GraphState":
         """For JAX: the inverse."""
         return cls(graphdef, *children)
-
-
-def require_hashable(graphdef: GraphDef, names: tuple[str, ...]) -> None:
-    """Raise StaticAttributeError, with the path, unless the structure can be the key of a compiled function.
-
-    To be called before JAX sees the structure, which takes an error in `hash` for something else.
-    `names` are those of the first level, as a user knows them.
-    """
-    try:
-        hash(graphdef)
-    except StaticAttributeError as error:
-        first, *rest = error.path
-        raise StaticAttributeError((names[first], *rest), error.value) from None  # type: ignore[call-overload]
-
-
-def _unhashable(root: Element) -> StaticAttributeError | None:
-    for path, element in nodes(root):
-        if type(element) is Static:
-            parts: list[tuple[Path, Any]] = [(path, element.value)]
-        elif type(element) is VariableDef:
-            parts = [((*path, name), value) for name, value in element.metadata]
-        else:
-            continue
-        for part_path, value in parts:
-            try:
-                hash(value)
-            except TypeError:
-                return StaticAttributeError(part_path, value)
-    return None

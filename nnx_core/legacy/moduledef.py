@@ -34,9 +34,6 @@ class ModuleDef(Generic[M]):
       graphdef: the structure of the whole.
       path: where in it this module is.
 
-    Raises:
-      StaticAttributeError: if an attribute that is configuration cannot be hashed.
-
     Example:
       >>> from nnx_core import legacy as nnx
       >>> shared = nnx.Map(w=nnx.param(1.0), size=3)
@@ -54,9 +51,6 @@ class ModuleDef(Generic[M]):
 
     graphdef: GraphDef
     path: Path = ()
-
-    def __post_init__(self) -> None:
-        hash(self.graphdef)  # now, with the attribute's path: JAX would hide the error
 
     @property
     def type(self) -> type[M]:

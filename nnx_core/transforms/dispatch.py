@@ -17,7 +17,7 @@ from nnx_core.graph.classify import ARRAY, DICT, NUMBER, OBJECT, SEQUENCE, STATI
 from nnx_core.graph.effects import After, check_writes
 from nnx_core.graph.pack import AS_STATIC, Leaves, Refs, Unpacker
 from nnx_core.graph.plan import Plan
-from nnx_core.graph.structure import Element, Leaf, Node, Static
+from nnx_core.graph.structure import Element, Leaf, Node, Static, static
 from nnx_core.state import sorted_keys
 from nnx_core.variables import set_raw
 
@@ -52,7 +52,7 @@ def signature(
 
 
 def _sign_as(spec: Any, x: Any, roots: list[Any], loose: list[Any]) -> Hashable:
-    return ("static", type(x), x) if spec is AS_STATIC else _sign(x, roots, loose)
+    return ("static", static(x)) if spec is AS_STATIC else _sign(x, roots, loose)
 
 
 def _sign(x: Any, roots: list[Any], loose: list[Any]) -> Hashable:
@@ -64,7 +64,7 @@ def _sign(x: Any, roots: list[Any], loose: list[Any]) -> Hashable:
         roots.append(x)
         return id(x)
     if kind == STATIC:
-        return type(x), x
+        return static(x)
     # Tuples of lists and not of generators: a list comprehension has no frame of its own since Python 3.12.
     if kind == SEQUENCE:
         return type(x), tuple([_sign(child, roots, loose) for child in x])
@@ -85,10 +85,7 @@ class Plans:
         """A plan for these arguments that still holds."""
         if key is None:
             return None
-        try:
-            entry = self._plans.get(key)
-        except TypeError:  # an argument that is static and not hashable: packing will say which
-            return None
+        entry = self._plans.get(key)
         if entry is None:
             return None
         refs, plan = entry
@@ -103,10 +100,7 @@ class Plans:
         if len(self._plans) >= MAX_PLANS:
             self._plans.clear()
         forget = _Forget(weakref.ref(self), key)
-        try:
-            self._plans[key] = [weakref.ref(root, forget) for root in roots], plan
-        except TypeError:  # not hashable, see find
-            return
+        self._plans[key] = [weakref.ref(root, forget) for root in roots], plan
 
     def clear(self) -> None:
         """Forget everything."""

@@ -20,7 +20,7 @@ from nnx_core.graph.effects import After, Forced, apply, check_writes, collect
 from nnx_core.graph.objects import Object
 from nnx_core.graph.pack import Describe, Leaves, Packer, Place, Refs, Spec, Unpacker, Watch
 from nnx_core.graph.plan import Plan
-from nnx_core.graph.structure import GraphDef, Node, require_hashable
+from nnx_core.graph.structure import GraphDef, Node
 from nnx_core.modes import sharing_allowed, updates_allowed
 from nnx_core.transforms.dispatch import Outcomes, Plans, signature
 from nnx_core.transforms.groups import Rest
@@ -101,7 +101,6 @@ class Lifted:
             packer.walk(kwargs, Place(("kwargs",), self.keywords, 1)),
         )
         graphdef = GraphDef(Node(tuple, None, (0, 1), children, None, None))
-        require_hashable(graphdef, ("args", "kwargs"))
         return Plan(graphdef, packer, stamp), packer
 
     @property

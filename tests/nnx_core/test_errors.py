@@ -23,7 +23,6 @@ BUILTINS = {
     "MissingRngError": (AttributeError, KeyError),
     "NotAGraphError": (TypeError,),
     "OptimizerError": (TypeError,),
-    "StaticAttributeError": (TypeError,),
 }
 
 

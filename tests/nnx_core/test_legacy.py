@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import nnx_core
 from nnx_core import legacy as nnx
-from nnx_core._errors import FilterError, NnxError, StateMismatchError, StaticAttributeError, TraceError
+from nnx_core._errors import FilterError, NnxError, StateMismatchError, TraceError
 from nnx_core.legacy import _errors
 from tests.strategies import LAW, graphs, is_identity, portrait, reachable
 from tests.support.arrays import ramp
@@ -553,11 +553,6 @@ ERRORS = {
         lambda: split_dense()[1].apply(nnx.State()).__array__,
         AttributeError,
         r"^__array__$",
-    ),
-    "unhashable static field": (
-        with_set,
-        StaticAttributeError,
-        r"^a\.choices is a static attribute of type set, which is not hashable\.",
     ),
     "state with a missing path": (
         lambda: split_dense()[1].apply(split_dense()[0].filter(nnx_core.PathContains("w")))(X),

@@ -312,16 +312,6 @@ CASES = {
         "MetadataError",
         r"^Axis 0 of a Param with axis names \('blocks', 'embed'\).*'layers', found 'blocks'",
     ),
-    "an unhashable static attribute in split": (
-        lambda: unhashable_static(lambda m: hash(nnx.split(m)[0])),
-        "StaticAttributeError",
-        r"^inner\.choices is a static attribute of type set, which is not hashable\.\nExpected a hashable value",
-    ),
-    "an unhashable static attribute in jit": (
-        lambda: unhashable_static(lambda m: nnx.jit(lambda m, x: x)(m, X)),
-        "StaticAttributeError",
-        r"args\[0\]\.inner\.choices is a static attribute of type set, which is not hashable",
-    ),
     # states
     "a state without a path": (
         lambda: merge_with(lambda state: state["a"].pop("calls")),

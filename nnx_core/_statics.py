@@ -1,0 +1,84 @@
+"""Configuration as part of a structure: whatever it is, it can be hashed and compared.
+
+Law: two values are the same configuration if they have one type and `==` says so; where `==` raises, or answers with
+an array, only if they are one object. A hash is used where there is one; else the type stands in. What has no hash
+can mostly be changed in place, so it is compared as it was when it was read: a change is seen.
+Knows nothing of graphs.
+"""
+
+import copy
+from typing import Any
+
+import numpy as np
+
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, type, type(lambda: None)})
+
+
+class Fixed:
+    """A value that is configuration.
+
+    Args:
+      value: itself, which a function gets to see.
+      content: what is hashed and compared: itself, or a copy of how it was.
+    """
+
+    __slots__ = ("content", "value")
+
+    def __init__(self, value: Any, content: Any):
+        self.value, self.content = value, content
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the value still is as it was read."""
+        return _same(self.value, self.content)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(other) is Fixed and _same(self.content, other.content))
+
+    def __hash__(self) -> int:
+        try:
+            return hash(self.content)
+        except TypeError:
+            return hash(type(self.content))
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def fixed(value: Any) -> Any:
+    """`value` as a part of something that is hashed and compared; `unfixed` gives it back."""
+    if type(value) in _PLAIN:
+        return value
+    try:
+        hash(value)
+    except TypeError:
+        return Fixed(value, _snapshot(value))
+    return Fixed(value, value)
+
+
+def unfixed(part: Any) -> Any:
+    """The value that `fixed` was given."""
+    return part.value if type(part) is Fixed else part
+
+
+def _snapshot(value: Any) -> Any:
+    """A copy of `value` that equals it; itself where there is none."""
+    try:
+        copied = copy.deepcopy(value)
+    except Exception:  # noqa: BLE001  # whatever the user's class raises when it is copied, such as TypeError of a lock
+        return value
+    return copied if _same(copied, value) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if type(a) in (tuple, list):  # item by item: == says that (1,) and (1.0,) are equal
+        return len(a) == len(b) and all(map(_same, a, b))
+    try:
+        answer = a == b
+    except Exception:  # noqa: BLE001  # whatever the class raises; arrays in a tuple raise ValueError
+        return False
+    return isinstance(answer, bool | np.bool_) and bool(answer)

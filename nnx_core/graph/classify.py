@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from nnx_core.graph.objects import Object, is_array
-from nnx_core.state import State
+from nnx_core.state import State, sorted_keys
 from nnx_core.variables import Variable
 
 VARIABLE, OBJECT, SEQUENCE, DICT, STATE, ARRAY, NUMBER, STATIC, PYTREE = range(9)
@@ -55,6 +55,24 @@ def one_level(x: Any) -> tuple[list[Hashable], list[Any], Any]:
         keys.append(plain_key(path[0]) if path else 0)
         children.append(child)
     return keys, children, treedef
+
+
+def children(x: Any) -> list[tuple[Hashable, Any]]:
+    """(key, child) of one object, container or pytree, keys sorted; nothing for leaves and Variables."""
+    kind = kind_of(x)
+    if kind == OBJECT:
+        items = x._nnx_items()
+        return [(key, items[key]) for key in sorted_keys(items)]
+    if kind == DICT:
+        return [(key, x[key]) for key in sorted_keys(x)]
+    if kind == STATE:
+        return children(x._mapping)
+    if kind == SEQUENCE:
+        return list(enumerate(x))
+    if kind == PYTREE:
+        keys, values, _ = one_level(x)
+        return list(zip(keys, values, strict=True))
+    return []
 
 
 def plain_key(entry: Any) -> Hashable:

@@ -16,7 +16,7 @@ Knows nothing of transforms.
 """
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from nnx_core.graph.classify import (
     STATIC,
     VARIABLE,
     can_change,
+    children,
     contents,
     kind_of,
     one_level,
@@ -292,8 +293,21 @@ class Packer:
             raise SharedReferenceError(name, first.path, place.path)
         # Identity first: it is the usual case, and == runs through all filters of a StateAxes.
         if self.strict and first.spec is not treatment and first.spec != treatment:
-            raise AliasError(name, (first.path, show(first.spec)), (place.path, show(treatment)))
+            # Under one and the same spec the path where a thing is first reached decides.
+            is_one_spec = first.path[: first.base] == place.path[: place.base]
+            if not is_one_spec and not self._treated_alike(self.refs.objects[index], first, place):
+                raise AliasError(name, (first.path, show(first.spec)), (place.path, show(treatment)))
         return Ref(index)
+
+    def _treated_alike(self, x: Any, first: Place, second: Place) -> bool:
+        """Whether two specs, spelled differently, say the same of each leaf of the object `x`."""
+        if not isinstance(x, Object):
+            return False  # a Variable's treatment is its group, and these differ
+        for path, leaf in _leaves_of(x):
+            groups = [self._group(Place((*at.path, *path), at.spec, at.base), leaf) for at in (first, second)]
+            if groups[0] != groups[1]:
+                return False
+        return True
 
     def _variable(self, v: Variable[Any], place: Place) -> Element:
         group = self._group(place, v)
@@ -338,6 +352,19 @@ class Packer:
         if can_change(value):
             self.containers.append((obj, key, list(contents(value))))
         return self.walk(value, place.below(key), OwnedBy(obj, (key,)))
+
+
+def _leaves_of(obj: Object) -> Iterator[tuple[Path, Any]]:
+    """(path, leaf) of the Variables and arrays of an object, each Variable once."""
+    seen: dict[int, Any] = {}
+    pending: list[tuple[Path, Any]] = [((), obj)]
+    while pending:
+        path, x = pending.pop()
+        if kind_of(x) in (VARIABLE, ARRAY):
+            yield path, x
+        if id(x) not in seen:
+            seen[id(x)] = x
+            pending.extend(((*path, key), child) for key, child in children(x))
 
 
 _PREFIXES = (tuple, list, dict)

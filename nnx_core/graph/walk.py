@@ -12,28 +12,9 @@ from typing import Any
 from nnx_core import _trace
 from nnx_core import filters as filterlib
 from nnx_core._errors import Path, show_path
-from nnx_core.graph.classify import DICT, OBJECT, PYTREE, SEQUENCE, STATE, kind_of, one_level
+from nnx_core.graph.classify import DICT, PYTREE, SEQUENCE, STATE, children, kind_of, one_level
 from nnx_core.graph.objects import Object, is_data
-from nnx_core.state import sorted_keys
 from nnx_core.variables import Variable
-
-
-def children(x: Any) -> list[tuple[Hashable, Any]]:
-    """(key, child) of one object, container or pytree, keys sorted; nothing for leaves and Variables."""
-    kind = kind_of(x)
-    if kind == OBJECT:
-        items = x._nnx_items()
-        return [(key, items[key]) for key in sorted_keys(items)]
-    if kind == DICT:
-        return [(key, x[key]) for key in sorted_keys(x)]
-    if kind == STATE:
-        return children(x._mapping)
-    if kind == SEQUENCE:
-        return list(enumerate(x))
-    if kind == PYTREE:
-        keys, values, _ = one_level(x)
-        return list(zip(keys, values, strict=True))
-    return []
 
 
 def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Path, Any]]:

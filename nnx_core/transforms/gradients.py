@@ -17,7 +17,7 @@ from nnx_core.filters import Filter
 from nnx_core.graph.classify import ARRAY, NUMBER, PYTREE, kind_of, one_level
 from nnx_core.graph.objects import Object
 from nnx_core.graph.pack import Leaves, reader
-from nnx_core.graph.structure import LEAVES, Element, LeafDef, Node, VariableDef, leaf_defs
+from nnx_core.graph.structure import LEAVES, Element, LeafDef, Node, Ref, VariableDef, leaf_defs
 from nnx_core.state import State
 from nnx_core.transforms.groups import Diff, DiffState, FilterGroups, Rest
 from nnx_core.transforms.lift import name_of
@@ -66,6 +66,8 @@ def as_states(d: Element, read: Callable[[LeafDef], Any], wanted: Callable[[Leaf
     """
     if isinstance(d, LEAVES):
         return _gradient(d, read(d)) if wanted(d) else None
+    if type(d) is Ref:
+        return State([])  # it has its gradient where it was reached first
     if type(d) is not Node:
         return None
     if d.id is not None or issubclass(d.kind, State):

@@ -92,6 +92,18 @@ class FilterError(NnxError, ValueError):
     """Filters that do not cover a value, or something that is no filter."""
 
 
+class DepthError(NnxError, RecursionError):
+    """Something without end was found where a graph was expected: a container that holds itself."""
+
+    def __init__(self, path: Path, kind: str):
+        self.path = path
+        super().__init__(
+            f"{show_path(path)}, a {kind}, is nested without end, or more than 10,000 levels deep.\n"
+            "Expected objects and containers with an end; found, most likely, a list or dict that holds itself."
+            " Objects may refer to each other in cycles, plain containers may not: use nnx.List or nnx.Dict."
+        )
+
+
 class StateMismatchError(NnxError, ValueError):
     """A state does not fit the graph it was given to; lists every path at once."""
 

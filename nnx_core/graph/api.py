@@ -13,11 +13,13 @@ from nnx_core import filters as filterlib
 from nnx_core._changes import now
 from nnx_core._errors import FilterError, Path, StateMismatchError
 from nnx_core._trace import is_handed
+from nnx_core.graph.cells import ArrayCell, Cell, require_writable
+from nnx_core.graph.classify import children
 from nnx_core.graph.objects import Object, set_plan
 from nnx_core.graph.pack import Leaves, Packer, Place, Refs, Unpacker, apart, in_order, require_graph
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import GraphDef, GraphState, Layout
-from nnx_core.graph.walk import children, rebuilt, recursive_map
+from nnx_core.graph.walk import rebuilt, recursive_map
 from nnx_core.modes import sharing_allowed
 from nnx_core.state import State, split_pairs, state_or_leaf
 from nnx_core.variables import Variable, is_ref
@@ -40,7 +42,7 @@ def plan_of(node: Any, *, allow_sharing: bool = True) -> Plan:
 def _walk(node: Any, allow_sharing: bool = True) -> tuple[Plan, Packer]:
     stamp = now()
     packer = Packer((None,), Refs(), allow_sharing=allow_sharing, trace_numbers=False)
-    root = packer.walk(node, Place((), None, 0))
+    root = packer.pack(node, Place((), None, 0))
     return Plan(GraphDef(root), packer, stamp), packer
 
 
@@ -145,7 +147,7 @@ def merge(
     values = [leaf._raw_value if isinstance(leaf, Variable) else leaf for leaf in leaves]
     adopted = _adopted(graphdef, leaves, recreate_variables if copy is None else copy)
     unpacker = Unpacker((apart(graphdef, values),), refs, templates=graphdef.templates, adopted=adopted)
-    merged = unpacker.build(graphdef.root, None)
+    merged = unpacker.unpack(graphdef.root, None)
     for place, leaf in zip(graphdef.layout, leaves, strict=True):
         if place.id is not None and isinstance(leaf, Variable):
             variable = refs.objects[place.id]
@@ -222,8 +224,13 @@ def _exactly_at(paths: list[Path], state: Any) -> list[Any] | None:
 
 def _count(mapping: dict[Any, Any]) -> int:
     total = 0
-    for x in mapping.values():
-        total += _count(x) if type(x) is dict else 1
+    pending = [mapping]
+    while pending:
+        for x in pending.pop().values():
+            if type(x) is dict:
+                pending.append(x)
+            else:
+                total += 1
     return total
 
 
@@ -268,19 +275,24 @@ def update(node: Any, state: Any, /, *states: Any, strict: bool = False) -> None
     leaves = by_path(plan.graphdef.paths, (state, *states), require_all=strict)
     if strict:
         _require_same_types(plan, layout, leaves)
-    writes = [(place, leaf) for place, leaf in zip(layout, leaves, strict=True) if leaf is not ABSENT]
-    for place, _ in writes:  # all of them first, so that a call that raises has written nothing
-        if place.id is not None:
-            plan.known(place.id)._check_can_write()
-    for place, leaf in writes:
-        if place.id is None:
-            _put(node, place.path, leaf)
-            continue
-        variable = plan.known(place.id)
-        if not isinstance(leaf, Variable):
-            variable.overwrite(leaf)
-        elif leaf is not variable:  # `state` hands out the graph's own Variables
-            variable.update_from_state(leaf)
+    cells = iter(plan.cells)
+    writes: list[tuple[Path, Cell | None, Any]] = []  # without a cell: a loose leaf of `node`, which is no object
+    for place, leaf in zip(layout, leaves, strict=True):
+        cell = next(cells) if place.owned else None
+        if leaf is not ABSENT:
+            writes.append((place.path, cell, leaf))
+    for _, cell, _ in writes:  # all of them first, so that a call that raises has written nothing
+        if cell is not None:
+            require_writable(cell)
+    for path, cell, leaf in writes:
+        if cell is None:
+            _put(node, path, leaf)
+        elif isinstance(cell, ArrayCell):
+            cell.put(raw_value_of(leaf))
+        elif not isinstance(leaf, Variable):
+            cell.overwrite(leaf)
+        elif leaf is not cell:  # `state` hands out the graph's own Variables
+            cell.update_from_state(leaf)
 
 
 def _require_same_types(plan: Plan, layout: Layout, leaves: list[Any]) -> None:
@@ -426,4 +438,4 @@ def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool 
             value = value.copy()
         copies.append(value)
     unpacker = Unpacker((apart(structure, copies),), Refs(), templates=structure.templates)
-    return unpacker.build(structure.root, None)
+    return unpacker.unpack(structure.root, None)

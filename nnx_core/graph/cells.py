@@ -62,6 +62,14 @@ def write_cell(cell: Cell, value: Any) -> None:
         set_raw(cell, value)
 
 
+def require_writable(cell: Cell) -> None:
+    """Raise TraceError if `cell` belongs to another trace."""
+    if isinstance(cell, ArrayCell):
+        cell.owner._nnx_check_can_write(str(cell.way[0]))
+    else:
+        cell._check_can_write()
+
+
 def _child(container: Any, key: Any) -> Any:
     kind = kind_of(container)
     if kind in (SEQUENCE, DICT):

@@ -97,12 +97,21 @@ _CONTAINERS = (SEQUENCE, DICT, STATE, PYTREE)
 _OPEN, _CLOSE, _ARRAY = object(), object(), object()
 
 
-def contents(container: Any) -> Iterator[Any]:
+#: How deep plain containers may stand in one another; what is deeper holds itself.
+_DEEPEST = 1_000
+
+
+def contents(container: Any, depth: int = 0) -> Iterator[Any]:
     """What is in a container, one by one, nested containers between brackets; objects are not entered.
 
     An array stands for any array: another one in its place is a change of value, not of what the container holds.
     One by one, since a list that was made to hold itself has no end.
+
+    Raises:
+      RecursionError: if it is deeper than what anybody builds.
     """
+    if depth > _DEEPEST:
+        raise RecursionError
     kind = kind_of(container)
     yield _OPEN
     if kind == STATE:
@@ -119,7 +128,7 @@ def contents(container: Any) -> Iterator[Any]:
     for x in children:
         child_kind = kind_of(x)
         if child_kind in _CONTAINERS:
-            yield from contents(x)
+            yield from contents(x, depth + 1)
         else:
             yield _ARRAY if child_kind == ARRAY else x
     yield _CLOSE

@@ -98,7 +98,7 @@ def collect(packer: Packer, watch: Watch, result: Any, spec: Spec, forced: Force
     changed, renewed = _changed_keys(watch)
     writes, idle = _cell_writes(packer, watch, changed, forced)
     objects = tuple(_object_change(packer, index, keys) for index, keys in changed.items())
-    root = packer.walk(result, Place(("result",), spec, 1))
+    root = packer.pack(result, Place(("result",), spec, 1))
     return After(tuple(writes), objects, GraphDef(root), frozenset(idle), tuple(renewed)), packer.leaves
 
 
@@ -232,8 +232,8 @@ def apply(after: After, leaves: list[Leaves], refs: Refs) -> Any:
             set_metadata_dict(cell, thaw_metadata(metadata))
     for change in after.objects:
         obj = refs.objects[change.id]
-        new = {key: unpacker.build(d, None, OwnedBy(obj, (key,))) for key, d in change.set}
+        new = {key: unpacker.unpack(d, None, OwnedBy(obj, (key,))) for key, d in change.set}
         obj._nnx_assign(new, change.removed)
         if change.marks:
             object.__setattr__(obj, "_nnx_marks", dict(change.marks))
-    return unpacker.build(after.result.root, None)
+    return unpacker.unpack(after.result.root, None)

@@ -89,7 +89,7 @@ def flatten_with(
 ) -> tuple[GraphDef, Any]:
     """`flatten`, by a Packer with one group; errors say where by `at`, the path of `node`."""
     packer.trace_numbers = False
-    root = packer.walk(node, Place(at, packer.groups[0], len(at)))
+    root = packer.pack(node, Place(at, packer.groups[0], len(at)))
     structure = GraphDef(root) if outer is None else UpdateDef(root, _known_outside(packer.refs, outer))
     [leaves] = packer.leaves
     values = in_order(structure, leaves)
@@ -215,7 +215,7 @@ def unflatten(
     values = apart(graphdef, [raw_value_of(leaf) for leaf in leaves])
     unpacker = _Reusing((values,), refs, graphdef.templates, reuse, variables, adopt=not copy_variables)
     # With a place, objects can be found again by identity: later structures and step (3) of a context need that.
-    return unpacker.build(graphdef.root, None if index_ref is None else Place((), None, 0))
+    return unpacker.unpack(graphdef.root, None if index_ref is None else Place((), None, 0))
 
 
 def _require_known(structure: GraphDef, known: int) -> None:

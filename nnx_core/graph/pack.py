@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import jax
 
 from nnx_core._changes import track
-from nnx_core._errors import AliasError, NotAGraphError, Path, SharedReferenceError, SpecError, show_path
+from nnx_core._depth import ROOM
+from nnx_core._errors import AliasError, DepthError, NotAGraphError, Path, SharedReferenceError, SpecError, show_path
 from nnx_core._statics import Fixed
 from nnx_core._trace import Handed, current_trace
 from nnx_core.graph.cells import ArrayCell, Cell, Way
@@ -213,6 +214,18 @@ class Packer:
         self.trace_numbers = trace_numbers
         self.describe = describe  # what to do to a Variable's metadata before it leaves
 
+    def pack(self, x: Any, place: Place) -> Element:
+        """The structure of `x`, which may be deep; its leaves go into `self.leaves`.
+
+        Raises:
+          DepthError: if it has no end, as a list that holds itself.
+        """
+        with ROOM:
+            try:
+                return self.walk(x, place)
+            except RecursionError:
+                raise DepthError(place.path, type(x).__name__) from None
+
     def static(self, x: Any) -> Static:
         """`x` as configuration, which may be changed in place."""
         element = static(x)
@@ -221,7 +234,7 @@ class Packer:
         return element
 
     def walk(self, x: Any, place: Place, owner: Owner = None) -> Element:
-        """The structure of `x`; its leaves go into `self.leaves`."""
+        """As `pack`, from within a walk."""
         if place.spec is AS_STATIC:
             return self.static(x)
         kind = kind_of(x)
@@ -478,8 +491,13 @@ class Unpacker:
         self.loose = [iter(loose) for _, loose in leaves]
         self.refs, self.watch, self.describe = refs, watch, describe
 
-    def build(self, d: Element, place: Place | None, owner: Owner = None) -> Any:
+    def unpack(self, d: Element, place: Place | None, owner: Owner = None) -> Any:
         """The object, container or leaf that `d` describes; without `place` nobody asks for paths later."""
+        with ROOM:
+            return self.build(d, place, owner)
+
+    def build(self, d: Element, place: Place | None, owner: Owner = None) -> Any:
+        """As `unpack`, from within a walk."""
         if type(d) is Static:
             return d.value
         if type(d) is VariableDef:

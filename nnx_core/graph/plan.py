@@ -12,6 +12,7 @@ from typing import Any
 
 from nnx_core._changes import now
 from nnx_core._errors import Path
+from nnx_core.graph.cells import Cell
 from nnx_core.graph.classify import holds_still
 from nnx_core.graph.objects import Object
 from nnx_core.graph.pack import Leaves, Packer, Refs
@@ -89,6 +90,12 @@ class Plan:
         refs.indices = {id(x): i for i, x in enumerate(refs.objects)}
         refs.places = list(self._places)
         return refs
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The cells of the one group that there is, in walking order."""
+        [cells] = self._cells
+        return cells
 
     @property
     def group_count(self) -> int:

@@ -23,12 +23,12 @@ def replay(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
     computes nothing that f's result and writes do not need.
     """
     packer = Packer((None,), Refs(), trace_numbers=False)
-    root = packer.walk({"args": args, "kwargs": kwargs}, _ROOT)  # paths as a user knows them
+    root = packer.pack({"args": args, "kwargs": kwargs}, _ROOT)  # paths as a user knows them
     [(values, loose)] = packer.leaves
 
     def pure(values: list[Any]) -> tuple[After, list[Leaves]]:
         refs, watch = Refs(), Watch()
-        copies = Unpacker(((values, loose),), refs, (None,), watch).build(root, _ROOT)
+        copies = Unpacker(((values, loose),), refs, (None,), watch).unpack(root, _ROOT)
         out = f(*copies["args"], **copies["kwargs"])
         return collect(Packer((None,), refs, trace_numbers=False), watch, out, None, Forced())
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
+from nnx_core._depth import ROOM
 from nnx_core._errors import Path
 from nnx_core._statics import fixed, unfixed
 from nnx_core.state import State
@@ -145,10 +146,13 @@ LEAVES = (Leaf, ArrayDef, VariableDef)
 
 def nodes(element: Element, path: Path = ()) -> Iterator[tuple[Path, Element]]:
     """(path, element) of everything in `element`, depth first, itself first."""
-    yield path, element
-    if type(element) is Node:
-        for key, child in zip(element.keys, element.children, strict=True):
-            yield from nodes(child, (*path, key))
+    pending = [(path, element)]
+    while pending:
+        path, element = pending.pop()
+        yield path, element
+        if type(element) is Node:
+            below = [((*path, key), child) for key, child in zip(element.keys, element.children, strict=True)]
+            pending.extend(reversed(below))
 
 
 def leaf_defs(element: Element) -> Iterator[tuple[Path, LeafDef]]:
@@ -186,7 +190,8 @@ class GraphDef:
 
     def __hash__(self) -> int:
         if self._hash is None:
-            self._hash = hash(self.root)
+            with ROOM:
+                self._hash = hash(self.root)
         return self._hash
 
     @property
@@ -215,7 +220,10 @@ class GraphDef:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return isinstance(other, GraphDef) and hash(self) == hash(other) and self.root == other.root
+        if not isinstance(other, GraphDef) or hash(self) != hash(other):
+            return False
+        with ROOM:
+            return self.root == other.root
 
     def __repr__(self) -> str:
         elements = [element for _, element in nodes(self.root)]

@@ -11,6 +11,7 @@ from typing import Any
 
 from nnx_core import _trace
 from nnx_core import filters as filterlib
+from nnx_core._depth import ROOM
 from nnx_core._errors import Path, show_path
 from nnx_core.graph.classify import DICT, PYTREE, SEQUENCE, STATE, children, kind_of, one_level
 from nnx_core.graph.objects import Object, is_data
@@ -26,17 +27,23 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
       >>> [path for path, value in nnx.iter_graph(model) if isinstance(value, nnx.Variable)]
       [('bias',), ('kernel',)]
     """
-    yield from _visit(node, (), set())
-
-
-def _visit(x: Any, path: Path, seen: set[int]) -> Iterator[tuple[Path, Any]]:
-    if isinstance(x, Object | Variable):
-        if id(x) in seen:
-            return
-        seen.add(id(x))
-    for key, child in children(x):
-        yield from _visit(child, (*path, key), seen)
-    yield path, x
+    seen: set[int] = set()
+    # What is being visited, from `node` down, each with the children that are still to come. No recursion: a
+    # generator cannot raise Python's limit for itself alone.
+    branch: list[tuple[Path, Any, Iterator[tuple[Hashable, Any]]]] = [((), node, iter(children(node)))]
+    while branch:
+        path, x, rest = branch[-1]
+        pair = next(rest, None)
+        if pair is None:
+            branch.pop()
+            yield path, x
+            continue
+        key, child = pair
+        if isinstance(child, Object | Variable):
+            if id(child) in seen or child is node:
+                continue
+            seen.add(id(child))
+        branch.append(((*path, key), child, iter(children(child))))
 
 
 def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Hashable, Any]]:
@@ -60,7 +67,8 @@ def recursive_map(f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | 
       >>> bool((nnx.recursive_map(half, model).kernel * 2 == model.kernel).all())
       True
     """
-    return _map(f, node, (), {})
+    with ROOM:
+        return _map(f, node, (), {})
 
 
 def _map(f: Callable[[Path, Any], Any], x: Any, path: Path, done: dict[int, Any]) -> Any:
@@ -114,7 +122,8 @@ def find_duplicates(node: Any, /, *, only: filterlib.Filter = ...) -> list[list[
         for key, child in children(x):
             visit(child, (*path, key))
 
-    visit(node, ())
+    with ROOM:
+        visit(node, ())
     return [shared for shared in paths.values() if len(shared) > 1]
 
 

@@ -194,14 +194,14 @@ class _CustomVjp(Forms[_Treatment, Form]):
     def pull(self, fixed: tuple[int, ...], saved: _Saved, residual: list[Any], cotangents: Any) -> Leaves:
         """The cotangents of the differentiated leaves."""
         assert self.bwd is not None  # see call
-        kept = Unpacker((*no_leaves(3), ([], residual)), Refs()).build(saved.residual.root, None)
+        kept = Unpacker((*no_leaves(3), ([], residual)), Refs()).unpack(saved.residual.root, None)
         nondiff, res = attached(*kept)
         treedef, flat = saved.shapes
         primals: tuple[Leaves, Leaves] = jax.tree.unflatten(treedef, flat)
         args_def = arguments_of(saved.graphdef)
         # Arguments without values, to which what f wrote is written: the cotangents in place of the values.
         refs = Refs()
-        updates = Unpacker(no_leaves(len(_GROUPS)), refs).build(args_def, None)
+        updates = Unpacker(no_leaves(len(_GROUPS)), refs).unpack(args_def, None)
         g = apply(saved.after, [*cotangents[1:], _NOTHING], refs)
         wanted = [i for i in range(len(args_def.keys)) if i not in fixed]
         if self.modes == Modes():

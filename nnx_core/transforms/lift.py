@@ -80,8 +80,8 @@ class Lifted:
         refs, watch = Refs(), Watch()
         unpacker = Unpacker(leaves, refs, self.groups, watch, self.enter, graphdef.templates)
         args_def, kwargs_def = _root(graphdef).children
-        args = unpacker.build(args_def, Place(("args",), self.inputs, 1))
-        kwargs = unpacker.build(kwargs_def, Place(("kwargs",), self.keywords, 1))
+        args = unpacker.unpack(args_def, Place(("args",), self.inputs, 1))
+        kwargs = unpacker.unpack(kwargs_def, Place(("kwargs",), self.keywords, 1))
         out = self.f(*args, **kwargs)
         packer = Packer(self.groups, refs, describe=self.leave, strict=self.strict)
         always = frozenset(packer.group_index[group] for group in self.always)
@@ -97,8 +97,8 @@ class Lifted:
         stamp = now()  # before the walk: a change during it must make the plan stale
         packer = Packer(self.groups, Refs(), allow_sharing=self.modes.sharing)
         children = (
-            packer.walk(args, Place(("args",), self.inputs, 1)),
-            packer.walk(kwargs, Place(("kwargs",), self.keywords, 1)),
+            packer.pack(args, Place(("args",), self.inputs, 1)),
+            packer.pack(kwargs, Place(("kwargs",), self.keywords, 1)),
         )
         graphdef = GraphDef(Node(tuple, None, (0, 1), children, None, None))
         return Plan(graphdef, packer, stamp), packer
@@ -163,13 +163,13 @@ def finish(plan: Plan, after: After, written: list[Leaves]) -> Any:
 def detached(x: Any, spec: Spec = Rest) -> tuple[GraphDef, Leaves]:
     """`x` packed under indices of its own, in one group: what of it is shared with other values is copied."""
     packer = Packer((Rest,), Refs())
-    root = packer.walk(x, Place(("result",), spec, 1))
+    root = packer.pack(x, Place(("result",), spec, 1))
     return GraphDef(root), packer.leaves[0]
 
 
 def attached(graphdef: GraphDef, leaves: Leaves) -> Any:
     """The inverse of `detached`."""
-    return Unpacker((leaves,), Refs()).build(graphdef.root, None)
+    return Unpacker((leaves,), Refs()).unpack(graphdef.root, None)
 
 
 # ---- what is made once ----

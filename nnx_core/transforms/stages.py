@@ -60,7 +60,7 @@ def make_jaxpr(
 
         def pure(*leaves: Any) -> list[Any]:
             after, (_, loose) = lifted.pure(plan.graphdef, apart(plan.graphdef, leaves))
-            result_def, result = Unpacker((([], loose),), Refs()).build(after.result.root, None)
+            result_def, result = Unpacker((([], loose),), Refs()).unpack(after.result.root, None)
             return in_order(result_def, result)
 
         return jax.make_jaxpr(pure)(*in_order(plan.graphdef, packer.leaves[0]))
@@ -199,7 +199,7 @@ def cached_partial(
 
 def _structure(args: tuple[Any, ...], modes: Modes) -> GraphDef:
     packer = Packer((PLAIN,), Refs(), allow_sharing=modes.sharing)
-    return GraphDef(packer.walk(args, Place(("args",), PLAIN, 1)))
+    return GraphDef(packer.pack(args, Place(("args",), PLAIN, 1)))
 
 
 def _changed(before: GraphDef, after: GraphDef) -> list[tuple[Any, ...]]:

@@ -72,7 +72,7 @@ class _Differential(Forms[int, Lifted]):
         def vjp_fn(cotangent: Any) -> tuple[Any, ...]:
             cotangents = fitted(form.root, cotangent, ("cotangent",), leaves)
             (gradient,) = pullback(jax.tree.leaves(cotangents))
-            args = Unpacker((gradient, *no_leaves(2)), Refs()).build(arguments_of(graphdef), None)
+            args = Unpacker((gradient, *no_leaves(2)), Refs()).unpack(arguments_of(graphdef), None)
             return tuple(args[len(self.owner) :])
 
         return (value, vjp_fn, aux) if self.has_aux else (value, vjp_fn)

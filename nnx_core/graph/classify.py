@@ -144,11 +144,15 @@ def holds_still(container: Any, before: Sequence[Any]) -> bool:
 
 
 def plain_containers(value: Any) -> Iterator[Any]:
-    """The lists, dicts, tuples, States and other pytrees that `value` is made of, itself first."""
+    """The lists, dicts and States in `value`, itself first: the containers that can be told from others like them.
+
+    A tuple cannot be written to, so nobody can see whether it is the same one.
+    """
     kind = kind_of(value)
     if kind not in _CONTAINERS:
         return
-    yield value
+    if kind != PYTREE and not isinstance(value, tuple):
+        yield value
     if kind == STATE:
         value = value._mapping
     children: Iterable[Any] = value.values() if isinstance(value, dict) else value

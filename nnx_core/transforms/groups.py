@@ -57,6 +57,11 @@ class FilterGroups(ByFilter):
         """The group of each filter."""
         return tuple(group for _, group in self.rules)
 
+    @property
+    def is_pure(self) -> bool:
+        """Whether the same leaf has the same group while path, type and metadata are unchanged."""
+        return all(filterlib.is_pure(predicate) for predicate, _ in self.rules)
+
     def group(self, path: Path, value: Any) -> Hashable:
         for predicate, group in self.rules:
             if predicate(path, value):
@@ -141,6 +146,17 @@ class DiffState:
 
     def __repr__(self) -> str:
         return f"DiffState(argnum={self.argnum}, filter={self.filter})"
+
+
+def are_pure(*specs: Any) -> bool:
+    """Whether none of the filters in `specs` has to be asked at every call."""
+    for spec in specs:
+        if isinstance(spec, FilterGroups) and not spec.is_pure:
+            return False
+        below = spec.values() if type(spec) is dict else spec
+        if type(spec) in (list, tuple, dict) and not are_pure(*below):
+            return False
+    return True
 
 
 def distinct(*specs: Any) -> tuple[Hashable, ...]:

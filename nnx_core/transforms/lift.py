@@ -23,7 +23,7 @@ from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import GraphDef, Node
 from nnx_core.modes import sharing_allowed, updates_allowed
 from nnx_core.transforms.dispatch import Outcomes, Plans, signature
-from nnx_core.transforms.groups import Rest
+from nnx_core.transforms.groups import Rest, are_pure
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -92,6 +92,11 @@ class Lifted:
             raise StructureUpdateError(name_of(self.f), paths)
         return after, *news
 
+    @functools.cached_property
+    def is_plannable(self) -> bool:
+        """Whether a plan may keep the groups that the filters chose: not if they read more than the structure."""
+        return are_pure(self.inputs, self.keywords)
+
     def pack(self, args: Args, kwargs: Kwargs) -> tuple[Plan, Packer]:
         """Walk the arguments."""
         stamp = now()  # before the walk: a change during it must make the plan stale
@@ -128,7 +133,7 @@ class Lifted:
         if plan is None:
             plan, packer = self.pack(args, kwargs)
             leaves = packer.leaves
-            if key is not None:
+            if key is not None and self.is_plannable:
                 self.plans.remember(key, roots, plan)
         else:
             leaves = plan.leaves(loose)

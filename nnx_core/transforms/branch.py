@@ -4,8 +4,9 @@ Law: `cond(p, f, g, *args)` equals `f(*args) if p else g(*args)`, with every eff
 must leave the same structure behind; which values they write may differ.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -41,9 +42,12 @@ class _Switch:
     def run(self, index: Any, written: frozenset[int], graphdef: GraphDef, leaves: Leaves) -> tuple[Any, ...]:
         """`jax.lax.switch`, where every branch returns the cells in `written`."""
         traced: list[tuple[Lifted, After]] = []
+        renewed: dict[tuple[int, Hashable], None] = {}  # in any branch: a new list of the same things harms nobody
 
         def branch(lifted: Lifted, leaves: Leaves) -> Leaves:
             after, values = lifted.pure(graphdef, leaves, written=written)
+            renewed.update(dict.fromkeys(after.renewed))
+            after = dataclasses.replace(after, renewed=())
             traced.append((lifted, after))
             first, first_after = traced[0]
             if after != first_after:
@@ -54,7 +58,7 @@ class _Switch:
 
         out = jax.lax.switch(index, [functools.partial(branch, lifted) for lifted in self.branches], leaves)
         _, after = traced[0]
-        return after, out
+        return dataclasses.replace(after, renewed=tuple(renewed)), out
 
 
 class _AnotherWrites(Exception):

@@ -193,6 +193,7 @@ class Packer:
         *,
         allow_sharing: bool = True,
         strict: bool = True,
+        first_decides: bool = False,
         trace_numbers: bool = True,
         describe: Describe | None = None,
     ):
@@ -211,6 +212,7 @@ class Packer:
         self.refs = refs
         self.allow_sharing = allow_sharing
         self.strict = strict
+        self.first_decides = first_decides  # of the paths of one thing below one spec; else they must agree
         self.trace_numbers = trace_numbers
         self.describe = describe  # what to do to a Variable's metadata before it leaves
 
@@ -306,16 +308,15 @@ class Packer:
             raise SharedReferenceError(name, first.path, place.path)
         # Identity first: it is the usual case, and == runs through all filters of a StateAxes.
         if self.strict and first.spec is not treatment and first.spec != treatment:
-            # Under one and the same spec the path where a thing is first reached decides.
-            is_one_spec = first.path[: first.base] == place.path[: place.base]
-            if not is_one_spec and not self._treated_alike(self.refs.objects[index], first, place):
+            is_decided = self.first_decides and first.path[: first.base] == place.path[: place.base]
+            if not is_decided and not self._treated_alike(self.refs.objects[index], first, place):
                 raise AliasError(name, (first.path, show(first.spec)), (place.path, show(treatment)))
         return Ref(index)
 
     def _treated_alike(self, x: Any, first: Place, second: Place) -> bool:
         """Whether two specs, spelled differently, say the same of each leaf of the object `x`."""
-        if not isinstance(x, Object):
-            return False  # a Variable's treatment is its group, and these differ
+        if not isinstance(x, Object) or not any(isinstance(at.spec, ByFilter) for at in (first, second)):
+            return False  # a treatment is a group, and these differ
         for path, leaf in _leaves_of(x):
             groups = [self._group(Place((*at.path, *path), at.spec, at.base), leaf) for at in (first, second)]
             if groups[0] != groups[1]:
@@ -481,6 +482,7 @@ class Unpacker:
         describe: Describe | None = None,
         templates: dict[int, Template] | None = None,
         adopted: Mapping[int, Variable[Any]] = _NONE_ADOPTED,
+        makes_cells: bool = False,
     ):
         self.templates = {} if templates is None else templates
         self.adopted = adopted  # by index, Variables that are there already, with their values
@@ -490,6 +492,8 @@ class Unpacker:
         self.values = [iter(values) for values, _ in leaves]
         self.loose = [iter(loose) for _, loose in leaves]
         self.refs, self.watch, self.describe = refs, watch, describe
+        #: Whether somebody will ask for the cells of arrays: a Watch, or who applies an `After` to what is built.
+        self.makes_cells = makes_cells or watch is not None
 
     def unpack(self, d: Element, place: Place | None, owner: Owner = None) -> Any:
         """The object, container or leaf that `d` describes; without `place` nobody asks for paths later."""
@@ -513,12 +517,12 @@ class Unpacker:
 
     def _array(self, d: ArrayDef, place: Place | None, owner: Owner) -> Any:
         value = next(self.values[d.group])
+        cell = None if owner is None else ArrayCell(*owner)
         if place is None:
-            self.refs.append(None)  # nobody will ask for its place, or for its index
+            self.refs.append(cell)  # nobody will ask for its place
             return value
         if self.groups is not None:
             place = Place(place.path, self.groups[d.group], place.base)
-        cell = None if owner is None else ArrayCell(*owner)
         index = self.refs.add_cell(cell, place)
         if self.watch is not None and cell is not None:
             self.watch.cells.append((index, cell, value, None, d.group))
@@ -580,7 +584,7 @@ class Unpacker:
             if type(child) is VariableDef:
                 items[key] = self._variable(child, below)
             else:
-                owner = None if self.watch is None else OwnedBy(obj, (key,))  # only a Watch asks for owners
+                owner = OwnedBy(obj, (key,)) if self.makes_cells else None
                 items[key] = self.build(child, below, owner)
         obj._nnx_fill(items, d.extra)
         if self.watch is not None:

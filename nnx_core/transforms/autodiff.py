@@ -65,7 +65,8 @@ class _Gradient(Forms[tuple[Any, ...], Lifted]):
             return out.get_value() if isinstance(out, Variable) else out
 
         functools.update_wrapper(loss, f, updated=())
-        return Lifted(loss, _GROUPS, specs, (Out, Rest) if has_aux else Out, modes=self.modes)
+        outputs = (Out, Rest) if has_aux else Out
+        return Lifted(loss, _GROUPS, specs, outputs, first_decides=True, modes=self.modes)
 
     def specs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The spec of each argument: of objects the Params are differentiated, of anything else all leaves are."""

@@ -20,6 +20,7 @@ from nnx_core.graph.structure import GraphDef
 from nnx_core.transforms.carry import described
 from nnx_core.transforms.compile import plainly
 from nnx_core.transforms.lift import Lifted, Modes, name_of, unbound
+from nnx_core.transforms.programs import traced_anew
 from nnx_core.variables import Variable
 
 
@@ -35,11 +36,11 @@ class _Switch:
         # trace again with more, until every branch returns what any of them writes.
         while True:
             try:
-                return self.run(index, written, graphdef, leaves)
+                return traced_anew(functools.partial(self.run, written), index, graphdef, leaves)
             except _AnotherWrites as more:
                 written |= more.cells
 
-    def run(self, index: Any, written: frozenset[int], graphdef: GraphDef, leaves: Leaves) -> tuple[Any, ...]:
+    def run(self, written: frozenset[int], index: Any, graphdef: GraphDef, leaves: Leaves) -> tuple[Any, ...]:
         """`jax.lax.switch`, where every branch returns the cells in `written`."""
         traced: list[tuple[Lifted, After]] = []
         renewed: dict[tuple[int, Hashable], None] = {}  # in any branch: a new list of the same things harms nobody

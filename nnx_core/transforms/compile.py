@@ -291,7 +291,9 @@ def eval_shape(
     after, *written = jax.eval_shape(lifted.pure, plan.graphdef, *packer.leaves)
     refs = Refs()
     abstract = jax.tree.map(_abstract, tuple(packer.leaves))
-    Unpacker(abstract, refs).unpack(plan.graphdef.root, None)  # copies of the arguments, which take the writes
+    Unpacker(abstract, refs, makes_cells=True).unpack(
+        plan.graphdef.root, None
+    )  # copies of the arguments, which take the writes
     return apply(after, written, refs)
 
 

@@ -201,7 +201,7 @@ class _CustomVjp(Forms[_Treatment, Form]):
         args_def = arguments_of(saved.graphdef)
         # Arguments without values, to which what f wrote is written: the cotangents in place of the values.
         refs = Refs()
-        updates = Unpacker(no_leaves(len(_GROUPS)), refs).unpack(args_def, None)
+        updates = Unpacker(no_leaves(len(_GROUPS)), refs, makes_cells=True).unpack(args_def, None)
         g = apply(saved.after, [*cotangents[1:], _NOTHING], refs)
         wanted = [i for i in range(len(args_def.keys)) if i not in fixed]
         if self.modes == Modes():

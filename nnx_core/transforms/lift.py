@@ -59,6 +59,7 @@ class Lifted:
       carried: groups whose Variables travel back even when f did not write them (loop carries).
       enter, leave: what happens to the metadata of Variables on the way in and out.
       strict: what is returned must be treated as it was when it came in (an axis in is the axis out).
+      first_decides: of several paths of one thing below one filter spec the first does; else they must agree.
       modes: what the user forbids.
     """
 
@@ -72,6 +73,7 @@ class Lifted:
     enter: Describe | None = None
     leave: Describe | None = None
     strict: bool = False
+    first_decides: bool = False
     modes: Modes = Modes()  # noqa: RUF009  # immutable
     plans: Plans = field(default_factory=Plans)
 
@@ -100,7 +102,7 @@ class Lifted:
     def pack(self, args: Args, kwargs: Kwargs) -> tuple[Plan, Packer]:
         """Walk the arguments."""
         stamp = now()  # before the walk: a change during it must make the plan stale
-        packer = Packer(self.groups, Refs(), allow_sharing=self.modes.sharing)
+        packer = Packer(self.groups, Refs(), allow_sharing=self.modes.sharing, first_decides=self.first_decides)
         children = (
             packer.pack(args, Place(("args",), self.inputs, 1)),
             packer.pack(kwargs, Place(("kwargs",), self.keywords, 1)),

@@ -34,6 +34,7 @@ from nnx_core.transforms.lift import (
     optional_decorator,
     unbound,
 )
+from nnx_core.transforms.programs import traced_anew
 
 #: The groups of a scan, by number; after these come the axes.
 _CARRY, _SHARED = 0, 1
@@ -88,7 +89,7 @@ class _Scan:
         positions = self.threaded.get(graphdef, frozenset())
         while True:
             try:
-                return self.run(positions, graphdef, carry, shared, mapped)
+                return traced_anew(functools.partial(self.run, positions), graphdef, carry, shared, mapped)
             except _SharedWritten as written:
                 positions = self.threaded[graphdef] = written.positions
 
@@ -226,6 +227,10 @@ class _While:
         self.body = Lifted(body, (Carry,), (Carry,), Carry, carried=frozenset({Carry}), modes=modes)
 
     def __call__(self, graphdef: GraphDef, carry: Leaves) -> tuple[Any, ...]:
+        return traced_anew(self.run, graphdef, carry)
+
+    def run(self, graphdef: GraphDef, carry: Leaves) -> tuple[Any, ...]:
+        """`jax.lax.while_loop`."""
         steps: list[tuple[After, Route]] = []  # of each trace that JAX makes; all are the same
 
         def test(carry: Leaves) -> Any:

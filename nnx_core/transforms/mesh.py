@@ -32,6 +32,7 @@ from nnx_core.transforms.lift import (
     positions,
     unbound,
 )
+from nnx_core.transforms.programs import traced_anew
 from nnx_core.variables import Variable
 
 _REPLICATED = PartitionSpec()
@@ -102,12 +103,10 @@ def shard_map(
         specs = (_REPLICATED, *map(_partition_spec, groups))
 
         def run(*packed: Any) -> Any:
-            # A new function each time: JAX keeps the trace of one it has seen, and with it what that closed over.
-            # jit, since without it every operation of `f` is compiled and sent to the devices by itself.
             mapped = jax.shard_map(
                 lifted.named, mesh=mesh, in_specs=specs, out_specs=specs, axis_names=axis_names, check_vma=check_vma
             )
-            return jax.jit(mapped, inline=True)(*packed)
+            return traced_anew(mapped, *packed)
 
         return Form(lifted, run)
 

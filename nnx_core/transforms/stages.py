@@ -16,6 +16,7 @@ from nnx_core.graph.pack import Packer, Place, Refs, Unpacker, apart, in_order
 from nnx_core.graph.structure import Element, GraphDef, Node, nodes
 from nnx_core.transforms.compile import PLAIN, jit, plainly, static_at
 from nnx_core.transforms.lift import Modes, detached, dressed, name_of, optional_decorator, positions, unbound
+from nnx_core.transforms.programs import traced_anew
 
 
 @optional_decorator
@@ -100,7 +101,7 @@ def checkify(
 
         def run(*packed: Any) -> Any:
             # A new function each time: JAX keeps the trace of one it has seen, and with it what that closed over.
-            error, out = jax_checkify.checkify(lifted.named, errors=errors)(*packed)
+            error, out = traced_anew(jax_checkify.checkify(lifted.named, errors=errors), *packed)
             raised.append(error)
             return out
 

@@ -1,4 +1,7 @@
-"""What a loop carries: objects as themselves, States and Variables by structure and value. Oracles: a Python loop, flax.nnx."""
+"""What a loop carries: objects as themselves, States and Variables by structure and value.
+
+Oracles: a Python loop, flax.nnx.
+"""
 
 import jax
 import jax.numpy as jnp

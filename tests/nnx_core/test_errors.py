@@ -5,13 +5,12 @@ Each message says where (both paths if two are involved), what was expected, wha
 
 import inspect
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 import nnx_core as nnx
 from nnx_core import _errors
-from tests.strategies import Node, Record, portrait, stack_of_affine
+from tests.strategies import portrait, stack_of_affine
 from tests.support.arrays import ones
 from tests.support.error_cases import CASES
 
@@ -50,18 +49,6 @@ def test_every_error_class_has_a_case():
 def test_paths_are_written_as_one_would_type_them(path):
     want = {0: "<root>", 1: "a", 5: "args[0].layers[1].kernel", 2: "['a b'][('t', 1)]"}[len(path)]
     assert _errors.show_path(path) == want
-
-
-def test_an_unhashable_static_attribute_does_not_break_other_functions():
-    m, other = Record(), Node()
-    m.choices = {1, 2}
-    other.size = 3
-    try:
-        with pytest.raises(TypeError, match=r"choices"):
-            nnx.jit(lambda m: jnp.int32(1))(m)
-        assert int(nnx.jit(lambda m: jnp.int32(m.size))(other)) == 3
-    finally:
-        jax.clear_caches()
 
 
 def test_a_refused_call_changes_nothing():

@@ -511,12 +511,6 @@ def split_dense():
     return Dense(3, 2, ctx=nnx.Context(0)).split()
 
 
-def with_set():
-    model = nnx.Map(a=nnx.Map())
-    model.a["choices"] = {1, 2}
-    return model.split()
-
-
 ERRORS = {
     "collection that is no name": (
         lambda: nnx.var(X, "params"),

@@ -116,10 +116,11 @@ def test_copy_false_adopts_and_copy_true_copies(lib):
         merged.norm.mean[...] = ones(2) * 7
         assert float(m.norm.mean[0]) == expected
 
-        def inside(state, graphdef=lib.graphdef(m), copy=copy):
+        graphdef, state = lib.split(m)
+
+        def inside(state, graphdef=graphdef, copy=copy):
             lib.merge(graphdef, state, copy=copy).norm.mean[...] = ones(2) * 9
 
-        state = lib.state(m)
         lib.jit(inside)(state)
         assert float(state["norm"]["mean"][0]) == (expected if copy else 9.0)
 

@@ -16,6 +16,7 @@ import nnx_core as nnx
 from nnx_core import traversals
 from nnx_core.graph import functional
 from nnx_core.graph import tree as graph_tree
+from nnx_core.graph.cells import ArrayCell
 from tests.strategies import Affine, Node
 from tests.support.arrays import ones
 from tests.support.error_cases import CASES as ERROR_CASES
@@ -29,6 +30,8 @@ NOT_MESSAGES = {
     "raise NotImplementedError": "a method that subclasses define",
     "raise NotPlannable": "a signal, caught where it is called",
     "raise _AnotherWrites(after.travelling | first_after.travelling)": "a signal, caught where it is called",
+    "raise _Incomparable": "a signal, caught where it is called",
+    "raise RecursionError": "becomes the DepthError of the walk",
     "raise _SharedWritten(positions.union(written))": "a signal, caught where it is called",
     "raise AttributeError(name)": "protocols of Python ask for names and go without them",
 }
@@ -174,6 +177,16 @@ def taken(method, *args):
 # name: (what to do, class, text); what to do about it is part of each text.
 CASES = {
     # transforms and their options
+    "a Variable of a carry both written and replaced": (
+        lambda: nnx.fori_loop(0, 2, lambda _, v: nnx.Param(v.set_value(v[...] + 1) or v[...]), nnx.Param(X)),
+        "StructureError",
+        r"wrote to a Variable of its carry and returned another one in its place\. Expected one of the two: write",
+    ),
+    "the place of an array on an object that is gone": (
+        lambda: ArrayCell(Affine(), ("kernel",)).owner,
+        ReferenceError,
+        r"^the object that held the array at \('kernel',\) is gone",
+    ),
     "two functions for a transform": (
         lambda: nnx.jit(abs, abs),
         TypeError,

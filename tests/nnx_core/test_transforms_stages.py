@@ -89,12 +89,9 @@ def test_checkify_gives_the_error_and_writes():
     assert_no_tracer(m)
 
 
-def test_checkify_user_checks_methods_keywords_and_traces():
-    traces = []
-
+def test_checkify_user_checks_methods_and_keywords():
     class Checked(Affine):
         def positive(self, x, *, limit=0.0):
-            traces.append(x)
             checks.check(jnp.all(x > limit), "not above {limit}", limit=jnp.array(limit))
             return self(x)
 
@@ -106,7 +103,6 @@ def test_checkify_user_checks_methods_keywords_and_traces():
     error, _ = f(X, limit=0.5)
     with pytest.raises(checks.JaxRuntimeError, match=r"not above 0\.5"):
         error.throw()
-    assert len(traces) == 1
     assert int(m.calls[...]) == 2
 
 

@@ -128,14 +128,11 @@ def structure_changed_where_forbidden():
     nnx.jit(grow, graph_updates=False)(Affine())
 
 
-def unhashable_static(transform):
+def holds_itself():
     m = Node()
-    m.inner = Node()
-    m.inner.choices = {1, 2}
-    try:
-        transform(m)
-    finally:
-        jax.clear_caches()  # an unhashable structure in JAX's caches must not reach other tests
+    m.items = nnx.data([X])
+    m.items.append(m.items)
+    return m
 
 
 def optimizer():
@@ -311,6 +308,11 @@ CASES = {
         lambda: nnx.vmap(lambda m: None, transform_metadata={nnx.PARTITION_NAME: "layers"})(named_stack("blocks")),
         "MetadataError",
         r"^Axis 0 of a Param with axis names \('blocks', 'embed'\).*'layers', found 'blocks'",
+    ),
+    "a list that holds itself": (
+        lambda: nnx.state(holds_itself()),
+        "DepthError",
+        r"^<root>, a Node, is nested without end, or more than 10,000 levels deep\.\nExpected .* use nnx\.List",
     ),
     # states
     "a state without a path": (

@@ -18,6 +18,7 @@ X = ones(2, 3)
 
 # The builtin errors that a caller may catch instead of ours.
 BUILTINS = {
+    "DepthError": (RecursionError,),
     "InPlaceError": (NotImplementedError,),
     "MissingRngError": (AttributeError, KeyError),
     "NotAGraphError": (TypeError,),

@@ -1,25 +1,25 @@
 """Names of a value's axes, and what becomes of them when the value gets or loses an axis.
 
-Law: `remove_name(insert_name(names, i, name), i) == names`. What says more than names, a NamedSharding or a Format,
-keeps the rest. Knows nothing of Variables.
+Law: `remove_name(insert_name(names, i, name), i) == names`. What says more than names, a NamedSharding
+or a Format, keeps the rest. Knows nothing of Variables.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from jax.experimental.layout import Format, Layout
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 
 class PaddedNames(tuple[Any, ...]):
-    """Axis names that were too few for a new named axis, filled up with None; remembers what they were."""
+    """Axis names that were too few for a new named axis, filled up with None; knows what they were."""
 
     before: tuple[Any, ...]
     index: int
 
 
 def axis_names(sharding: Any) -> tuple[Any, ...]:
-    """The names in what `out_sharding` may hold: a name, names, a PartitionSpec, a sharding, a Format."""
+    """The names in what `out_sharding` may hold: a name, names, a PartitionSpec, Sharding or Format."""
     sharding = sharding_of(sharding)
     if isinstance(sharding, Sharding):
         sharding = getattr(sharding, "spec", ())
@@ -34,13 +34,15 @@ def sharding_of(names: Any) -> Any:
 def insert_name(names: Any, index: int, name: Any) -> Any:
     """Axis names after a new axis `name` appeared at `index` (negative: from the end of the names).
 
-    Axes beyond the last name have none. `remove_name` with the same index is the exact inverse. Of a NamedSharding
-    the spec changes, where a name that its mesh has not is None; in a layout the new axis is the outermost.
+    Axes beyond the last name have none. `remove_name` with the same index is the exact inverse. Of a
+    NamedSharding the spec changes, where a name that its mesh has not is None; in a layout the new
+    axis is the outermost.
     """
     if isinstance(names, Format):
         return Format(_outermost(names.layout, index), insert_name(names.sharding, index, name))
     if isinstance(names, Sharding):
-        return _respecified(names, lambda spec, axes: insert_name(spec, index, name if name in axes else None))
+        mesh_name = name if name in getattr(names, "mesh", _NO_MESH).axis_names else None
+        return _respecified(names, lambda spec: insert_name(spec, index, mesh_name))
     names = axis_names(names)
     if index < 0:
         index += len(names) + 1
@@ -60,18 +62,21 @@ def remove_name(names: Any, index: int) -> Any:
     if isinstance(names, Format):
         return Format(_without(names.layout, index), remove_name(names.sharding, index))
     if isinstance(names, Sharding):
-        return _respecified(names, lambda spec, axes: remove_name(spec, index))
+        return _respecified(names, lambda spec: remove_name(spec, index))
     names = axis_names(names)
     if index < 0:
         index += len(names)
     return (*names[:index], *names[index + 1 :])
 
 
-def _respecified(sharding: Sharding, change: Callable[[tuple[Any, ...], tuple[Any, ...]], Any]) -> Sharding:
-    """`sharding` with change(its spec, its mesh's axes) for a spec; one without a spec says nothing of axes."""
+_NO_MESH = AbstractMesh((), ())
+
+
+def _respecified(sharding: Sharding, change: Callable[[tuple[Any, ...]], Any]) -> Sharding:
+    """`sharding` with change(its spec) for a spec; one without a spec says nothing of axes."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    spec = PartitionSpec(*change(tuple(sharding.spec), sharding.mesh.axis_names))
+    spec = PartitionSpec(*change(tuple(sharding.spec)))
     return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 

@@ -77,7 +77,8 @@ def with_partitioning(
     Args:
       initializer: as of `jax.nn.initializers`.
       sharding: the names of the first axes of the value; None for an axis without one.
-      mesh: kept as metadata, for `as_abstract` and for placing the value; without it they take the ambient mesh.
+      mesh: kept as metadata, for `as_abstract` and for placing the value; without it they take the
+        ambient mesh.
       **metadata: more metadata and hooks; `sharding_rules` are logical rules of this Variable's own.
 
     Example:
@@ -298,7 +299,8 @@ def as_abstract(tree: A, graph: bool | None = None) -> A:
         if not isinstance(x, Variable) or all(map(_is_placed, jax.tree.leaves(x._raw_value))):
             return x
         mesh = _mesh_for(x)
-        if mesh is None and _names_of(x._var_metadata) and not any(map(_has_axes, jax.tree.leaves(x._raw_value))):
+        unknown = mesh is None and not any(map(_has_axes, jax.tree.leaves(x._raw_value)))
+        if unknown and _names_of(x._var_metadata):
             raise MetadataError(
                 f"{_place(x, path)} needs a mesh to be sharded, found none. Call as_abstract under"
                 " `with jax.set_mesh(mesh):`, or give the Variable one: with_partitioning(init, names, mesh)."
@@ -364,7 +366,7 @@ def _has_axes(x: Any) -> bool:
 
 
 def place_abstractly(tree: A) -> A:
-    """`tree`, fresh from a trace: under a mesh its Variables' abstract values get the shardings that real ones have."""
+    """`tree`, fresh from a trace; under a mesh its abstract values get the shardings of real ones."""
     mesh = _ambient_mesh()
     if mesh is None or not using_eager_sharding():
         return tree
@@ -414,20 +416,22 @@ def using_eager_sharding() -> bool:
 
 
 def place_eagerly(variable: Variable[Any], value: Any, asked: bool | None = None) -> Any:
-    """`value` where the axis names of `variable` say; where there is no mesh, or not with such axes, as it is.
+    """`value` where the axis names of `variable` say; without a mesh of such axes as it is.
 
-    The mesh is that of the metadata (`mesh`, or of a NamedSharding or Format in the place of names), or the ambient
-    one (`jax.set_mesh`). A name that it does not have leaves the whole value where it is, and so does a value
-    inside `shard_map`, which is one shard already. State of an optimizer is left alone where it is not divisible.
+    The mesh is that of the metadata (`mesh`, or of a NamedSharding or Format in the place of names),
+    or the ambient one (`jax.set_mesh`). A name that it does not have leaves the whole value where it
+    is; so does `shard_map`, where it is one shard already. State of an optimizer that is not divisible
+    is left alone.
 
     Args:
       variable: a new Variable, for its metadata.
-      value: what it shall hold: an array or a pytree, of which only what has all the named axes is placed;
-        concrete ones move, traced ones are constrained.
-      asked: goes before `Variable(..., eager_sharding=...)`, and that before what `use_eager_sharding` says.
+      value: what it shall hold: an array or a pytree, of which only what has all the named axes is
+        placed; concrete ones move, traced ones are constrained.
+      asked: goes before `Variable(..., eager_sharding=...)`, and that before `use_eager_sharding`.
 
     Raises:
-      MetadataError: if there are more names than axes, two for one mesh axis, or an axis that is not divisible.
+      MetadataError: if there are more names than axes, two for one mesh axis, or an axis that is not
+        divisible.
     """
     metadata = variable._var_metadata
     if not _names_of(metadata):
@@ -452,7 +456,7 @@ def _target(v: Variable[Any]) -> Sharding | Format | None:
         return names  # of one device, say: it has no axes
     spec = _pspec(v, ()) or PartitionSpec()
     if isinstance(mesh, AbstractMesh):
-        ambient = _ambient_mesh()  # of the same axes it has the devices, or is what is being traced for
+        ambient = _ambient_mesh()  # of the same axes it has the devices
         mesh = ambient if ambient is not None and ambient.shape == mesh.shape else None
     if mesh is None or not set(_mesh_axes(spec)) <= set(mesh.axis_names):
         return None
@@ -468,7 +472,7 @@ def _placed(x: Any, target: Any, place: str, whole: bool, kind: type) -> Any:
     sharding = sharding_of(target)
     if isinstance(sharding, NamedSharding):
         if issubclass(kind, OptVariable) and not any(True for _ in _mesh_axes(sharding.spec)):
-            return x  # of a parameter's moment nothing is known that its computation does not say better
+            return x  # nothing is known of this moment: it stays where its computation put it
         if _is_one_shard(sharding):
             return x
         if not whole and len(sharding.spec) > len(x.shape):
@@ -506,7 +510,7 @@ def _moved(x: Any, target: Any) -> Any:
         return _struct(x, target)
     traced = isinstance(x, jax.core.Tracer)
     if not isinstance(sharding, NamedSharding):
-        return x if traced else jax.device_put(x, target)  # one device is no business of a program for all
+        return x if traced else jax.device_put(x, target)  # one device: not from within a program
     if not traced and isinstance(sharding.mesh, Mesh):
         return jax.device_put(x, target)
     return _constrained(x, target)
@@ -515,14 +519,16 @@ def _moved(x: Any, target: Any) -> Any:
 def _constrained(x: Any, target: Any) -> Any:
     """A traced `x` at `target`: explicit axes are part of its type, the others a wish."""
     sharding = sharding_of(target)
-    mesh, kinds = sharding.mesh, dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    mesh = sharding.mesh
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     explicit = {axis for axis, kind in kinds.items() if kind == AxisType.Explicit}
     wished = {axis for axis, kind in kinds.items() if kind == AxisType.Auto}
     if explicit:
         x = jax.sharding.reshard(x, NamedSharding(mesh, _restricted(sharding.spec, explicit, None)))
     if wished:
         free = PartitionSpec.UNCONSTRAINED if explicit else None
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _restricted(sharding.spec, wished, free)))
+        spec = _restricted(sharding.spec, wished, free)
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
     if isinstance(target, Format):
         x = with_layout_constraint(x, target.layout)
     return x

@@ -31,7 +31,7 @@ MISSING: Any = type("MISSING", (), {"__repr__": lambda self: "MISSING"})()
 AXIS_NAMES = "out_sharding"
 #: Axis names of an optimizer's moments, where they are others than the parameter's.
 OPTIMIZER_AXIS_NAMES = "optimizer_sharding"
-#: Whether this Variable and the moments made from it are placed; where nobody said so, the default decides.
+#: Whether this Variable and the moments made from it are placed; if absent, the default decides.
 EAGER_SHARDING = "eager_sharding"
 _OLD_KEYS = {"sharding_names": AXIS_NAMES, "sharding": AXIS_NAMES}
 _HOOKS = ("on_create_value", "on_get_value", "on_set_value", "on_add_axis", "on_remove_axis")
@@ -75,8 +75,8 @@ class Variable(Generic[A]):
     Args:
       value: an array of any shape and dtype, or a pytree of arrays.
       ref: hold the value in a `jax.Ref`, which JAX mutates in place.
-      eager_sharding: whether the value goes where its axis names say, kept as metadata; None leaves it to
-        `use_eager_sharding`.
+      eager_sharding: whether the value goes where its axis names say, kept as metadata; None leaves
+        it to `use_eager_sharding`.
       **metadata: anything hashable; `out_sharding` names the value's axes. `on_get_value`,
         `on_set_value`, `on_create_value`, `on_add_axis` and `on_remove_axis` are hooks.
 

@@ -17,10 +17,10 @@ from nnx_core.rngs import Rngs, RngStream
 
 
 def _axes_of(inputs: jax.Array, shape: Sequence[int]) -> NamedSharding | None:
-    """The explicit mesh axes of `inputs` for a mask of this shape, so that each device makes its part; None if none."""
+    """The explicit mesh axes of `inputs`, for a mask of this shape: each device makes its part of it."""
     sharding = jax.typeof(inputs).sharding
     if not any(sharding.spec) or sharding.mesh != jax.sharding.get_abstract_mesh():
-        return None  # Automatic axes are not known here; without their mesh around it JAX makes nothing on them.
+        return None  # automatic axes are unknown here; without a mesh around it JAX makes nothing on one
     spec = [None if size == 1 else axes for size, axes in zip(shape, sharding.spec, strict=True)]
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 

@@ -70,7 +70,7 @@ def _to_state(tree: Any) -> Any:
 
 
 def _moment(x: Variable[Any]) -> OptVariable[Any]:
-    """optax's `x`, which has the metadata of its parameter, as an OptVariable where its axis names send it."""
+    """optax's `x`, with its parameter's metadata, as an OptVariable where its axis names send it."""
     moment = new_variable(OptVariable, x._raw_value, {**_apart(x._var_metadata), _SOURCE: type(x)})
     set_raw(moment, place_eagerly(moment, moment._raw_value))
     return moment
@@ -89,7 +89,7 @@ def _lives_apart(params: State) -> frozenset[Path]:
 
 
 def _brought(state: Any, paths: frozenset[Path], described: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """The Variables of `state` at `paths`, where described(their metadata) sends them; the others as they are."""
+    """`state`, of which the Variables at `paths` are where described(their metadata) sends them."""
     if not paths or not isinstance(state, State):
         return state
 
@@ -136,8 +136,8 @@ class Optimizer(Object, Generic[M]):
     Attributes:
       step: OptState, uint32 scalar: number of updates so far.
       opt_state: the state of `tx`, made of OptVariables, which carry the metadata of their parameters (axis
-        names), and OptArrays. On a mesh the OptVariables are where their axis names say: those of the parameter,
-        or what its metadata has under `optimizer_sharding`.
+        names), and OptArrays. On a mesh the OptVariables are where their axis names say: those of
+        the parameter, or what its metadata has under `optimizer_sharding`.
 
     Raises:
       OptimizerError: without `wrt`, or if `model` is a lone Variable.
@@ -204,7 +204,7 @@ class Optimizer(Object, Generic[M]):
         return jax.tree.map(raw, updates, is_leaf=is_variable)
 
     def _updates(self, params: State, grads: State, kwargs: dict[str, Any]) -> tuple[State, Any]:
-        """What `tx` makes of them, computed where the moments live: arrays on other explicit axes do not mix."""
+        """What `tx` makes of them, computed where the moments live: explicit axes do not mix."""
         apart = _lives_apart(params)
         bring = functools.partial(_brought, paths=apart, described=_apart)
         kwargs = {name: bring(x) for name, x in kwargs.items()}

@@ -371,13 +371,21 @@ def place_abstractly(tree: A) -> A:
     if mesh is None or not using_eager_sharding():
         return tree
 
-    def leaf(x: Any) -> Any:
-        return x if _is_placed(x) or _has_axes(x) else _struct(x, NamedSharding(mesh, PartitionSpec()))
+    def leaf(traced: Any, named: Any) -> Any:
+        if _has_axes(traced):  # by its names, or by what the program did with it
+            return named if _entries(named) == _entries(traced) else traced
+        return named if _is_placed(named) else _struct(named, NamedSharding(mesh, PartitionSpec()))
 
     for _, v in iter_graph(tree):
         if isinstance(v, Variable):
-            set_raw(v, jax.tree.map(leaf, place_eagerly(v, v._raw_value)))
+            set_raw(v, jax.tree.map(leaf, v._raw_value, place_eagerly(v, v._raw_value)))
     return tree
+
+
+def _entries(x: Any) -> tuple[Any, ...]:
+    """What the spec of an abstract value says of each of its axes."""
+    spec = tuple(x.sharding.spec)
+    return (*spec, *[None] * (len(x.shape) - len(spec)))
 
 
 # ---- meshes, and where a new value goes ----

@@ -2,10 +2,14 @@
 
 Law: a default holds from the call on; used with `with` or as a decorator it holds there only. Each thread has
 its own. There is one mechanism whatever the modes say: False only forbids (shared references, structure changes).
-Knows nothing of graphs: those who take the keywords ask `sharing_allowed`, `updates_allowed`, `var_defaults`.
+Knows nothing of graphs: those who take the keywords ask `sharing_allowed`, `updates_allowed`,
+`var_defaults`, `use_eager_sharding.current_value`. flax's switches are read where flax is loaded; it
+is never imported.
 """
 
 import functools
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -82,6 +86,47 @@ def sharing_allowed(graph: bool | None) -> bool:
 def updates_allowed(graph_updates: bool | None) -> bool:
     """Whether `graph_updates`, as a user gave it, lets a transform change structure."""
     return (set_graph_updates.current_value() if graph_updates is None else graph_updates) is not False
+
+
+class use_eager_sharding(_Setting):  # see set_graph_mode
+    """Say whether new Variables move their values to where their axis names say.
+
+    On unless flax's own switches are off: `flax_always_shard_variable`, as configuration or in the
+    environment, and `flax.nnx.use_eager_sharding`. What is said here goes before them, and
+    `Variable(..., eager_sharding=...)` before that. Without a mesh, in metadata or ambient, nothing
+    moves in any case. Values are placed by `nnx_core.sharding.place_eagerly`.
+
+    Example:
+      >>> import nnx_core.modes as modes
+      >>> with modes.use_eager_sharding(False):
+      ...     modes.use_eager_sharding.current_value()
+      False
+      >>> modes.use_eager_sharding.current_value()
+      True
+    """
+
+    _variable = ContextVar("eager_sharding", default=None)
+
+    @classmethod
+    def current_value(cls) -> bool:
+        """What holds here."""
+        value = cls._variable.get()
+        return _flax_shards_eagerly() if value is None else bool(value)
+
+
+def _flax_shards_eagerly() -> bool:
+    """What flax's switches say: programs that leave flax.nnx turn them at import, and keep doing so."""
+    using = getattr(sys.modules.get("flax.nnx"), "using_eager_sharding", None)
+    if getattr(using, "__module__", "").startswith("flax."):  # else it is ours, under flax.nnx's name
+        return bool(using())
+    config = getattr(sys.modules.get("flax.configurations"), "config", None)
+    if config is not None:
+        return bool(getattr(config, _FLAX_SWITCH, True))
+    return os.environ.get(_FLAX_SWITCH.upper(), "true").lower() not in _OFF
+
+
+_FLAX_SWITCH = "flax_always_shard_variable"
+_OFF = ("n", "no", "f", "false", "off", "0")
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,66 @@
 """From axis names to shardings: what a Variable's metadata says of where its value lives.
 
-Law: a PartitionSpec is computed from metadata and logical rules alone; no value is read and no mesh is needed. A mesh
-enters where shardings are made (`get_named_sharding`, `get_abstract_model`, `as_abstract`), and values move only
-where eager sharding was asked for. The trees that come out have the structure of those that went in, so JAX takes
-them as `in_shardings` and `out_shardings` of these. Knows Variables, States and graphs; knows no transforms.
+Law: a PartitionSpec is computed from metadata and logical rules alone; no value is read and no mesh
+is needed. A mesh enters where shardings are made (`get_named_sharding`, `get_abstract_model`,
+`as_abstract`), and where a Variable is made, whose value goes where its names say on the mesh that
+there is (`place_eagerly`). The trees that come out have the structure of those that went in, so JAX
+takes them as `in_shardings` and `out_shardings` of these. Knows Variables, States and graphs; knows
+no transforms.
 """
 
-import contextlib
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental.layout import Format, with_layout_constraint
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from nnx_core._axis_names import axis_names, sharding_of
 from nnx_core._errors import MetadataError, Path, show_path
 from nnx_core.graph.api import split
 from nnx_core.graph.classify import plain_key
 from nnx_core.graph.structure import GraphDef
-from nnx_core.graph.walk import recursive_map
+from nnx_core.graph.walk import iter_graph, recursive_map
 from nnx_core.kinds import OptVariable
+from nnx_core.logical_rules import (
+    LogicalRules as LogicalRules,
+)
+from nnx_core.logical_rules import (
+    get_logical_axis_rules as get_logical_axis_rules,
+)
+from nnx_core.logical_rules import (
+    keep_rules_in as keep_rules_in,
+)
+from nnx_core.logical_rules import (
+    logical_axis_rules as logical_axis_rules,
+)
+from nnx_core.logical_rules import (
+    rules_for,
+    translated,
+)
+from nnx_core.logical_rules import (
+    set_logical_axis_rules as set_logical_axis_rules,
+)
+from nnx_core.modes import use_eager_sharding as use_eager_sharding
 from nnx_core.state import State
 from nnx_core.variables import (
     AXIS_NAMES,
+    EAGER_SHARDING,
     Variable,
     VariableMetadata,
     new_variable,
     place_new_values_with,
+    set_raw,
     with_metadata,
 )
 
 A = TypeVar("A")
 AnyMesh: TypeAlias = Mesh | AbstractMesh
-#: (logical name, mesh axis or several or None for replicated) pairs; of two for one name the later counts.
-LogicalRules: TypeAlias = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
-MESH, RULES = "mesh", "sharding_rules"  # metadata keys: a mesh and logical rules of one Variable's own
-_ABSENT: Any = object()
-
-# Both are per context, as jax's own: a thread that was not told anything starts with the defaults.
-_rules: ContextVar[LogicalRules] = ContextVar("logical_axis_rules", default=())
-_store: tuple[Callable[[], Any], Callable[[Any], Any]] = (_rules.get, _rules.set)  # where the rules are kept
-_eager: ContextVar[bool] = ContextVar("eager_sharding", default=False)
+MESH = "mesh"  # metadata key: a mesh of one Variable's own
 
 
 # ---- axis names in metadata ----
@@ -59,7 +77,8 @@ def with_partitioning(
     Args:
       initializer: as of `jax.nn.initializers`.
       sharding: the names of the first axes of the value; None for an axis without one.
-      mesh: kept as metadata, for `as_abstract` and eager sharding; without it they take the ambient mesh.
+      mesh: kept as metadata, for `as_abstract` and for placing the value; without it they take the
+        ambient mesh.
       **metadata: more metadata and hooks; `sharding_rules` are logical rules of this Variable's own.
 
     Example:
@@ -75,98 +94,6 @@ def with_partitioning(
 def _names_of(metadata: Mapping[str, Any]) -> Any:
     """The axis names as they are stored; None if there are none."""
     return metadata.get(AXIS_NAMES)
-
-
-# ---- logical rules ----
-
-
-def get_logical_axis_rules() -> LogicalRules:
-    """The logical rules that hold here."""
-    return _checked(_store[0]())
-
-
-def set_logical_axis_rules(rules: LogicalRules | None) -> None:
-    """Let `rules` hold from here on, in this thread; `logical_axis_rules` does so for a block.
-
-    Raises:
-      MetadataError: if a rule is not a pair of a name and a mesh axis, several, or None.
-    """
-    _store[1](_checked(rules))
-
-
-def keep_rules_in(get: Callable[[], Any], set_: Callable[[Any], Any]) -> None:
-    """Keep logical rules where another library keeps its own: what is set in one of the two then holds in both.
-
-    Rules that hold here are handed over. Outside the new place's contexts, what was set here before is gone.
-    """
-    global _store
-    if rules := get_logical_axis_rules():
-        set_(rules)
-    _store = get, set_
-
-
-@contextlib.contextmanager
-def logical_axis_rules(rules: LogicalRules | None) -> Iterator[None]:
-    """Within this block axis names are logical: `rules` say which mesh axis, or axes, each stands for.
-
-    Names that no rule mentions stay as they are. An inner block replaces the rules of the outer one. They are read
-    when specs are computed, not when Variables are made.
-
-    Args:
-      rules: (logical name, mesh axis | tuple of mesh axes | None) pairs; of two for one name the later counts.
-
-    Raises:
-      MetadataError: if a rule is no such pair.
-
-    Example:
-      >>> import nnx_core as nnx, jax.numpy as jnp
-      >>> from nnx_core import sharding
-      >>> w = nnx.Param(jnp.ones((2, 4)), out_sharding=("embed", "mlp"))
-      >>> with sharding.logical_axis_rules([("embed", None), ("mlp", "model")]):
-      ...     sharding.get_var_pspec(w)
-      P(None, 'model')
-      >>> sharding.get_var_pspec(w)
-      P('embed', 'mlp')
-    """
-    before = get_logical_axis_rules()
-    set_logical_axis_rules(rules)
-    try:
-        yield
-    finally:
-        set_logical_axis_rules(before)
-
-
-def _checked(rules: Any) -> LogicalRules:
-    pairs = tuple(rules.items()) if isinstance(rules, Mapping) else tuple(rules or ())
-    for rule in pairs:
-        if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) != 2 or not isinstance(rule[0], str):
-            raise MetadataError(
-                f"Logical axis rule {rule!r} is not a pair. Expected (name, mesh axis), (name, (mesh axis, ...)) or"
-                " (name, None), such as ('embed', 'model')."
-            )
-    return pairs
-
-
-def _rules_for(metadata: Mapping[str, Any], place: str) -> Mapping[str, Any]:
-    """The ambient rules and those of a Variable's own, which may not contradict them."""
-    ambient, own = dict(get_logical_axis_rules()), dict(_checked(metadata.get(RULES)))
-    for name, axis in own.items():
-        if name in ambient and ambient[name] != axis:
-            raise MetadataError(
-                f"{place}: its own sharding_rules send {name!r} to {axis!r}, logical_axis_rules send it to"
-                f" {ambient[name]!r}. Change one of them."
-            )
-    return {**ambient, **own}
-
-
-def _translated(name: Any, rules: Mapping[str, Any]) -> Any:
-    if isinstance(name, list | tuple):
-        axes = [_translated(part, rules) for part in name]
-        return tuple(
-            axis for part in axes if part is not None for axis in (part if isinstance(part, tuple) else (part,))
-        )
-    axis = rules.get(name, name) if isinstance(name, str) else name
-    return tuple(axis) if isinstance(axis, list) else axis
 
 
 # ---- specs: metadata alone ----
@@ -197,10 +124,8 @@ def _pspec(v: Variable[Any], path: Path) -> PartitionSpec | None:
     shape = getattr(v._raw_value, "shape", None)
     if not names:
         return None if shape is None else PartitionSpec()
-    if isinstance(names, NamedSharding):
-        names = names.spec
-    rules = _rules_for(v._var_metadata, _place(v, path))
-    axes = [_translated(name, rules) for name in ((names,) if isinstance(names, str) else names)]
+    rules = rules_for(v._var_metadata, _place(v, path))
+    axes = [translated(name, rules) for name in axis_names(names)]
     if isinstance(v, OptVariable) and shape is not None:
         axes = _left_of(axes, shape)
     return PartitionSpec(*axes)
@@ -296,7 +221,7 @@ def _named(mesh: AnyMesh, spec: PartitionSpec, value: Any, place: str) -> NamedS
     return NamedSharding(mesh, spec)
 
 
-def _mesh_axes(spec: PartitionSpec) -> Iterator[Any]:
+def _mesh_axes(spec: Iterable[Any]) -> Iterator[Any]:
     """The mesh axes a spec uses, as often as it does."""
     for entry in spec:
         for axis in entry if isinstance(entry, tuple) else (entry,):
@@ -374,7 +299,8 @@ def as_abstract(tree: A, graph: bool | None = None) -> A:
         if not isinstance(x, Variable) or all(map(_is_placed, jax.tree.leaves(x._raw_value))):
             return x
         mesh = _mesh_for(x)
-        if mesh is None and _names_of(x._var_metadata):
+        unknown = mesh is None and not any(map(_has_axes, jax.tree.leaves(x._raw_value)))
+        if unknown and _names_of(x._var_metadata):
             raise MetadataError(
                 f"{_place(x, path)} needs a mesh to be sharded, found none. Call as_abstract under"
                 " `with jax.set_mesh(mesh):`, or give the Variable one: with_partitioning(init, names, mesh)."
@@ -409,6 +335,8 @@ def _abstract_value(v: Variable[Any], mesh: AnyMesh, path: Path, *, keep: bool) 
     def leaf(x: Any) -> Any:
         if (keep and _is_placed(x)) or not hasattr(x, "shape"):
             return x
+        if keep and _has_axes(x) and x.sharding.mesh.shape == mesh.shape:
+            return _struct(x, NamedSharding(mesh, x.sharding.spec))
         # In a pytree the names are those of its largest arrays: a scale beside a kernel has fewer axes.
         fits = whole or len(spec) <= len(x.shape)
         return _struct(x, _named(mesh, spec if fits else PartitionSpec(), x, place))
@@ -416,7 +344,7 @@ def _abstract_value(v: Variable[Any], mesh: AnyMesh, path: Path, *, keep: bool) 
     return jax.tree.map(leaf, v._raw_value)
 
 
-def _struct(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _struct(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=getattr(x, "weak_type", False))
 
 
@@ -427,19 +355,48 @@ def _is_placed(x: Any) -> bool:
     sharding = getattr(x, "sharding", None)
     if not isinstance(x, jax.ShapeDtypeStruct) or not isinstance(sharding, NamedSharding):
         return sharding is not None
-    # Traced under a mesh of explicit axes everything comes out as "replicated on that abstract mesh".
-    return not isinstance(sharding.mesh, AbstractMesh) or any(axis is not None for axis in sharding.spec)
+    # What is traced under a mesh of explicit axes comes out on that mesh, without its devices.
+    return not isinstance(sharding.mesh, AbstractMesh)
 
 
-# ---- meshes, eager sharding ----
+def _has_axes(x: Any) -> bool:
+    """Whether a trace gave `x` axes of a mesh: "replicated" is what it says of everything else."""
+    sharding = getattr(x, "sharding", None)
+    return isinstance(sharding, NamedSharding) and any(True for _ in _mesh_axes(sharding.spec))
+
+
+def place_abstractly(tree: A) -> A:
+    """`tree`, fresh from a trace; under a mesh its abstract values get the shardings of real ones."""
+    mesh = _ambient_mesh()
+    if mesh is None or not using_eager_sharding():
+        return tree
+
+    def leaf(traced: Any, named: Any) -> Any:
+        if _has_axes(traced):  # by its names, or by what the program did with it
+            return named if _entries(named) == _entries(traced) else traced
+        return named if _is_placed(named) else _struct(named, NamedSharding(mesh, PartitionSpec()))
+
+    for _, v in iter_graph(tree):
+        if isinstance(v, Variable):
+            set_raw(v, jax.tree.map(leaf, v._raw_value, place_eagerly(v, v._raw_value)))
+    return tree
+
+
+def _entries(x: Any) -> tuple[Any, ...]:
+    """What the spec of an abstract value says of each of its axes."""
+    spec = tuple(x.sharding.spec)
+    return (*spec, *[None] * (len(x.shape) - len(spec)))
+
+
+# ---- meshes, and where a new value goes ----
 
 
 def _mesh_for(v: Variable[Any]) -> AnyMesh | None:
     """The mesh of the metadata, or else the ambient one."""
     mesh = v._var_metadata.get(MESH)
     names = _names_of(v._var_metadata)
-    if mesh is None and isinstance(names, NamedSharding):
-        mesh = names.mesh
+    if mesh is None:
+        mesh = getattr(sharding_of(names), "mesh", None)
     return _ambient_mesh() if mesh is None else mesh
 
 
@@ -455,80 +412,144 @@ def _ambient_mesh() -> AnyMesh | None:
     return abstract if mesh.empty else mesh
 
 
-class use_eager_sharding:
-    """Say whether new Variables move their values to where their axis names say; for a `with` block or from here on.
-
-    Off by default, and without effect where there is no mesh, neither ambient nor in the Variable's metadata: naming
-    axes never needs one. `Variable(..., eager_sharding=...)` decides for one Variable. Holds in this thread.
+def using_eager_sharding() -> bool:
+    """Whether new Variables move their values to where their axis names say.
 
     Example:
       >>> from nnx_core import sharding
-      >>> with sharding.use_eager_sharding(True):
-      ...     sharding.using_eager_sharding()
-      True
       >>> sharding.using_eager_sharding()
-      False
+      True
     """
-
-    __slots__ = ("_before",)
-
-    @staticmethod
-    def current_value() -> bool:
-        """What holds now; the same as `using_eager_sharding()`."""
-        return _eager.get()
-
-    def __init__(self, value: bool, /):
-        self._before = _eager.get()
-        _eager.set(bool(value))
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        _eager.set(self._before)
-
-
-def using_eager_sharding() -> bool:
-    """Whether new Variables move their values to where their axis names say."""
-    return _eager.get()
+    return use_eager_sharding.current_value()
 
 
 def place_eagerly(variable: Variable[Any], value: Any, asked: bool | None = None) -> Any:
-    """`value` where the axis names of `variable` say, if eager sharding is on and there is a mesh; else as it is.
+    """`value` where the axis names of `variable` say; without a mesh of such axes as it is.
+
+    The mesh is that of the metadata (`mesh`, or of a NamedSharding or Format in the place of names),
+    or the ambient one (`jax.set_mesh`). A name that it does not have leaves the whole value where it
+    is; so does `shard_map`, where it is one shard already. State of an optimizer that is not divisible
+    is left alone.
 
     Args:
       variable: a new Variable, for its metadata.
-      value: what it shall hold: an array or a pytree; concrete ones move, traced ones are constrained.
-      asked: `Variable(..., eager_sharding=...)`; None for what `use_eager_sharding` says.
+      value: what it shall hold: an array or a pytree, of which only what has all the named axes is
+        placed; concrete ones move, traced ones are constrained.
+      asked: goes before `Variable(..., eager_sharding=...)`, and that before `use_eager_sharding`.
 
     Raises:
-      MetadataError: if the names do not fit the mesh or the value's rank.
+      MetadataError: if there are more names than axes, two for one mesh axis, or an axis that is not
+        divisible.
     """
-    if not (_eager.get() if asked is None else asked) or _names_of(variable._var_metadata) is None:
+    metadata = variable._var_metadata
+    if not _names_of(metadata):
         return value
-    mesh = _mesh_for(variable)
-    if mesh is None:
+    asked = metadata.get(EAGER_SHARDING) if asked is None else asked
+    if not (use_eager_sharding.current_value() if asked is None else asked):
         return value
-    spec, place = _pspec(variable, ()) or PartitionSpec(), _place(variable, ())
+    target = _target(variable)
+    if target is None:
+        return value
+    whole, place = isinstance(value, _ARRAYS), _place(variable, ())
+    return jax.tree.map(lambda x: _placed(x, target, place, whole, type(variable)), value)
 
-    def leaf(x: Any) -> Any:
-        return _moved(x, _named(mesh, spec, x, place)) if hasattr(x, "shape") else x
 
-    return jax.tree.map(leaf, value)
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 
 
-def _moved(x: Any, sharding: NamedSharding) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return _struct(x, sharding)
-    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
-    types = {kinds[axis] for axis in _mesh_axes(sharding.spec)}
-    if AxisType.Manual in types:  # inside shard_map a value is one shard already
+def _target(v: Variable[Any]) -> Sharding | Format | None:
+    """Where the metadata of `v` sends it; None if nowhere that exists."""
+    names, mesh = _names_of(v._var_metadata), _mesh_for(v)
+    if isinstance(names, Sharding | Format) and not isinstance(sharding_of(names), NamedSharding):
+        return names  # of one device, say: it has no axes
+    spec = _pspec(v, ()) or PartitionSpec()
+    if isinstance(mesh, AbstractMesh):
+        ambient = _ambient_mesh()  # of the same axes it has the devices
+        mesh = ambient if ambient is not None and ambient.shape == mesh.shape else None
+    if mesh is None or not set(_mesh_axes(spec)) <= set(mesh.axis_names):
+        return None
+    if isinstance(names, Sharding | Format) and mesh is sharding_of(names).mesh:
+        return names
+    return _named(mesh, spec, None, _place(v, ()))
+
+
+def _placed(x: Any, target: Any, place: str, whole: bool, kind: type) -> Any:
+    """`x` at `target`, if that is possible; raises MetadataError if the user should have known."""
+    if not isinstance(x, _ARRAYS):
         return x
-    if not isinstance(x, jax.core.Tracer) and isinstance(sharding.mesh, Mesh):
-        return jax.device_put(x, sharding)
-    if AxisType.Explicit in types:
-        return jax.sharding.reshard(x, sharding)
-    return jax.lax.with_sharding_constraint(x, sharding)
+    sharding = sharding_of(target)
+    if isinstance(sharding, NamedSharding):
+        if issubclass(kind, OptVariable) and not any(True for _ in _mesh_axes(sharding.spec)):
+            return x  # nothing is known of this moment: it stays where its computation put it
+        if _is_one_shard(sharding):
+            return x
+        if not whole and len(sharding.spec) > len(x.shape):
+            return x  # in a pytree the names are those of its largest arrays
+        _named(sharding.mesh, sharding.spec, x, place)
+        uneven = _uneven_axis(x.shape, sharding)
+        if uneven is not None and issubclass(kind, OptVariable):
+            return x
+        if uneven is not None:
+            raise MetadataError(
+                f"{place} stands for {sharding.spec}: axis {uneven} of shape {tuple(x.shape)} cannot be divided evenly"
+                f" over a mesh of {dict(sharding.mesh.shape)}. Give that axis None, or another size."
+            )
+    return _moved(x, target)
+
+
+def _is_one_shard(sharding: NamedSharding) -> bool:
+    """Whether this runs inside a `shard_map` or `pmap`, of these axes or of another mesh."""
+    ambient = jax.sharding.get_abstract_mesh()
+    manual = set(ambient.manual_axes)
+    here = sharding.mesh.axis_names == ambient.axis_names
+    return bool(manual) and (not here or not manual.isdisjoint(_mesh_axes(sharding.spec)))
+
+
+def _uneven_axis(shape: tuple[int, ...], sharding: NamedSharding) -> int | None:
+    for number, (size, entry) in enumerate(zip(shape, sharding.spec, strict=False)):
+        if size % math.prod(sharding.mesh.shape[axis] for axis in _mesh_axes([entry])):
+            return number
+    return None
+
+
+def _moved(x: Any, target: Any) -> Any:
+    sharding = sharding_of(target)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return _struct(x, target)
+    traced = isinstance(x, jax.core.Tracer)
+    if not isinstance(sharding, NamedSharding):
+        return x if traced else jax.device_put(x, target)  # one device: not from within a program
+    if not traced and isinstance(sharding.mesh, Mesh):
+        return jax.device_put(x, target)
+    return _constrained(x, target)
+
+
+def _constrained(x: Any, target: Any) -> Any:
+    """A traced `x` at `target`: explicit axes are part of its type, the others a wish."""
+    sharding = sharding_of(target)
+    mesh = sharding.mesh
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = {axis for axis, kind in kinds.items() if kind == AxisType.Explicit}
+    wished = {axis for axis, kind in kinds.items() if kind == AxisType.Auto}
+    if explicit:
+        x = jax.sharding.reshard(x, NamedSharding(mesh, _restricted(sharding.spec, explicit, None)))
+    if wished:
+        free = PartitionSpec.UNCONSTRAINED if explicit else None
+        spec = _restricted(sharding.spec, wished, free)
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    if isinstance(target, Format):
+        x = with_layout_constraint(x, target.layout)
+    return x
+
+
+def _restricted(spec: PartitionSpec, axes: set[Any], otherwise: Any) -> PartitionSpec:
+    """`spec` of these mesh axes alone."""
+
+    def entry(names: Any) -> Any:
+        kept = tuple(axis for axis in _mesh_axes([names]) if axis in axes)
+        return kept if kept else (names if names is PartitionSpec.UNCONSTRAINED else otherwise)
+
+    return PartitionSpec(*map(entry, spec))
 
 
 place_new_values_with(place_eagerly)

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import jax
 
 from nnx_core import _trace
+from nnx_core._axis_names import insert_name, remove_name
 from nnx_core._borrowed import Borrowing
 from nnx_core._changes import touch
 from nnx_core._errors import InPlaceError, TraceError
@@ -29,6 +30,10 @@ MISSING: Any = type("MISSING", (), {"__repr__": lambda self: "MISSING"})()
 
 #: Older names of the one key that holds axis names, newest first; read and written as that key.
 AXIS_NAMES = "out_sharding"
+#: Axis names of an optimizer's moments, where they are others than the parameter's.
+OPTIMIZER_AXIS_NAMES = "optimizer_sharding"
+#: Whether this Variable and the moments made from it are placed; if absent, the default decides.
+EAGER_SHARDING = "eager_sharding"
 _OLD_KEYS = {"sharding_names": AXIS_NAMES, "sharding": AXIS_NAMES}
 _HOOKS = ("on_create_value", "on_get_value", "on_set_value", "on_add_axis", "on_remove_axis")
 _SLOTS = ("_raw_value", "_var_metadata", "_trace_state", "_nnx_version", "_site")
@@ -71,6 +76,8 @@ class Variable(Generic[A]):
     Args:
       value: an array of any shape and dtype, or a pytree of arrays.
       ref: hold the value in a `jax.Ref`, which JAX mutates in place.
+      eager_sharding: whether the value goes where its axis names say, kept as metadata; None leaves
+        it to `use_eager_sharding`.
       **metadata: anything hashable; `out_sharding` names the value's axes. `on_get_value`,
         `on_set_value`, `on_create_value`, `on_add_axis` and `on_remove_axis` are hooks.
 
@@ -108,9 +115,11 @@ class Variable(Generic[A]):
         elif isinstance(value, Variable):
             metadata = {**value._var_metadata, **metadata}
             value = value._raw_value
+        if eager_sharding is not None:
+            metadata[EAGER_SHARDING] = eager_sharding
         _fill(self, value, {_OLD_KEYS.get(k, k): v for k, v in metadata.items()} if metadata else {})
         ref = var_defaults().ref if ref is None else ref
-        created = _placed(self, self.create_value(value), eager_sharding)
+        created = _placed(self, self.create_value(value))
         _set_raw(self, jax.new_ref(created) if ref else created)
         _set_site(self, caller())
 
@@ -257,19 +266,20 @@ class Variable(Generic[A]):
 
     def add_axis(self, axis_index: int, axis_name: Any = None) -> None:
         """Say that the value gets a new axis at `axis_index` (of the value that has it)."""
-        names = self._var_metadata.get(AXIS_NAMES)
-        if names is not None:
-            self.set_metadata(AXIS_NAMES, insert_name(names, axis_index, axis_name))
+        self._rename(insert_name, axis_index, axis_name)
         for hook in _hooks(self, "on_add_axis"):
             hook(self, axis_index, axis_name)
 
     def remove_axis(self, axis_index: int, axis_name: Any = None) -> None:
         """Say that the value loses its axis `axis_index`; the inverse of `add_axis`."""
-        names = self._var_metadata.get(AXIS_NAMES)
-        if names is not None:
-            self.set_metadata(AXIS_NAMES, remove_name(names, axis_index))
+        self._rename(remove_name, axis_index)
         for hook in _hooks(self, "on_remove_axis"):
             hook(self, axis_index, axis_name)
+
+    def _rename(self, change: Callable[..., Any], *axis: Any) -> None:
+        for key in (AXIS_NAMES, OPTIMIZER_AXIS_NAMES):
+            if (names := self._var_metadata.get(key)) is not None:
+                self.set_metadata(key, change(names, *axis))
 
     # ---- copies ----
 
@@ -362,11 +372,11 @@ set_raw: Callable[[Variable[Any], Any], None] = _set_raw
 set_trace: Callable[[Variable[Any], object], None] = _set_trace
 
 
-#: How the value of a new Variable gets to its devices: (variable, value, eager_sharding=) -> value.
-PlaceValue = Callable[[Variable[Any], Any, bool | None], Any]
+#: How the value of a new Variable gets to its devices: (variable, value) -> value.
+PlaceValue = Callable[[Variable[Any], Any], Any]
 
 
-def _where_it_is(variable: Variable[Any], value: Any, asked: bool | None) -> Any:
+def _where_it_is(variable: Variable[Any], value: Any) -> Any:
     return value
 
 
@@ -434,40 +444,6 @@ def _hooks(variable: Variable[Any], name: str) -> tuple[Callable[..., Any], ...]
     hooks = tuple(own) if isinstance(own, list | tuple) else (own,)
     method = getattr(type(variable), name, None)
     return hooks if method is None else (method, *hooks)
-
-
-class PaddedNames(tuple[Any, ...]):
-    """Axis names that were too few for a new named axis, filled up with None; remembers what they were."""
-
-    before: tuple[Any, ...]
-    index: int
-
-
-def insert_name(names: Any, index: int, name: Any) -> tuple[Any, ...]:
-    """Axis names after a new axis `name` appeared at `index` (negative: from the end of the names).
-
-    Axes beyond the last name have none. `remove_name` with the same index is the exact inverse.
-    """
-    names = tuple(names)
-    if index < 0:
-        index += len(names) + 1
-    if index <= len(names):
-        return (*names[:index], name, *names[index:])
-    if name is None:
-        return names
-    padded = PaddedNames((*names, *[None] * (index - len(names)), name))
-    padded.before, padded.index = names, index
-    return padded
-
-
-def remove_name(names: Any, index: int) -> tuple[Any, ...]:
-    """Axis names after the axis `index` is gone; the inverse of `insert_name`."""
-    if isinstance(names, PaddedNames) and names.index == index:
-        return names.before
-    names = tuple(names)
-    if index < 0:
-        index += len(names)
-    return (*names[:index], *names[index + 1 :])
 
 
 # ---- operators: what an array does, a Variable does with its value ----

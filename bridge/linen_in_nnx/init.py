@@ -7,9 +7,9 @@ Knows wrappers as nodes that hold a Linen module, and how one is initialised; kn
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -23,6 +23,8 @@ from bridge.linen_in_nnx.as_graph import LinenNode, LinenScope, is_empty, nodes_
 from bridge.linen_in_nnx.rngs import Keys, RngSource
 from bridge.linen_in_nnx.submodules import Submodule, method_at
 from bridge.variables.mapping import leaves, variables_from
+from nnx_core._errors import MetadataError
+from nnx_core.sharding import place_eagerly
 
 
 def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,8 +130,17 @@ def make_variables(
         if note is not None:
             note(new)
         keys.settle()
-        wrapper._nnx_add(variables_from(new.items()))
+        made = variables_from(new.items())
+        for variable in made.values():
+            _place(variable)
+        wrapper._nnx_add(made)
     return len(new)
+
+
+def _place(variable: nnx.Variable[Any]) -> None:
+    """Send a new value where its axis names say, as a Variable that NNX makes; what Linen took is no error here."""
+    with contextlib.suppress(MetadataError):
+        variable.set_raw_value(place_eagerly(variable, variable.get_raw_value()))
 
 
 # ---- wrapped modules in a model ----
@@ -170,7 +181,7 @@ def _init_inside(owner: nnx.Object, method: Callable[..., Any], args: tuple[Any,
             wrapper.rngs[name].count.set_value(count)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _unbound_modules_named(owner: nnx.Object) -> Iterator[None]:
     """An UnboundModuleError of a `bridge.Module` in `owner` says where it is."""
     try:
@@ -183,7 +194,7 @@ def _unbound_modules_named(owner: nnx.Object) -> Iterator[None]:
         raise UnboundModuleError(error.kind, f"a call in lazy_init, at {places},") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _all_or_nothing(wrappers: Sequence[LinenNode]) -> Iterator[None]:
     """Undo what was made of the variables of `wrappers`, if the last of them fails."""
     variables_before = [(wrapper, wrapper._nnx_inventory().variables) for wrapper in wrappers]

@@ -7,13 +7,22 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nnx_core.graph.objects import data
 from nnx_core.module import Module
 from nnx_core.nn._errors import InputDtypeError, MissingRngsError, OptionError, next_key
 from nnx_core.nn._flags import choose_flag, set_flags
 from nnx_core.rngs import Rngs, RngStream
+
+
+def _axes_of(inputs: jax.Array, shape: Sequence[int]) -> NamedSharding | None:
+    """The explicit mesh axes of `inputs`, for a mask of this shape: each device makes its part of it."""
+    sharding = jax.typeof(inputs).sharding
+    if not any(sharding.spec) or sharding.mesh != jax.sharding.get_abstract_mesh():
+        return None  # automatic axes are unknown here; without a mesh around it JAX makes nothing on one
+    spec = [None if size == 1 else axes for size, axes in zip(shape, sharding.spec, strict=True)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 class Dropout(Module):
@@ -104,9 +113,9 @@ class Dropout(Module):
         for axis in self.broadcast_dims:
             shape[axis] = 1
         keep = 1 - self.rate
-        mask = jax.random.bernoulli(next_key(self, rngs, self.rng_collection), p=keep, shape=tuple(shape))
-        mask = jnp.broadcast_to(mask, inputs.shape)
-        return lax.select(mask, inputs / keep, jnp.zeros_like(inputs))
+        key = next_key(self, rngs, self.rng_collection)
+        mask = jax.random.bernoulli(key, keep, tuple(shape), out_sharding=_axes_of(inputs, shape))
+        return jnp.where(mask, inputs / keep, jnp.zeros_like(inputs))
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view` sets.

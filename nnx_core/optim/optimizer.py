@@ -21,8 +21,9 @@ from nnx_core.graph.api import update as update_graph
 from nnx_core.graph.objects import Object, data
 from nnx_core.kinds import OptArray, OptState, OptVariable, Param
 from nnx_core.optim._trees import by_path, fitted, is_variable, raw, require_writable, rewrapped, selected, write
+from nnx_core.sharding import place_eagerly
 from nnx_core.state import State, to_flat_state
-from nnx_core.variables import Variable, new_variable
+from nnx_core.variables import AXIS_NAMES, OPTIMIZER_AXIS_NAMES, Variable, new_variable, set_raw
 
 if TYPE_CHECKING:
     import optax
@@ -62,10 +63,43 @@ def _to_state(tree: Any) -> Any:
         if isinstance(x, OptState):
             return x
         if isinstance(x, Variable):
-            return new_variable(OptVariable, x._raw_value, {**x._var_metadata, _SOURCE: type(x)})
+            return _moment(x)
         return new_variable(OptArray, x, {})
 
     return jax.tree.map(convert, tree, is_leaf=is_variable)
+
+
+def _moment(x: Variable[Any]) -> OptVariable[Any]:
+    """optax's `x`, with its parameter's metadata, as an OptVariable where its axis names send it."""
+    moment = new_variable(OptVariable, x._raw_value, {**_apart(x._var_metadata), _SOURCE: type(x)})
+    set_raw(moment, place_eagerly(moment, moment._raw_value))
+    return moment
+
+
+def _apart(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata with the axis names that are meant for the optimizer, if there are any."""
+    names = metadata.get(OPTIMIZER_AXIS_NAMES)
+    return metadata if names is None else {**metadata, AXIS_NAMES: names}
+
+
+def _lives_apart(params: State) -> frozenset[Path]:
+    """The parameters whose moments have axis names of their own."""
+    leaves = to_flat_state(params)
+    return frozenset(p for p, x in leaves if is_variable(x) and OPTIMIZER_AXIS_NAMES in x._var_metadata)
+
+
+def _brought(state: Any, paths: frozenset[Path], described: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """`state`, of which the Variables at `paths` are where described(their metadata) sends them."""
+    if not paths or not isinstance(state, State):
+        return state
+
+    def place(path: Path, x: Any) -> Any:
+        if path not in paths or not is_variable(x):
+            return x
+        like = new_variable(OptVariable, None, described(x._var_metadata))
+        return new_variable(type(x), place_eagerly(like, x._raw_value), dict(x._var_metadata))
+
+    return state.map(place)
 
 
 def _from_state(tree: Any, params: State) -> Any:
@@ -102,7 +136,8 @@ class Optimizer(Object, Generic[M]):
     Attributes:
       step: OptState, uint32 scalar: number of updates so far.
       opt_state: the state of `tx`, made of OptVariables, which carry the metadata of their parameters (axis
-        names), and OptArrays.
+        names), and OptArrays. On a mesh the OptVariables are where their axis names say: those of
+        the parameter, or what its metadata has under `optimizer_sharding`.
 
     Raises:
       OptimizerError: without `wrt`, or if `model` is a lone Variable.
@@ -163,10 +198,19 @@ class Optimizer(Object, Generic[M]):
         _require_state(grads)
         grads = fitted(params, grads, lambda: by_path(state_of(model)))
         kwargs = {name: _like(params, x) for name, x in kwargs.items()}
-        updates, opt_state = self.tx.update(grads, _from_state(self.opt_state, params), params, **kwargs)
+        updates, opt_state = self._updates(params, grads, kwargs)
         new_params = optax.apply_updates(params, updates)
         self._write(model, live, new_params, opt_state)
         return jax.tree.map(raw, updates, is_leaf=is_variable)
+
+    def _updates(self, params: State, grads: State, kwargs: dict[str, Any]) -> tuple[State, Any]:
+        """What `tx` makes of them, computed where the moments live: explicit axes do not mix."""
+        apart = _lives_apart(params)
+        bring = functools.partial(_brought, paths=apart, described=_apart)
+        kwargs = {name: bring(x) for name, x in kwargs.items()}
+        state = _from_state(self.opt_state, params)
+        updates, opt_state = self.tx.update(bring(grads), state, bring(params), **kwargs)
+        return _brought(updates, apart, dict), opt_state
 
     def _write(self, model: M, live: State, new_params: State, opt_state: Any) -> None:
         old, new = _leaves(self.opt_state), _leaves(opt_state)
@@ -186,7 +230,8 @@ class Optimizer(Object, Generic[M]):
         if values:
             update_graph(model, State(values.items()))
         for v, x in zip(old, new, strict=True):
-            write(v, raw(x))
+            apart = OPTIMIZER_AXIS_NAMES in v._var_metadata
+            write(v, place_eagerly(v, raw(x)) if apart else raw(x))
         self.step[...] += jnp.uint32(1)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from nnx_core._axis_names import axis_names
 from nnx_core._errors import MetadataError, StructureError, show_paths
 from nnx_core.graph.effects import After
 from nnx_core.graph.structure import GraphDef, Leaf, leaf_defs
@@ -44,10 +45,10 @@ class AxisMetadata:
         if type(axis) is not int:
             return v._var_metadata
         index = axis if axis >= 0 else axis + _rank(v) + 1
-        names = v._var_metadata.get(AXIS_NAMES)
-        if self.named and names and index < len(names) and names[index] not in (None, self.name):
+        names = axis_names(v._var_metadata.get(AXIS_NAMES) or ())
+        if self.named and index < len(names) and names[index] not in (None, self.name):
             raise MetadataError(
-                f"Axis {index} of a {type(v).__name__} with axis names {tuple(names)} is mapped under the name"
+                f"Axis {index} of a {type(v).__name__} with axis names {names} is mapped under the name"
                 f" {self.name!r}, found {names[index]!r}. Give transform_metadata the name the axis has."
             )
         return _after(v, "remove_axis", index, self.name)

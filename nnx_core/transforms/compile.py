@@ -4,6 +4,7 @@ Law: `jit(f)` equals f with every effect on its arguments, compiled once for eac
 was written leaves the compiled function. `eval_shape` changes nothing: it works on abstract copies.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
@@ -11,9 +12,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.layout import Format
 
+from nnx_core._errors import TraceError
 from nnx_core.graph.effects import apply
-from nnx_core.graph.pack import AS_STATIC, Refs, Unpacker
+from nnx_core.graph.pack import AS_STATIC, Leaves, Refs, Unpacker
+from nnx_core.graph.structure import GraphDef
+from nnx_core.sharding import place_abstractly
 from nnx_core.state import State
 from nnx_core.transforms.groups import FilterGroups, distinct
 from nnx_core.transforms.lift import (
@@ -23,6 +28,7 @@ from nnx_core.transforms.lift import (
     Kwargs,
     Lifted,
     Modes,
+    Run,
     dressed,
     optional_decorator,
     positions,
@@ -99,6 +105,76 @@ def placed(spec: Any, donated: bool) -> Any:
     return Placement(spec, donated)
 
 
+#: (value as it was, the same where a sharding wants it) by the identity of the first.
+_Moved = dict[int, tuple[Any, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Placing(Lifted):
+    """Lifted, whose arguments are afterwards where their shardings say, also what f only read.
+
+    Else what came from elsewhere would be moved, and f be traced for it, at every call. It is done
+    in a second step: a compiled function that returned what it read would return it at each call.
+    """
+
+    def call(self, run: Run, args: Args, kwargs: Kwargs) -> Any:
+        """As of Lifted; a call that raises has moved nothing."""
+        moved: _Moved = {}
+
+        def placing(graphdef: GraphDef, *leaves: Leaves) -> tuple[Any, ...]:
+            placed = [_at_group(*pair, moved) for pair in zip(self.groups, leaves, strict=True)]
+            out: tuple[Any, ...] = run(graphdef, *placed)
+            return out
+
+        result = super().call(placing, args, kwargs)
+        if moved:
+            with contextlib.suppress(TraceError):  # a model that a traced function closes over
+                self._settle(moved, args, kwargs)
+        return result
+
+    def _settle(self, moved: _Moved, args: Args, kwargs: Kwargs) -> None:
+        """Write what was moved into its objects: a call, on the same arguments, that does only that."""
+        always = frozenset(filter(_is_placing, self.groups))
+        specs = (self.groups, self.inputs, PLAIN, self.keywords, always)
+        mover = Lifted(_nothing, *specs, modes=self.modes)
+
+        def run(graphdef: GraphDef, *leaves: Leaves) -> tuple[Any, ...]:
+            return mover.pure(graphdef, *[_replaced(each, moved) for each in leaves])
+
+        mover.call(run, args, kwargs)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _replaced(leaves: Leaves, moved: _Moved) -> Leaves:
+    return [moved[id(x)][1] if id(x) in moved else x for x in leaves[0]], leaves[1]
+
+
+def _is_placing(group: Any) -> bool:
+    """Whether the group has a sharding, and its values do not travel back anyway."""
+    return group.sharding is not None and not group.donated
+
+
+def _at_group(group: Any, leaves: Leaves, moved: _Moved) -> Leaves:
+    """The leaves of a group where its sharding says; what is moved is noted."""
+    if not _is_placing(group) or all(_stays(x, group.sharding) for x in leaves[0]):
+        return leaves
+    elsewhere = [x for x in leaves[0] if not _stays(x, group.sharding)]
+    moved.update((id(x), (x, jax.device_put(x, group.sharding))) for x in elsewhere)
+    return _replaced(leaves, moved)
+
+
+def _stays(x: Any, target: Any) -> bool:
+    """Whether `x` is there; or was put elsewhere by the user, so that JAX refuses the call."""
+    if isinstance(x, jax.core.Tracer) or getattr(x, "committed", False):
+        return True
+    if not isinstance(target, jax.sharding.Sharding | Format):  # a PartitionSpec, of the mesh there is
+        return jax.sharding.get_abstract_mesh().empty
+    return bool(x.sharding == target) if hasattr(x, "sharding") else False
+
+
 #: How many arguments there are by position, and the names of the others.
 _Key = tuple[int, tuple[str, ...]]
 
@@ -143,7 +219,8 @@ class _Jit(Forms[_Key | None, Form]):
         outputs = placed(self.out_shardings, donated=False)
         groups = tuple(g for g in distinct(PLAIN, inputs, keywords, outputs) if isinstance(g, Placement))
         always = frozenset(group for group in groups if group.donated)
-        lifted = Lifted(self.f, groups, inputs, outputs, keywords, always, modes=self.modes)
+        make = Lifted if self.in_shardings is None else _Placing
+        lifted = make(self.f, groups, inputs, outputs, keywords, always, modes=self.modes)
         # The arguments of `pure` are the structure, which is donated to nobody and placed nowhere, and the groups.
         options = dict(self.options, donate_argnums=[i for i, g in enumerate(groups, start=1) if g.donated])
         shardings = (None, *(group.sharding for group in groups))
@@ -225,7 +302,8 @@ def jit(
     """`jax.jit` for functions of modules: what `fun` writes to its arguments is written outside too.
 
     Numbers passed as arguments are traced; numbers stored on modules are static. Options are those of `jax.jit`;
-    shardings may be `StateSharding`s. A donated module keeps its Variables, with new buffers.
+    shardings may be `StateSharding`s. A donated module keeps its Variables, with new buffers. A module with an
+    explicit sharding in `in_shardings` is where that says after the call.
 
     Args:
       graph: False forbids shared references in the arguments.
@@ -279,6 +357,8 @@ def eval_shape(
 ) -> Any:
     """The result of `f` with `jax.ShapeDtypeStruct`s for arrays; nothing is computed and nothing changes.
 
+    Under `jax.set_mesh` those of Variables have the shardings that the arrays would have.
+
     Example:
       >>> import nnx_core as nnx
       >>> model = nnx.eval_shape(lambda: nnx.Linear(1000, 1000, rngs=nnx.Rngs(0)))
@@ -291,10 +371,9 @@ def eval_shape(
     after, *written = jax.eval_shape(lifted.pure, plan.graphdef, *packer.leaves)
     refs = Refs()
     abstract = jax.tree.map(_abstract, tuple(packer.leaves))
-    Unpacker(abstract, refs, makes_cells=True).unpack(
-        plan.graphdef.root, None
-    )  # copies of the arguments, which take the writes
-    return apply(after, written, refs)
+    # Copies of the arguments, which take the writes.
+    Unpacker(abstract, refs, makes_cells=True).unpack(plan.graphdef.root, None)
+    return place_abstractly(apply(after, written, refs))
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

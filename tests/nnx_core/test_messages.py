@@ -161,6 +161,11 @@ def contradicting_rules():
         nnx.get_partition_spec(v)
 
 
+def placed_unevenly():
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
+        nnx.Param(jax.ShapeDtypeStruct((3,), jnp.float32), out_sharding=("data",))
+
+
 def named(*names):
     return nnx.get_named_sharding(nnx.Param(jnp.ones((4, 4)), out_sharding=names), mesh())
 
@@ -512,6 +517,12 @@ CASES = {
         lambda: named("data", None, None),
         "MetadataError",
         r"has more names than axes: its shape is \(4, 4\)\. Remove names\.",
+    ),
+    "an axis that is not divisible": (
+        placed_unevenly,
+        "MetadataError",
+        r"stands for P.*: axis 0 of shape \(3,\) cannot be divided evenly over a mesh of \{'data': 2\}\."
+        r" Give that axis None, or another size\.",
     ),
     "a name that is no axis": (
         lambda: named("embed", None),

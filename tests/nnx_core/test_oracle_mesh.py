@@ -59,8 +59,8 @@ def jit_with_state_sharding(lib):
     sharding = lib.StateSharding(by_path)
     data = NamedSharding(devices, P("data"))
     f = lib.jit(lambda m, x: m(x), in_shardings=(sharding, data), out_shardings=data)
-    y = f(m, X)  # flax.nnx moves the kernels too; here what was only read stays where it was (law 4)
-    return y, str(y.sharding.spec), m
+    y = f(m, X)
+    return y, str(y.sharding.spec), places(lib, m), m
 
 
 @program

@@ -3,6 +3,7 @@
 What depends on several devices is in test_sharding_devices.py.
 """
 
+import contextvars
 import threading
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nnx_core as nnx
-from nnx_core import sharding
+from nnx_core import logical_rules, sharding
 from tests.support.arrays import ones
 
 MESH = jax.make_mesh((1, 1), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
@@ -245,7 +246,7 @@ def test_rules_can_be_set_for_good():
 def test_rules_can_be_kept_where_another_library_keeps_its_own(monkeypatch):
     """As bridge does with Linen's: what holds is handed over, and a block of either holds in both."""
     kept = []
-    monkeypatch.setattr(sharding, "_store", sharding._store)
+    monkeypatch.setattr(logical_rules, "_store", logical_rules._store)
     with sharding.logical_axis_rules([("a", "x")]):
         sharding.keep_rules_in(lambda: kept[-1] if kept else (), kept.append)
         assert kept == [(("a", "x"),)]
@@ -421,17 +422,18 @@ def test_the_older_name_warns():
 # ---- eager sharding ----
 
 
-def test_eager_sharding_is_off_until_asked_for():
-    assert not sharding.using_eager_sharding()
+def test_eager_sharding_is_on_unless_switched_off():
+    assert not sharding.using_eager_sharding()  # here, where flax's switch is off (see above)
     with sharding.use_eager_sharding(True):
         assert sharding.using_eager_sharding()
         with sharding.use_eager_sharding(False):
             assert not sharding.using_eager_sharding()
         assert sharding.using_eager_sharding()
-    sharding.use_eager_sharding(True)
-    assert sharding.using_eager_sharding()
-    sharding.use_eager_sharding(False)
-    assert not sharding.using_eager_sharding()
+    switched = contextvars.copy_context()
+    switched.run(sharding.use_eager_sharding, True)
+    assert switched.run(sharding.using_eager_sharding)
+    switched.run(sharding.use_eager_sharding, False)
+    assert not switched.run(sharding.using_eager_sharding)
 
 
 def test_names_never_need_a_mesh():
@@ -443,10 +445,12 @@ def test_names_never_need_a_mesh():
 
 
 def test_eager_placement_names_what_does_not_fit():
-    v = nnx.Param(X, out_sharding=("embed",), mesh=MESH)
+    twice = nnx.Param(X, out_sharding=("x", "x"), mesh=MESH)
     with pytest.raises(
-        ValueError, match=r"Param with axis names \('embed',\) stands for P\('embed',?\): no axis 'embed'"
+        ValueError, match=r"Param with axis names \('x', 'x'\) stands for P\('x', 'x'\): one axis for two of them"
     ):
-        sharding.place_eagerly(v, X, asked=True)
-    assert sharding.place_eagerly(v, X) is X
-    assert sharding.place_eagerly(v, X, asked=False) is X
+        sharding.place_eagerly(twice, X, asked=True)
+    assert sharding.place_eagerly(twice, X) is X
+    assert sharding.place_eagerly(twice, X, asked=False) is X
+    unknown = nnx.Param(X, out_sharding=("embed",), mesh=MESH)
+    assert sharding.place_eagerly(unknown, X, asked=True) is X

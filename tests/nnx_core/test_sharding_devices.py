@@ -260,12 +260,6 @@ def annotated(**options):
     return nnx.Param(jnp.ones((4, 8)), out_sharding=("data", "model"), **options)
 
 
-def test_an_ambient_mesh_alone_moves_nothing(mesh):
-    with jax.set_mesh(mesh):  # under which jnp.ones is on every device, whole
-        assert placed(mesh, P(), annotated().get_value())
-    assert len(annotated(mesh=mesh).get_value().devices()) == 1
-
-
 @pytest.mark.parametrize("kind", ["mesh", "explicit"])
 def test_placing_by_names(kind, request):
     where = request.getfixturevalue(kind)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bridge
@@ -163,3 +163,33 @@ def test_a_model_around_is_created_sharded_row_6():
     assert nnx.get_partition_spec(nnx.state(abstract))["layers"][0]["ScanLayer_0"]["Dense_0"][
         "kernel"
     ].get_value() == P("layers", "a", "b")
+
+
+class Named(nn.Module):
+    """One kernel with axis names."""
+
+    names: tuple
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.ones, self.names)
+        return nn.Dense(8, kernel_init=init)(x)
+
+
+def test_lazy_init_under_a_mesh_places_what_it_makes():
+    """Rows 7 and 68: as NNX's own Variables; names that are no axes of the mesh move nothing."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+    def kernel(names, rules=(("embed", "a"), ("mlp", "b"))):
+        model = nnx.Sequential(ToNNX(Named(names), rngs=nnx.Rngs(0)), nnx.relu)
+        with nn.logical_axis_rules(rules):
+            bridge.lazy_init(model, jnp.ones((2, 4)))
+        return model.layers[0].Dense_0.kernel.get_value()
+
+    with jax.set_mesh(mesh):
+        assert kernel(("embed", "mlp")).sharding == NamedSharding(mesh, P("a", "b"))
+        assert kernel((None, "unknown")).sharding.is_fully_replicated
+        assert kernel(("embed", "mlp"), [("embed", "a"), ("mlp", "a")]).shape == (4, 8)
+        with nnx.use_eager_sharding(False):
+            assert kernel(("embed", "mlp")).sharding.is_fully_replicated
+    assert len(kernel(("embed", "mlp")).devices()) == 1

@@ -1,11 +1,13 @@
-"""Defaults that a program sets once: what `graph=None`, `graph_updates=None` and `ref=None` stand for.
+"""Defaults that a program sets once: what `graph=None`, `graph_updates=None`, `ref=None`, `capture_noop=None` mean.
 
 Law: a default holds from the call on; used with `with` or as a decorator it holds there only. Each thread has
 its own. There is one mechanism whatever the modes say: False only forbids (shared references, structure changes).
-Knows nothing of graphs: those who take the keywords ask `sharing_allowed`, `updates_allowed`, `var_defaults`.
+Knows nothing of graphs: those who take the keywords ask `sharing_allowed`, `updates_allowed`, `var_defaults`,
+`sowing_needs_capture`.
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -72,6 +74,32 @@ class set_graph_updates(_Setting):  # see set_graph_mode
     """
 
     _variable = ContextVar("graph_updates", default=True)
+
+
+def _is_on(variable: str) -> bool:
+    """Whether this environment variable is set to what flax takes for yes."""
+    return os.environ.get(variable, "").lower() in ("1", "t", "true", "y", "yes", "on")
+
+
+class set_sow_capture_noop(_Setting):  # see set_graph_mode
+    """Set what `capture_noop=None` stands for: True (outside `nnx.capture`, `sow` and `perturb` do nothing) or False.
+
+    It is flax's flag `nnx_sow_capture_noop`, which is off; like that one, it starts as the environment variable
+    NNX_SOW_CAPTURE_NOOP says.
+
+    Example:
+      >>> import nnx_core.modes as modes
+      >>> with modes.set_sow_capture_noop(True):
+      ...     modes.sowing_needs_capture(None), modes.sowing_needs_capture(False)
+      (True, False)
+    """
+
+    _variable = ContextVar("sow_capture_noop", default=_is_on("NNX_SOW_CAPTURE_NOOP"))  # noqa: B039  # a bool
+
+
+def sowing_needs_capture(capture_noop: bool | None) -> bool:
+    """Whether `capture_noop`, as a user gave it, makes `sow` and `perturb` do nothing outside `nnx.capture`."""
+    return set_sow_capture_noop.current_value() if capture_noop is None else capture_noop
 
 
 def sharing_allowed(graph: bool | None) -> bool:

@@ -17,9 +17,10 @@ from nnx_core.graph.objects import data
 from nnx_core.kinds import Cache
 from nnx_core.module import Module
 from nnx_core.nn import dtypes
-from nnx_core.nn._axes import Shape
+from nnx_core.nn._axes import Shape, as_tuple
 from nnx_core.nn._errors import InputShapeError, OptionError, next_key, place, require_rngs
 from nnx_core.nn._flags import choose_flag, set_flags
+from nnx_core.nn._options import probability, size
 from nnx_core.nn.attention_dot_product import combine_masks, dot_product_attention
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
@@ -153,11 +154,15 @@ class MultiHeadAttention(Module):
         key_ln_scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self.num_heads, self.num_kv_heads = num_heads, _either(num_kv_heads, num_heads)
-        self.in_features, self.in_kv_features = in_features, _either(in_kv_features, in_features)
-        self.qkv_features, self.out_features = _either(qkv_features, in_features), _either(out_features, in_features)
+        self.num_heads = size(self, "num_heads", num_heads)
+        self.num_kv_heads = size(self, "num_kv_heads", _either(num_kv_heads, num_heads))
+        self.in_features = size(self, "in_features", in_features)
+        self.in_kv_features = size(self, "in_kv_features", _either(in_kv_features, in_features))
+        self.qkv_features = size(self, "qkv_features", _either(qkv_features, in_features))
+        self.out_features = size(self, "out_features", _either(out_features, in_features))
         self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
-        self.dropout_rate, self.broadcast_dropout = dropout_rate, broadcast_dropout
+        self.dropout_rate = probability(self, "dropout_rate", dropout_rate)
+        self.broadcast_dropout = broadcast_dropout
         self.deterministic, self.decode = deterministic, decode
         self.use_bias, self.normalize_qk, self.attention_fn = use_bias, normalize_qk, attention_fn
         self.qkv_promote_dtype, self.out_promote_dtype = qkv_promote_dtype, out_promote_dtype
@@ -165,12 +170,12 @@ class MultiHeadAttention(Module):
         self.qkv_dot_general_cls, self.out_dot_general_cls = qkv_dot_general_cls, out_dot_general_cls
         self.ln_promote_dtype = ln_promote_dtype
         _check_options(self)
-        self.head_dim = self.qkv_features // num_heads
+        self.head_dim = self.qkv_features // self.num_heads
         inits = (kernel_init, bias_init, kernel_metadata, bias_metadata)
         ours = (out_kernel_init, out_bias_init, out_kernel_metadata, out_bias_metadata)
         out = tuple(own or shared for own, shared in zip(ours, inits, strict=True))
         _add_layers(self, rngs, inits, out, (query_ln_scale_metadata, key_ln_scale_metadata))
-        self.rngs: RngStream | None = data(rngs["dropout"].fork() if keep_rngs and dropout_rate > 0 else None)
+        self.rngs: RngStream | None = data(rngs["dropout"].fork() if keep_rngs and self.dropout_rate > 0 else None)
         self.cached_key = self.cached_value = self.cache_index = data(None)  # `data`: places for Variables
 
     def __call__(
@@ -284,7 +289,7 @@ class MultiHeadAttention(Module):
         """
         set_flags(self, deterministic=deterministic, decode=decode)
         if self.decode and batch_size is not None and max_length is not None:
-            batch = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
+            batch = as_tuple(batch_size)
             self.init_cache((*batch, max_length, self.in_features), self.dtype or self.param_dtype)
 
 
@@ -308,9 +313,6 @@ def _check_options(layer: MultiHeadAttention) -> None:
     if kv_heads < 1 or heads % kv_heads:
         fix = "Each head of key and value serves num_heads // num_kv_heads query heads."
         raise OptionError(layer, "num_kv_heads", f"a divisor of num_heads {heads}", kv_heads, fix)
-    if not 0 <= layer.dropout_rate <= 1:
-        fix = "It is the rate to drop, not to keep."
-        raise OptionError(layer, "dropout_rate", "a probability in [0, 1]", layer.dropout_rate, fix)
 
 
 def _add_layers(

@@ -192,6 +192,7 @@ class MultiHeadAttention(Module):
         is_causal: bool = False,
         out_sharding: Any = None,
         qkv_sharding: Any = None,
+        input_positions: jax.Array | None = None,
     ) -> jax.Array:
         """Apply the layer; in decoding, write the token into the cache.
 
@@ -208,6 +209,8 @@ class MultiHeadAttention(Module):
           is_causal: query i sees keys 0 to i only. Decoding always is: a token sees those before it.
           out_sharding: of the output, in JAX's explicit sharding mode.
           qkv_sharding: of query, key and value, in JAX's explicit sharding mode.
+          input_positions: `[*batch, length]`, handed to `attention_fn` if given; see
+            `nnx.dot_product_attention_with_rope`.
 
         Returns:
           `[*batch, q_length, out_features]`, in `dtype`, or the dtype promoted from inputs and parameters.
@@ -234,6 +237,7 @@ class MultiHeadAttention(Module):
         if decode:
             key, value, mask = _through_cache(self, key, value, mask)
         quiet = not self.dropout_rate or choose_flag(self, "deterministic", deterministic, self.deterministic)
+        positions = {} if input_positions is None else {"input_positions": input_positions}
         y = self.attention_fn(
             query,
             key,
@@ -247,6 +251,7 @@ class MultiHeadAttention(Module):
             precision=self.precision,
             module=self if sow_weights else None,
             is_causal=is_causal and not decode,  # the cache's mask is causal; row 0 of another sees key 0 only
+            **positions,
         )
         return self.out(y, out_sharding=out_sharding)
 

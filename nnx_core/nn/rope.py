@@ -138,7 +138,8 @@ def dot_product_attention_with_rope(
       key: `[*batch, kv_length, kv_heads, depth]`.
       value: `[*batch, kv_length, kv_heads, v_depth]`.
       rope: of the depth of a head.
-      input_positions: `[length]` or `[*batch, length]`, of queries and keys; None: 0, 1, and so on for both.
+      input_positions: `[length]` or `[*batch, length]`, of queries and keys; None: 0, 1, and so on for both. So it is
+        for whole sequences: a query that is decoded alone would stand at position 0, as in flax.nnx.
       **kwargs: of `dot_product_attention`.
 
     Returns:

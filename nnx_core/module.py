@@ -198,6 +198,7 @@ def assign_attributes(
     """
     predicates = filterlib.to_predicates(filters)
     missing = set(attributes)
+    writes: list[tuple[Module, str, Any]] = []  # all of them before the first: a failed call changes nothing
     for path, module in iter_modules(node):
         if filterlib.first_match(predicates, path, module) is None:
             continue
@@ -206,9 +207,11 @@ def assign_attributes(
             if hasattr(module, name) and not (is_flag and isinstance(vars(module).get(name), Variable | Module)):
                 missing.discard(name)
                 if getattr(module, name) is not value:
-                    setattr(module, name, value)
+                    writes.append((module, name, value))
     if missing and raise_if_not_found:
         raise AttributeNotFoundError(missing)
+    for module, name, value in writes:
+        setattr(module, name, value)
 
 
 def _taken(module: Module, name: str, kind: type[Variable[Any]], found: Any) -> str:

@@ -310,6 +310,8 @@ class Variable(Generic[A]):
         try:
             return getattr(self.get_value(), name)
         except AttributeError:
+            if name in _answers:
+                return _answers[name](self)
             raise AttributeError(
                 f"{type(self).__name__} has no attribute or metadata {name!r}, and neither has its value."
             ) from None
@@ -376,6 +378,14 @@ def place_new_values_with(place: PlaceValue) -> None:
     """Let `place` move the value of every new Variable. A hook: `sharding`, rooms above, knows meshes."""
     global _placed
     _placed = place
+
+
+_answers: dict[str, Callable[[Variable[Any]], Any]] = {}
+
+
+def answer(name: str, get: Callable[[Variable[Any]], Any]) -> None:
+    """Let each Variable answer `name` where its metadata and its value do not. A hook: `legacy` knows collections."""
+    _answers[name] = get
 
 
 def _fill(variable: Variable[Any], value: Any, metadata: dict[str, Any], trace: object = None) -> None:

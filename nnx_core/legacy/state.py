@@ -11,10 +11,10 @@ import jax
 
 from nnx_core import filters as filterlib
 from nnx_core._errors import Path
-from nnx_core._repr import show_fields
 from nnx_core.graph.api import state as state_of
 from nnx_core.graph.objects import Object
 from nnx_core.legacy._errors import NotAStateError
+from nnx_core.legacy._text import fields_text, state_value_text
 from nnx_core.legacy.collections import to_filter
 from nnx_core.state import FlatState, to_flat_state
 from nnx_core.state import State as CoreState
@@ -25,7 +25,7 @@ class State(Mapping[Path, Any]):
 
     Args:
       items: a mapping of paths, or (path, Variable) pairs; or a nested `nnx_core.State`. A path that is no tuple
-        stands for the tuple of it alone, here and in lookups.
+        stands for the tuple of it alone, here and in lookups, which take "0" for a position 0 too.
 
     Example:
       >>> from nnx_core import legacy as nnx
@@ -35,7 +35,13 @@ class State(Mapping[Path, Any]):
       >>> list(state), state["layers", 0].value
       ([('a',), ('layers', 0)], 2.0)
       >>> jax.tree.map(lambda x: 10 * x, state).filter("params")
-      State({('a',): Param(10.0)})
+      State({
+        ('a',): Variable(
+            collection='params',
+            value=10.0,
+            sharding=None
+        )
+      })
     """
 
     __slots__ = ("_items",)
@@ -48,7 +54,8 @@ class State(Mapping[Path, Any]):
         self._items = dict(FlatState((_as_path(path), x) for path, x in pairs))
 
     def __getitem__(self, path: Any) -> Any:
-        return self._items[_as_path(path)]
+        path = _as_path(path)
+        return self._items[path if path in self._items else tuple(map(_position, path))]
 
     def __iter__(self) -> Iterator[Path]:
         return iter(self._items)
@@ -65,7 +72,8 @@ class State(Mapping[Path, Any]):
         return State.merge(self, other)
 
     def __repr__(self) -> str:
-        return f"State({show_fields('', [(f'{path!r}: ', x) for path, x in self.items()], '{}')})"
+        fields = [(f"{tuple(map(str, path))!r}: ", state_value_text(x)) for path, x in self.items()]
+        return f"State({fields_text('', fields, brackets='{}')})"
 
     def _flat(self) -> FlatState:
         return FlatState(self._items.items(), sort=False)
@@ -112,6 +120,11 @@ class State(Mapping[Path, Any]):
 
 def _as_path(path: Any) -> Path:
     return path if isinstance(path, tuple) else (path,)
+
+
+def _position(key: Any) -> Any:
+    """A position is shown as text, as the names beside it are, and so it is found by that text too."""
+    return int(key) if isinstance(key, str) and key.isdecimal() else key
 
 
 def _all(found: Any) -> Any:

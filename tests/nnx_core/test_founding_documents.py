@@ -4,6 +4,8 @@ The first generation's document on `nnx_core.legacy`, the page of Module on `nnx
 Changed is only what JAX or the package is called today: key functions, and where a name is imported from.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,115 @@ import bridge
 import nnx_core
 from nnx_core import legacy
 from tests.tolerance import assert_trees_close, assert_trees_equal
+
+# What the document prints, as it stands there.
+LINEAR = """\
+Linear(
+  din=2,
+  dout=2,
+  w=MutableVariable(
+      collection='params',
+      value=Array([[0.31696808, 0.55285215],
+             [0.31418085, 0.7399571 ]], dtype=float32)
+  ),
+  b=MutableVariable(
+      collection='params',
+      value=Array([0., 0.], dtype=float32)
+  )
+)"""
+INTERM = """\
+State({
+  ('interm',): Variable(
+      collection='interm',
+      value=Array([[1., 1.],
+             [1., 1.]], dtype=float32),
+      sharding=None
+  )
+})"""
+SPLIT = """\
+State({
+  ('b',): Variable(
+      collection='params',
+      value=Array([0., 0.], dtype=float32),
+      sharding=None
+  ),
+  ('w',): Variable(
+      collection='params',
+      value=Array([[0.31696808, 0.55285215],
+             [0.31418085, 0.7399571 ]], dtype=float32),
+      sharding=None
+  )
+})
+ModuleDef(
+  type=Linear,
+  index=0,
+  submodules=(),
+  static_fields=(('din', 2), ('dout', 2))
+)"""
+SELF_REFERENCE = """\
+State({
+  ('b',): Variable(
+      collection='params',
+      value=Array([0., 0.], dtype=float32),
+      sharding=None
+  ),
+  ('w',): Variable(
+      collection='params',
+      value=Array([[0.31696808, 0.55285215],
+             [0.31418085, 0.7399571 ]], dtype=float32),
+      sharding=None
+  ),
+  ('x',): Array(1, dtype=int32, weak_type=True)
+})
+ModuleDef(
+  type=SelfReferenceLinear,
+  index=0,
+  submodules=(('submodule', 0),),
+  static_fields=(('din', 2), ('dout', 2))
+)"""
+FOO = """\
+State({
+  ('dict', 'a'): Variable(
+      collection='params',
+      value=Array([[1., 1.],
+             [1., 1.]], dtype=float32),
+      sharding=None
+  ),
+  ('dict', 'b', 'bias'): Variable(
+      collection='params',
+      value=Array([0., 0.], dtype=float32),
+      sharding=None
+  ),
+  ('dict', 'b', 'kernel'): Variable(
+      collection='params',
+      value=Array([[0.16806164, 1.1717631 ],
+             [0.44064113, 0.92326844]], dtype=float32),
+      sharding=None
+  ),
+  ('seq', '0'): Variable(
+      collection='params',
+      value=Array([[1., 1.],
+             [1., 1.]], dtype=float32),
+      sharding=None
+  ),
+  ('seq', '1', 'bias'): Variable(
+      collection='params',
+      value=Array([0., 0.], dtype=float32),
+      sharding=None
+  ),
+  ('seq', '1', 'kernel'): Variable(
+      collection='params',
+      value=Array([[-0.35356975,  0.06913038],
+             [-1.2359275 ,  0.2171132 ]], dtype=float32),
+      sharding=None
+  )
+})"""
+
+
+def up_to_numbers(text):
+    """`text` with each number of an array as `#`, and without the spaces that give numbers one width."""
+    text = re.sub(r"-?\d+\.\d*(e[-+]?\d+)?", "#", text)
+    return re.sub(r"(?<=#) +|(?<=\[) +|(?<=, ) +(?=#)", "", text)
 
 
 def test_the_first_generation():
@@ -32,15 +143,19 @@ def test_the_first_generation():
 
     ctx = nnx.Context(jax.random.PRNGKey(0))
     linear = Linear(2, 2, ctx=ctx)
+    assert up_to_numbers(repr(linear)) == up_to_numbers(LINEAR)
     y = linear(jnp.ones((2, 2)))
     interm = linear.pop("interm")
+    assert up_to_numbers(repr(interm)) == up_to_numbers(INTERM)
     assert list(interm) == [("interm",)]
     assert_trees_equal(interm["interm"].value, jnp.ones((2, 2)))
     assert not hasattr(linear, "interm")
     assert_trees_close(y, jnp.ones((2, 2)) @ linear.w.value + linear.b.value)
 
     state, moduledef = linear.split()
+    assert up_to_numbers(f"{state}\n{moduledef}") == up_to_numbers(SPLIT)
     assert list(state) == [("b",), ("w",)]
+    assert [variable.collection for variable in state.values()] == ["params", "params"]
     assert [nnx.collection_of(variable) for variable in state.values()] == ["params", "params"]
     assert (moduledef.type, moduledef.index, moduledef.submodules) == (Linear, 0, ())
     assert moduledef.static_fields == (("din", 2), ("dout", 2))
@@ -64,6 +179,7 @@ def test_the_first_generation_refers_to_itself():
     linear = SelfReferenceLinear(2, 2, ctx=nnx.Context(jax.random.PRNGKey(0)))
     y = linear(jnp.ones((2, 2)))
     state, moduledef = linear.split()
+    assert up_to_numbers(f"{state}\n{moduledef}") == up_to_numbers(SELF_REFERENCE)
     assert list(state) == [("b",), ("w",), ("x",)]
     assert_trees_equal(state["x"], jnp.array(1))
     assert moduledef.submodules == (("submodule", 0),)
@@ -94,6 +210,8 @@ def test_the_first_generation_holds_others_by_key_and_by_position():
     paths = [("dict", "a"), ("dict", "b", "bias"), ("dict", "b", "kernel")]
     paths += [("seq", 0), ("seq", 1, "bias"), ("seq", 1, "kernel")]
     assert list(state) == paths
+    assert up_to_numbers(str(state)) == up_to_numbers(FOO)
+    assert state["seq", "0"] is state["seq", 0]
     (first, in_dict), (second, in_seq) = moduledef.submodules
     assert (moduledef.type, moduledef.index, first, second) == (Foo, 0, "dict", "seq")
     assert (in_dict.type, in_dict.index, in_dict.static_fields) == (nnx.Map, 1, (("c", "aaa"),))

@@ -4,6 +4,7 @@ The first generation's document on `nnx_core.legacy`, the page of Module on `nnx
 Changed is only what JAX or the package is called today: key functions, and where a name is imported from.
 """
 
+import pickle
 import re
 
 import jax
@@ -216,6 +217,64 @@ def test_the_first_generation_holds_others_by_key_and_by_position():
     assert (moduledef.type, moduledef.index, first, second) == (Foo, 0, "dict", "seq")
     assert (in_dict.type, in_dict.index, in_dict.static_fields) == (nnx.Map, 1, (("c", "aaa"),))
     assert (in_seq.type, in_seq.static_fields) == (nnx.Seq, ((2, "bbb"),))
+
+
+def test_the_tiny_first_generation():
+    """Its definitions are those of `legacy`; `KeyArray` is gone from JAX. What follows them is as written."""
+    Module, Variable, State, Context = legacy.Module, legacy.Variable, legacy.State, legacy.Context
+    random = jax.random
+
+    class Linear(Module):
+        def __init__(self, din: int, dout: int, *, ctx: Context):
+            self.din = din
+            self.dout = dout
+            key = ctx.make_rng("params")
+            self.w = Variable("params", random.uniform(key, (din, dout)))
+            self.b = Variable("params", jnp.zeros((dout,)))
+            self.count = Variable("counts", 0)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.count.value += 1
+            return x @ self.w.value + self.b.value
+
+    module = Linear(2, 2, ctx=Context(random.PRNGKey(0)))
+    y = module(jnp.ones((1, 2)))
+    y = module(jnp.ones((1, 2)))
+
+    state, moduledef = module.partition()
+    assert {path: variable.collection for path, variable in state.items()} == {
+        ("b",): "params",
+        ("count",): "counts",
+        ("w",): "params",
+    }
+    assert (moduledef.type, moduledef.index, dict(moduledef.submodules)) == (Linear, 0, {})
+    assert dict(moduledef.static_fields) == {"din": 2, "dout": 2}
+
+    params = state.filter("params")
+    counts = state.filter("counts")
+    assert (list(params), list(counts)) == ([("b",), ("w",)], [("count",)])
+    assert counts["count"].value == 2
+
+    again, (state, moduledef) = moduledef.apply(State(**params, **counts))(jnp.ones((1, 2)))
+    assert_trees_equal(again, y)
+
+    module = moduledef.merge(state)
+    assert module.count.value == 3
+
+
+def test_states_by_keywords():
+    model = legacy.Map(a=legacy.param(1.0), layers=legacy.Seq([legacy.var("cache", 2.0)]))
+    state, moduledef = model.split()
+    params, rest = state.filter("params", ...)
+    assert legacy.State(**params, **rest) == state == legacy.State(**{"a": state["a"], "layers/0": state["layers", 0]})
+    assert list(state.keys()) == list(state) == [("a",), ("layers", 0)]
+    assert sorted(state.keys(), reverse=True)[0][0] == "layers"
+    assert ("layers", 0) in state.keys()  # noqa: SIM118  # the view itself is asked
+    assert dict(state)["layers", 0] is state["layers", 0]
+    assert pickle.loads(pickle.dumps(list(state.keys()))) == list(state)
+    assert moduledef.merge(legacy.State(**params, **rest))["layers"][0].value == 2.0
+    with pytest.raises(TypeError, match="multiple values"):
+        legacy.State(**params, **params)
 
 
 def test_the_page_of_module():

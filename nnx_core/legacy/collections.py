@@ -14,7 +14,7 @@ from nnx_core._errors import Path, RegistryError
 from nnx_core.kinds import variable_name_from_type, variable_type_from_name
 from nnx_core.legacy._errors import CollectionError
 from nnx_core.variables import Variable as CoreVariable
-from nnx_core.variables import answer
+from nnx_core.variables import late_answers
 
 Sharding = Sequence[str | None]
 
@@ -100,7 +100,7 @@ def collection_of(variable: Any) -> str | None:
     return type(variable).__name__
 
 
-answer("collection", collection_of)
+late_answers["collection"] = collection_of
 
 
 @dataclass(frozen=True)

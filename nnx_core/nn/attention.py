@@ -20,7 +20,7 @@ from nnx_core.nn import dtypes
 from nnx_core.nn._axes import Shape, as_tuple
 from nnx_core.nn._errors import InputShapeError, OptionError, next_key, place, require_rngs
 from nnx_core.nn._flags import choose_flag, set_flags
-from nnx_core.nn._options import probability, size
+from nnx_core.nn._options import probability, sizes
 from nnx_core.nn.attention_dot_product import combine_masks, dot_product_attention
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
@@ -154,12 +154,8 @@ class MultiHeadAttention(Module):
         key_ln_scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self.num_heads = size(self, "num_heads", num_heads)
-        self.num_kv_heads = size(self, "num_kv_heads", _either(num_kv_heads, num_heads))
-        self.in_features = size(self, "in_features", in_features)
-        self.in_kv_features = size(self, "in_kv_features", _either(in_kv_features, in_features))
-        self.qkv_features = size(self, "qkv_features", _either(qkv_features, in_features))
-        self.out_features = size(self, "out_features", _either(out_features, in_features))
+        self.num_heads, self.in_features = sizes(self, num_heads=num_heads, in_features=in_features)
+        _keep_other_sizes(self, qkv_features, out_features, num_kv_heads, in_kv_features)
         self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
         self.dropout_rate = probability(self, "dropout_rate", dropout_rate)
         self.broadcast_dropout = broadcast_dropout
@@ -303,6 +299,19 @@ class MultiHeadAttention(Module):
 
 def _either(size: int | None, default: int) -> int:
     return default if size is None else size
+
+
+def _keep_other_sizes(
+    layer: MultiHeadAttention, qkv: int | None, out: int | None, kv_heads: int | None, kv: int | None
+) -> None:
+    """The sizes that are those of others unless given."""
+    layer.num_kv_heads, layer.qkv_features, layer.out_features, layer.in_kv_features = sizes(
+        layer,
+        num_kv_heads=_either(kv_heads, layer.num_heads),
+        qkv_features=_either(qkv, layer.in_features),
+        out_features=_either(out, layer.in_features),
+        in_kv_features=_either(kv, layer.in_features),
+    )
 
 
 def _check_options(layer: MultiHeadAttention) -> None:

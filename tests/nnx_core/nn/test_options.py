@@ -16,6 +16,13 @@ from tests.support.arrays import noise
 from tests.tolerance import assert_trees_equal
 
 N = np.int64
+
+
+def on_device(values):
+    """An array of JAX's, made without a computation."""
+    return jax.device_put(np.array(values))
+
+
 X = noise(0, 2, 6, 6, 4)
 
 # name -> (the layer, its options plainly written, the same options as users have them)
@@ -29,7 +36,13 @@ SPELLINGS = {
         (np.array([6, 4]), [3, N(2)]),
         {"axis": 2 + np.arange(2)},
     ),
-    "LinearGeneral-jax": (nnx.LinearGeneral, ((6, 4), 3), {"axis": (2, 3)}, ([6, 4], 3), {"axis": jnp.arange(2, 4)}),
+    "LinearGeneral-jax": (
+        nnx.LinearGeneral,
+        ((6, 4), 3),
+        {"axis": (2, 3)},
+        ([6, 4], 3),
+        {"axis": on_device([2, 3])},
+    ),
     "LinearGeneral-range": (nnx.LinearGeneral, ((6, 4), 3), {"axis": (2, 3)}, ([6, 4], 3), {"axis": range(2, 4)}),
     "LinearGeneral-batch": (nnx.LinearGeneral, (4, 3), {"batch_axis": {0: 2}}, (4, 3), {"batch_axis": {N(0): N(2)}}),
     "Einsum-int": (nnx.Einsum, ("abcd,de->abce", (4, 3), (3,)), {}, ("abcd,de->abce", [4, 3], 3), {}),
@@ -173,7 +186,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("make", WRAPPERS.values(), ids=WRAPPERS)
-@pytest.mark.parametrize("number", [N(2), np.uint8(2), np.array(2), jnp.array(2)], ids=lambda n: type(n).__name__)
+@pytest.mark.parametrize("number", [N(2), np.uint8(2), np.array(2), on_device(2)], ids=lambda n: type(n).__name__)
 def test_layers_that_hold_others(make, number):
     number = int(number) - 1 if make is WRAPPERS["WeightNorm"] else number
     plain, own, x = make(int(number)), make(number), X[:, :, 0]
@@ -185,7 +198,10 @@ POOLS = {
     "lists": ([2, 2], {"strides": [2, 1], "padding": [[1, 1], [0, 1]]}),
     "arrays": (np.array([2, 2]), {"strides": np.array([2, 1]), "padding": np.array([[1, 1], [0, 1]])}),
     "integers": ((N(2), N(2)), {"strides": (N(2), N(1)), "padding": ((N(1), N(1)), (N(0), N(1)))}),
-    "jax": (jnp.array([2, 2]), {"strides": jnp.array([2, 1]), "padding": jnp.array([[1, 1], [0, 1]])}),
+    "jax": (
+        on_device([2, 2]),
+        {"strides": on_device([2, 1]), "padding": on_device([[1, 1], [0, 1]])},
+    ),
 }
 
 
@@ -211,7 +227,11 @@ def test_one_cache_entry_for_all_spellings():
 
 # ---- what cannot be meant ------------------------------------------------------------------------------------------
 
-R = nnx.Rngs(0)
+
+def r():  # short, since the rows below are a table
+    return nnx.Rngs(0)
+
+
 Q = noise(1, 1, 3, 2, 4)
 ATTENTION = {
     "attention": nnx.dot_product_attention,
@@ -241,46 +261,55 @@ def test_rates_that_are_probabilities():
 
 
 REJECTED = {
-    "Linear": (lambda: nnx.Linear(-1, 3, rngs=R), r"^Linear\(.*in_features=.*of at least 0\n  found    -1\nIt counts"),
-    "Linear-float": (lambda: nnx.Linear(3, 4.0, rngs=R), r"^Linear\(.*out_features=.*an integer.*found    4\.0"),
-    "Linear-none": (lambda: nnx.Linear(3, None, rngs=R), r"^Linear\(.*out_features=.*found    None"),
-    "LinearGeneral": (lambda: nnx.LinearGeneral((2, 2.5), 3, axis=(-2, -1), rngs=R), r"in_features=.*found    2\.5"),
-    "Einsum": (lambda: nnx.Einsum("ab,bc->ac", (3, "4"), rngs=R), r"^Einsum.*kernel_shape=.*found    '4'"),
-    "Einsum-bias": (lambda: nnx.Einsum("ab,bc->ac", (3, 4), -4, rngs=R), r"^Einsum.*bias_shape=.*found    -4"),
-    "Embed": (lambda: nnx.Embed(-2, 3, rngs=R), r"^Embed.*num_embeddings=.*found    -2"),
-    "Embed-features": (lambda: nnx.Embed(2, 0.5, rngs=R), r"^Embed.*features=.*found    0\.5"),
-    "Conv-kernel": (lambda: nnx.Conv(3, 4, (3, 0), rngs=R), r"^Conv.*kernel_size=.*a positive integer\n  found    0"),
-    "Conv-stride": (lambda: nnx.Conv(3, 4, (3, 3), strides=0, rngs=R), r"strides=.*all positive\n  found    0"),
-    "Conv-dilation": (lambda: nnx.Conv(3, 4, 3, kernel_dilation=-1, rngs=R), r"kernel_dilation=.*found    -1"),
-    "Conv-stride-text": (lambda: nnx.Conv(3, 4, 3, strides="2", rngs=R), r"strides=.*found    2"),
-    "Conv-groups": (lambda: nnx.Conv(3, 4, 3, feature_group_count=0, rngs=R), r"feature_group_count=.*found    0"),
-    "Conv-padding": (lambda: nnx.Conv(3, 4, 3, padding=((0.5, 1),), rngs=R), r"padding=.*found    \(\(0\.5, 1\),\)"),
-    "ConvTranspose": (lambda: nnx.ConvTranspose(3, 4, 3, -2, rngs=R), r"^ConvTranspose.*strides=.*found    -2"),
-    "ConvLocal": (lambda: nnx.ConvLocal(3, 4, 3, in_spatial_shape=-5, rngs=R), r"in_spatial_shape=.*found    -5"),
-    "BatchNorm": (lambda: nnx.BatchNorm(-4, rngs=R), r"^BatchNorm.*num_features=.*found    -4"),
-    "momentum": (lambda: nnx.BatchNorm(4, momentum=1.5, rngs=R), r"momentum=.*in \[0, 1\]\n  found    1\.5.*usual"),
-    "momentum-nan": (lambda: nnx.BatchNorm(4, momentum=np.float32("nan"), rngs=R), r"momentum=.*found    nan"),
-    "epsilon": (lambda: nnx.LayerNorm(4, epsilon=-1e-6, rngs=R), r"^LayerNorm.*epsilon=.*0 or more\n  found    -1e-06"),
-    "epsilon-nan": (lambda: nnx.RMSNorm(4, epsilon=float("nan"), rngs=R), r"^RMSNorm.*epsilon=.*found    nan"),
-    "epsilon-inf": (lambda: nnx.GroupNorm(4, 2, epsilon=float("inf"), rngs=R), r"^GroupNorm.*epsilon=.*found    inf"),
-    "epsilon-text": (lambda: nnx.InstanceNorm(4, epsilon="1e-6", rngs=R), r"^InstanceNorm.*epsilon=.*division by zero"),
+    "Linear": (
+        lambda: nnx.Linear(-1, 3, rngs=r()),
+        r"^Linear\(.*in_features=.*at least 0\n  found    -1\nIt counts",
+    ),
+    "Linear-float": (lambda: nnx.Linear(3, 4.0, rngs=r()), r"^Linear\(.*out_features=.*an integer.*found    4\.0"),
+    "Linear-none": (lambda: nnx.Linear(3, None, rngs=r()), r"^Linear\(.*out_features=.*found    None"),
+    "LinearGeneral": (lambda: nnx.LinearGeneral((2, 2.5), 3, axis=(-2, -1), rngs=r()), r"in_features=.*found    2\.5"),
+    "Einsum": (lambda: nnx.Einsum("ab,bc->ac", (3, "4"), rngs=r()), r"^Einsum.*kernel_shape=.*found    '4'"),
+    "Einsum-bias": (lambda: nnx.Einsum("ab,bc->ac", (3, 4), -4, rngs=r()), r"^Einsum.*bias_shape=.*found    -4"),
+    "Embed": (lambda: nnx.Embed(-2, 3, rngs=r()), r"^Embed.*num_embeddings=.*found    -2"),
+    "Embed-features": (lambda: nnx.Embed(2, 0.5, rngs=r()), r"^Embed.*features=.*found    0\.5"),
+    "Conv-kernel": (lambda: nnx.Conv(3, 4, (3, 0), rngs=r()), r"^Conv.*kernel_size=.*a positive integer\n  found    0"),
+    "Conv-stride": (lambda: nnx.Conv(3, 4, (3, 3), strides=0, rngs=r()), r"strides=.*all positive\n  found    0"),
+    "Conv-dilation": (lambda: nnx.Conv(3, 4, 3, kernel_dilation=-1, rngs=r()), r"kernel_dilation=.*found    -1"),
+    "Conv-stride-text": (lambda: nnx.Conv(3, 4, 3, strides="2", rngs=r()), r"strides=.*found    2"),
+    "Conv-groups": (lambda: nnx.Conv(3, 4, 3, feature_group_count=0, rngs=r()), r"feature_group_count=.*found    0"),
+    "Conv-padding": (lambda: nnx.Conv(3, 4, 3, padding=((0.5, 1),), rngs=r()), r"padding=.*found    \(\(0\.5, 1\),\)"),
+    "ConvTranspose": (lambda: nnx.ConvTranspose(3, 4, 3, -2, rngs=r()), r"^ConvTranspose.*strides=.*found    -2"),
+    "ConvLocal": (lambda: nnx.ConvLocal(3, 4, 3, in_spatial_shape=-5, rngs=r()), r"in_spatial_shape=.*found    -5"),
+    "BatchNorm": (lambda: nnx.BatchNorm(-4, rngs=r()), r"^BatchNorm.*num_features=.*found    -4"),
+    "momentum": (lambda: nnx.BatchNorm(4, momentum=1.5, rngs=r()), r"momentum=.*in \[0, 1\]\n  found    1\.5.*usual"),
+    "momentum-nan": (lambda: nnx.BatchNorm(4, momentum=np.float32("nan"), rngs=r()), r"momentum=.*found    nan"),
+    "epsilon": (
+        lambda: nnx.LayerNorm(4, epsilon=-1e-6, rngs=r()),
+        r"^LayerNorm.*epsilon=.*0 or more\n.*-1e-06",
+    ),
+    "epsilon-nan": (lambda: nnx.RMSNorm(4, epsilon=float("nan"), rngs=r()), r"^RMSNorm.*epsilon=.*found    nan"),
+    "epsilon-inf": (lambda: nnx.GroupNorm(4, 2, epsilon=float("inf"), rngs=r()), r"^GroupNorm.*epsilon=.*found    inf"),
+    "epsilon-text": (
+        lambda: nnx.InstanceNorm(4, epsilon="1e-6", rngs=r()),
+        r"^InstanceNorm.*epsilon=.*division",
+    ),
     "WeightNorm": (
-        lambda: nnx.WeightNorm(nnx.Linear(2, 2, rngs=R), epsilon=-1.0, rngs=R),
+        lambda: nnx.WeightNorm(nnx.Linear(2, 2, rngs=r()), epsilon=-1.0, rngs=r()),
         r"^WeightNorm.*epsilon=.*found    -1\.0",
     ),
     "SpectralNorm": (
-        lambda: nnx.SpectralNorm(nnx.Linear(2, 2, rngs=R), n_steps=1.5, rngs=R),
+        lambda: nnx.SpectralNorm(nnx.Linear(2, 2, rngs=r()), n_steps=1.5, rngs=r()),
         r"^SpectralNorm.*n_steps=.*a positive integer\n  found    1\.5",
     ),
-    "heads": (lambda: nnx.MultiHeadAttention(2.5, 4, rngs=R), r"^MultiHeadAttention.*num_heads=.*found    2\.5"),
-    "kv-heads": (lambda: nnx.MultiHeadAttention(2, 4, num_kv_heads=-1, rngs=R), r"num_kv_heads=.*found    -1"),
+    "heads": (lambda: nnx.MultiHeadAttention(2.5, 4, rngs=r()), r"^MultiHeadAttention.*num_heads=.*found    2\.5"),
+    "kv-heads": (lambda: nnx.MultiHeadAttention(2, 4, num_kv_heads=-1, rngs=r()), r"num_kv_heads=.*found    -1"),
     "attention": (
-        lambda: nnx.MultiHeadAttention(2, 4, dropout_rate=float("nan"), rngs=R),
+        lambda: nnx.MultiHeadAttention(2, 4, dropout_rate=float("nan"), rngs=r()),
         r"dropout_rate=.*found    nan",
     ),
-    "cell": (lambda: nnx.GRUCell(3, -4, rngs=R), r"^GRUCell.*hidden_features=.*found    -4"),
-    "dropout": (lambda: nnx.Dropout(float("nan"), rngs=R), r"^Dropout.*rate=.*found    nan"),
-    "dropout-text": (lambda: nnx.Dropout("0.5", rngs=R), r"^Dropout.*rate=.*found    '0\.5'.*not to keep"),
+    "cell": (lambda: nnx.GRUCell(3, -4, rngs=r()), r"^GRUCell.*hidden_features=.*found    -4"),
+    "dropout": (lambda: nnx.Dropout(float("nan"), rngs=r()), r"^Dropout.*rate=.*found    nan"),
+    "dropout-text": (lambda: nnx.Dropout("0.5", rngs=r()), r"^Dropout.*rate=.*found    '0\.5'.*not to keep"),
     "causal-mask": (
         lambda: nnx.make_causal_mask(jnp.ones((2, 3)), extra_batch_dims=-1),
         r"^make_attention_mask.*extra_batch_dims=.*found    -1",

@@ -1,6 +1,7 @@
 """Module paths that users reach for, as aliases: flax.nnx.bridge's `bridge.wrappers`, and where files of 0.1.0 stood.
 
-Law: nothing is implemented here but one name of flax.nnx's; every name is the object that its own room defines.
+Law: nothing is implemented here but two names of flax.nnx's, `linen_rngs_dict` and `MODULE_CONTEXT`; every other
+name is the object that its own room defines.
 Importing this file makes `from bridge.wrappers import ToNNX` and `from bridge.layouts import layout_for` work.
 """
 
@@ -8,24 +9,72 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 import nnx_core as nnx
+from bridge import variables
 from bridge.functional import Functional, functional
 from bridge.linen_in_nnx.wrapper import ToNNX, lazy_init
-from bridge.modules import module
+from bridge.modules import module, scope
 from bridge.nnx_in_linen.host import current_linen_module
 from bridge.nnx_in_linen.wrapper import ToLinen, to_linen, to_linen_class
 
 
 def linen_rngs_dict(linen_module: Any, add_default: bool = False) -> dict[str, Any]:
-    """A key from each random stream of a bound Linen module, by name; `default` only if asked for."""
-    names = [name for name in linen_module.scope.rngs if add_default or name != "default"]
-    return {name: linen_module.make_rng(name) for name in names}
+    """A key from each random stream of a bound Linen module, by name; with `add_default`, the seed 0 if none is so."""
+    keys = {name: linen_module.make_rng(name) for name in linen_module.scope.rngs}
+    return {"default": 0, **keys} if add_default else keys
+
+
+class _ModuleStack(MutableSequence[Any]):
+    """The runs of bridge modules' methods in this thread as a list that can be written; None stands below them all."""
+
+    def __len__(self) -> int:
+        return 1 + len(scope._stack.get())
+
+    def __getitem__(self, index: Any) -> Any:
+        return [None, *scope._stack.get()][index]
+
+    def __setitem__(self, index: Any, entry: Any) -> None:
+        self._write(lambda entries: entries.__setitem__(index, entry))
+
+    def __delitem__(self, index: Any) -> None:
+        self._write(lambda entries: entries.__delitem__(index))
+
+    def insert(self, index: int, value: Any) -> None:
+        self._write(lambda entries: entries.insert(index, value))
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def _write(self, change: Callable[[list[Any]], None]) -> None:
+        entries = list(self)
+        change(entries)
+        scope._stack.set(tuple(entries[1:]))
+
+
+class ModuleContext:
+    """Where flax.nnx.bridge keeps what runs: `MODULE_CONTEXT.module_stack[-1]` is `bridge.current_context()`.
+
+    >>> import bridge
+    >>> bridge.module.MODULE_CONTEXT.module_stack
+    [None]
+    """
+
+    @property
+    def module_stack(self) -> MutableSequence[Any]:
+        """None, and a ModuleStackEntry for each method of a bridge module that runs, outermost first."""
+        return _ModuleStack()
+
+    def __repr__(self) -> str:
+        return f"ModuleContext(module_stack={self.module_stack})"
+
+
+module.MODULE_CONTEXT = ModuleContext()  # type: ignore[attr-defined]  # flax.nnx.bridge's place for it
 
 
 def _alias(name: str, **names: Any) -> ModuleType:
@@ -40,8 +89,12 @@ wrappers = _alias(
     Functional=Functional,
     ToLinen=ToLinen,
     ToNNX=ToNNX,
+    bdg_module=module,
+    bv=variables,
     current_linen_module=current_linen_module,
     functional=functional,
+    get_col_name=variables.get_col_name,
+    is_vanilla_variable=variables.is_vanilla_variable,
     lazy_init=lazy_init,
     linen_rngs_dict=linen_rngs_dict,
     to_linen=to_linen,
@@ -106,4 +159,10 @@ def moved_in(package: str) -> Callable[[str], ModuleType]:
     return find
 
 
-__getattr__ = moved_in("bridge")
+#: Names without underscore that flax.nnx.bridge's files have and its list has not: public trainers ask for them.
+_PRIVATE = {name: getattr(wrappers, name) for name in ("get_col_name", "is_vanilla_variable", "linen_rngs_dict")}
+_moved = moved_in("bridge")
+
+
+def __getattr__(name: str) -> Any:
+    return _PRIVATE[name] if name in _PRIVATE else _moved(name)

@@ -119,6 +119,7 @@ from nnx_core.kinds import (
 from nnx_core.modes import (
     set_graph_mode as set_graph_mode,
     set_graph_updates as set_graph_updates,
+    set_sow_capture_noop as set_sow_capture_noop,
     var_defaults as var_defaults,
 )
 from nnx_core.module import (
@@ -189,6 +190,10 @@ from nnx_core.nn.recurrent_cells import (
 )
 from nnx_core.nn.recurrent_conv import ConvLSTMCell as ConvLSTMCell
 from nnx_core.nn.rms_norm import RMSNorm as RMSNorm
+from nnx_core.nn.rope import (
+    RoPE as RoPE,
+    dot_product_attention_with_rope as dot_product_attention_with_rope,
+)
 from nnx_core.nn.spectral_norm import SpectralNorm as SpectralNorm
 from nnx_core.nn.weight_norm import WeightNorm as WeightNorm
 from nnx_core.optim import metrics as metrics, optimizer as optimizer

@@ -34,13 +34,14 @@ class _Recording(Watched):
         if not _wanted(self, variable_type, name):
             return False
         aside = self._nnx_aside + name
-        return Module.sow(self, variable_type, aside, value, *args, **kwargs)  # type: ignore[arg-type]  # a Module
+        kwargs["capture_noop"] = False  # here is the capture that it asks for
+        return Module.sow(self, variable_type, aside, value, *args[:2], **kwargs)  # type: ignore[arg-type]  # a Module
 
-    def perturb(self, name: str, value: Any, variable_type: Any = Perturbation) -> Any:
+    def perturb(self, name: str, value: Any, variable_type: Any = Perturbation, capture_noop: Any = None) -> Any:
         if not _wanted(self, variable_type, name):
             return value
         aside = self._nnx_aside + name
-        return Module.perturb(self, aside, value, variable_type)  # type: ignore[arg-type]  # a Module
+        return Module.perturb(self, aside, value, variable_type, False)  # type: ignore[arg-type]  # a Module
 
 
 def _wanted(module: Any, kind: Any, name: str) -> bool:
@@ -51,7 +52,7 @@ def _sowing(kind: type[Variable[Any]], aside: str, name: str, method: Method) ->
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = method(self, *args, **kwargs)
-        Module.sow(self, kind, aside + name, output)
+        Module.sow(self, kind, aside + name, output, capture_noop=False)
         return output
 
     return call

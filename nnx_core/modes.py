@@ -1,10 +1,10 @@
-"""Defaults that a program sets once: what `graph=None`, `graph_updates=None` and `ref=None` stand for.
+"""Defaults that a program sets once: what `graph=None`, `graph_updates=None`, `ref=None`, `capture_noop=None` mean.
 
 Law: a default holds from the call on; used with `with` or as a decorator it holds there only. Each thread has
 its own. There is one mechanism whatever the modes say: False only forbids (shared references, structure changes).
-Knows nothing of graphs: those who take the keywords ask `sharing_allowed`, `updates_allowed`,
-`var_defaults`, `use_eager_sharding.current_value`. flax's switches are read where flax is loaded; it
-is never imported.
+Knows nothing of graphs: those who take the keywords ask `sharing_allowed`, `updates_allowed`, `var_defaults`,
+`sowing_needs_capture`, `use_eager_sharding.current_value`. flax's switches are read where flax is loaded; it is never
+imported.
 """
 
 import functools
@@ -78,6 +78,41 @@ class set_graph_updates(_Setting):  # see set_graph_mode
     _variable = ContextVar("graph_updates", default=True)
 
 
+def _flax_switch(name: str, default: bool) -> bool:
+    """What flax's configuration says; where flax is not loaded, what the environment does, by flax's own rule."""
+    config = getattr(sys.modules.get("flax.configurations"), "config", None)
+    if config is not None:
+        return bool(getattr(config, name, default))
+    text = os.environ.get(name.upper(), "").lower()
+    return default if not text else text in ("y", "yes", "t", "true", "on", "1")
+
+
+class set_sow_capture_noop(_Setting):  # see set_graph_mode
+    """Set what `capture_noop=None` stands for: True (outside `nnx.capture`, `sow` and `perturb` do nothing) or False.
+
+    Until it is set here, flax's flag `nnx_sow_capture_noop` counts, as configuration or in the environment; it is off.
+
+    Example:
+      >>> import nnx_core.modes as modes
+      >>> with modes.set_sow_capture_noop(True):
+      ...     modes.sowing_needs_capture(None), modes.sowing_needs_capture(False)
+      (True, False)
+    """
+
+    _variable = ContextVar("sow_capture_noop", default=None)
+
+    @classmethod
+    def current_value(cls) -> bool:
+        """What holds here."""
+        value = cls._variable.get()
+        return _flax_switch("nnx_sow_capture_noop", default=False) if value is None else bool(value)
+
+
+def sowing_needs_capture(capture_noop: bool | None) -> bool:
+    """Whether `capture_noop`, as a user gave it, makes `sow` and `perturb` do nothing outside `nnx.capture`."""
+    return set_sow_capture_noop.current_value() if capture_noop is None else capture_noop
+
+
 def sharing_allowed(graph: bool | None) -> bool:
     """Whether `graph`, as a user gave it, lets shared references pass."""
     return (set_graph_mode.current_value() if graph is None else graph) is not False
@@ -119,14 +154,7 @@ def _flax_shards_eagerly() -> bool:
     using = getattr(sys.modules.get("flax.nnx"), "using_eager_sharding", None)
     if getattr(using, "__module__", "").startswith("flax."):  # else it is ours, under flax.nnx's name
         return bool(using())
-    config = getattr(sys.modules.get("flax.configurations"), "config", None)
-    if config is not None:
-        return bool(getattr(config, _FLAX_SWITCH, True))
-    return os.environ.get(_FLAX_SWITCH.upper(), "true").lower() not in _OFF
-
-
-_FLAX_SWITCH = "flax_always_shard_variable"
-_OFF = ("n", "no", "f", "false", "off", "0")
+    return _flax_switch("flax_always_shard_variable", default=True)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ Variables of the given type and never changes the numbers of a call.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, TypeVar
 
 import jax.numpy as jnp
 
 from nnx_core import filters as filterlib
-from nnx_core._errors import AttributeNotFoundError, Path
+from nnx_core._errors import AttributeNotFoundError, NnxError, Path
 from nnx_core._late_names import late_names
 from nnx_core.graph.api import update
 from nnx_core.graph.containers import DictStorage, ListStorage
@@ -22,6 +22,7 @@ from nnx_core.graph.replay import replay
 from nnx_core.graph.walk import children, iter_graph
 from nnx_core.graph.watched import unwatched
 from nnx_core.kinds import Perturbation, variable_type_from_name
+from nnx_core.modes import sowing_needs_capture
 from nnx_core.variables import Variable
 
 A = TypeVar("A")
@@ -53,6 +54,7 @@ class Module(Object):
         value: Any,
         reduce_fn: Callable[[Any, Any], Any] = lambda xs, x: (*xs, x),
         init_fn: Callable[[], Any] = lambda: (),
+        capture_noop: bool | None = None,
     ) -> bool:
         """Add `value` to the Variable `name` of this module, which is created where there is none.
 
@@ -62,13 +64,17 @@ class Module(Object):
           value: any pytree.
           reduce_fn: (collected so far, value) -> collected; by default a tuple grows.
           init_fn: what to begin with.
+          capture_noop: do nothing outside of `nnx.capture`; None for what `nnx.set_sow_capture_noop` says, which
+            at first is False.
 
         Returns:
-          True.
+          Whether the value was added.
 
         Raises:
           ValueError: if the attribute exists and is no Variable of that type.
         """
+        if sowing_needs_capture(capture_noop):
+            return False
         kind = variable_class(variable_type)
         variable = getattr(self, name, None)
         if variable is None:
@@ -79,11 +85,20 @@ class Module(Object):
             raise ValueError(_taken(self, name, kind, variable))
         return True
 
-    def perturb(self, name: str, value: A, variable_type: type[Variable[Any]] | str = Perturbation) -> A:
+    def perturb(
+        self,
+        name: str,
+        value: A,
+        variable_type: type[Variable[Any]] | str = Perturbation,
+        capture_noop: bool | None = None,
+    ) -> A:
         """`value` plus the Variable `name`, which is created as zeros where there is none.
 
-        The gradient with respect to that Variable is the gradient with respect to `value`.
+        The gradient with respect to that Variable is the gradient with respect to `value`. `capture_noop` is that of
+        `sow`: `value` is returned as it is then.
         """
+        if sowing_needs_capture(capture_noop):
+            return value
         kind = variable_class(variable_type)
         if not hasattr(self, name):
             setattr(self, name, kind(jnp.zeros_like(value)))  # not value * 0: NaN * 0 is NaN, -1.0 * 0 is -0.0
@@ -183,6 +198,7 @@ def assign_attributes(
     """
     predicates = filterlib.to_predicates(filters)
     missing = set(attributes)
+    writes: list[tuple[Module, str, Any]] = []  # all of them before the first: a failed call changes nothing
     for path, module in iter_modules(node):
         if filterlib.first_match(predicates, path, module) is None:
             continue
@@ -191,9 +207,11 @@ def assign_attributes(
             if hasattr(module, name) and not (is_flag and isinstance(vars(module).get(name), Variable | Module)):
                 missing.discard(name)
                 if getattr(module, name) is not value:
-                    setattr(module, name, value)
+                    writes.append((module, name, value))
     if missing and raise_if_not_found:
         raise AttributeNotFoundError(missing)
+    for module, name, value in writes:
+        setattr(module, name, value)
 
 
 def _taken(module: Module, name: str, kind: type[Variable[Any]], found: Any) -> str:
@@ -233,39 +251,73 @@ class Dict(DictStorage[A], Module):
     """
 
 
+class KeywordTwiceError(NnxError, TypeError):
+    """A layer of a Sequential gets one keyword from two sides."""
+
+    def __init__(self, index: int, names: Iterable[str]):
+        super().__init__(
+            f"Sequential.layers[{index}] gets {', '.join(map(repr, sorted(names)))} twice:\n"
+            "  expected each keyword once\n  found    it in the call of the Sequential, and in the dict that the layer"
+            " before returned\nLeave it out of one of the two, or give it another name there."
+        )
+
+
 class Sequential(Module):
     """Calls its layers one after another: a tuple is passed on as arguments, a dict as keywords.
 
-    `rngs=` of the call goes to every layer that has a parameter of that name.
+    Keywords of the call, `rngs=` among them, go to every layer that has a parameter of that name. Iterating over it
+    gives its layers.
 
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
       >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.relu)
       >>> model(jnp.ones((1, 2))).shape
       (1, 3)
+      >>> [type(layer).__name__ for layer in model][0]
+      'Linear'
+      >>> layers = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+      >>> bool((layers(jnp.ones((1, 2)), deterministic=True) == layers.layers[0](jnp.ones((1, 2)))).all())
+      True
     """
 
     def __init__(self, *fns: Callable[..., Any]):
         self.layers = List(fns)
 
-    def __call__(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.layers)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The result of the last layer; without layers, the arguments.
+
+        Raises:
+          TypeError: a layer cannot be called.
+          KeywordTwiceError: a layer gets one keyword from the call and from the layer before it.
+        """
+        output: Any = None
+        handed_on: dict[str, Any] = {}
         for i, f in enumerate(self.layers):
             if not callable(f):
                 raise TypeError(f"Sequential.layers[{i}] must be callable, found {type(f).__name__}.")
-            own = {"rngs": rngs} if rngs is not None and _takes(f, "rngs") else {}
-            output = f(*args, **own, **kwargs)
-            args, kwargs = _as_arguments(output)
+            own = _taken_by(f, kwargs, is_first=i == 0) if kwargs else {}
+            if twice := own.keys() & handed_on.keys():
+                raise KeywordTwiceError(i, twice)
+            output = f(*args, **handed_on, **own)
+            args, handed_on = _as_arguments(output)
         if self.layers:
             return output
-        return kwargs or (args if len(args) > 1 else next(iter(args), None))
+        return (args if len(args) > 1 else args[0]) if args else kwargs or None
 
 
-def _takes(f: Callable[..., Any], name: str) -> bool:
-    """Whether `f` has a parameter called `name`."""
+def _taken_by(f: Callable[..., Any], keywords: dict[str, Any], *, is_first: bool) -> dict[str, Any]:
+    """Those of `keywords` that `f` has parameters for; of a builtin that does not tell, all if it is called first."""
     try:
-        return name in inspect.signature(f).parameters
-    except ValueError:  # some builtins do not tell
-        return False
+        parameters = inspect.signature(f).parameters
+    except ValueError:
+        return keywords if is_first else {}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return keywords
+    named = {name for name, p in parameters.items() if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)}
+    return {name: value for name, value in keywords.items() if name in named}
 
 
 def _as_arguments(output: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

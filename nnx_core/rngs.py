@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx_core import filters as filterlib
-from nnx_core._errors import MissingRngError, Path
+from nnx_core._errors import MissingRngError, NnxError, Path
 from nnx_core.graph.api import graphdef
 from nnx_core.graph.objects import Object
 from nnx_core.graph.walk import iter_graph, recursive_map
@@ -184,16 +184,28 @@ class Rngs(_Samplers, Mapping[str, RngStream]):
         return self.__dict__.items()
 
     def fork(self, /, *, split: Any = None) -> "Rngs":
-        """New streams, each seeded by the next key of the one with its name; `fork(split=k)` is `split(k)`."""
-        if split is not None:
-            return self.split(split)
-        return self._each(lambda name, stream: stream.fork())
+        """New streams, each seeded by the next key of the one with its name.
+
+        Args:
+          split: a shape, or {filter: shape}: the keys of these streams are split, as by `Rngs.split`. Unlike there,
+            what no filter has is forked too: nothing of the new Rngs gives a number that this one gives.
+
+        Example:
+          >>> import nnx_core as nnx
+          >>> rngs = nnx.Rngs(params=0, dropout=1)
+          >>> new = rngs.fork(split={"params": 3})
+          >>> new.params.key.shape, bool(new.dropout() == rngs.dropout())
+          ((3,), False)
+        """
+        rules = _split_rules(split)
+        return self._each(lambda name, stream: stream.fork(split=_split_of(rules, (name,), stream)))
 
     def split(self, k: Any) -> "Rngs":
         """New streams, with the next key of the one with their name split into a shape.
 
         Args:
-          k: a shape for every stream; or {filter: shape}: streams that match none, or None, keep their key and count.
+          k: a shape for every stream; or {filter: shape}: streams that match none, or None, keep their key and
+            count. They go on from there on both sides, with the same numbers: `fork(split=k)` gives new ones.
         """
         rules = _split_rules(k)
         return self._each(lambda name, stream: _split_stream(stream, _split_of(rules, (name,), stream)))
@@ -236,14 +248,34 @@ Shape = int | tuple[int, ...] | None
 _Rules = list[tuple[filterlib.Predicate, Shape]]
 
 
+class RngRuleError(NnxError, ValueError):
+    """`with_rngs` was told two things about one stream."""
+
+    def __init__(self, path: Path, stream: RngStream, rules: Mapping[str, filterlib.Predicate]):
+        listed = "".join(f"\n  found    {kind} by the filter {predicate!r}" for kind, predicate in rules.items())
+        super().__init__(
+            f"RngStream at path {path} (tag {stream.tag!r}) matches multiple rules of with_rngs:\n"
+            f"  expected one of split, broadcast and fork{listed}\n"
+            "Narrow the filters, so that each stream is named once; `...` may stand beside: it has what is left."
+        )
+
+
 def _split_rules(split: Any) -> _Rules:
+    if split is None:
+        return []
     if isinstance(split, Mapping):
         return [(filterlib.to_predicate(f), shape) for f, shape in split.items()]
     return [(filterlib.to_predicate(...), split)]
 
 
+def _rule_of(rules: _Rules, path: Path, stream: RngStream) -> tuple[filterlib.Predicate, Shape] | None:
+    """The first rule that has this stream."""
+    return next((rule for rule in rules if rule[0](path, stream)), None)
+
+
 def _split_of(rules: _Rules, path: Path, stream: RngStream) -> Shape:
-    return next((shape for predicate, shape in rules if predicate(path, stream)), None)
+    rule = _rule_of(rules, path, stream)
+    return None if rule is None else rule[1]
 
 
 def streams_of(node: Any) -> list[tuple[Path, RngStream]]:
@@ -338,7 +370,11 @@ def fork_rngs(
     graph: bool | None = None,
     graph_updates: bool | None = None,
 ) -> Any:
-    """Fork the streams of `node` in place (see `Rngs.fork`); as a decorator, for the call.
+    """Fork the streams of `node` in place (see `RngStream.fork`); as a decorator, for the call.
+
+    Args:
+      node: a module or pytree; without it, a decorator for functions that take some.
+      split: a shape, or {filter: shape}: the keys are split; streams that no filter has go on as they are.
 
     Returns:
       Backups for `restore_rngs`, also a context manager.
@@ -348,10 +384,12 @@ def fork_rngs(
         around = _around_call if in_place else _on_copies
         return around(node, lambda args: fork_rngs(args, split=split, graph=graph, graph_updates=graph_updates))
     if not in_place:
-        return with_rngs(node, split=split, fork=..., graph=graph)
-    rules = _split_rules(split)
+        return with_rngs(node, fork=..., graph=graph) if split is None else with_rngs(node, split=split, graph=graph)
+    rules = _split_rules({...: None} if split is None else split)
     backups = []
     for path, stream in streams_of(node):
+        if _rule_of(rules, path, stream) is None:
+            continue
         shape = _split_of(rules, path, stream)
         key = stream()
         backups.append(_replace(stream, key if shape is None else jax.random.split(key, shape)))
@@ -429,8 +467,8 @@ def with_rngs(
 ) -> Any:
     """A copy of `node` with other streams; it shares all other Variables. As a decorator, for a call's arguments.
 
-    Each stream is treated by the first rule that has it, and kept as it is if none has. The new stream takes
-    the next key of the one it replaces, whose count goes on.
+    Each stream is treated by the first of split, broadcast and fork that has it, and kept as it is if none has. The
+    new stream takes the next key of the one it replaces, whose count goes on.
 
     Args:
       node: a module or pytree; without it, a decorator for functions that take some.
@@ -438,6 +476,9 @@ def with_rngs(
       broadcast: a shape, or {filter: shape}: every place of this shape has the same key.
       fork: a filter, or several: a new stream of the same shape.
       only: the streams that are considered at all.
+
+    Raises:
+      RngRuleError: two of split, broadcast and fork name one stream, by filters that do not have all streams.
 
     Example:
       >>> import nnx_core as nnx
@@ -451,19 +492,32 @@ def with_rngs(
         return _on_copies(node, lambda args: with_rngs(args, **options))
     if not sharing_allowed(graph):
         graphdef(node, graph=False)  # raises if something is shared
-    splits, broadcasts = ([] if rule is None else _split_rules(rule) for rule in (split, broadcast))
-    considered, forked = filterlib.to_predicate(only), filterlib.to_predicate(fork)
+    kinds = {
+        "split": _split_rules(split),
+        "broadcast": _split_rules(broadcast),
+        "fork": [] if fork is None else [(filterlib.to_predicate(fork), None)],
+    }
+    considered = filterlib.to_predicate(only)
+    for path, stream in streams_of(node):  # all of them, before the first key is drawn
+        if considered(path, stream):
+            _check_one_rule(kinds, path, stream)
 
     def replaced(path: Path, x: Any) -> Any:
         if not isinstance(x, RngStream) or not considered(path, x):
             return x
-        if any(predicate(path, x) for predicate, _ in splits):
-            return x.fork(split=_split_of(splits, path, x))
-        if any(predicate(path, x) for predicate, _ in broadcasts):
-            return x.broadcast(_shape(_split_of(broadcasts, path, x)))
-        return x.fork() if forked(path, x) else x
+        for kind, rules in kinds.items():
+            if (rule := _rule_of(rules, path, x)) is not None:
+                return x.broadcast(_shape(rule[1])) if kind == "broadcast" else x.fork(split=rule[1])
+        return x
 
     return recursive_map(replaced, node)
+
+
+def _check_one_rule(kinds: dict[str, _Rules], path: Path, stream: RngStream) -> None:
+    matches = {kind: _rule_of(rules, path, stream) for kind, rules in kinds.items()}
+    named = {kind: rule[0] for kind, rule in matches.items() if rule and not isinstance(rule[0], filterlib.Everything)}
+    if len(named) > 1:
+        raise RngRuleError(path, stream, named)
 
 
 def _shape(shape: Shape) -> tuple[int, ...]:

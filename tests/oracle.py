@@ -10,17 +10,12 @@ from typing import Any
 
 import flax.nnx
 import jax
-import pytest
 
 import nnx_core
 from tests.tolerance import assert_trees_equal
 
 LIBS = (nnx_core, flax.nnx)
 
-#: For tests that compare names and signatures: later versions of flax have more of both.
-of_the_promised_flax = pytest.mark.skipif(
-    flax.__version__ != "0.12.8", reason="the names and signatures that are promised are those of flax 0.12.8"
-)
 Program = Callable[[Any], Any]
 
 

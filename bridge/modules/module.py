@@ -38,6 +38,7 @@ from bridge.nnx_in_linen.host import Host, hosted
 from bridge.variables.kinds import collection_of, variable_type
 from bridge.variables.mapping import inside, linen_tree, put
 from bridge.variables.metadata import to_linen_value, to_nnx_variable
+from nnx_core.modes import sowing_needs_capture
 
 __all__ = ["AttrPriority", "Module", "ModuleStackEntry", "Scope", "compact", "current_context", "current_module"]
 
@@ -271,24 +272,31 @@ class Module(nnx.Module, metaclass=ModuleMeta):
         value: Any,
         reduce_fn: Callable[[Any, Any], Any] = lambda xs, x: (*xs, x),
         init_fn: Callable[[], Any] = lambda: (),
+        capture_noop: bool | None = None,
     ) -> bool:
         """As for every NNX module; does nothing, and returns False, where the collection may not be written."""
+        if sowing_needs_capture(capture_noop):
+            return False
         if self.scope is not None:
             collection = collection_of(_class_of(variable_type))
             if not in_filter(self.scope.mutable, collection):
                 return False
             self._take(collection, name)
-        return super().sow(variable_type, name, value, reduce_fn, init_fn)
+        return super().sow(variable_type, name, value, reduce_fn, init_fn, capture_noop=False)
 
-    def perturb(self, name: str, value: Any, variable_type: Any = nnx.Perturbation) -> Any:
+    def perturb(
+        self, name: str, value: Any, variable_type: Any = nnx.Perturbation, capture_noop: bool | None = None
+    ) -> Any:
         """As for every NNX module; `value` itself where the variable is missing and may not be made."""
+        if sowing_needs_capture(capture_noop):
+            return value
         if self.scope is not None:
             collection = collection_of(_class_of(variable_type))
             if self._take(collection, name) is None:
                 if not self.scope.may_make(collection):
                     return value
                 self._new(collection, name, lambda: jax.tree.map(jax.numpy.zeros_like, value))
-        return super().perturb(name, value, variable_type)
+        return super().perturb(name, value, variable_type, capture_noop=False)
 
     # ---- variables ----
 

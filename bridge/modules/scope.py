@@ -201,4 +201,4 @@ def running(entry: ModuleStackEntry) -> Iterator[None]:
 
 def modules_running() -> list[Any]:
     """The modules of all runs, outermost first."""
-    return [entry.module for entry in _stack.get()]
+    return [entry.module for entry in _stack.get() if entry is not None]

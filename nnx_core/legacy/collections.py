@@ -14,6 +14,7 @@ from nnx_core._errors import Path, RegistryError
 from nnx_core.kinds import variable_name_from_type, variable_type_from_name
 from nnx_core.legacy._errors import CollectionError
 from nnx_core.variables import Variable as CoreVariable
+from nnx_core.variables import late_answers
 
 Sharding = Sequence[str | None]
 
@@ -21,8 +22,8 @@ Sharding = Sequence[str | None]
 class Variable(abc.ABC):  # noqa: B024  # for `register` below: instances are those of nnx_core's Variable
     """A Variable of a collection; the Variable type of that name is made where there is none.
 
-    Every Variable of nnx_core is an instance. Read axis names back as `v.sharding_names`: `v.sharding` is where
-    the array lies.
+    Every Variable of nnx_core is an instance, and answers `v.collection`. Read axis names back as `v.sharding_names`:
+    `v.sharding` is where the array lies.
 
     Args:
       collection: its name.
@@ -36,8 +37,8 @@ class Variable(abc.ABC):  # noqa: B024  # for `register` below: instances are th
       >>> from nnx_core import legacy as nnx
       >>> import jax.numpy as jnp
       >>> mean = nnx.Variable("batch_stats", jnp.zeros((2, 3)), sharding=("batch", None))
-      >>> type(mean).__name__, mean.sharding_names, isinstance(mean, nnx.Variable)
-      ('BatchStat', ('batch', None), True)
+      >>> type(mean).__name__, mean.collection, mean.sharding_names, isinstance(mean, nnx.Variable)
+      ('BatchStat', 'batch_stats', ('batch', None), True)
     """
 
     def __new__(cls, collection: str, value: Any, sharding: Sharding | None = None) -> Any:
@@ -97,6 +98,9 @@ def collection_of(variable: Any) -> str | None:
         except RegistryError:
             continue
     return type(variable).__name__
+
+
+late_answers["collection"] = collection_of
 
 
 @dataclass(frozen=True)

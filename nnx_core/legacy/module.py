@@ -4,11 +4,13 @@ Law: a raw value that is assigned where a Variable is goes into the Variable, so
 one; `split` and `merge` are nnx_core's, with the State keyed by path tuples.
 """
 
+import reprlib
 from typing import Any, TypeVar
 
 from nnx_core import filters as filterlib
 from nnx_core.graph import api
 from nnx_core.graph.classify import ARRAY, NUMBER, kind_of
+from nnx_core.legacy._text import fields_text, value_text
 from nnx_core.legacy.collections import to_filter
 from nnx_core.legacy.moduledef import ModuleDef
 from nnx_core.legacy.state import State, as_core, snapshot
@@ -42,9 +44,20 @@ class Module(CoreModule):
       ...         self.mean = 0.5 * self.mean + 0.5 * x
       ...         return x - self.mean
       >>> model = Mean()
-      >>> model(4.0), model.filter("batch_stats")
-      (2.0, State({('mean',): BatchStat(2.0)}))
+      >>> model(4.0), model.filter("batch_stats")["mean"].value
+      (2.0, 2.0)
+      >>> model
+      Mean(
+        mean=MutableVariable(
+            collection='batch_stats',
+            value=2.0
+        )
+      )
     """
+
+    @reprlib.recursive_repr()
+    def __repr__(self) -> str:
+        return fields_text(type(self).__name__, [(f"{key}=", value_text(x)) for key, x in self._nnx_items().items()])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not _written(self.__dict__.get(name), value):
@@ -66,8 +79,8 @@ class Module(CoreModule):
           >>> from nnx_core import legacy as nnx
           >>> model = nnx.Map(w=nnx.param(1.0), mean=nnx.var("batch_stats", 2.0))
           >>> params, rest, moduledef = model.split("params", ...)
-          >>> params, rest
-          (State({('w',): Param(1.0)}), State({('mean',): BatchStat(2.0)}))
+          >>> list(params), list(rest)
+          ([('w',)], [('mean',)])
         """
         states, moduledef = self.partition(*filters)
         return (*states, moduledef) if len(filters) > 1 else (states, moduledef)
@@ -99,8 +112,8 @@ class Module(CoreModule):
         Example:
           >>> from nnx_core import legacy as nnx
           >>> model = nnx.Map(w=nnx.param(1.0), h=nnx.var("intermediates", 2.0))
-          >>> model.pop("intermediates"), list(model)
-          (State({('h',): Intermediate(2.0)}), ['w'])
+          >>> model.pop("intermediates")["h"].value, list(model)
+          (2.0, ['w'])
         """
         found = api.pop(self, *map(to_filter, filters))
         return tuple(map(State, found)) if isinstance(found, tuple) else State(found)

@@ -12,11 +12,11 @@ from typing import Any, Generic, TypeVar
 import jax
 
 from nnx_core._errors import Path
-from nnx_core._repr import show_fields
 from nnx_core.graph import api
 from nnx_core.graph.pack import Refs, Unpacker
 from nnx_core.graph.structure import Element, GraphDef, Node, Ref, Static, nodes
 from nnx_core.legacy._errors import SubmoduleDefError
+from nnx_core.legacy._text import fields_text
 from nnx_core.legacy.state import as_core
 
 M = TypeVar("M")
@@ -39,9 +39,15 @@ class ModuleDef(Generic[M]):
       >>> shared = nnx.Map(w=nnx.param(1.0), size=3)
       >>> state, moduledef = nnx.Map(a=shared, b=shared).split()
       >>> moduledef
-      ModuleDef[Map](
+      ModuleDef(
+        type=Map,
         index=0,
-        submodules=(('a', ModuleDef[Map](index=1, submodules=(), static_fields=(('size', 3),))), ('b', 1)),
+        submodules=(('a', ModuleDef(
+          type=Map,
+          index=1,
+          submodules=(),
+          static_fields=(('size', 3),)
+        )), ('b', 1)),
         static_fields=()
       )
       >>> module = moduledef.merge(state)
@@ -137,8 +143,8 @@ class ModuleDef(Generic[M]):
         return {element.id: number for number, element in enumerate(objects)}
 
     def __repr__(self) -> str:
-        fields = [(f"{name}=", getattr(self, name)) for name in ("index", "submodules", "static_fields")]
-        return show_fields(f"ModuleDef[{self.type.__name__}]", fields)
+        fields = [(f"{name}=", repr(getattr(self, name))) for name in ("index", "submodules", "static_fields")]
+        return fields_text("ModuleDef", [("type=", self.type.__name__), *fields])
 
 
 def _is_static(element: Element) -> bool:

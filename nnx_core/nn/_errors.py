@@ -38,12 +38,11 @@ class InputDtypeError(NnxError, ValueError, TypeError):
 
 
 class OptionError(NnxError, ValueError):
-    """A layer was constructed with an option that does not fit the others."""
+    """A layer or function was given an option that makes no sense, or does not fit the others."""
 
-    def __init__(self, layer: Module, option: str, expected: str, found: object, fix: str):
-        super().__init__(
-            f"{type(layer).__name__}(..., {option}=...):\n  expected {expected}\n  found    {found}\n{fix}"
-        )
+    def __init__(self, owner: Module | str, option: str, expected: str, found: object, fix: str):
+        name = owner if isinstance(owner, str) else type(owner).__name__
+        super().__init__(f"{name}(..., {option}=...):\n  expected {expected}\n  found    {found}\n{fix}")
 
 
 class MissingFlagError(NnxError, ValueError):

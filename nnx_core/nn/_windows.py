@@ -23,7 +23,7 @@ def each_axis(option: PerAxis, rank: int) -> tuple[int, ...]:
     """One integer for each of `rank` axes; None is 1 for all of them."""
     if option is None:
         return (1,) * rank
-    return (option,) * rank if isinstance(option, int) else tuple(option)
+    return tuple(option) if isinstance(option, Sequence) else (option,) * rank
 
 
 def channels_last(rank: int) -> lax.ConvDimensionNumbers:
@@ -60,7 +60,7 @@ def explicit_padding(padding: PaddingLike, rank: int) -> LaxPadding:
 
 def is_pair(padding: object) -> bool:
     """Whether this is (before, after), the padding of one axis."""
-    return isinstance(padding, tuple) and len(padding) == 2
+    return isinstance(padding, tuple) and len(padding) == 2 and all(isinstance(side, int) for side in padding)
 
 
 def pad_inputs(

@@ -17,9 +17,10 @@ from nnx_core.graph.objects import data
 from nnx_core.kinds import Cache
 from nnx_core.module import Module
 from nnx_core.nn import dtypes
-from nnx_core.nn._axes import Shape
+from nnx_core.nn._axes import Shape, as_tuple
 from nnx_core.nn._errors import InputShapeError, OptionError, next_key, place, require_rngs
 from nnx_core.nn._flags import choose_flag, set_flags
+from nnx_core.nn._options import probability, sizes
 from nnx_core.nn.attention_dot_product import combine_masks, dot_product_attention
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
@@ -153,11 +154,11 @@ class MultiHeadAttention(Module):
         key_ln_scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self.num_heads, self.num_kv_heads = num_heads, _either(num_kv_heads, num_heads)
-        self.in_features, self.in_kv_features = in_features, _either(in_kv_features, in_features)
-        self.qkv_features, self.out_features = _either(qkv_features, in_features), _either(out_features, in_features)
+        self.num_heads, self.in_features = sizes(self, num_heads=num_heads, in_features=in_features)
+        _keep_other_sizes(self, qkv_features, out_features, num_kv_heads, in_kv_features)
         self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
-        self.dropout_rate, self.broadcast_dropout = dropout_rate, broadcast_dropout
+        self.dropout_rate = probability(self, "dropout_rate", dropout_rate)
+        self.broadcast_dropout = broadcast_dropout
         self.deterministic, self.decode = deterministic, decode
         self.use_bias, self.normalize_qk, self.attention_fn = use_bias, normalize_qk, attention_fn
         self.qkv_promote_dtype, self.out_promote_dtype = qkv_promote_dtype, out_promote_dtype
@@ -165,12 +166,12 @@ class MultiHeadAttention(Module):
         self.qkv_dot_general_cls, self.out_dot_general_cls = qkv_dot_general_cls, out_dot_general_cls
         self.ln_promote_dtype = ln_promote_dtype
         _check_options(self)
-        self.head_dim = self.qkv_features // num_heads
+        self.head_dim = self.qkv_features // self.num_heads
         inits = (kernel_init, bias_init, kernel_metadata, bias_metadata)
         ours = (out_kernel_init, out_bias_init, out_kernel_metadata, out_bias_metadata)
         out = tuple(own or shared for own, shared in zip(ours, inits, strict=True))
         _add_layers(self, rngs, inits, out, (query_ln_scale_metadata, key_ln_scale_metadata))
-        self.rngs: RngStream | None = data(rngs["dropout"].fork() if keep_rngs and dropout_rate > 0 else None)
+        self.rngs: RngStream | None = data(rngs["dropout"].fork() if keep_rngs and self.dropout_rate > 0 else None)
         self.cached_key = self.cached_value = self.cache_index = data(None)  # `data`: places for Variables
 
     def __call__(
@@ -187,6 +188,7 @@ class MultiHeadAttention(Module):
         is_causal: bool = False,
         out_sharding: Any = None,
         qkv_sharding: Any = None,
+        input_positions: jax.Array | None = None,
     ) -> jax.Array:
         """Apply the layer; in decoding, write the token into the cache.
 
@@ -203,6 +205,8 @@ class MultiHeadAttention(Module):
           is_causal: query i sees keys 0 to i only. Decoding always is: a token sees those before it.
           out_sharding: of the output, in JAX's explicit sharding mode.
           qkv_sharding: of query, key and value, in JAX's explicit sharding mode.
+          input_positions: `[*batch, length]`, handed to `attention_fn` if given; see
+            `nnx.dot_product_attention_with_rope`.
 
         Returns:
           `[*batch, q_length, out_features]`, in `dtype`, or the dtype promoted from inputs and parameters.
@@ -229,6 +233,7 @@ class MultiHeadAttention(Module):
         if decode:
             key, value, mask = _through_cache(self, key, value, mask)
         quiet = not self.dropout_rate or choose_flag(self, "deterministic", deterministic, self.deterministic)
+        positions = {} if input_positions is None else {"input_positions": input_positions}
         y = self.attention_fn(
             query,
             key,
@@ -242,6 +247,7 @@ class MultiHeadAttention(Module):
             precision=self.precision,
             module=self if sow_weights else None,
             is_causal=is_causal and not decode,  # the cache's mask is causal; row 0 of another sees key 0 only
+            **positions,
         )
         return self.out(y, out_sharding=out_sharding)
 
@@ -284,7 +290,7 @@ class MultiHeadAttention(Module):
         """
         set_flags(self, deterministic=deterministic, decode=decode)
         if self.decode and batch_size is not None and max_length is not None:
-            batch = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
+            batch = as_tuple(batch_size)
             self.init_cache((*batch, max_length, self.in_features), self.dtype or self.param_dtype)
 
 
@@ -293,6 +299,19 @@ class MultiHeadAttention(Module):
 
 def _either(size: int | None, default: int) -> int:
     return default if size is None else size
+
+
+def _keep_other_sizes(
+    layer: MultiHeadAttention, qkv: int | None, out: int | None, kv_heads: int | None, kv: int | None
+) -> None:
+    """The sizes that are those of others unless given."""
+    layer.num_kv_heads, layer.qkv_features, layer.out_features, layer.in_kv_features = sizes(
+        layer,
+        num_kv_heads=_either(kv_heads, layer.num_heads),
+        qkv_features=_either(qkv, layer.in_features),
+        out_features=_either(out, layer.in_features),
+        in_kv_features=_either(kv, layer.in_features),
+    )
 
 
 def _check_options(layer: MultiHeadAttention) -> None:
@@ -308,9 +327,6 @@ def _check_options(layer: MultiHeadAttention) -> None:
     if kv_heads < 1 or heads % kv_heads:
         fix = "Each head of key and value serves num_heads // num_kv_heads query heads."
         raise OptionError(layer, "num_kv_heads", f"a divisor of num_heads {heads}", kv_heads, fix)
-    if not 0 <= layer.dropout_rate <= 1:
-        fix = "It is the rate to drop, not to keep."
-        raise OptionError(layer, "dropout_rate", "a probability in [0, 1]", layer.dropout_rate, fix)
 
 
 def _add_layers(

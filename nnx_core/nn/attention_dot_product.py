@@ -19,6 +19,7 @@ from nnx_core.module import Module
 from nnx_core.nn import dtypes
 from nnx_core.nn._axes import Shape
 from nnx_core.nn._errors import MissingRngsError
+from nnx_core.nn._options import probability, size
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 
 
@@ -73,6 +74,7 @@ def dot_product_attention(
 
     Raises:
       AttentionShapeError: arguments that do not fit each other.
+      OptionError: `dropout_rate` is no probability.
       MissingRngsError: weights are to be dropped, and there is no `dropout_rng`.
 
     >>> import jax.numpy as jnp
@@ -124,6 +126,7 @@ def dot_product_attention_weights(
 
     Raises:
       AttentionShapeError: arguments that do not fit each other.
+      OptionError: `dropout_rate` is no probability.
       MissingRngsError: weights are to be dropped, and there is no `dropout_rng`.
 
     >>> import jax.numpy as jnp
@@ -132,17 +135,18 @@ def dot_product_attention_weights(
     """
     query, key = promote_dtype((query, key), dtype=dtype)
     _check_query_and_key(query.shape, key.shape)
+    dropout_rate = probability("dot_product_attention", "dropout_rate", dropout_rate)
     dtype = query.dtype
     query = query / jnp.sqrt(query.shape[-1]).astype(dtype)
     logits = _logits(query, key, precision)
     if bias is not None:
-        _check_broadcastable("bias", jnp.shape(bias), logits.shape)
-        logits = logits + bias
+        logits = logits + _broadcastable("bias", bias, logits.shape)
+    if mask is not None:
+        mask = _broadcastable("mask", mask, logits.shape)
     if is_causal:
-        causal = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        causal = _broadcastable("mask", jnp.tril(jnp.ones(logits.shape[-2:], bool)), logits.shape)
         mask = causal if mask is None else jnp.logical_and(mask, causal)
     if mask is not None:
-        _check_broadcastable("mask", jnp.shape(mask), logits.shape)
         logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
     weights = jax.nn.softmax(logits).astype(dtype)
     if module is not None:
@@ -200,7 +204,12 @@ def _check_query_and_key(query: Shape, key: Shape) -> None:
         )
 
 
-def _check_broadcastable(what: str, shape: Shape, weights: Shape) -> None:
+def _broadcastable(what: str, x: jax.Array, weights: Shape) -> jax.Array:
+    """`x` with as many axes as the weights have; AttentionShapeError unless it broadcasts to them.
+
+    JAX would put the axes in itself, but not under `jax_numpy_rank_promotion="raise"`.
+    """
+    shape = jnp.shape(x)
     try:
         fits = jnp.broadcast_shapes(shape, weights) == weights
     except ValueError:
@@ -212,6 +221,7 @@ def _check_broadcastable(what: str, shape: Shape, weights: Shape) -> None:
             f"A {what} for all heads has a 1 there, which nnx.make_attention_mask puts in.",
             **{what: shape},
         )
+    return x if len(shape) == len(weights) else jnp.expand_dims(x, tuple(range(len(weights) - len(shape))))
 
 
 # ---- masks -------------------------------------------------------------------------------------------------
@@ -244,7 +254,7 @@ def make_attention_mask(
     """
     mask = pairwise_fn(jnp.expand_dims(query_input, -1), jnp.expand_dims(key_input, -2))
     mask = jnp.expand_dims(mask, -3)
-    mask = jnp.expand_dims(mask, tuple(range(extra_batch_dims)))
+    mask = jnp.expand_dims(mask, tuple(range(size("make_attention_mask", "extra_batch_dims", extra_batch_dims))))
     return cast(jax.Array, mask.astype(dtype))
 
 

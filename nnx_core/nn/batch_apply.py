@@ -15,6 +15,7 @@ from nnx_core._errors import NnxError
 from nnx_core.graph.objects import Object
 from nnx_core.module import Module
 from nnx_core.nn._errors import InputShapeError, OptionError, place
+from nnx_core.nn._options import size
 from nnx_core.variables import Variable
 
 
@@ -56,10 +57,8 @@ class BatchApply(Module):
     def __init__(self, f: Callable[..., Any], num_dims: int = 2):
         if not callable(f):
             raise OptionError(self, "f", "a module or function", type(f).__name__, "It is called with the arguments.")
-        if not isinstance(num_dims, int) or num_dims < 1:
-            raise OptionError(self, "num_dims", "a positive integer", num_dims, "It counts the axes to merge.")
         self.f = f
-        self.num_dims = num_dims
+        self.num_dims = size(self, "num_dims", num_dims, least=1)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call `f` on merged arguments.

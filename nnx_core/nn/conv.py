@@ -17,6 +17,7 @@ from nnx_core.nn import dtypes
 from nnx_core.nn._affine import new_param, optional_param
 from nnx_core.nn._axes import hashable
 from nnx_core.nn._errors import require_rngs
+from nnx_core.nn._options import size
 from nnx_core.nn._windows import CONV_PADDINGS, PaddingLike, PerAxis, channels_last, each_axis, merge_batch, pad_inputs
 from nnx_core.nn.conv_base import Convolution
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
@@ -98,17 +99,18 @@ class Conv(Convolution):
         require_rngs(self, rngs)
         self._nnx_keep_window(in_features, out_features, kernel_size, strides, padding, kernel_dilation)
         self._nnx_keep_numerics(dtype, param_dtype, precision, promote_dtype)
-        self.input_dilation, self.feature_group_count = hashable(input_dilation), feature_group_count
+        self.input_dilation = hashable(input_dilation)
+        self.feature_group_count = size(self, "feature_group_count", feature_group_count, least=1)
         self.use_bias, self.mask = use_bias, data(mask)
         self.conv_general_dilated, self.preferred_element_type = conv_general_dilated, preferred_element_type
-        self.kernel_shape = (*self.kernel_size, in_features // feature_group_count, out_features)
+        self.kernel_shape = (*self.kernel_size, self.in_features // self.feature_group_count, self.out_features)
         self._nnx_check_per_axis("strides", "input_dilation", "kernel_dilation")
         self._nnx_check_padding(CONV_PADDINGS)
         self._nnx_check_input_dilation()
         self._nnx_check_groups()
         self._nnx_check_mask()
         self.kernel = new_param(rngs, kernel_init, self.kernel_shape, param_dtype, kernel_metadata)
-        self.bias = optional_param(use_bias, rngs, bias_init, (out_features,), param_dtype, bias_metadata)
+        self.bias = optional_param(use_bias, rngs, bias_init, (self.out_features,), param_dtype, bias_metadata)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Apply the layer.

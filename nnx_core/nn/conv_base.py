@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from nnx_core.nn._affine import KernelLayer
-from nnx_core.nn._axes import as_tuple, hashable
+from nnx_core.nn._axes import hashable
 from nnx_core.nn._errors import InputShapeError, OptionError
+from nnx_core.nn._options import shape, sizes
 from nnx_core.nn._windows import PaddingLike, PerAxis, each_axis, is_pair, split_batch
 
 
@@ -38,8 +39,8 @@ class Convolution(KernelLayer):
         padding: PaddingLike,
         kernel_dilation: PerAxis,
     ) -> None:
-        self.in_features, self.out_features = in_features, out_features
-        self.kernel_size, self.strides = as_tuple(kernel_size), hashable(strides)
+        self.in_features, self.out_features = sizes(self, in_features=in_features, out_features=out_features)
+        self.kernel_size, self.strides = shape(self, "kernel_size", kernel_size, least=1), hashable(strides)
         self.padding, self.kernel_dilation = hashable(padding), hashable(kernel_dilation)
 
     def _nnx_promoted(
@@ -62,12 +63,13 @@ class Convolution(KernelLayer):
     # ---- checks
 
     def _nnx_check_per_axis(self, *options: str) -> None:
-        """OptionError unless each of these attributes is one integer, None, or as long as `kernel_size`."""
+        """OptionError unless each of these is one positive integer, None, or as many as `kernel_size` has entries."""
         rank = len(self.kernel_size)
         for option in options:
             value = getattr(self, option)
-            if isinstance(value, tuple) and len(value) != rank:
-                self._nnx_fail(option, f"one integer, or {rank}: one for each spatial axis", value)
+            entries = value if isinstance(value, tuple) else (1 if value is None else value,) * rank
+            if len(entries) != rank or not all(isinstance(entry, int) and entry > 0 for entry in entries):
+                self._nnx_fail(option, f"one integer, or {rank}: one for each spatial axis, all positive", value)
 
     def _nnx_check_padding(self, names: tuple[str, ...]) -> None:
         """OptionError unless `padding` is one of `names`, or integers that fit `kernel_size`."""

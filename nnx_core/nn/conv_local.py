@@ -16,8 +16,9 @@ from jax import lax
 from nnx_core.graph.objects import data
 from nnx_core.nn import dtypes
 from nnx_core.nn._affine import new_param, optional_param
-from nnx_core.nn._axes import as_tuple, hashable
+from nnx_core.nn._axes import hashable
 from nnx_core.nn._errors import InputShapeError, require_rngs
+from nnx_core.nn._options import shape
 from nnx_core.nn._windows import CONV_PADDINGS, PaddingLike, PerAxis, channels_last, each_axis, merge_batch, pad_inputs
 from nnx_core.nn.conv_base import Convolution
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
@@ -92,16 +93,18 @@ class ConvLocal(Convolution):
         require_rngs(self, rngs)
         self._nnx_keep_window(in_features, out_features, kernel_size, strides, padding, kernel_dilation)
         self._nnx_keep_numerics(dtype, param_dtype, precision, promote_dtype)
-        self.in_spatial_shape, self.input_dilation = as_tuple(in_spatial_shape), hashable(input_dilation)
+        self.in_spatial_shape = shape(self, "in_spatial_shape", in_spatial_shape)
+        self.input_dilation = hashable(input_dilation)
         self.use_bias, self.mask = use_bias, data(mask)
         self._nnx_check_per_axis("strides", "input_dilation", "kernel_dilation")
         self._nnx_check_padding(CONV_PADDINGS)
         self._nnx_check_input_dilation()
         self.out_spatial_shape = _out_spatial_shape(self)
-        self.kernel_shape = (*self.out_spatial_shape, in_features * prod(self.kernel_size), out_features)
+        window = self.in_features * prod(self.kernel_size)
+        self.kernel_shape = (*self.out_spatial_shape, window, self.out_features)
         self._nnx_check_mask()
         self.kernel = new_param(rngs, kernel_init, self.kernel_shape, param_dtype, kernel_metadata)
-        bias_shape = (*self.out_spatial_shape, out_features)
+        bias_shape = (*self.out_spatial_shape, self.out_features)
         self.bias = optional_param(use_bias, rngs, bias_init, bias_shape, param_dtype, bias_metadata)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:

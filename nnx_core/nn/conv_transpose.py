@@ -101,15 +101,15 @@ class ConvTranspose(Convolution):
         self._nnx_keep_numerics(dtype, param_dtype, precision, promote_dtype)
         self.use_bias, self.mask = use_bias, data(mask)
         self.transpose_kernel, self.preferred_element_type = transpose_kernel, preferred_element_type
-        features = (out_features, in_features) if transpose_kernel else (in_features, out_features)
-        self.kernel_shape = (*self.kernel_size, *features)
+        features = (self.in_features, self.out_features)
+        self.kernel_shape = (*self.kernel_size, *(reversed(features) if transpose_kernel else features))
         self._nnx_check_per_axis("strides", "kernel_dilation")
         self._nnx_check_padding((*LAX_PADDINGS, "CIRCULAR", "CAUSAL"))
-        if str(padding).upper() == "SAME_LOWER" and set(each_axis(self.strides, 1)) != {1}:
+        if str(self.padding).upper() == "SAME_LOWER" and set(each_axis(self.strides, 1)) != {1}:
             self._nnx_fail("padding", "SAME_LOWER only without strides", f"strides {self.strides}")
         self._nnx_check_mask()
         self.kernel = new_param(rngs, kernel_init, self.kernel_shape, param_dtype, kernel_metadata)
-        self.bias = optional_param(use_bias, rngs, bias_init, (out_features,), param_dtype, bias_metadata)
+        self.bias = optional_param(use_bias, rngs, bias_init, (self.out_features,), param_dtype, bias_metadata)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Apply the layer.

@@ -11,8 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nnx_core.graph.objects import data
 from nnx_core.module import Module
-from nnx_core.nn._errors import InputDtypeError, MissingRngsError, OptionError, next_key
+from nnx_core.nn._axes import as_tuple
+from nnx_core.nn._errors import InputDtypeError, MissingRngsError, next_key
 from nnx_core.nn._flags import choose_flag, set_flags
+from nnx_core.nn._options import probability
 from nnx_core.rngs import Rngs, RngStream
 
 
@@ -61,10 +63,8 @@ class Dropout(Module):
         rng_collection: str = "dropout",
         rngs: Rngs | RngStream | None = None,
     ):
-        if not 0 <= rate <= 1:
-            raise OptionError(self, "rate", "a probability in [0, 1]", rate, "It is the rate to drop, not to keep.")
-        self.rate = rate
-        self.broadcast_dims = tuple(broadcast_dims)
+        self.rate = probability(self, "rate", rate)
+        self.broadcast_dims = as_tuple(broadcast_dims)
         self.deterministic = deterministic
         self.rng_collection = rng_collection
         self.rngs: RngStream | None = data(self._own_stream(rngs))

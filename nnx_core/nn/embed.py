@@ -14,6 +14,7 @@ from nnx_core.module import Module
 from nnx_core.nn import dtypes
 from nnx_core.nn._affine import new_param
 from nnx_core.nn._errors import InputDtypeError, InputShapeError, require_rngs
+from nnx_core.nn._options import sizes
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_embed_init
 from nnx_core.rngs import Rngs
@@ -37,6 +38,7 @@ class Embed(Module):
       embedding_metadata: metadata of the table.
 
     Raises:
+      OptionError: a size is no whole number.
       MissingRngsError: `rngs` is not an Rngs.
 
     >>> import jax.numpy as jnp
@@ -62,6 +64,7 @@ class Embed(Module):
         embedding_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
+        num_embeddings, features = sizes(self, num_embeddings=num_embeddings, features=features)
         shape = (num_embeddings, features)
         self.embedding = new_param(rngs, embedding_init, shape, param_dtype, embedding_metadata)
         self.num_embeddings, self.features = num_embeddings, features

@@ -69,8 +69,8 @@ class GroupNorm(Norm):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self.num_groups, self.group_size = _groups(self, num_features, num_groups, group_size)
         self._nnx_keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
+        self.num_groups, self.group_size = _groups(self, self.num_features, num_groups, group_size)
         self._nnx_keep_averaging(axis_name, axis_index_groups, use_fast_variance)
         self._nnx_make_scale(rngs, use_scale, scale_init, scale_metadata)
         self._nnx_make_bias(rngs, use_bias, bias_init, bias_metadata)
@@ -211,7 +211,8 @@ def _groups(layer: GroupNorm, num_features: int, num_groups: int | None, group_s
             "num_groups is 32 unless told: to give a group_size, pass num_groups=None.",
         )
     option, number = next((name, n) for name, n in given.items() if n is not None)
-    if number < 1 or num_features % number:
+    number = hashable(number)
+    if not isinstance(number, int) or number < 1 or num_features % number:
         raise OptionError(
             layer,
             option,

@@ -15,6 +15,7 @@ from jax import lax
 from nnx_core.nn import dtypes
 from nnx_core.nn._affine import KernelLayer, new_param, optional_param
 from nnx_core.nn._errors import InputShapeError, require_rngs
+from nnx_core.nn._options import sizes
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
 from nnx_core.nn.initializers import default_embed_init as default_embed_init  # flax.nnx has it here too
@@ -43,6 +44,7 @@ class Linear(KernelLayer):
       bias_metadata: metadata of the bias.
 
     Raises:
+      OptionError: a size is no whole number.
       MissingRngsError: `rngs` is not an Rngs.
 
     >>> import jax.numpy as jnp
@@ -73,6 +75,7 @@ class Linear(KernelLayer):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
+        in_features, out_features = sizes(self, in_features=in_features, out_features=out_features)
         shape = (in_features, out_features)
         self.kernel = new_param(rngs, kernel_init, shape, param_dtype, kernel_metadata)
         self.bias = optional_param(use_bias, rngs, bias_init, shape[1:], param_dtype, bias_metadata)

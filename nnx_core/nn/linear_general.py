@@ -7,7 +7,7 @@ Knows nothing of how parameters are stored or traced.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -17,8 +17,9 @@ from jax import lax
 
 from nnx_core.nn import dtypes
 from nnx_core.nn._affine import KernelLayer, new_param, optional_param
-from nnx_core.nn._axes import Axes, Shape, as_tuple
+from nnx_core.nn._axes import Axes, Shape, as_tuple, hashable
 from nnx_core.nn._errors import InputShapeError, OptionError, require_rngs
+from nnx_core.nn._options import shape
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, default_bias_init, default_kernel_init
 from nnx_core.rngs import Rngs
@@ -93,8 +94,8 @@ class LinearGeneral(KernelLayer):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        self.in_features = as_tuple(in_features)
-        self.out_features = as_tuple(out_features)
+        self.in_features = shape(self, "in_features", in_features)
+        self.out_features = shape(self, "out_features", out_features)
         self.axis = as_tuple(axis)
         self.batch_axis = _AxisSizes(batch_axis)
         self.use_bias = use_bias
@@ -148,7 +149,7 @@ class Einsum(KernelLayer):
     Args:
       einsum_str: an equation of two operands, the input and the kernel, with an explicit result:
         `"nta,hab->nthb"`; spaces are ignored. None leaves it to the call.
-      kernel_shape: shape of the kernel.
+      kernel_shape: shape of the kernel; a single integer means one axis, here and in `bias_shape`.
       bias_shape: shape of the bias, which is added along the axes that the result has from the kernel: their
         sizes, in the order of the result. None: no bias.
       dtype: the dtype of the computation (None: promoted from input and parameters).
@@ -177,8 +178,8 @@ class Einsum(KernelLayer):
     def __init__(
         self,
         einsum_str: str | None,
-        kernel_shape: Sequence[int],
-        bias_shape: Sequence[int] | None = None,
+        kernel_shape: Axes,
+        bias_shape: Axes | None = None,
         *,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -194,8 +195,8 @@ class Einsum(KernelLayer):
     ):
         require_rngs(self, rngs)
         self.einsum_str = None if einsum_str is None else einsum_str.replace(" ", "")
-        self.kernel_shape = tuple(kernel_shape)
-        self.bias_shape = None if bias_shape is None else tuple(bias_shape)
+        self.kernel_shape = shape(self, "kernel_shape", kernel_shape)
+        self.bias_shape = None if bias_shape is None else shape(self, "bias_shape", bias_shape)
         if self.einsum_str is not None:
             _check_equation(self, self.einsum_str, self.kernel_shape, self.bias_shape)
         use_bias = self.bias_shape is not None
@@ -238,7 +239,7 @@ class _AxisSizes(Mapping[int, int]):
     """Axis -> size in the order of the axes; hashable, since options are part of the key of a compiled function."""
 
     def __init__(self, sizes: Mapping[int, int]):
-        self._items = tuple(sorted(sizes.items()))
+        self._items = tuple(sorted((hashable(axis), hashable(size)) for axis, size in sizes.items()))
 
     def __getitem__(self, axis: int) -> int:
         return dict(self._items)[axis]

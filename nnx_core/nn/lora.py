@@ -16,6 +16,7 @@ from nnx_core.module import Module
 from nnx_core.nn import dtypes
 from nnx_core.nn._affine import new_param
 from nnx_core.nn._errors import InputShapeError, OptionError, require_rngs
+from nnx_core.nn._options import size, sizes
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, he_uniform, zeros
 from nnx_core.nn.linear import Linear
@@ -88,8 +89,8 @@ class LoRA(Module):
         b_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         require_rngs(self, rngs)
-        if lora_rank < 1:
-            raise OptionError(self, "lora_rank", "at least 1", lora_rank, "4 to 64 are usual.")
+        in_features, out_features = sizes(self, in_features=in_features, out_features=out_features)
+        lora_rank = size(self, "lora_rank", lora_rank, least=1)
         if base_module is not None and not callable(base_module):
             raise OptionError(
                 self, "base_module", "something to call", type(base_module).__name__, "Give the module a __call__."

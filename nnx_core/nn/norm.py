@@ -16,6 +16,7 @@ from nnx_core.nn import dtypes, statistics
 from nnx_core.nn._axes import Axes, hashable
 from nnx_core.nn._errors import require_rngs
 from nnx_core.nn._flags import choose_flag, set_flags
+from nnx_core.nn._options import share, size
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer, ones, zeros
 from nnx_core.nn.norm_base import Norm
@@ -92,6 +93,7 @@ class BatchNorm(Norm):
     ):
         require_rngs(self, rngs)
         # float32 whatever param_dtype is: 1 - momentum is below the resolution of bfloat16.
+        num_features = size(self, "num_features", num_features)
         self.mean = BatchStat(jnp.zeros(num_features, jnp.float32))
         self.var = BatchStat(jnp.ones(num_features, jnp.float32))
         self._nnx_keep_options(num_features, epsilon, dtype, param_dtype, promote_dtype)
@@ -99,7 +101,8 @@ class BatchNorm(Norm):
         self._nnx_make_scale(rngs, use_scale, scale_init, scale_metadata)
         self._nnx_make_bias(rngs, use_bias, bias_init, bias_metadata)
         self.use_running_average = use_running_average
-        self.axis, self.momentum = hashable(axis), momentum
+        fix = "It is the share of the old average that stays: 0.9 to 0.999 are usual."
+        self.axis, self.momentum = hashable(axis), share(self, "momentum", momentum, "a number in [0, 1]", fix)
 
     def __call__(
         self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None

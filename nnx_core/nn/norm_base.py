@@ -10,6 +10,8 @@ from nnx_core.kinds import Param
 from nnx_core.module import Module
 from nnx_core.nn._affine import Metadata, optional_param
 from nnx_core.nn._axes import hashable
+from nnx_core.nn._options import epsilon as checked_epsilon
+from nnx_core.nn._options import size
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer
 from nnx_core.rngs import Rngs
@@ -37,7 +39,7 @@ class Norm(Module):
         param_dtype: Dtype,
         promote_dtype: PromoteDtypeFn,
     ) -> None:
-        self.num_features, self.epsilon = num_features, epsilon
+        self.num_features, self.epsilon = size(self, "num_features", num_features), checked_epsilon(self, epsilon)
         self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
 
     def _nnx_keep_averaging(self, axis_name: str | None, axis_index_groups: Any, use_fast_variance: bool) -> None:

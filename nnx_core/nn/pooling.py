@@ -100,7 +100,7 @@ def avg_pool(
     inputs = jnp.asarray(inputs)
     total = pool(inputs, 0.0, lax.add, window_shape, strides, padding)
     if count_include_pad:
-        return total / math.prod(window_shape)
+        return total / math.prod(hashable(window_shape))
     spatial = inputs.shape[-len(window_shape) - 1 : -1]
     batch = (1,) * (inputs.ndim - len(spatial) - 1)
     return total / pool(jnp.ones((*batch, *spatial, 1)), 0.0, lax.add, window_shape, strides, padding)

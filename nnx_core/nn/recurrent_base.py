@@ -18,6 +18,7 @@ from nnx_core.module import Module
 from nnx_core.nn import dtypes, initializers
 from nnx_core.nn._affine import Metadata
 from nnx_core.nn._errors import InputShapeError, MissingRngsError, place, require_rngs
+from nnx_core.nn._options import sizes
 from nnx_core.nn.activations import sigmoid, tanh
 from nnx_core.nn.dtypes import Dtype, PromoteDtypeFn
 from nnx_core.nn.initializers import Initializer
@@ -228,7 +229,8 @@ class ArrayCell(RNNCellBase):
         param_dtype: Dtype,
         promote_dtype: PromoteDtypeFn,
     ) -> None:
-        self.in_features, self.hidden_features = in_features, hidden_features
+        features = sizes(self, in_features=in_features, hidden_features=hidden_features)
+        self.in_features, self.hidden_features = features
         self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
 
     def _nnx_keep_carry(self, carry_init: Initializer | None, keep_rngs: bool, rngs: Rngs) -> None:

@@ -23,6 +23,7 @@ from nnx_core.module import Module
 from nnx_core.nn import substitute
 from nnx_core.nn._errors import OptionError
 from nnx_core.nn._flags import choose_flag
+from nnx_core.nn._options import size
 from nnx_core.nn.dtypes import Dtype, canonicalize_dtype
 from nnx_core.nn.initializers import normal
 from nnx_core.nn.weight_norm import l2_normalized
@@ -77,9 +78,7 @@ class SpectralNorm(substitute.Wrapper):
         rngs: Rngs,
     ):
         self._nnx_wrap(layer_instance, rngs, epsilon, dtype, param_dtype)
-        if n_steps < 1:
-            raise OptionError(self, "n_steps", "at least 1", n_steps, "One step a call is the usual number.")
-        self.n_steps, self.error_on_non_matrix = n_steps, error_on_non_matrix
+        self.n_steps, self.error_on_non_matrix = size(self, "n_steps", n_steps, least=1), error_on_non_matrix
         self.use_running_average = not update_stats
         self.batch_stats = substitute.mirror(
             ((*path, name), value) for path, v in self._chosen() for name, value in self._initial(path, v, rngs)

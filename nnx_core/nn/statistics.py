@@ -42,7 +42,7 @@ def promote(layer: Any, *arrays: jax.Array | None) -> Sequence[Any]:
 def checked_axes(layer: Any, shape: tuple[int, ...], axes: Axes, size: int | None) -> tuple[int, ...]:
     """`axes` counted from the front; together they must hold `size` features, unless that is None."""
     rank = len(shape)
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
     features = 1
     for axis in axes:
         if not -rank <= axis < rank:

@@ -17,6 +17,7 @@ from nnx_core.graph.walk import iter_graph
 from nnx_core.kinds import Param
 from nnx_core.module import Dict, Module
 from nnx_core.nn._errors import OptionError, place, require_rngs
+from nnx_core.nn._options import epsilon as checked_epsilon
 from nnx_core.nn.dtypes import Dtype
 from nnx_core.rngs import Rngs
 from nnx_core.state import nest
@@ -66,7 +67,7 @@ class Wrapper(Module):
                 f"{layer.__name__}, a class" if isinstance(layer, type) else type(layer).__name__,
                 "Give it an instance: nnx.Linear(3, 4, rngs=rngs).",
             )
-        self.layer_instance, self.epsilon = layer, epsilon
+        self.layer_instance, self.epsilon = layer, checked_epsilon(self, epsilon)
         self.dtype, self.param_dtype = dtype, param_dtype
 
 

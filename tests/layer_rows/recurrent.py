@@ -17,7 +17,8 @@ ANY = linen.initializers.normal()  # the default makes no half precision from ja
 
 def state(x: jax.Array, features: int = 4) -> jax.Array:
     """A carry that depends on the input, in its dtype: it shows how dtypes are promoted, and has a gradient."""
-    return x[..., :1] * jnp.linspace(-0.5, 0.5, features, dtype=x.dtype)
+    spread = jnp.linspace(-0.5, 0.5, features, dtype=x.dtype)
+    return x[..., :1] * jnp.reshape(spread, (1,) * (x.ndim - 1) + (-1,))
 
 
 def step(module: Any, x: jax.Array) -> Any:

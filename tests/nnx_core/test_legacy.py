@@ -271,7 +271,9 @@ def test_state_is_a_mapping():
     assert ("b", 0) in state
     assert ("b", 1) not in state
     assert len(state) == 2
-    assert repr(state) == "State({('a',): Param(2.0), ('b', 0): Param(1.0)})"
+    fields = "Variable(\n      collection='params',\n      value={},\n      sharding=None\n  )"
+    assert repr(state) == f"State({{\n  ('a',): {fields.format(2.0)},\n  ('b', '0'): {fields.format(1.0)}\n}})"
+    assert repr(nnx.State()) == "State({})"
     assert state != {("a",): 1}
     assert nnx.State(nnx_core.State({"a": nnx_core.Param(2.0), "b": {0: nnx_core.Param(1.0)}})) == state
 
@@ -399,9 +401,9 @@ def test_moduledefs_compare_by_content():
 
 def test_repr_shows_the_four_parts():
     _, moduledef = nnx.Map(a=nnx.Map(), n=3).split()
-    inner = "ModuleDef[Map](index=1, submodules=(), static_fields=())"
-    fields = ["index=0", f"submodules=(('a', {inner}),)", "static_fields=(('n', 3),)"]
-    assert repr(moduledef) == "ModuleDef[Map](\n  " + ",\n  ".join(fields) + "\n)"
+    inner = "ModuleDef(\n    type=Map,\n    index=1,\n    submodules=(),\n    static_fields=()\n  )"
+    fields = ["type=Map", "index=0", f"submodules=(('a', {inner}),)", "static_fields=(('n', 3),)"]
+    assert repr(moduledef) == "ModuleDef(\n  " + ",\n  ".join(fields) + "\n)"
 
 
 def test_apply_reaches_methods_and_submodules():

@@ -17,9 +17,6 @@ import jax.numpy as jnp
 import pytest
 
 import nnx_core as nnx
-from tests.oracle import of_the_promised_flax
-
-pytestmark = of_the_promised_flax
 
 # name -> why ours differs. A row whose signatures agree is an error too: see the last test.
 DEVIATIONS = {

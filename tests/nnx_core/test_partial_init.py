@@ -8,7 +8,7 @@ import pytest
 import nnx_core as nnx
 from nnx_core import modes
 from nnx_core._errors import SharedReferenceError, StateMismatchError
-from nnx_core.rngs import with_rngs
+from nnx_core.rngs import RngRuleError, with_rngs
 from tests.strategies import Tied, portrait
 from tests.tolerance import assert_trees_equal
 
@@ -127,6 +127,12 @@ RULES = {
     "split before broadcast": {"split": {"params": 2}, "broadcast": {...: 5}},
     "broadcast before fork": {"fork": ..., "broadcast": {"params": 2}},
     "only": {"split": 2, "only": "params"},
+    "split everything before what fork names": {"split": 2, "fork": "params"},
+    "broadcast everything but what split names": {"split": {"params": 3}, "broadcast": 2},
+    "two catch-alls": {"split": 2, "broadcast": 3, "fork": ...},
+    "the first filter of one kind": {"split": {"params": 3, ("default", "params"): 2}},
+    "one kind names all": {"split": {...: 2, "params": 3}, "fork": "params"},
+    "only the one that is named once": {"split": {"params": 2}, "fork": "params", "only": "dropout"},
     "nothing": {},
 }
 
@@ -138,6 +144,26 @@ def test_with_rngs_as_flax_nnx(rule):
     their_new = flax_nnx.with_rngs(theirs, **rule, graph=True, graph_updates=False)
     assert_trees_equal(streams(new), streams(their_new))
     assert_trees_equal(streams(ours), streams(theirs))
+
+
+CLASHES = {
+    "split and fork": {"split": {"params": 2}, "fork": "params"},
+    "split and broadcast": {"split": {"params": 2}, "broadcast": {"params": 3}},
+    "broadcast and fork": {"broadcast": {"params": 2}, "fork": ("params", "dropout")},
+    "one that other filters have": {"fork": ("dropout", "params"), "broadcast": {("dropout", "x"): 3}},
+}
+
+
+@pytest.mark.parametrize("rule", CLASHES.values(), ids=CLASHES)
+def test_two_rules_for_one_stream(rule):
+    ours, theirs = nnx.Rngs(0, params=1, dropout=2), flax_nnx.Rngs(0, params=1, dropout=2)
+    before = streams(ours)
+    with pytest.raises(ValueError, match="matches multiple rules"):
+        flax_nnx.with_rngs(theirs, **rule, graph=True, graph_updates=False)
+    text = r"(?s)^RngStream at path \('(params|dropout)',\) .*one of split, broadcast and fork\n.*found    .*Narrow"
+    with pytest.raises(RngRuleError, match=text):
+        with_rngs(ours, **rule)
+    assert_trees_equal(streams(ours), before)
 
 
 def test_with_rngs_copies_and_shares():

@@ -224,6 +224,87 @@ def test_reseed_gives_flax_nnx_keys():
     assert_trees_equal(keys(nnx), keys(flax_nnx))
 
 
+WAYS = {
+    "nothing": None,
+    "an int": 3,
+    "a shape": (2, 3),
+    "one stream": {"params": 3},
+    "a shape for one stream": {"params": (2, 2)},
+    "one stream and the others": {"params": 3, ...: 2},
+    "two streams": {("params", "dropout"): 3},
+    "not this one": {"params": None, ...: 2},
+    "the first that matches": {...: 2, "params": 3},
+}
+
+
+def drawn(rngs):
+    """Keys and counts of all streams."""
+    return {name: (stream.key[...], stream.count[...]) for name, stream in rngs.items()}
+
+
+def theirs_and_ours():
+    both = [lib.Rngs(0, params=1, dropout=2) for lib in (flax_nnx, nnx)]
+    for rngs in both:
+        rngs.params()
+    return both
+
+
+@pytest.mark.filterwarnings("ignore:The 'split' argument of 'fork' is deprecated")
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_fork_is_flax_nnx_fork(way):
+    theirs, ours = theirs_and_ours()
+    assert_trees_equal(drawn(ours.fork(split=way)), drawn(theirs.fork(split=way)))
+    assert_trees_equal(drawn(ours), drawn(theirs))
+
+
+@pytest.mark.parametrize("way", [None, {"params": 3}, {"params": None, "noise": 2}], ids=["all", "one", "none of two"])
+def test_a_fork_repeats_no_number_of_its_parent(way):
+    _, parent = theirs_and_ours()
+    new = parent.fork(split=way)
+    first = [jax.random.key_data(parent.dropout()).tolist() for _ in range(4)]
+    again = [jax.random.key_data(new.dropout()).tolist() for _ in range(4)]
+    assert not [key for key in again if key in first]
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS.values() if way], ids=[name for name in WAYS if WAYS[name]])
+@pytest.mark.parametrize("name", ["split", "broadcast"])
+def test_split_and_broadcast_are_flax_nnx_own(name, way):
+    theirs, ours = (lib.Rngs(0, params=1, dropout=2) for lib in (flax_nnx, nnx))
+    assert_trees_equal(drawn(getattr(ours, name)(way)), drawn(getattr(theirs, name)(way)))
+    assert_trees_equal(drawn(ours), drawn(theirs))
+
+
+IN_PLACE = [
+    name for name in WAYS if name not in ("one stream and the others", "the first that matches", "not this one")
+]
+
+
+@pytest.mark.filterwarnings("ignore:The 'split' argument of 'fork' is deprecated")
+@pytest.mark.parametrize("way", IN_PLACE)
+def test_fork_rngs_is_flax_nnx_own(way):
+    # Those left out raise in flax.nnx, or fork a stream twice.
+    theirs, ours = theirs_and_ours()
+    for _ in range(2):
+        backups = [lib.fork_rngs(rngs, split=WAYS[way]) for lib, rngs in ((flax_nnx, theirs), (nnx, ours))]
+        assert_trees_equal(drawn(ours), drawn(theirs))
+        flax_nnx.restore_rngs(backups[0])
+        nnx.restore_rngs(backups[1])
+        assert_trees_equal(drawn(ours), drawn(theirs))
+        copies = [
+            lib.fork_rngs(rngs, split=WAYS[way], graph=False, graph_updates=False)
+            for lib, rngs in ((flax_nnx, theirs), (nnx, ours))
+        ]
+        assert_trees_equal(drawn(copies[1]), drawn(copies[0]))
+        assert_trees_equal(drawn(ours), drawn(theirs))
+
+
+def test_fork_rngs_takes_the_first_rule_of_a_stream():
+    rngs, forked = nnx.Rngs(0, params=1, dropout=2), nnx.Rngs(0, params=1, dropout=2)
+    nnx.fork_rngs(rngs, split={"params": None, "dropout": 3, ...: 2})
+    want = {"default": forked.default.split(2), "params": forked.params.fork(), "dropout": forked.dropout.split(3)}
+    assert_trees_equal(drawn(rngs), drawn(want))
+
+
 def test_split_rngs_as_a_decorator_restores_afterwards():
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=(0, None))

@@ -189,7 +189,7 @@ def test_an_ensemble():
         ),
         (
             lambda: nnx.LoRA(3, 0, 4, rngs=nnx.Rngs(0)),
-            r"LoRA\(\.\.\., lora_rank=.*\n  expected at least 1\n  found    0",
+            r"LoRA\(\.\.\., lora_rank=.*\n  expected a positive integer\n  found    0",
         ),
         (
             lambda: nnx.LoRA(3, 2, 4, base_module=nnx.Module(), rngs=nnx.Rngs(0)),

@@ -10,7 +10,6 @@ import pytest
 import nnx_core as nnx
 from nnx_core.nn import activations, initializers
 from tests.layers import LAYERS
-from tests.oracle import of_the_promised_flax
 from tests.tolerance import assert_trees_equal
 
 IN_FLAX = [row for row in LAYERS if row.in_flax_nnx]
@@ -28,13 +27,20 @@ def signature(function):
     ]
 
 
-@of_the_promised_flax
+#: What flax has, or has not any more, from 0.12.12 on: here is what takes the calls of both.
+LATER = {("MultiHeadAttention", "__call__"): "input_positions", ("Sequential", "__call__"): "rngs"}
+
+
 @ROWS
 @pytest.mark.parametrize("method", ["__init__", None], ids=["init", "call"])
 def test_signature(row, method):
     ours, theirs = type(row.make(nnx, nnx.Rngs(0))), type(row.make(flax.nnx, flax.nnx.Rngs(0)))
     method = method or (row.method if isinstance(row.method, str) else "__call__")
-    assert signature(getattr(ours, method)) == signature(getattr(theirs, method))
+    mine, other = signature(getattr(ours, method)), signature(getattr(theirs, method))
+    later = LATER.get((row.name.partition(".")[0], method))
+    if mine != other:  # an earlier flax
+        mine, other = ([p for p in parameters if p[0] != later] for parameters in (mine, other))
+    assert mine == other
 
 
 @ROWS

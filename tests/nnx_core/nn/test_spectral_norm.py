@@ -197,7 +197,7 @@ def conv(**options):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: make(n_steps=0), r"SpectralNorm\(\.\.\., n_steps=.*\n  expected at least 1\n  found    0"),
+        (lambda: make(n_steps=0), r"SpectralNorm\(\.\.\., n_steps=.*\n  expected a positive integer\n  found    0"),
         (
             lambda: conv(error_on_non_matrix=True),
             r"error_on_non_matrix=.*\n  expected parameters of at most two axes\n.*kernel of shape \(2, 2, 2, 3\)",

@@ -18,6 +18,7 @@ from tests.fuzz.graphs import CELL_KINDS, STATICS, Graph, graphs
 STEADY_WRITES = ("whole", "add", "broadcast", "number", "wide", "part", "set", "value", "full")
 LOOSE_WRITES = ("replace", "wrong shape", "copy_from")
 ATTACHED = ("param", "array", "static", "node", "alias", "list")
+CLOSED = ("jit", "remat", "grad", "cond", "scan", "vmap")
 COPIES = ("clone", "merge", "merge in parts", "deepcopy")
 
 
@@ -259,6 +260,54 @@ class Switch(Statement):
 
 
 @dataclass(frozen=True)
+class CondSame(Statement):
+    """nnx.cond with the same body twice, so that both branches change the same structure."""
+
+    body: Body
+
+
+@dataclass(frozen=True)
+class Stack(Statement):
+    """The body on m and on what follows m, under an axis of two; m is the second from then on."""
+
+    where: str
+    body: Body
+
+
+@dataclass(frozen=True)
+class Pure(Statement):
+    """split; a transform of JAX over the State, in which merge copies; update."""
+
+    how: str
+    body: Body
+
+
+@dataclass(frozen=True)
+class StateCarry(Statement):
+    """split; a loop whose carry is the State, made anew in each step; update."""
+
+    how: str
+    body: Body
+
+
+@dataclass(frozen=True)
+class Closed(Statement):
+    """A transform of a function of x alone, that only reads m, from outside."""
+
+    how: str
+    body: Body
+
+
+@dataclass(frozen=True)
+class Returned(Statement):
+    """A transformed function returns a new object, with a part of m in it; m keeps it."""
+
+    how: str
+    i: int
+    body: Body
+
+
+@dataclass(frozen=True)
 class Capture(Statement):
     """nnx.capture: x + what the body sows."""
 
@@ -373,16 +422,25 @@ def _nested(scope: Scope) -> st.SearchStrategy[Statement]:
         st.builds(While, length, same),
         st.builds(Cond, same, same),
         st.builds(Switch, st.lists(same, min_size=1, max_size=2).map(tuple)),
+        st.builds(CondSame, body()),
+        st.builds(Closed, scope.among(*CLOSED), body(level="reads", outside=False)),
     )
     if scope.level != "reads":
         choices += scope.allowed(
             st.builds(Back, copies, body(level="steady")),
             st.builds(Functional, body(level="steady", outside=False)),
             st.builds(Vmap, body()),
+            st.builds(Stack, scope.among("vmap", "scan"), same),
+            st.builds(Pure, scope.among("jax.jit", "jax.checkpoint"), body(level="steady", outside=False)),
+            st.builds(StateCarry, scope.among("fori", "scan"), body(level="steady")),
             st.builds(Scan, st.just(1), st.just("axis"), body(level="steady")),
         )
     if scope.level == "loose":
-        choices += scope.allowed(st.builds(Attempt, body()), st.builds(Capture, body()))
+        choices += scope.allowed(
+            st.builds(Attempt, body()),
+            st.builds(Capture, body()),
+            st.builds(Returned, st.sampled_from(("jit", "remat")), _NUMBER, body(outside=False)),
+        )
     return st.one_of(*choices)
 
 

@@ -1,7 +1,6 @@
-"""Two interpreters of programs: `Plain` runs transforms as Python does, `Lifted` as a library does.
+"""What the statements of a program do, but for transforms: `plain.py` runs those as Python, `lifted.py` as a library.
 
 Law: what is no transform is interpreted by the same lines in both, so that a difference is one of the transforms.
-`Plain` uses no transform of a library but `capture`.
 All numbers are integers below 64, in whatever dtype: sums and products of them are exact.
 """
 
@@ -52,6 +51,26 @@ def stepped(value: Any, c: int) -> Any:
     return jax.lax.rem(value * 2 + jnp.asarray(c, value.dtype), jnp.asarray(64, value.dtype))
 
 
+def stretch(m: Any) -> None:
+    """Every array gets a leading axis of one."""
+    each_cell(m, lambda array: jnp.asarray(array)[None] if is_array(array) else array)
+
+
+def squeeze(m: Any, i: int = 0) -> None:
+    """Every array becomes its slice i along the leading axis."""
+    each_cell(m, lambda array: jnp.asarray(array)[i] if is_array(array) else array)
+
+
+def followed(m: Any) -> None:
+    """Every array becomes two: itself and what `stepped` makes of it."""
+    each_cell(m, lambda array: jnp.stack([jnp.asarray(array), stepped(array, 1)]) if is_array(array) else array)
+
+
+def follow(m: Any) -> None:
+    """Every array becomes what `stepped` makes of it."""
+    each_cell(m, lambda array: stepped(array, 1))
+
+
 def pick(things: list[Any], i: int) -> Any:
     return things[i % len(things)] if things else None
 
@@ -73,16 +92,6 @@ def each_cell(m: Any, change: Callable[[Any], Any]) -> None:
         variable.set_value(jax.tree.map(change, variable.get_value()))
     for holder, name, array in list(plain_arrays(m)):
         put(holder, name, change(array))
-
-
-def stretch(m: Any) -> None:
-    """Every array gets a leading axis of one."""
-    each_cell(m, lambda array: jnp.asarray(array)[None] if is_array(array) else array)
-
-
-def squeeze(m: Any) -> None:
-    """Every array loses its leading axis."""
-    each_cell(m, lambda array: jnp.asarray(array)[0] if is_array(array) else array)
 
 
 def put(holder: Any, name: Any, value: Any) -> None:
@@ -242,6 +251,19 @@ class Run:
     def inside(self, s: p.Inside, m: Any, x: Any) -> Any:
         return self.block(s.body, self.copied(s.how, m), x)
 
+    def with_a_part(self, s: p.Returned, m: Any, x: Any) -> Any:
+        """The body; then a new object that holds something new, a part of m, and the part once more."""
+        x = self.block(s.body, m, x)
+        made, part = self.library.kind("Node")(), pick(reachable(m), s.i)
+        self.library.attach(made, "part", part)
+        self.library.attach(made, "new", self.nnx.Param(jnp.full(2, x)))
+        return made, (part, x)
+
+    def kept(self, made: Any, part: Any, m: Any, x: Any) -> Any:
+        """m has from now on what `with_a_part` returned."""
+        self.library.attach(m, "made", made)
+        return x + (made.part is part) + 2 * any(part is old for old in reachable(m))
+
     def back(self, s: p.Back, m: Any, x: Any) -> Any:
         twin = self.copied(s.how, m)
         x = self.block(s.body, twin, x)
@@ -303,219 +325,3 @@ WRITES: dict[str, Callable[[Any, Any, Any, int], None]] = {
     "wrong shape": _wrong_shape,
     "copy_from": lambda v, value, x, c: v.copy_from(type(v)(stepped(value, c), note=c)),
 }
-
-
-class Lifted(Run):
-    """Transforms are those of the library."""
-
-    def jit(self, s: p.Jit, m: Any, x: Any) -> Any:
-        def f(m: Any, x: Any, part: Any) -> Any:
-            return self.block(s.body, m, x) + (len(reachable([m, part])) if part is not None else 0)
-
-        part = None if s.also is None else pick(reachable(m), s.also)
-        return self.once(s, lambda: self.nnx.jit(f))(m, x, part)
-
-    def functional(self, s: p.Functional, m: Any, x: Any) -> Any:
-        graphdef, state = self.nnx.split(m)
-
-        def f(graphdef: Any, state: Any, x: Any) -> Any:
-            return self.block(s.body, self.nnx.merge(graphdef, state), x)
-
-        return self.once(s, lambda: self.nnx.jit(f, static_argnums=0))(graphdef, state, x)
-
-    def remat(self, s: p.Remat, m: Any, x: Any) -> Any:
-        return self.once(s, lambda: self.nnx.remat(lambda m, x: self.block(s.body, m, x)))(m, x)
-
-    def grad(self, s: p.Grad, m: Any, x: Any) -> Any:
-        def f(m: Any, x: Any) -> Any:
-            return self.block(s.body, m, x)
-
-        floats = self.nnx.DiffState(0, is_float_param)
-        argnums = {"x": 1, "params": floats, "both": (floats, 1)}[s.wrt]
-        return x + number(self.once(s, lambda: self.nnx.grad(f, argnums=argnums))(m, x))
-
-    def vmap(self, s: p.Vmap, m: Any, x: Any) -> Any:
-        stretch(m)
-        try:
-            return self.once(s, lambda: self.nnx.vmap(lambda m, x: self.block(s.body, m, x)))(m, x[None])[0]
-        finally:
-            squeeze(m)
-
-    def vmapshared(self, s: p.VmapShared, m: Any, x: Any) -> Any:
-        make = lambda: self.nnx.vmap(lambda m, x: self.block(s.body, m, x), in_axes=(None, 0))  # noqa: E731  # as `once` wants it
-        return self.once(s, make)(m, jnp.stack([x, x + 1])).sum()
-
-    def scan(self, s: p.Scan, m: Any, x: Any) -> Any:
-        Carry = self.nnx.Carry
-        xs = jnp.arange(s.length, dtype=jnp.float32)
-        if s.where == "Carry":
-
-            def carry(both: Any, i: Any) -> Any:
-                m, x = both
-                return (m, self.block(s.body, m, x + i)), x
-
-            (_, x), ys = self.once(s, lambda: self.nnx.scan(carry))((m, x), xs)
-            return x + ys.sum()
-
-        def step(x: Any, m: Any, i: Any) -> Any:
-            return self.block(s.body, m, x + i), x
-
-        axis = 0 if s.where == "axis" else None
-        make = lambda: self.nnx.scan(step, in_axes=(Carry, axis, 0), out_axes=(Carry, 0))  # noqa: E731  # as `once` wants it
-        if axis is None:
-            x, ys = self.once(s, make)(x, m, xs)
-            return x + ys.sum()
-        stretch(m)
-        try:
-            x, ys = self.once(s, make)(x, m, xs)
-        finally:
-            squeeze(m)
-        return x + ys.sum()
-
-    def fori(self, s: p.Fori, m: Any, x: Any) -> Any:
-        def body(i: Any, both: Any) -> Any:
-            m, x = both
-            return m, self.block(s.body, m, x + i)
-
-        low, high = (jnp.int32(0), jnp.int32(s.n)) if s.traced else (0, s.n)
-        return self.nnx.fori_loop(low, high, self.once(s, lambda: body), (m, x))[1]
-
-    def while_(self, s: p.While, m: Any, x: Any) -> Any:
-        def test(both: Any) -> Any:
-            return both[0] < s.n
-
-        def body(both: Any) -> Any:
-            i, m, x = both
-            return i + 1, m, self.block(s.body, m, x)
-
-        loop = self.once(s, lambda: (test, body))
-        return self.nnx.while_loop(*loop, (jnp.int32(0), m, x))[2]
-
-    def cond(self, s: p.Cond, m: Any, x: Any) -> Any:
-        yes, no = self.once(s, lambda: self.branches((s.yes, s.no)))
-        return self.nnx.cond(jnp.mod(x, 2) < 1, yes, no, m, x)
-
-    def switch(self, s: p.Switch, m: Any, x: Any) -> Any:
-        index = jnp.mod(x, len(s.bodies)).astype(jnp.int32)
-        return self.nnx.switch(index, self.once(s, lambda: self.branches(s.bodies)), m, x)
-
-    def branches(self, bodies: tuple[p.Body, ...]) -> list[Any]:
-        return [lambda m, x, body=body: self.block(body, m, x) for body in bodies]
-
-    def capture(self, s: p.Capture, m: Any, x: Any) -> Any:
-        make = lambda: self.nnx.capture(lambda m, x: self.block(s.body, m, x), self.nnx.Intermediate)  # noqa: E731  # as `once` wants it
-        x, sown = self.once(s, make)(m, x)
-        return x + number(sown)
-
-
-setattr(Lifted, "while", Lifted.while_)  # the name of the statement is a keyword
-
-
-class Plain(Run):
-    """Transforms are what their laws say in Python: calls, loops and branches.
-
-    A transformed call that raises changes nothing, so each is rehearsed on a copy first.
-    """
-
-    rehearsing = False
-
-    def rehearse(self, s: p.Statement, m: Any, run: Callable[[Any], Any]) -> Any:
-        """run(m), unless run(copy of m) raises."""
-        if self.rehearsing and "Attempt(" not in repr(s):
-            return run(m)
-        outermost, self.rehearsing = not self.rehearsing, True
-        try:
-            run(copy.deepcopy(m))
-        finally:
-            self.rehearsing = not outermost
-        return run(m)
-
-    def called(self, s: Any, m: Any, x: Any) -> Any:
-        return self.rehearse(s, m, lambda m: self.block(s.body, m, x))
-
-    remat = called
-
-    def functional(self, s: p.Functional, m: Any, x: Any) -> Any:
-        def run(m: Any) -> Any:
-            # merge makes new objects over the Variables that it is given
-            return self.block(s.body, copy.deepcopy(m, {id(v): v for v in variables_of(m)}), x)
-
-        return self.rehearse(s, m, run)
-
-    def jit(self, s: p.Jit, m: Any, x: Any) -> Any:
-        def run(m: Any) -> Any:
-            part = None if s.also is None else pick(reachable(m), s.also)
-            result = self.block(s.body, m, x)
-            return result if part is None else result + len(reachable([m, part]))
-
-        return self.rehearse(s, m, run)
-
-    def grad(self, s: p.Grad, m: Any, x: Any) -> Any:
-        def loss(values: Any, x: Any) -> Any:
-            twin = copy.deepcopy(m)
-            for v, value in zip(self.float_params(twin), values, strict=True):
-                v.set_value(value)
-            return self.block(s.body, twin, x)
-
-        argnums = {"x": 1, "params": 0, "both": (0, 1)}[s.wrt]
-        gradients = jax.grad(loss, argnums=argnums)([v.get_value() for v in self.float_params(m)], x)
-        self.block(s.body, m, x)
-        return x + number(gradients)
-
-    def float_params(self, m: Any) -> list[Any]:
-        return [v for v in variables_of(m) if is_float_param((), v)]
-
-    def vmap(self, s: p.Vmap, m: Any, x: Any) -> Any:
-        stretch(m)
-        squeeze(m)
-        return self.called(s, m, x)
-
-    def vmapshared(self, s: p.VmapShared, m: Any, x: Any) -> Any:
-        return self.block(s.body, m, x) + self.block(s.body, m, x + 1)
-
-    def scan(self, s: p.Scan, m: Any, x: Any) -> Any:
-        if s.where == "axis":
-            stretch(m)
-            squeeze(m)
-
-        def run(m: Any) -> Any:
-            carry, ys = x, jnp.float32(0)
-            for i in range(s.length):
-                y, carry = carry, self.block(s.body, m, carry + i)
-                ys = ys + y
-            return carry + ys
-
-        return self.rehearse(s, m, run)
-
-    def fori(self, s: p.Fori, m: Any, x: Any) -> Any:
-        return self.looped(s, m, x, [*range(s.n)])
-
-    def while_(self, s: p.While, m: Any, x: Any) -> Any:
-        return self.looped(s, m, x, [0] * s.n)
-
-    def looped(self, s: Any, m: Any, x: Any, steps: list[int]) -> Any:
-        def run(m: Any) -> Any:
-            carry = x
-            for i in steps:
-                carry = self.block(s.body, m, carry + i)
-            return carry
-
-        return self.rehearse(s, m, run)
-
-    def cond(self, s: p.Cond, m: Any, x: Any) -> Any:
-        body = s.yes if x % 2 < 1 else s.no
-        return self.rehearse(s, m, lambda m: self.block(body, m, x))
-
-    def switch(self, s: p.Switch, m: Any, x: Any) -> Any:
-        body = s.bodies[int(x) % len(s.bodies)]
-        return self.rehearse(s, m, lambda m: self.block(body, m, x))
-
-    def capture(self, s: p.Capture, m: Any, x: Any) -> Any:
-        def run(m: Any) -> Any:
-            y, sown = self.nnx.capture(lambda m, x: self.block(s.body, m, x), self.nnx.Intermediate)(m, x)
-            return y + number(sown)
-
-        return self.rehearse(s, m, run)
-
-
-setattr(Plain, "while", Plain.while_)

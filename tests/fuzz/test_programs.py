@@ -14,8 +14,9 @@ from tests.fuzz import programs as p
 from tests.fuzz.compare import portrait
 from tests.fuzz.differences import flax_differs
 from tests.fuzz.graphs import Cell, Graph, Thing, graphs, library_of
+from tests.fuzz.lifted import Lifted
 from tests.fuzz.outcome import assert_same, outcome
-from tests.fuzz.run import Lifted, Plain
+from tests.fuzz.plain import Plain
 
 CORE, FLAX = library_of(nnx_core), library_of(flax.nnx)
 CELL = Cell("Param", (2,), "float32", 1, ())

@@ -142,8 +142,8 @@ def first_difference(expected: Any, actual: Any, path: str = "") -> str:
     if isinstance(expected, tuple) and isinstance(actual, tuple) and len(expected) == len(actual):
         for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
             if a != b:
-                name = f".{a[0]}" if isinstance(a, tuple) and a and a[0] == b[0] else f"[{i}]"
-                return first_difference(a, b, path + name)
+                named = isinstance(a, tuple) and isinstance(b, tuple) and a[:1] == b[:1] != ()
+                return first_difference(a, b, path + (f".{a[0]}" if named else f"[{i}]"))
     return f"at {path or 'the root'}: expected {expected!r}, got {actual!r}"
 
 

@@ -31,7 +31,30 @@ def statements(body: Any) -> Iterator[p.Statement]:
             yield from statements(getattr(body, field.name))
 
 
-DIFFERENCES: tuple[Difference, ...] = ()
+TRANSFORMS = (p.Jit, p.Functional, p.Remat, p.Grad, p.Vmap, p.VmapShared, p.Scan, p.Fori, p.While, p.Cond, p.Switch)
+TRANSFORMS += (p.CondSame, p.Stack, p.StateCarry, p.Returned)
+
+
+def _nested(statement: p.Statement, outer: type | tuple[type, ...], inner: type | tuple[type, ...]) -> bool:
+    """Whether it is an `outer` with an `inner` somewhere in it."""
+    inside = list(statements(statement))[1:]
+    return isinstance(statement, outer) and any(isinstance(x, inner) for x in inside)
+
+
+DIFFERENCES = (
+    Difference(
+        "law 2: metadata that is set in a transform reaches the caller; flax loses it where no value is written",
+        lambda s: isinstance(s, p.Retag) or (isinstance(s, p.Write) and s.how == "copy_from"),
+    ),
+    Difference(
+        "law 4, REQUIREMENTS 45: an object of an outer trace can be handed to a transform that only reads it",
+        lambda s: _nested(s, p.Closed, TRANSFORMS),
+    ),
+    Difference(
+        "laws 2 and 3 of `capture`: the module that its function sees has no members of flax's own",
+        lambda s: _nested(s, p.Capture, p.Shape),
+    ),
+)
 
 
 def flax_differs(program: p.Program) -> list[str]:

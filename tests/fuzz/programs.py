@@ -335,6 +335,7 @@ class Scope:
     level: "reads", "steady" or "loose".
     depth: how deep statements may be nested below this one.
     outside: whether what a closure holds may be read; jit reads it once, as in JAX.
+    reverse: whether it is differentiated, which JAX cannot do for loops without a fixed length.
     without: names of statements, ways to write, things to attach, types of statics, and "arrays" (those that are no
       Variables), that are left out, to look behind a known fault.
     """
@@ -342,6 +343,7 @@ class Scope:
     level: str = "loose"
     depth: int = 2
     outside: bool = True
+    reverse: bool = False
     without: frozenset[str] = frozenset()
 
     def among(self, *names: str) -> st.SearchStrategy[str]:
@@ -414,17 +416,18 @@ def _nested(scope: Scope) -> st.SearchStrategy[Statement]:
         st.builds(Inside, copies, body(level="loose" if scope.level == "loose" else "steady")),
         st.builds(Jit, body(outside=False), st.none() | _NUMBER),
         st.builds(Remat, body()),
-        st.builds(Grad, st.sampled_from(("x", "params", "both")), body()),
+        st.builds(Grad, st.sampled_from(("x", "params", "both")), body(reverse=True)),
         st.builds(VmapShared, body(level="reads")),
         st.builds(Scan, length, st.just("None"), body(level="reads")),
         st.builds(Scan, length, st.just("Carry"), same),
-        st.builds(Fori, length, st.booleans(), same),
-        st.builds(While, length, same),
+        st.builds(Fori, length, st.just(False) if scope.reverse else st.booleans(), same),
         st.builds(Cond, same, same),
         st.builds(Switch, st.lists(same, min_size=1, max_size=2).map(tuple)),
         st.builds(CondSame, body()),
-        st.builds(Closed, scope.among(*CLOSED), body(level="reads", outside=False)),
+        st.builds(Closed, scope.among(*CLOSED), body(level="reads", outside=False, reverse=True)),
     )
+    if not scope.reverse:
+        choices += scope.allowed(st.builds(While, length, same))
     if scope.level != "reads":
         choices += scope.allowed(
             st.builds(Back, copies, body(level="steady")),

@@ -25,7 +25,7 @@ ONE = Graph((CELL,), (Thing("Node", (("a", ("cell", 0)),)),))
 
 def check(program: p.Program, way: str) -> None:
     """nnx_core, with `way` around the program, does what Python does."""
-    expected = outcome(program, Plain(CORE), "vmap" if way == "vmap" else "as it is")
+    expected = outcome(program, Plain(CORE), "with arrays of JAX" if way == "vmap" else "as it is")
     assert_same(expected, outcome(program, Lifted(CORE), way), rolled_back=way != "as it is")
 
 

@@ -82,7 +82,7 @@ def outcome(program: Program, run: Run, way: str = "as it is", *, order: bool = 
             after = portrait(m, origin=origin, order=order)
             assert not tracers_in(m), f"{way} left a tracer behind"
             failed = bool(out.errors)
-            if failed and way not in UNTRANSFORMED + ("vmap",):
+            if failed and way not in (*UNTRANSFORMED, "vmap"):
                 assert after == before, f"{way} raised, and changed {first_difference(before, after)}"
             out.kinds.append(kind_of(out.errors[-1]) if failed else "fine")
             out.results.append(float(x))

@@ -5,6 +5,7 @@ nox -s tests   the suite on Python 3.11, 3.12 and 3.13, as far as they are insta
 nox -s oldest  the suite on the lowest versions that pyproject.toml allows; `newest` on the highest
 nox -s grids   the suite with the full grids of dtypes, optimizers and pairs, of which it otherwise runs the diagonal
 nox -s models  real Linen networks, from packages that ship some, through the bridge
+nox -s fuzz    random programs over random graphs: `nox -s fuzz -- --fuzz-minutes 60 --fuzz-seed 1`
 nox -s docs    the API reference into build/docs
 """
 
@@ -76,6 +77,16 @@ def models(session):
     """Linen networks that nobody here wrote, bit for bit. Not in the gate: they are heavy to install and compile."""
     session.install("-e", ".[test,models]")
     session.run("python", "-m", "pytest", "tests/third_party", *session.posargs)
+
+
+@nox.session
+def fuzz(session):
+    """Random programs, for ten minutes a test or `-- --fuzz-minutes M`; the seed is printed."""
+    session.install("-e", ".[test]")
+    posargs = session.posargs
+    if not any(argument.startswith("--fuzz-minutes") for argument in posargs):
+        posargs = ["--fuzz-minutes", "10", *posargs]
+    session.run("python", "-m", "pytest", "tests/fuzz", "-k", "nnx_core_does_what", *posargs)
 
 
 @nox.session

@@ -66,7 +66,7 @@ def test_outside_nothing_has_changed(worlds):
     before, spec = sys.modules["flax.nnx"], nnx_core.__spec__
     names = {name for name in sys.modules if name.startswith("flax.nnx")}
     worlds[0].load("written_in_nnx")
-    with pytest.raises(ModuleNotFoundError, match="nnx_core.no_such_room"), worlds[0]:
+    with pytest.raises(ModuleNotFoundError, match=r"nnx_core\.no_such_room"), worlds[0]:
         importlib.import_module("flax.nnx.no_such_room")
     assert sys.modules["flax.nnx"] is before is flax.nnx is importlib.import_module("flax.nnx")
     assert {name for name in sys.modules if name.startswith("flax.nnx")} == names

@@ -4,7 +4,7 @@ nox            every check on the Python at hand
 nox -s tests   the suite on Python 3.11, 3.12 and 3.13, as far as they are installed
 nox -s oldest  the suite on the lowest versions that pyproject.toml allows; `newest` on the highest
 nox -s grids   the suite with the full grids of dtypes, optimizers and pairs, of which it otherwise runs the diagonal
-nox -s models  real Linen networks, from packages that ship some, through the bridge
+nox -s models  what packages on PyPI ship: Linen networks through the bridge, programs in flax.nnx on nnx_core
 nox -s fuzz    random programs over random graphs: `nox -s fuzz -- --fuzz-minutes 60 --fuzz-seed 1`
 nox -s docs    the API reference into build/docs
 """
@@ -74,8 +74,9 @@ def grids(session):
 
 @nox.session
 def models(session):
-    """Linen networks that nobody here wrote, bit for bit. Not in the gate: they are heavy to install and compile."""
+    """Networks and programs that nobody here wrote, bit for bit. Not in the gate: heavy to install and compile."""
     session.install("-e", ".[test,models]")
+    session.install("--no-deps", "blaxbird>=0.2,<0.3")  # its dependency, jax-ai-stack, pins an older jax
     session.run("python", "-m", "pytest", "tests/third_party", *session.posargs)
 
 

@@ -37,6 +37,7 @@ filters, graph, kinds, module, rngs, sharding, state, variables, views = (
     for room in ("filters", "graph", "kinds", "module", "rngs", "sharding", "state", "variables", "views")
 )
 
+A = TypeVar("A")
 M = TypeVar("M", bound=module.Module)
 VariableState = variables.Variable  # States hold Variables themselves
 
@@ -147,9 +148,21 @@ def _names_of_graph() -> dict[str, Any]:
     }
 
 
+def first_from(*args: A | None, error_msg: str) -> A:
+    """The first argument that is not None; ValueError with `error_msg` if none is.
+
+    flax.nnx's own layers read their flags with it, and so do layers that others wrote after them.
+    """
+    for arg in args:
+        if arg is not None:
+            return arg
+    raise ValueError(error_msg)
+
+
 # The hooks of the rooms below: they take these names from us, and cannot look up here.
 graph.take_names(**_names_of_graph())
 module.take_names(view=view, view_info=view_info, with_attributes=with_attributes, capture=capture, M=M)
+module.take_names(first_from=first_from)
 objects.set_state_view(_StateOfObject())
 
 filterlib = sys.modules["nnx_core.filterlib"] = filters

@@ -341,6 +341,9 @@ class Variable(Generic[A]):
     def __setitem__(self, key: Any, value: Any) -> None:
         self.set_value(value, index=key)
 
+    # Above numpy's: `np.log(2) * v` is `v.__rmul__`, which traces, and not numpy's product of `np.asarray(v)`.
+    __array_priority__ = 100
+
     def __jax_array__(self) -> Any:
         return self.get_value()
 

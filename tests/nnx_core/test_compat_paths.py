@@ -45,6 +45,14 @@ def test_they_are_the_rooms_own_objects():
     assert paths.M.__name__ == "M"
 
 
+@pytest.mark.parametrize("library", [nnx, flax_nnx])
+def test_first_from(library):
+    first_from = importlib.import_module(f"{library.__name__}.module").first_from
+    assert first_from(None, False, True, error_msg="") is False
+    with pytest.raises(ValueError, match=r"^say it$"):
+        first_from(None, None, error_msg="say it")
+
+
 def test_default_embed_init():
     from nnx_core.nn.linear import default_embed_init
 

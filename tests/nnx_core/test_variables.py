@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import nnx_core as nnx
 from tests.strategies import Count
-from tests.tolerance import assert_trees_equal
+from tests.tolerance import assert_trees_close, assert_trees_equal
 
 KINDS = {
     nnx.Param: "params",
@@ -140,6 +140,16 @@ def test_binary_operators_forward_to_the_array(f):
     for got in (f(nnx.Param(a), b), f(a, nnx.Param(b)), f(nnx.Param(a), nnx.Param(b))):
         assert isinstance(got, jax.Array)
         assert_trees_equal(got, want)
+
+
+@pytest.mark.parametrize("f", BINARY.values(), ids=BINARY)
+def test_numpy_on_the_left_leaves_the_operator_to_the_variable(f):
+    """numpy's own operator would read `np.asarray(v)`: an ndarray, in numpy's dtype, and an error under a trace."""
+    array, b = np.array([2.0, 3.0, 4.0], np.float32), jnp.array([1.0, -2.0, 3.0])
+    for left in [array] if f is BINARY["matmul"] else [array, array[0]]:
+        for got in (f(left, nnx.Param(b)), jax.jit(lambda b, left=left: f(left, nnx.Param(b)))(b)):
+            assert isinstance(got, jax.Array)
+            assert_trees_close(got, f(left, b))
 
 
 @pytest.mark.parametrize("f", UNARY.values(), ids=UNARY)

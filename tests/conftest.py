@@ -6,6 +6,7 @@ What XLA compiled is kept on disk (`tests/support/compile_cache.py`): that saves
 The suite runs the diagonal of the large grids; `--grids` runs all of them.
 """
 
+import gc
 import os
 import sys
 
@@ -27,6 +28,10 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_enable_x64", False)
+
+# Traces are millions of small objects that live as long as the caches: to look through them for cycles after every
+# 700 new ones takes a tenth of the suite. A test of what is freed calls `gc.collect()`.
+gc.set_threshold(50_000, 20, 100)
 
 # `deadline`: the first example compiles. `database`: a past failure belongs in an @example, not in a cache.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, print_blob=True)

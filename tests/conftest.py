@@ -14,6 +14,10 @@ import pytest
 
 from tests.support import compile_cache
 
+# Traces are millions of small objects that live as long as the caches: to look through them for cycles after every
+# 700 new ones takes a tenth of the suite, and of importing jax a third. What is freed is tested after `gc.collect()`.
+gc.set_threshold(50_000, 20, 100)
+
 if "jax" in sys.modules:
     raise pytest.UsageError("jax was imported before tests/conftest.py could set its environment")
 
@@ -28,10 +32,6 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_enable_x64", False)
-
-# Traces are millions of small objects that live as long as the caches: to look through them for cycles after every
-# 700 new ones takes a tenth of the suite. A test of what is freed calls `gc.collect()`.
-gc.set_threshold(50_000, 20, 100)
 
 # `deadline`: the first example compiles. `database`: a past failure belongs in an @example, not in a cache.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, print_blob=True)

@@ -6,12 +6,17 @@ What XLA compiled is kept on disk (`tests/support/compile_cache.py`): that saves
 The suite runs the diagonal of the large grids; `--grids` runs all of them.
 """
 
+import gc
 import os
 import sys
 
 import pytest
 
 from tests.support import compile_cache
+
+# Traces are millions of small objects that live as long as the caches: to look through them for cycles after every
+# 700 new ones takes a tenth of the suite, and of importing jax a third. What is freed is tested after `gc.collect()`.
+gc.set_threshold(50_000, 20, 100)
 
 if "jax" in sys.modules:
     raise pytest.UsageError("jax was imported before tests/conftest.py could set its environment")

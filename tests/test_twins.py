@@ -31,6 +31,10 @@ OTHERS = {
     "another order of arguments": (lambda x, y: x - y, lambda x, y: y - x),
     "another argument": (lambda x, y: jnp.sin(x), lambda x, y: jnp.sin(y)),
     "another array outside": tuple(lambda x, y, table=table: x * jnp.asarray(table) for table in TABLES),
+    "another array inside": tuple(jax.jit(lambda x, y, table=table: x * table) for table in TABLES),
+    "another array inside what is computed again": tuple(
+        jax.checkpoint(jax.jit(lambda x, y, table=table: x * table)) for table in TABLES
+    ),
     "another dtype": (lambda x, y: x + y, lambda x, y: (x + y).astype(jnp.bfloat16)),
 }
 

@@ -46,6 +46,8 @@ class Layer:
     in_flax_nnx: bool = True  # whether flax.nnx has the layer under this name: signatures and initial values
     same_initial_values: bool = True  # False where a seed gives other values than in flax.nnx: say why in the row
     same_bits: bool = True  # False only where the arithmetic differs from Linen's on purpose: say why in the row
+    # Forms by dtypes, traced once: hundreds of tests ask for the same few.
+    _forms: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def example(self, dtype: Any = jnp.float32) -> jax.Array:
         """The input. Its mean is not zero, so that dtypes show in the statistics."""
@@ -56,20 +58,25 @@ class Layer:
 
     def variables(self, **dtypes: Any) -> Values:
         """Linen's variables with random contents: zeros and ones would hide a swapped or forgotten one."""
-        shapes = jax.eval_shape(
-            lambda x: self.twin(**dtypes).init(
-                KEY,
-                x,
-                **self.twin_modes[False],
-                **({} if self.method == "__call__" else {"method": self.method}),
-            ),
-            self.example(),
-        )
         draw = np.random.default_rng(2)
         return {
             path: jnp.asarray(draw.uniform(0.1, 1.0, leaf.shape).astype(leaf.dtype))
-            for path, leaf in sorted(_flat(shapes).items())
+            for path, leaf in self._once("variables", self._form_of_variables, dtypes)
         }
+
+    def _form_of_variables(self, dtypes: Mapping[str, Any]) -> list[tuple[str, jax.ShapeDtypeStruct]]:
+        method = {} if self.method == "__call__" else {"method": self.method}
+
+        def init(x: jax.Array) -> Any:
+            return self.twin(**dtypes).init(KEY, x, **self.twin_modes[False], **method)
+
+        return sorted(_flat(jax.eval_shape(init, self.example())).items())
+
+    def _once(self, what: str, form: Callable[[Mapping[str, Any]], Any], dtypes: Mapping[str, Any]) -> Any:
+        key = (what, *sorted(dtypes.items()))
+        if key not in self._forms:
+            self._forms[key] = form(dtypes)
+        return self._forms[key]
 
     def write(self, module: Any, values: Values) -> None:
         """Copy `values` into the module; every one of them, into every one of its parameters."""
@@ -95,19 +102,21 @@ class Layer:
     def module(self, values: Values, **dtypes: Any) -> Any:
         """A new module with these values, which may be written under the running trace."""
 
+        graphdef, state = self._once("module", self._form_of_module, dtypes)
+        module = nnx.merge(graphdef, jax.tree.map(_blank, state))
+        self.write(module, values)
+        return module
+
+    def _form_of_module(self, dtypes: Mapping[str, Any]) -> tuple[Any, Any]:
         def make() -> Any:
             return self.make(nnx, nnx.Rngs(0), **dtypes)
 
         # Abstract: initial values would only cost time, and are not part of the program that is compared.
         graphdef, state = nnx.split(nnx.eval_shape(make))
-        if all(isinstance(leaf, nnx.Variable) for _, leaf in nnx.to_flat_state(state)):
-            state = jax.tree.map(_blank, state)
-        else:  # arrays of its own, such as a mask, must be what they are
-            with jax.ensure_compile_time_eval():
+        if not all(isinstance(leaf, nnx.Variable) for _, leaf in nnx.to_flat_state(state)):
+            with jax.ensure_compile_time_eval():  # arrays of its own, such as a mask, must be what they are
                 graphdef, state = nnx.split(make())
-        module = nnx.merge(graphdef, state)
-        self.write(module, values)
-        return module
+        return graphdef, state
 
     def call(self, module: Any, x: jax.Array, **modes: Any) -> Any:
         """The layer's output, from either library's module."""
@@ -142,8 +151,10 @@ class Layer:
         return f
 
 
-def _blank(leaf: jax.ShapeDtypeStruct) -> Any:
-    """Zeros, or one key."""
+def _blank(leaf: Any) -> Any:
+    """Zeros, or one key, where a leaf is abstract."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jnp.broadcast_to(KEY, leaf.shape)
     return np.zeros(leaf.shape, leaf.dtype)
@@ -226,19 +237,40 @@ def weighted_sum(y: jax.Array) -> jax.Array:
 
 
 def unless_same_program(ours: Callable[..., Any], theirs: Callable[..., Any], *args: Any) -> tuple[Any, Any] | None:
-    """What both return for `args`, compiled; None if both lower to one and the same program.
+    """What both return for `args`, compiled; None if both trace or lower to one and the same program.
 
     Then they are equal on every input, compiled or not: most layers are, and need not be compiled twice to be
     compared. Of two programs every operation is compared, which arguments it takes, the constants, and the results'
-    tree, shapes and dtypes; not the names of functions.
+    tree, shapes and dtypes; not the names of functions. Nine in ten are one already as they are traced: to print a
+    trace takes a tenth of the time that it takes to lower it.
     """
     traced = [jax.jit(f, keep_unused=True).trace(*args) for f in (ours, theirs)]  # or arguments would move up
+    results = [jax.tree.flatten(jax.tree.map(lambda x: (x.shape, x.dtype), t.out_info)) for t in traced]
+    constants = [_constants(t.jaxpr) for t in traced]  # their values are no part of the text
+    comparable = results[0] == results[1] and same_bits(*constants)
+    if comparable and _trace(traced[0]) == _trace(traced[1]):
+        return None
     first, second = (t.lower() for t in traced)
-    results = [jax.tree.flatten(jax.tree.map(lambda x: (x.shape, x.dtype), t.out_info)) for t in (first, second)]
-    constants = [t.jaxpr.consts for t in traced]  # their values are no part of the text
-    if results[0] == results[1] and _program(first) == _program(second) and same_bits(*constants):
+    if comparable and _program(first) == _program(second):
         return None
     return first.compile()(*args), second.compile()(*args)
+
+
+def _trace(traced: Any) -> str:
+    """The jaxpr's text, in which variables are named by the order in which they appear."""
+    text = str(traced.jaxpr)
+    assert "..." not in text  # nothing is left out of it
+    return text
+
+
+def _constants(jaxpr: Any) -> list[Any]:
+    """The constants of a jaxpr, closed or not, and of those inside it."""
+    constants = list(getattr(jaxpr, "consts", ()))
+    for eqn in jaxpr.eqns:
+        inner = jax.tree.leaves(list(eqn.params.values()))
+        for value in inner:
+            constants += _constants(value) if hasattr(value, "eqns") else []
+    return constants
 
 
 def _program(lowered: Any) -> str:

@@ -1,26 +1,28 @@
 """The benchmark of conversions runs whole, and in memory nothing is copied; times are not tested."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import types
 
 import numpy as np
 import pytest
 
 from benchmarks import checkpoint
+from benchmarks.__main__ import app
 from benchmarks.figures import Figure, busy
+from tests.support.forked import run_forked
 
-REPOSITORY = Path(__file__).parents[2]
+MODULE = "import runpy; runpy.run_module('benchmarks.checkpoint', run_name='__main__')"
 
 
-@pytest.mark.slow
-def test_the_command_prints_every_figure_and_writes_json(tmp_path):
+@pytest.mark.parametrize("forks", [True, pytest.param(False, marks=pytest.mark.grid)])
+def test_the_command_prints_every_figure_and_writes_json(tmp_path, forks, monkeypatch, capsys):
+    if forks:  # its runs are processes of their own here too, but share what importing costs
+        run = types.SimpleNamespace(run=lambda command, **_: run_forked(MODULE, *command[3:]))
+        monkeypatch.setattr(checkpoint, "subprocess", run)
     out = tmp_path / "new" / "checkpoint.json"
     small = ["--size", "4", "--leaves", "14", "--memory", "1", "--repeats", "1", "--folder", str(tmp_path)]
-    command = [sys.executable, "-m", "benchmarks", "checkpoint", *small, "--json", str(out)]
-    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    app(["checkpoint", *small, "--json", str(out)], standalone_mode=False)
+    printed = capsys.readouterr().out
     written = json.loads(out.read_text())
     figures = {row["figure"]: row for row in written["figures"]}
     assert {name: row["goal"] for name, row in figures.items() if row["goal"] is not None} == {
@@ -31,7 +33,7 @@ def test_the_command_prints_every_figure_and_writes_json(tmp_path):
         "leaves copied by a conversion in memory": 0,
     }
     assert figures["leaves copied by a conversion in memory"]["met"]
-    assert all(name in ran.stdout for name in figures)
+    assert all(name in printed for name in figures)
     assert [run["variant"] for run in written["runs"]] == ["orbax", *["to_nnx", "to_linen"] * 2, "in_memory"]
     assert all(run["seconds"] > 0 for run in written["runs"][:-1])
     assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -4,8 +4,7 @@ Law: `describe` gives the Tree that a converter would hand to a sink for a live 
 Knows plain containers, sources and sinks; knows nothing of models.
 """
 
-import subprocess
-import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +19,7 @@ from bridge.checkpoint.formats.protocol import Source
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.layout import Leaf
 from bridge.checkpoint.tree.tree import Tree
+from tests.support.forked import run_forked
 
 DTYPES = (
     "float32",
@@ -100,8 +100,9 @@ def survives(content: bytes, path: Path, **options) -> bool:
 def run_limited(script: str, *arguments: object) -> str:
     """What a Python program prints that may not write files of more than 64 KiB, as on a full disk."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
-    command = [sys.executable, "-c", limit + script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = run_forked(limit + textwrap.dedent(script), *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 # --- trees that hypothesis draws ----------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import flax.serialization
@@ -23,6 +21,7 @@ from bridge.checkpoint.rules.apply import Rules, read_rules
 from bridge.checkpoint.tree.from_objects import of_object
 from bridge.checkpoint.verification import VerificationError, verify
 from tests.support import checkpoint_run as run
+from tests.support.forked import run_forked
 from tests.tolerance import assert_trees_equal
 
 SOURCES = ("orbax", "orbax-v1", "manager", "msgpack", "safetensors", "npz")
@@ -291,8 +290,7 @@ def large(tmp_path_factory):
 @pytest.mark.parametrize("format", TARGETS)
 def test_no_room_is_a_clear_error_and_no_target(format, large, tmp_path):
     before = content(large)
-    command = [sys.executable, "-c", SCRIPT, large, tmp_path / "out", "-", format, 200_000]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    done = run_forked(SCRIPT, large, tmp_path / "out", "-", format, 200_000)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("refused:"), done.stdout + done.stderr
     assert f"{tmp_path}/out" in done.stdout

@@ -4,8 +4,6 @@ And one that a full disk stops where it notes a batch.
 """
 
 import random
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,6 +13,7 @@ from bridge._errors import CheckpointWriteError
 from bridge.checkpoint.conversion import convert
 from bridge.checkpoint.verification import verify
 from tests.support import checkpoint_run as run
+from tests.support.forked import Forked, run_forked
 from tests.support.full_disk import fill_up, journal_has_room
 from tests.tolerance import assert_trees_equal
 
@@ -40,27 +39,20 @@ def source(tmp_path_factory):
     return run.save({"params": params}, tmp_path_factory.mktemp("source") / "ck", "orbax")
 
 
-def start(source, target, format):
-    command = [sys.executable, "-c", SCRIPT, str(source), str(target), format]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.parametrize("format", ["orbax", "orbax-v1", "safetensors", "msgpack"])
 def test_killed_three_times_then_resumed(format, source, tmp_path):
     chance = random.Random(format)
     for _ in range(3):
-        process = start(source, tmp_path / "out", format)
+        process = Forked(SCRIPT, source, tmp_path / "out", format)
         for _ in range(chance.randint(2, BATCHES // 3)):
-            assert process.stdout.readline().startswith("converting"), process.stderr.read()
+            assert process.output.readline().startswith("converting"), process.wait().stderr
         time.sleep(chance.uniform(0, 0.02))
         process.kill()
-        process.communicate()
-        assert process.returncode == -9
+        assert process.wait().returncode == -9
         assert not (tmp_path / "out").exists()
-    process = start(source, tmp_path / "out", format)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert 0 < int(out.split()[-1]) < LEAVES
+    done = run_forked(SCRIPT, source, tmp_path / "out", format)
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout.split()[-1]) < LEAVES
     assert verify(tmp_path / "out").leaves == LEAVES
     convert(source, tmp_path / "unkilled", to="nnx", target_format=format)
     assert_trees_equal(run.load(tmp_path / "out", format), run.load(tmp_path / "unkilled", format))

@@ -1,9 +1,5 @@
 """load_into: every shard goes where the model has it, is read once, and the memory is that of the model."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +12,7 @@ import nnx_core as nnx
 from bridge.checkpoint.loading import ShardingError, load_into
 from bridge.checkpoint.rules.apply import Rule, Rules
 from nnx_core import sharding
+from tests.support.forked import run_forked
 from tests.support.placed_models import BIAS, KERNEL, abstract, assert_untouched, contents, mesh, wide
 from tests.support.training import saved
 from tests.tolerance import assert_trees_equal
@@ -115,8 +112,6 @@ def test_a_cast_in_the_rules(dense):
 
 # ---- memory ------------------------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parents[3]
-
 
 MEMORY = """
 import os, re, sys
@@ -163,9 +158,7 @@ def test_memory_is_that_of_the_model(tmp_path, format):
             saved(paths[-1], {"params": make(count)})
         else:
             safetensors.numpy.save_file({f"params/{name}": x for name, x in make(count).items()}, paths[-1])
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, *map(str, paths)], cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
+    done = run_forked(MEMORY, *paths)
     assert done.returncode == 0, done.stderr
     size, peak, total = map(float, done.stdout.split())
     largest = 1024 * 2048 * 4

@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 
 import jax
@@ -19,6 +18,7 @@ from bridge.checkpoint.formats.orbax.read import OrbaxSource
 from bridge.checkpoint.tree.layout import Kind
 from bridge.cli.convert import LayoutName, SourceFormat, TargetFormat
 from tests.support import checkpoint_run
+from tests.support.forked import run_forked
 from tests.tolerance import assert_trees_equal
 
 HERE = "tests.support.checkpoint_run"
@@ -458,8 +458,7 @@ cli.main(sys.argv[1:])
 
 def test_ctrl_c_is_exit_code_130_and_says_how_to_go_on(linen, rules, tmp_path, run):
     words = ["convert", linen, tmp_path / "out", "--to", "nnx", "--rules", rules]
-    command = [sys.executable, "-c", INTERRUPTED, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_forked(INTERRUPTED, *words)
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     assert done.stderr == f"interrupted: nothing at {tmp_path / 'out'}. Go on with the same command and --resume.\n"
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,8 @@
 """The demo: that it holds, that it notices when it does not, and that it harms nobody's files."""
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import io
 import json
@@ -8,15 +10,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
+from bridge import cli
 from bridge._errors import MissingDependencyError
-from bridge.demo import cross, linen_model, outdir, report, run, task, verdict
+from bridge.demo import cross, linen_model, outdir, report, run, verdict
 
 REPOSITORY = Path(__file__).parents[3]
 EPOCHS = 3  # enough for 95 %, a quarter of the demo's own
@@ -31,18 +34,53 @@ def _off(comparison):
     return [check.name for check in verdict.checks(comparison) if not check.holds]
 
 
+@dataclasses.dataclass
+class Demo:
+    """What a short demo printed, and what it computed on the way."""
+
+    out: Path
+    status: int = -1
+    printed: str = ""
+    trained: Any = None  # the TrainState and the losses that led to it
+    computed: Any = None  # the same losses, and all figures
+
+
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory):
-    """One short demo: its folder, its training losses, its figures."""
-    out = tmp_path_factory.mktemp("demo")
-    with jax.default_matmul_precision("highest"):
-        losses, comparison = run._compute(Console(quiet=True), task.load(), out, seed=0, epochs=EPOCHS)
-    return out, losses, comparison
+def demo(tmp_path_factory):
+    """The command, once for all that looks at it."""
+    ran = Demo(tmp_path_factory.mktemp("demo") / "out")
+
+    def kept(name, f):
+        def call(*arguments, **options):
+            setattr(ran, name, f(*arguments, **options))
+            return getattr(ran, name)
+
+        return call
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(run, "main", functools.partial(run.main, epochs=EPOCHS))
+        patch.setattr(run, "_compute", kept("computed", run._compute))
+        patch.setattr(linen_model, "train", kept("trained", linen_model.train))
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["demo", "--out", str(ran.out)])
+    ran.status, ran.printed = ended.value.code or 0, printed.getvalue()
+    return ran
 
 
-@pytest.mark.slow
+@pytest.fixture
+def computed(demo):
+    """Its folder, its training losses, its figures."""
+    return demo.out, *demo.computed
+
+
+def test_the_command(demo):
+    assert_main_job(demo.out, demo.status, demo.printed)
+
+
+@pytest.mark.grid
 def test_the_command_runs_the_main_job(tmp_path):
-    """The README's command as a user types it, at full length."""
+    """The README's command as a user types it, at full length; the gate runs it so from the wheel."""
     out = tmp_path / "demo"
     ran = subprocess.run(
         [sys.executable, "-m", "bridge", "demo", "--out", str(out)],
@@ -52,12 +90,16 @@ def test_the_command_runs_the_main_job(tmp_path):
         text=True,
         timeout=300,
     )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "ToNNX(Linen)" in ran.stdout
-    assert "native nnx_core" in ran.stdout
-    assert "ToLinen(native)" in ran.stdout
-    assert "All 81 figures hold." in ran.stdout
-    assert "training in Linen" not in ran.stdout, "a progress bar without a terminal"
+    assert_main_job(out, ran.returncode, ran.stdout + ran.stderr)
+
+
+def assert_main_job(out, status, printed):
+    assert status == 0, printed
+    assert "ToNNX(Linen)" in printed
+    assert "native nnx_core" in printed
+    assert "ToLinen(native)" in printed
+    assert "All 81 figures hold." in printed
+    assert "training in Linen" not in printed, "a progress bar without a terminal"
     assert _pixels(out / "demo.png").shape[1] > 1000
     written = json.loads((out / "demo.json").read_text())
     assert written["off"] == []
@@ -131,8 +173,7 @@ def test_a_model_that_learned_nothing_is_off(computed):
     assert names[0] == "Linen: test accuracy"
 
 
-@pytest.mark.slow
-def test_a_perturbed_weight_on_disk_makes_the_exit_code_1_and_is_named(tmp_path, monkeypatch, capsys):
+def test_a_perturbed_weight_on_disk_makes_the_exit_code_1_and_is_named(demo, tmp_path, monkeypatch, capsys):
     save = linen_model.save
 
     def save_perturbed(state, directory):
@@ -140,6 +181,7 @@ def test_a_perturbed_weight_on_disk_makes_the_exit_code_1_and_is_named(tmp_path,
         params = {**state.params, "Dense_1": {**state.params["Dense_1"], "bias": bias}}
         save(state.replace(params=params), directory)
 
+    monkeypatch.setattr(linen_model, "train", lambda *_, **__: demo.trained)  # as it was trained before
     monkeypatch.setattr(linen_model, "save", save_perturbed)
     assert run.main(tmp_path / "out", seed=0, quiet=True, epochs=EPOCHS) == 1
     said = capsys.readouterr().out

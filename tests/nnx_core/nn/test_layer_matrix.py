@@ -123,10 +123,16 @@ NO_DIFFERENCE = {
 }
 
 
+# Rows whose gradients are compared in bfloat16 outside the grid, too: what `nnx.grad` does to a dtype is not the
+# layer's; every layer's own gradients in bfloat16 are in `test_linen_twin`.
+IN_BFLOAT16 = {"Linear", "BatchNorm", "LayerNorm", "Embed", "MultiHeadAttention", "GRUCell", "WeightNorm"}
+
+
 def crossed():
-    """Every layer, in train and eval mode, under every transform: in float32, and gradients in bfloat16 too."""
+    """Every layer, in train and eval mode, under every transform: in float32, and some gradients in bfloat16 too."""
     for case, dtype, column in itertools.product(CASES, DTYPES, COLUMNS):
-        only_in_grid = dtype is jnp.bfloat16 and column != "grad"
+        layer, _ = case.values
+        only_in_grid = dtype is jnp.bfloat16 and not (column == "grad" and layer.name in IN_BFLOAT16)
         marks = [pytest.mark.grid] if only_in_grid else []
         name = f"{case.id}-{jnp.dtype(dtype).name}-{column}"
         yield pytest.param(*case.values, dtype, column, id=name, marks=marks)

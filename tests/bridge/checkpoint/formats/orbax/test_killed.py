@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -18,6 +17,7 @@ from bridge._errors import CheckpointCorruptError, CheckpointExistsError, Checkp
 from bridge.checkpoint.formats.orbax.read import open_orbax, read_tree
 from bridge.checkpoint.formats.orbax.write import OrbaxSink
 from tests.support.checkpoint_files import describe, run_limited
+from tests.support.forked import run_forked
 from tests.support.orbax_files import content, write
 from tests.tolerance import assert_trees_equal
 
@@ -137,10 +137,7 @@ SCRIPT = """
 def test_killed_three_times_in_a_row(seed, tmp_path):
     rng, path = random.Random(seed), tmp_path / "run" / "ck"
     for last_write in (*(rng.randint(1, 3) for _ in range(3)), 0):
-        arguments = [str(path), str(last_write), str(rng.uniform(0, 0.02))]
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(SCRIPT), *arguments], capture_output=True, text=True, check=False
-        )
+        done = run_forked(textwrap.dedent(SCRIPT), path, last_write, rng.uniform(0, 0.02))
         if last_write:
             assert done.returncode == -signal.SIGKILL
             assert not path.exists()
@@ -249,9 +246,7 @@ def test_the_reason_is_shown_however_long_the_path(tmp_path, limit):
             print(_cause(error))
     """)
     folder = tmp_path / ("x" * 200) / ("y" * 200)
-    done = subprocess.run(
-        [sys.executable, "-c", script, folder, str(limit)], capture_output=True, text=True, timeout=60
-    )
+    done = run_forked(script, folder, limit)
     assert done.stdout == "File too large\n", done.stdout + done.stderr
 
 

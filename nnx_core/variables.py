@@ -14,9 +14,11 @@ from typing import Any, Generic, TypeVar
 import jax
 
 from nnx_core import _trace
+from nnx_core._axis_names import insert_name, remove_name
 from nnx_core._borrowed import Borrowing
 from nnx_core._changes import touch
 from nnx_core._errors import InPlaceError, TraceError
+from nnx_core._in_place import fitted_part, written
 from nnx_core._repr import show_fields
 from nnx_core._trace import Site, caller, current_trace, show_site
 from nnx_core.modes import var_defaults
@@ -75,6 +77,7 @@ class Variable(Generic[A]):
 
     Raises:
       TraceError: on a write under another trace than the one that created the Variable.
+      WriteError: if `v[...] = x` or `v[i] = x` does not fit the shape and dtype of what is there.
 
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
@@ -141,17 +144,27 @@ class Variable(Generic[A]):
         return value if index is MISSING or index is ... else value[index]
 
     def set_value(self, value: A, *, index: Any = MISSING) -> None:
-        """Write the value, or with `index` a part of it, after the `on_set_value` hooks."""
+        """Replace the value, or with `index` write into it, after the `on_set_value` hooks.
+
+        With an index (`...` for all of it), and always in a `jax.Ref`, shape, dtype and devices stay, as in
+        numpy: `value` is broadcast and cast. What does not fit raises WriteError.
+        """
         if isinstance(value, Variable):
             value = value.get_value()
         raw = self._raw_value
-        if is_ref(raw):  # a jax.Ref may be written under any trace: that is what it is for
-            raw[... if index is MISSING else index] = self._run_hooks("on_set_value", value)
+        if is_ref(raw):  # may be written under any trace: that is what it is for
+            self._write_ref(raw, ... if index is MISSING else index, self._run_hooks("on_set_value", value))
             return
         self._check_can_write()
-        if index is not MISSING and index is not ...:
-            value = _with_item(raw, index, value)
-        _set_raw(self, self._run_hooks("on_set_value", value))
+        value = self._run_hooks("on_set_value", value)
+        _set_raw(self, value if index is MISSING else written(raw, index, value, self._where))
+
+    def _write_ref(self, ref: Any, index: Any, value: Any) -> None:
+        ref[index] = fitted_part(ref.shape, ref.dtype, index, value, self._where)
+
+    def _where(self) -> str:
+        path = _trace.locate(self)
+        return self._describe() if path is None else f"{self._describe()} at {path}"
 
     value = property(get_value, set_value, doc="The value; the same as `v[...]`.")
 
@@ -173,7 +186,7 @@ class Variable(Generic[A]):
         """Store `value` without hooks: in the `jax.Ref` of this Variable, if it has one and `value` is none."""
         self._check_can_write()
         if is_ref(self._raw_value) and not is_ref(value):
-            self._raw_value[...] = value  # type: ignore[index]  # a Ref
+            self._write_ref(self._raw_value, ..., value)
         else:
             _set_raw(self, value)
 
@@ -420,53 +433,11 @@ def _shape_text(value: Any) -> str:
     return "" if shape is None else f" of shape {tuple(shape)}"
 
 
-def _with_item(old: Any, index: Any, value: Any) -> Any:
-    if isinstance(old, jax.Array):
-        return old.at[index].set(value)
-    old = old.copy() if hasattr(old, "copy") else list(old)
-    old[index] = value
-    return old
-
-
 def _hooks(variable: Variable[Any], name: str) -> tuple[Callable[..., Any], ...]:
     own = variable._var_metadata.get(name, ())
     hooks = tuple(own) if isinstance(own, list | tuple) else (own,)
     method = getattr(type(variable), name, None)
     return hooks if method is None else (method, *hooks)
-
-
-class PaddedNames(tuple[Any, ...]):
-    """Axis names that were too few for a new named axis, filled up with None; remembers what they were."""
-
-    before: tuple[Any, ...]
-    index: int
-
-
-def insert_name(names: Any, index: int, name: Any) -> tuple[Any, ...]:
-    """Axis names after a new axis `name` appeared at `index` (negative: from the end of the names).
-
-    Axes beyond the last name have none. `remove_name` with the same index is the exact inverse.
-    """
-    names = tuple(names)
-    if index < 0:
-        index += len(names) + 1
-    if index <= len(names):
-        return (*names[:index], name, *names[index:])
-    if name is None:
-        return names
-    padded = PaddedNames((*names, *[None] * (index - len(names)), name))
-    padded.before, padded.index = names, index
-    return padded
-
-
-def remove_name(names: Any, index: int) -> tuple[Any, ...]:
-    """Axis names after the axis `index` is gone; the inverse of `insert_name`."""
-    if isinstance(names, PaddedNames) and names.index == index:
-        return names.before
-    names = tuple(names)
-    if index < 0:
-        index += len(names)
-    return (*names[:index], *names[index + 1 :])
 
 
 # ---- operators: what an array does, a Variable does with its value ----

@@ -48,9 +48,9 @@ class State(MutableMapping[Hashable, Any]):
       ((2, 3), (('layer', 'kernel'),))
     """
 
-    __slots__ = ("__weakref__", "_mapping", "_nnx_version", "_root")
+    __slots__ = ("__weakref__", "_level_of", "_mapping", "_nnx_version")
     _mapping: dict[Hashable, Any]
-    _root: "State"  # whose changes a write here is: itself, or the State this is a level of
+    _level_of: "State | None"  # the State that this is a level of, if it is one
     _nnx_version: int
 
     def __init__(self, mapping: Mapping[Any, Any] | Iterable[tuple[Path, Any]] = (), /, *, _copy: bool = True):
@@ -59,13 +59,18 @@ class State(MutableMapping[Hashable, Any]):
         elif _copy:
             mapping = _plain(mapping)
         object.__setattr__(self, "_mapping", mapping)
-        object.__setattr__(self, "_root", self)
+        object.__setattr__(self, "_level_of", None)
         object.__setattr__(self, "_nnx_version", 0)
 
     @classmethod
     def over(cls, mapping: dict[Any, Any]) -> "State":
         """A State over nested dicts themselves: no copy, so both see each other's writes."""
         return cls(mapping, _copy=False)
+
+    @property
+    def _root(self) -> "State":
+        """Whose changes a write here is. A State does not hold itself: its arrays would outlive it, see `gc`."""
+        return self if self._level_of is None else self._level_of
 
     @property
     def raw_mapping(self) -> Mapping[Hashable, Any]:
@@ -77,7 +82,7 @@ class State(MutableMapping[Hashable, Any]):
         if type(value) is not dict:
             return value
         level = type(self).over(value)
-        object.__setattr__(level, "_root", self._root)
+        object.__setattr__(level, "_level_of", self._root)
         return level
 
     def __setitem__(self, key: Hashable, value: Any) -> None:

@@ -499,6 +499,17 @@ CASES = {
         ValueError,
         r"^The stream 'noise' at .*shape \(3,\).*policy='match_shape'",
     ),
+    # marks and pop
+    "data in a static attribute": (
+        lambda: nnx.List([nnx.static(X)]),
+        ValueError,
+        r"^Found data in the static attribute \[0\] of List: a \w+\.\nMark it with nnx\.data",
+    ),
+    "a pop from a list": (
+        lambda: nnx.pop([nnx.Param(X)], nnx.Param),
+        ValueError,
+        r"^Cannot pop \[0\], a Param: .* found it in a list,",
+    ),
     # writes
     "a write that does not fit": (
         lambda: write_item(X, ..., jnp.ones(4)),

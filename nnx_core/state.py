@@ -113,7 +113,10 @@ class State(MutableMapping[Hashable, Any]):
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        if not isinstance(other, State) or jax.tree.structure(self) != jax.tree.structure(other):
+        if not isinstance(other, Mapping):
+            return False
+        other = other if isinstance(other, State) else type(self)(other)
+        if jax.tree.structure(self) != jax.tree.structure(other):
             return False
         return all(_same(a, b) for a, b in zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True))
 

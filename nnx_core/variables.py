@@ -264,8 +264,8 @@ class Variable(Generic[A]):
 
     @property
     def sharding_names(self) -> Any:
-        """The axis names (metadata `out_sharding`)."""
-        return self.get_metadata(AXIS_NAMES)
+        """The axis names (metadata `out_sharding`), None if there are none."""
+        return self.get_metadata(AXIS_NAMES, None)
 
     def add_axis(self, axis_index: int, axis_name: Any = None) -> None:
         """Say that the value gets a new axis at `axis_index` (of the value that has it)."""

@@ -171,5 +171,16 @@ class InPlaceError(NnxError, NotImplementedError):
         )
 
 
+class WriteError(NnxError, ValueError, TypeError):
+    """What is written into the value of a Variable does not fit it."""
+
+    def __init__(self, where: str, expected: object, found: object):
+        super().__init__(
+            f"Cannot write into {where}: expected {expected}, found {found}.\n"
+            "`v[...] = x` and `v[i] = x` keep the shape, dtype and devices of what is there. `v.value = x` replaces it,"
+            " unless it is a jax.Ref."
+        )
+
+
 class RegistryError(NnxError, ValueError):
     """Two different Variable types under one name."""

@@ -48,9 +48,9 @@ class State(MutableMapping[Hashable, Any]):
       ((2, 3), (('layer', 'kernel'),))
     """
 
-    __slots__ = ("__weakref__", "_mapping", "_nnx_version", "_root")
+    __slots__ = ("__weakref__", "_level_of", "_mapping", "_nnx_version")
     _mapping: dict[Hashable, Any]
-    _root: "State"  # whose changes a write here is: itself, or the State this is a level of
+    _level_of: "State | None"  # the State that this is a level of, if it is one
     _nnx_version: int
 
     def __init__(self, mapping: Mapping[Any, Any] | Iterable[tuple[Path, Any]] = (), /, *, _copy: bool = True):
@@ -59,13 +59,18 @@ class State(MutableMapping[Hashable, Any]):
         elif _copy:
             mapping = _plain(mapping)
         object.__setattr__(self, "_mapping", mapping)
-        object.__setattr__(self, "_root", self)
+        object.__setattr__(self, "_level_of", None)
         object.__setattr__(self, "_nnx_version", 0)
 
     @classmethod
     def over(cls, mapping: dict[Any, Any]) -> "State":
         """A State over nested dicts themselves: no copy, so both see each other's writes."""
         return cls(mapping, _copy=False)
+
+    @property
+    def _root(self) -> "State":
+        """Whose changes a write here is. A State does not hold itself: its arrays would outlive it, see `gc`."""
+        return self if self._level_of is None else self._level_of
 
     @property
     def raw_mapping(self) -> Mapping[Hashable, Any]:
@@ -77,7 +82,7 @@ class State(MutableMapping[Hashable, Any]):
         if type(value) is not dict:
             return value
         level = type(self).over(value)
-        object.__setattr__(level, "_root", self._root)
+        object.__setattr__(level, "_level_of", self._root)
         return level
 
     def __setitem__(self, key: Hashable, value: Any) -> None:
@@ -108,9 +113,10 @@ class State(MutableMapping[Hashable, Any]):
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        if not isinstance(other, State) or jax.tree.structure(self) != jax.tree.structure(other):
+        if not isinstance(other, Mapping):
             return False
-        return all(_same(a, b) for a, b in zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True))
+        ours, theirs = dict(_entries(self)), dict(_entries(other))
+        return ours.keys() == theirs.keys() and all(_same(x, theirs[path]) for path, x in ours.items())
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
@@ -126,7 +132,7 @@ class State(MutableMapping[Hashable, Any]):
         return f"{type(self).__name__}({show_fields('', fields, '{}')})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._mapping,)
+        return type(self), (list(_entries(self)),)  # flat: a nested mapping may be deeper than pickle can go
 
     def __copy__(self) -> "State":
         return type(self)(self._mapping)
@@ -252,7 +258,22 @@ class FlatState(Sequence[tuple[Path, Any]]):
 
 
 def _plain(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {k: _plain(v) if isinstance(v, Mapping) else v for k, v in mapping.items()}
+    return _copied(mapping, lambda key: key)
+
+
+def _copied(mapping: Mapping[Any, Any], rename: Callable[[Any], Any]) -> dict[Any, Any]:
+    """Nested dicts like `mapping`; with a list in the place of recursion, since models may be deep."""
+    root: dict[Any, Any] = {}
+    stack: list[tuple[Mapping[Any, Any], dict[Any, Any]]] = [(mapping, root)]
+    while stack:
+        level, new = stack.pop()
+        for key, value in level.items():
+            if isinstance(value, Mapping):
+                new[rename(key)] = below = {}
+                stack.append((value, below))
+            else:
+                new[rename(key)] = value
+    return root
 
 
 def nest(pairs: Iterable[tuple[Path, Any]]) -> dict[Any, Any]:
@@ -274,15 +295,31 @@ def nest(pairs: Iterable[tuple[Path, Any]]) -> dict[Any, Any]:
 
 def iter_leaves(mapping: Mapping[Any, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
     """(path, value) of nested mappings, sorted; an empty mapping yields nothing."""
-    for key in sorted_keys(mapping):
-        value = mapping[key]
-        if isinstance(value, Mapping):
-            yield from iter_leaves(value._mapping if isinstance(value, State) else value, (*prefix, key))
+    for path, value in _entries(mapping, prefix):
+        if not isinstance(value, Mapping):
+            yield path, value
+
+
+def _entries(mapping: Mapping[Any, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """As `iter_leaves`, but empty mappings below count as leaves."""
+    stack: list[tuple[Path, Any]] = [(prefix, mapping)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, Mapping) and (value or path == prefix):
+            level = value._mapping if isinstance(value, State) else value
+            stack += [((*path, key), level[key]) for key in reversed(sorted_keys(level))]
         else:
-            yield (*prefix, key), value
+            yield path, value
 
 
 def _same(a: Any, b: Any) -> bool:
+    """Whether two leaves of a State are equal: of one structure, with equal arrays."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    return all(map(_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def _equal(a: Any, b: Any) -> bool:
     same = a == b
     return bool(same.all()) if hasattr(same, "all") else bool(same)
 
@@ -325,10 +362,7 @@ def restore_int_paths(pure_dict: Mapping[Any, Any]) -> dict[Any, Any]:
       >>> restore_int_paths({"layers": {"0": 1}})
       {'layers': {0: 1}}
     """
-    return {
-        int(k) if isinstance(k, str) and k.isdecimal() else k: restore_int_paths(v) if isinstance(v, Mapping) else v
-        for k, v in pure_dict.items()
-    }
+    return _copied(pure_dict, lambda key: int(key) if isinstance(key, str) and key.isdecimal() else key)
 
 
 def replace_by_pure_dict(state: State, pure_dict: Mapping[Any, Any], replace_fn: Any = None) -> None:
@@ -359,11 +393,13 @@ def replace_by_pure_dict(state: State, pure_dict: Mapping[Any, Any], replace_fn:
 
 def _leaves_down_to(mapping: Any, known: Mapping[Path, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
     # A dict below a known path is the value of a Variable that holds a dict.
-    if isinstance(mapping, Mapping) and tuple(map(str, prefix)) not in known:
-        for key in sorted_keys(mapping):
-            yield from _leaves_down_to(mapping[key], known, (*prefix, key))
-    else:
-        yield prefix, mapping
+    stack = [(prefix, mapping)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, Mapping) and tuple(map(str, path)) not in known:
+            stack += [((*path, key), value[key]) for key in reversed(sorted_keys(value))]
+        else:
+            yield path, value
 
 
 # ---- filters ----

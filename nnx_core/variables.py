@@ -18,6 +18,7 @@ from nnx_core._axis_names import insert_name, remove_name
 from nnx_core._borrowed import Borrowing
 from nnx_core._changes import touch
 from nnx_core._errors import InPlaceError, TraceError
+from nnx_core._in_place import fitted_part, written
 from nnx_core._repr import show_fields
 from nnx_core._statics import Fixed, fixed, unfixed
 from nnx_core._trace import Site, caller, current_trace, show_site
@@ -83,6 +84,7 @@ class Variable(Generic[A]):
 
     Raises:
       TraceError: on a write under another trace than the one that created the Variable.
+      WriteError: if `v[...] = x` or `v[i] = x` does not fit the shape and dtype of what is there.
 
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
@@ -151,17 +153,27 @@ class Variable(Generic[A]):
         return value if index is MISSING or index is ... else value[index]
 
     def set_value(self, value: A, *, index: Any = MISSING) -> None:
-        """Write the value, or with `index` a part of it, after the `on_set_value` hooks."""
+        """Replace the value, or with `index` write into it, after the `on_set_value` hooks.
+
+        With an index (`...` for all of it), and always in a `jax.Ref`, shape, dtype and devices stay, as in
+        numpy: `value` is broadcast and cast. What does not fit raises WriteError.
+        """
         if isinstance(value, Variable):
             value = value.get_value()
         raw = self._raw_value
-        if is_ref(raw):  # a jax.Ref may be written under any trace: that is what it is for
-            raw[... if index is MISSING else index] = self._run_hooks("on_set_value", value)
+        if is_ref(raw):  # may be written under any trace: that is what it is for
+            self._write_ref(raw, ... if index is MISSING else index, self._run_hooks("on_set_value", value))
             return
         self._check_can_write()
-        if index is not MISSING and index is not ...:
-            value = _with_item(raw, index, value)
-        _set_raw(self, self._run_hooks("on_set_value", value))
+        value = self._run_hooks("on_set_value", value)
+        _set_raw(self, value if index is MISSING else written(raw, index, value, self._where))
+
+    def _write_ref(self, ref: Any, index: Any, value: Any) -> None:
+        ref[index] = fitted_part(ref.shape, ref.dtype, index, value, self._where)
+
+    def _where(self) -> str:
+        path = _trace.locate(self)
+        return self._describe() if path is None else f"{self._describe()} at {path}"
 
     value = property(get_value, set_value, doc="The value; the same as `v[...]`.")
 
@@ -183,7 +195,7 @@ class Variable(Generic[A]):
         """Store `value` without hooks: in the `jax.Ref` of this Variable, if it has one and `value` is none."""
         self._check_can_write()
         if is_ref(self._raw_value) and not is_ref(value):
-            self._raw_value[...] = value  # type: ignore[index]  # a Ref
+            self._write_ref(self._raw_value, ..., value)
         else:
             _set_raw(self, value)
 
@@ -261,8 +273,8 @@ class Variable(Generic[A]):
 
     @property
     def sharding_names(self) -> Any:
-        """The axis names (metadata `out_sharding`)."""
-        return self.get_metadata(AXIS_NAMES)
+        """The axis names (metadata `out_sharding`), None if there are none."""
+        return self.get_metadata(AXIS_NAMES, None)
 
     def add_axis(self, axis_index: int, axis_name: Any = None) -> None:
         """Say that the value gets a new axis at `axis_index` (of the value that has it)."""
@@ -436,14 +448,6 @@ _never_refs: set[type] = set()
 def _shape_text(value: Any) -> str:
     shape = getattr(value, "shape", None)
     return "" if shape is None else f" of shape {tuple(shape)}"
-
-
-def _with_item(old: Any, index: Any, value: Any) -> Any:
-    if isinstance(old, jax.Array):
-        return old.at[index].set(value)
-    old = old.copy() if hasattr(old, "copy") else list(old)
-    old[index] = value
-    return old
 
 
 def _hooks(variable: Variable[Any], name: str) -> tuple[Callable[..., Any], ...]:

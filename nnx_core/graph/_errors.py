@@ -36,6 +36,17 @@ class DuplicateVariableError(NnxError, ValueError):
         )
 
 
+class PopError(NnxError, ValueError):
+    """A Variable cannot be removed from where it is."""
+
+    def __init__(self, path: Path, kind: str, container: str):
+        super().__init__(
+            f"Cannot pop {show_path(path)}, a {kind}: expected it in a module, nnx.List, nnx.Dict or dict, found it"
+            f" in a {container}, which would not be the same without it. Nothing was popped.\n"
+            "Keep it in an nnx.List or a dict, or leave it out with another filter."
+        )
+
+
 class StaticDataError(NnxError, ValueError):
     """An attribute that is marked static holds data."""
 

@@ -13,8 +13,9 @@ from nnx_core import filters as filterlib
 from nnx_core._changes import now
 from nnx_core._errors import FilterError, Path, StateMismatchError
 from nnx_core._trace import is_handed
+from nnx_core.graph._errors import PopError
 from nnx_core.graph.cells import ArrayCell, Cell, require_writable
-from nnx_core.graph.classify import children
+from nnx_core.graph.classify import DICT, PYTREE, SEQUENCE, STATE, children, kind_of
 from nnx_core.graph.objects import Object, set_plan
 from nnx_core.graph.pack import Leaves, Packer, Place, Refs, Unpacker, apart, in_order, require_graph
 from nnx_core.graph.plan import Plan
@@ -26,6 +27,7 @@ from nnx_core.variables import Variable, is_ref
 
 A = TypeVar("A")
 ABSENT: Any = object()
+PLAIN = (SEQUENCE, DICT, STATE, PYTREE)
 
 
 def plan_of(node: Any, *, allow_sharing: bool = True) -> Plan:
@@ -386,6 +388,7 @@ def pop(node: Any, *filters: filterlib.Filter) -> Any:
 
     Raises:
       FilterError: without a filter.
+      PopError: if one is in a plain list, a tuple or a pytree of the user's; nothing is removed then.
 
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
@@ -405,13 +408,43 @@ def pop(node: Any, *filters: filterlib.Filter) -> Any:
     plan = plan_of(node)
     variables = [(path, plan.known(index)) for path, index, _ in plan.graphdef.layout if index is not None]
     parts = _by_filter(variables, filters)
-    popped = {id(v) for part in parts for _, v in part}  # a shared one goes from every place it is at
-    for obj in plan.refs().objects:
+    popped = {id(v): path for part in parts for path, v in part}  # a shared one goes from every place it is at
+    objects = plan.refs().objects
+    owners = objects if isinstance(node, Object) else [node, *objects]
+    for mapping, key in _popped_from_dicts(owners, popped):  # raises before anything is removed
+        del mapping[key]
+    for obj in objects:
         if isinstance(obj, Object):
             keys = tuple(key for key, x in obj._nnx_items().items() if id(x) in popped)
             if keys:
                 obj._nnx_assign({}, keys)
     return _one_or_all(list(map(State, parts)))
+
+
+def _popped_from_dicts(owners: Iterable[Any], popped: Mapping[int, Path]) -> list[tuple[Any, Any]]:
+    """(dict or State, key) of each popped Variable that is in one, in plain containers that `owners` hold.
+
+    Raises:
+      PopError: if one is in another plain container.
+    """
+    places: list[tuple[Any, Any]] = []
+    stack = [x for owner in owners for x in _plain_containers(owner)]
+    while stack:
+        container = stack.pop()
+        for key, x in children(container):
+            if id(x) not in popped:
+                stack += [x] if kind_of(x) in PLAIN else []
+            elif isinstance(container, dict | State):
+                places.append((container, key))
+            else:
+                raise PopError(popped[id(x)], type(x).__name__, type(container).__name__)
+    return places
+
+
+def _plain_containers(owner: Any) -> list[Any]:
+    """The containers without identity in an object, or `owner` itself if it is one."""
+    items = owner._nnx_items().values() if isinstance(owner, Object) else [owner]
+    return [x for x in items if kind_of(x) in PLAIN]
 
 
 def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool | None = None) -> A:

@@ -15,7 +15,7 @@ from nnx_core.graph._errors import DuplicateVariableError, IndexSpaceError, Leaf
 from nnx_core.graph.api import ABSENT, by_path, graphdef, merge, raw_value_of, split, update
 from nnx_core.graph.objects import Object, is_data
 from nnx_core.graph.pack import Leaves, OwnedBy, Packer, Place, Refs, Unpacker, apart, in_order
-from nnx_core.graph.structure import GraphDef, Node, Ref, Template, VariableDef, nodes
+from nnx_core.graph.structure import GraphDef, Node, Ref, Template, VariableDef, call_with, nodes
 from nnx_core.graph.walk import find_duplicates, recursive_map
 from nnx_core.modes import sharing_allowed
 from nnx_core.state import FlatState, State
@@ -24,7 +24,7 @@ from nnx_core.variables import Variable, freeze_metadata, set_metadata_dict, set
 A = TypeVar("A")
 Index = int
 #: (GraphDef, State), as `nnx.split(node)` returns it.
-PureState = tuple[GraphDef, State]
+PureState = tuple[GraphDef[A], State]  # type: ignore[type-arg]  # generic when it runs, for annotations alone
 
 
 # ---- flatten and unflatten ----
@@ -291,6 +291,9 @@ def call(graphdef_state: tuple[Any, ...], /) -> Any:
             f"nnx.call needs the tuple (graphdef, state) that nnx.split returns, found {type(graphdef_state).__name__}."
         )
     return _Call(graphdef_state)
+
+
+call_with(call)
 
 
 def map(f: Callable[[Path, Any], Any], node: A, /, *, graph: bool | None = None, recreate_variables: bool = True) -> A:

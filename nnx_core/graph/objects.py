@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import inspect
 import reprlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Annotated, Any, TypeVar
 
 import jax
@@ -23,6 +23,7 @@ from nnx_core._repr import show_fields
 from nnx_core._statics import fixed as as_part
 from nnx_core._statics import unfixed
 from nnx_core._trace import current_trace
+from nnx_core.graph._errors import StaticDataError
 from nnx_core.state import sorted_keys
 from nnx_core.variables import MISSING, Variable, set_trace
 
@@ -117,21 +118,45 @@ class Object:
     def __setattr__(self, name: str, value: Any) -> None:
         self._nnx_check_can_write(name)
         if type(value) is Marked:
-            self._nnx_set_mark(name, value.mark)
-            value = value.value
+            value = self._nnx_set_marked(name, value)
         elif isinstance(value, jax.Array) and isinstance(self.__dict__.get(name), jax.Array):
             self.__dict__[name] = value
             return
+        elif self._nnx_marks or self._nnx_class_marks:
+            self._nnx_require_mark(name, value)
         object.__setattr__(self, name, value)
         touch(self)
 
     def __delattr__(self, name: str) -> None:
         self._nnx_check_can_write(name)
         object.__delattr__(self, name)
+        self._nnx_drop_marks((name,))
         touch(self)
 
-    def _nnx_set_mark(self, name: str, mark: str) -> None:
-        object.__setattr__(self, "_nnx_marks", {**self._nnx_marks, name: mark})
+    # ---- marks: of values, which leave with them ----
+
+    def _nnx_set_mark(self, key: Hashable, mark: str) -> None:
+        object.__setattr__(self, "_nnx_marks", {**self._nnx_marks, self._nnx_mark_name(key): mark})
+
+    def _nnx_drop_marks(self, keys: Iterable[Hashable]) -> None:
+        names = set(map(self._nnx_mark_name, keys)) & self._nnx_marks.keys()
+        if names:
+            kept = {name: mark for name, mark in self._nnx_marks.items() if name not in names}
+            object.__setattr__(self, "_nnx_marks", kept)
+
+    def _nnx_set_marked(self, key: Hashable, marked: Marked) -> Any:
+        """Note the mark of a new value; the value itself."""
+        require_fitting_mark(self, key, marked)
+        self._nnx_set_mark(key, marked.mark)
+        return marked.value
+
+    def _nnx_require_mark(self, key: Hashable, value: Any) -> None:
+        """A value without a mark takes over that of the value before it, unless that was static and it is data."""
+        if self._nnx_mark(key) != _STATIC or not holds_data(value):
+            return
+        if self._nnx_mark_name(key) not in self._nnx_marks:
+            raise _static_data(self, key, value)
+        self._nnx_drop_marks((key,))
 
     # ---- how the walk sees an object; containers have their own ----
 
@@ -142,6 +167,16 @@ class Object:
     def _nnx_storage(self) -> Any:
         """Where items live: `storage[key]` reads and writes one."""
         return self.__dict__
+
+    def _nnx_drop_static(self, changed: dict[Any, Any]) -> None:
+        """No value that is data stays marked static."""
+        if self._nnx_marks:
+            keys = [key for key, x in changed.items() if self._nnx_mark(key) == _STATIC and holds_data(x)]
+            self._nnx_drop_marks(keys)
+
+    def _nnx_mark_name(self, key: Hashable) -> Any:
+        """The mark of the value under `key` is kept under this string."""
+        return key
 
     def _nnx_mark(self, key: Hashable) -> str | None:
         return self._nnx_marks.get(key) or self._nnx_class_marks.get(key)  # type: ignore[call-overload]
@@ -156,6 +191,8 @@ class Object:
         """Set and remove items, as attribute syntax does, without the trace check."""
         for key in removed:
             self.__dict__.pop(key, None)
+        self._nnx_drop_marks(removed)
+        self._nnx_drop_static(changed)
         self.__dict__.update(changed)
         touch(self)
 
@@ -178,6 +215,16 @@ class Object:
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
         return show_fields(type(self).__name__, [(f"{k}=", v) for k, v in self._nnx_items().items()])
+
+
+def require_fitting_mark(obj: Object, key: Hashable, marked: Marked) -> None:
+    """Raise StaticDataError if a value that is to be static holds data."""
+    if marked.mark == _STATIC and holds_data(marked.value):
+        raise _static_data(obj, key, marked.value)
+
+
+def _static_data(obj: Object, key: Hashable, value: Any) -> StaticDataError:
+    return StaticDataError(type(obj).__name__, (key,), type(value).__name__)
 
 
 def _part(obj: Object, name: str | None) -> str:
@@ -239,6 +286,12 @@ def is_data(value: Any) -> bool:
     if len(leaves) == 1 and leaves[0] is value:
         return False
     return any(isinstance(x, Variable | Object) or is_array(x) for x in leaves)
+
+
+def holds_data(value: Any) -> bool:
+    """Whether there is in `value` what JAX has to know of: as `is_data`, but abstract arrays may be configuration."""
+    leaves = jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, Variable | Object))
+    return any(is_data(x) and not isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
 
 
 _data_types: list[type] = []

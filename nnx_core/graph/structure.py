@@ -7,7 +7,8 @@ nothing but the values of their leaves. Sharing and cycles are `Ref`s to an inde
 """
 
 import math
-from collections.abc import Hashable, Iterator, MutableMapping
+from collections.abc import Callable, Hashable, Iterator, MutableMapping
+from types import GenericAlias
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -15,7 +16,7 @@ import jax
 from nnx_core._depth import ROOM
 from nnx_core._errors import Path
 from nnx_core._statics import fixed, unfixed
-from nnx_core.state import State
+from nnx_core.state import State, sorted_keys
 
 
 class Static(NamedTuple):
@@ -162,6 +163,16 @@ def leaf_defs(element: Element) -> Iterator[tuple[Path, LeafDef]]:
             yield path, d  # type: ignore[misc]  # one of `LeafDef`, as `LEAVES` says
 
 
+#: `nnx.call`, from rooms above.
+_call: Callable[[tuple[Any, ...]], Any]
+
+
+def call_with(call: Callable[[tuple[Any, ...]], Any]) -> None:
+    """Let `call` answer `GraphDef.apply`. A hook: `functional`, rooms above, knows how to merge."""
+    global _call
+    _call = call
+
+
 @jax.tree_util.register_static
 class GraphDef:
     """The structure of a graph, hashable: what `nnx.split` returns beside the States.
@@ -184,9 +195,13 @@ class GraphDef:
         self._owns_all: bool | None = None
         self.templates = {}
 
-    def __class_getitem__(cls, _: Any) -> type["GraphDef"]:
+    def __class_getitem__(cls, model: Any) -> GenericAlias:
         """`nnx.GraphDef[Model]`, as annotations say what it is the structure of."""
-        return cls
+        return GenericAlias(cls, model)
+
+    def apply(self, state: Any, /, *states: Any) -> Any:
+        """`nnx.call` of this structure and the States: `graphdef.apply(state).method(x)`."""
+        return _call((self, state, *states))
 
     def __hash__(self) -> int:
         if self._hash is None:
@@ -246,11 +261,23 @@ class GraphState(MutableMapping[Any, Any]):
     __slots__ = ("_graphdef", "_state")
 
     def __init__(self, _graphdef: GraphDef, _state: State):
-        self._graphdef, self._state = _graphdef, _state
+        object.__setattr__(self, "_graphdef", _graphdef)
+        object.__setattr__(self, "_state", _state)
 
-    def __class_getitem__(cls, _: Any) -> type["GraphState"]:
+    def __class_getitem__(cls, model: Any) -> GenericAlias:
         """`nnx.GraphState[Model]`, as annotations say what it is the state of."""
-        return cls
+        return GenericAlias(cls, model)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in GraphState.__slots__:
+            raise AttributeError(name)  # not filled yet (copy, pickle)
+        return getattr(self._state, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._state[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        del self._state[name]
 
     def __getitem__(self, key: Hashable) -> Any:
         return self._state[key]
@@ -270,11 +297,21 @@ class GraphState(MutableMapping[Any, Any]):
     def __repr__(self) -> str:
         return f"GraphState({self._graphdef}, {self._state})"
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, State]], GraphDef]:
-        """For JAX: the State is the one child."""
-        return ((jax.tree_util.GetAttrKey("state"), self._state),), self._graphdef
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GraphState, (self._graphdef, self._state)
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Any]:
+        """For JAX: the children of the State, under their own keys."""
+        if not isinstance(self._state, State):  # of a lone Variable or array
+            return [(jax.tree_util.GetAttrKey("state"), self._state)], (self._graphdef, None)
+        keys = tuple(sorted_keys(self._state))
+        return [(jax.tree_util.DictKey(k), self._state[k]) for k in keys], (self._graphdef, keys)
 
     @classmethod
-    def tree_unflatten(cls, graphdef: GraphDef, children: Any) -> "GraphState":
+    def tree_unflatten(cls, aux: Any, children: Any) -> "GraphState":
         """For JAX: the inverse."""
-        return cls(graphdef, *children)
+        graphdef, keys = aux
+        if keys is None:
+            return cls(graphdef, *children)
+        pairs = zip(keys, children, strict=True)
+        return cls(graphdef, State.over({k: c._mapping if isinstance(c, State) else c for k, c in pairs}))

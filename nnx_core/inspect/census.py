@@ -39,38 +39,38 @@ class ObjectInfo:
 
 def census(node: Any) -> list[ObjectInfo]:
     """All objects of `node`, itself first (also if it is a list or dict), parents before children."""
-    found: list[ObjectInfo] = []
+    infos = [ObjectInfo((), type(node), id(node))]
+    owners = [0]  # for each object the index of the one it is in
     seen: set[int] = {id(node)}
-
-    def visit(x: Any, path: Path, owner: ObjectInfo) -> None:
+    if is_array(node) or isinstance(node, Variable):
+        infos[0]._add((), kind_name(type(node)) if isinstance(node, Variable) else ARRAY, node)
+    # A list instead of recursion: models may be deep, and a function that calls itself would hold all of this
+    # in a reference cycle.
+    stack = _below((), node, 0)
+    while stack:
+        path, x, owner = stack.pop()
         if isinstance(x, Object | Variable):
             if id(x) in seen:
-                return
+                continue
             seen.add(id(x))
         if isinstance(x, Variable):
-            owner._add(path, kind_name(type(x)), x)
+            infos[owner]._add(path, kind_name(type(x)), x)
         elif is_array(x):
-            owner._add(path, ARRAY, x)
-        elif isinstance(x, Object):
-            enter(x, path)
-            owner._grow(found[index_of[id(x)]].sizes)
+            infos[owner]._add(path, ARRAY, x)
         else:
-            for key, child in children(x):
-                visit(child, (*path, key), owner)
+            if isinstance(x, Object):
+                infos.append(ObjectInfo(path, type(x), id(x)))
+                owners.append(owner)
+                owner = len(infos) - 1
+            stack += _below(path, x, owner)
+    for info, owner in zip(infos[:0:-1], owners[:0:-1], strict=True):  # the innermost first
+        infos[owner]._grow(info.sizes)
+    return infos
 
-    index_of: dict[int, int] = {}
 
-    def enter(x: Any, path: Path) -> None:
-        info = ObjectInfo(path, type(x), id(x))
-        index_of[id(x)] = len(found)
-        found.append(info)
-        if is_array(x) or isinstance(x, Variable):
-            info._add(path, kind_name(type(x)) if isinstance(x, Variable) else ARRAY, x)
-        for key, child in children(x):
-            visit(child, (*path, key), info)
-
-    enter(node, ())
-    return found
+def _below(path: Path, x: Any, owner: int) -> list[tuple[Path, Any, int]]:
+    """The children of `x`, the last one first."""
+    return [((*path, key), child, owner) for key, child in children(x)][::-1]
 
 
 def kinds_of(infos: Iterable[ObjectInfo]) -> list[str]:

@@ -425,9 +425,9 @@ def _through_cache(
     length_axis = cached_key.ndim - 3
     key = lax.dynamic_update_slice_in_dim(cached_key, key.astype(cached_key.dtype), index, length_axis)
     value = lax.dynamic_update_slice_in_dim(cached_value, value.astype(cached_value.dtype), index, length_axis)
-    layer.cached_key.set_value(key)
-    layer.cached_value.set_value(value)
-    layer.cache_index.set_value(index + 1)
+    layer.cached_key[...] = key
+    layer.cached_value[...] = value
+    layer.cache_index[...] = index + 1
     max_length = cached_key.shape[length_axis]
     seen = jnp.broadcast_to(jnp.arange(max_length) <= index, (*cached_key.shape[:-3], 1, 1, max_length))
     return key, value, combine_masks(mask, seen, dtype=bool)

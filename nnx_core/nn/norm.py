@@ -132,8 +132,8 @@ class BatchNorm(Norm):
             mean, var = statistics.moments(self, x, axes, mask)
             stored = running_mean.shape
             keep, move = self.momentum, 1 - self.momentum
-            self.mean.set_value(keep * running_mean + move * mean.reshape(stored))
-            self.var.set_value(keep * running_var + move * var.reshape(stored))
+            self.mean[...] = keep * running_mean + move * mean.reshape(stored)
+            self.var[...] = keep * running_var + move * var.reshape(stored)
         shape = statistics.broadcastable(x.shape, feature_axes)
         sizes = [x.shape[axis] for axis in feature_axes]
         mean, var = (jnp.expand_dims(moment.reshape(sizes), axes) for moment in (mean, var))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx_core import filters as filterlib
-from nnx_core.graph.api import graphdef, split
+from nnx_core.graph.api import clone, graphdef, split
 from nnx_core.graph.api import state as state_of
 from nnx_core.graph.objects import Object
 from nnx_core.optim._errors import AbstractMetricError, MetricArgumentError, MetricInputError
@@ -76,8 +76,8 @@ class Metric(Object):
         """Become the metric of several, in place.
 
         Args:
-          total: sum over the metrics: it takes what is computed from the own MetricStates (of this metric; or
-            with a leading axis, of each) and returns its sum over all of them, without that axis.
+          total: sum over the metrics: it takes what is computed from the own MetricStates, and returns the sum
+            of what each of the metrics computes so.
 
         Example:
           >>> import nnx_core as nnx
@@ -475,9 +475,8 @@ def merge(metric: Metric, *others: Metric) -> None:
                 f"metrics.merge: Expected a metric of the structure of\n{metric!r}\nfound\n{other!r}\n"
                 "Construct all of them in the same way."
             )
-    for v, *rest in zip(*map(_states, (metric, *others)), strict=True):
-        v[...] = jnp.stack([v[...], *(other[...] for other in rest)])
-    metric.combine(lambda x: x.sum(axis=0))
+    each = zip(*map(_states, (metric, *others)), strict=True)
+    _become(metric, [jnp.stack([v[...] for v in states]) for states in each], 0)
 
 
 def reduce(metric: Metric, axis: int = 0) -> None:
@@ -504,9 +503,36 @@ def reduce(metric: Metric, axis: int = 0) -> None:
                 f"metrics.reduce: Expected MetricStates with an axis {axis}, found one of shape {v.shape}."
                 " reduce folds the axis that a vmap over metrics has added; inside of one use metrics.all_reduce."
             )
-    for v in states:
-        v[...] = jnp.moveaxis(v[...], axis, 0)
-    metric.combine(lambda x: x.sum(axis=0))
+    _become(metric, [v[...] for v in states], axis)
+
+
+def _become(metric: Metric, stacked: list[jax.Array], axis: int) -> None:
+    """Make `metric` that of several, whose MetricStates have these values, stacked along `axis`."""
+
+    def combined(number: jax.Array, values: list[jax.Array]) -> list[jax.Array]:
+        one = clone(metric)
+        for v, x in zip(_states(one), values, strict=True):
+            v.set_raw_value(x)
+        one.combine(lambda x: _sum_over_metrics(x, number))
+        return [v[...] for v in _states(one)]
+
+    count = stacked[0].shape[axis] if stacked else 1
+    totals = jax.vmap(combined, in_axes=(0, axis))(jnp.arange(count), stacked)
+    for v, x in zip(_states(metric), totals, strict=True):
+        v.value = x[0]  # all are the same
+
+
+@jax.custom_batching.custom_vmap
+def _sum_over_metrics(x: jax.Array, number: jax.Array) -> jax.Array:
+    """Sum of `x` over the vmap that `number` is mapped by; `psum` does not work there inside of shard_map."""
+    del number
+    return x
+
+
+@_sum_over_metrics.def_vmap  # type: ignore[untyped-decorator]  # JAX's
+def _sum_of_all(count: int, mapped: list[bool], x: jax.Array, number: jax.Array) -> tuple[jax.Array, bool]:
+    del number
+    return x.sum(axis=0) if mapped[0] else x * count, False
 
 
 def all_reduce(metric: Metric, axis_name: Any) -> None:

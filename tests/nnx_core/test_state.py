@@ -274,3 +274,48 @@ def test_leaf_paths_name_the_keys(state):
 def test_a_state_crosses_jax_jit(state):
     out = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s))(state)
     assert_trees_equal(nnx.to_pure_dict(out), jax.tree.map(lambda x: x + 1, nnx.to_pure_dict(state)))
+
+
+# ---- depth -----------------------------------------------------------------------------------------------------------
+
+DEPTH = 1000
+
+
+def deep_state():
+    mapping = {"w": nnx.Param(jnp.ones(1))}
+    for _ in range(DEPTH):
+        mapping = {"w": nnx.Param(jnp.ones(1)), "next": mapping}
+    return nnx.State.over(mapping)
+
+
+DEEP = {
+    "State": nnx.State,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda s: pickle.loads(pickle.dumps(s)),
+    "nested": lambda s: nnx.to_nested_state(nnx.to_flat_state(s)),
+    "filter": lambda s: nnx.filter_state(s, nnx.Param),
+    "split": lambda s: nnx.split_state(s, nnx.Param, ...)[0],
+    "merge": lambda s: nnx.merge_state(s, s),
+    "map": lambda s: nnx.map_state(lambda path, x: x, s),
+    "pure": lambda s: nnx.State(nnx.restore_int_paths(nnx.to_pure_dict(s))).map(lambda path, x: nnx.Param(x)),
+    "or": lambda s: s | s,
+}
+
+
+@pytest.mark.parametrize("act", DEEP.values(), ids=DEEP)
+def test_a_deep_state_has_no_limit_of_its_own(act):
+    state = deep_state()
+    result = act(state)
+    flat = nnx.to_flat_state(result)
+    assert len(flat) == DEPTH + 1
+    assert set(flat.paths) == set(nnx.to_flat_state(state).paths)
+    assert result == state
+
+
+def test_a_deep_state_is_written_and_shown():
+    state = deep_state()
+    values = nnx.to_pure_dict(state)
+    nnx.replace_by_pure_dict(state, values)
+    assert not (state - state)
+    assert repr(state).startswith("State({")

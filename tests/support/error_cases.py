@@ -171,6 +171,15 @@ def wrong_metadata_call():
     nnx.Param(X).set_metadata("a", 1, 2)
 
 
+def write_item(value, index, x):
+    nnx.Param(value)[index] = x
+
+
+def write_across_devices():
+    here, there = jax.devices()[1:3]
+    nnx.Param(jax.device_put(X, here))[...] = jax.device_put(X, there)
+
+
 # name: (what to do, nnx_core's class or a builtin, text)
 CASES = {
     # aliasing and sharing
@@ -481,6 +490,39 @@ CASES = {
         lambda: nnx.reseed(nnx.Rngs(noise=0).split(3), noise=1),
         ValueError,
         r"^The stream 'noise' at .*shape \(3,\).*policy='match_shape'",
+    ),
+    # marks and pop
+    "data in a static attribute": (
+        lambda: nnx.List([nnx.static(X)]),
+        ValueError,
+        r"^Found data in the static attribute \[0\] of List: a \w+\.\nMark it with nnx\.data",
+    ),
+    "a pop from a list": (
+        lambda: nnx.pop([nnx.Param(X)], nnx.Param),
+        ValueError,
+        r"^Cannot pop \[0\], a Param: .* found it in a list,",
+    ),
+    # writes
+    "a write that does not fit": (
+        lambda: write_item(X, ..., jnp.ones(4)),
+        "WriteError",
+        r"^Cannot write into Param of shape \(2, 3\): expected what broadcasts to shape \(2, 3\) and casts to float32,"
+        r" found float32\[4\].*\n`v\[\.\.\.\] = x` and .* `v\.value = x` replaces it",
+    ),
+    "a write across devices": (
+        write_across_devices,
+        "WriteError",
+        r"expected an array on \S+1, found an array on \S+2\.",
+    ),
+    "a write of another tree": (
+        lambda: write_item([1, 2], ..., [1]),
+        "WriteError",
+        r"^Cannot write into Param: expected PyTreeDef\(\[\*, \*\]\), found PyTreeDef\(\[\*\]\)",
+    ),
+    "an item of what has none": (
+        lambda: write_item((1, 2), 0, 3),
+        "WriteError",
+        r"expected a value with items that can be set, found \(1, 2\)",
     ),
     # optimizer
     "an optimizer without wrt": (

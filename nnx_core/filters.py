@@ -1,13 +1,18 @@
 """Filters choose part of a State or graph by (path, value).
 
 Law: for filters f1..fn that end in `...`, merging what split returned gives the input back; every value goes
-to the first filter that matches. Knows paths and values; knows nothing of objects, traces or transforms.
+to the first filter that matches. A filter that `is_pure` answers by path, type and metadata alone, so its answer may be
+remembered while these are unchanged; any other may read what it likes, and is to be asked again.
+Knows paths and values; knows nothing of objects, traces or transforms.
 """
 
+import abc
 import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any as AnyType
+
+import jax
 
 from nnx_core._errors import FilterError, Path
 
@@ -193,6 +198,38 @@ def to_predicates(filters: tuple[Filter, ...]) -> tuple[Predicate, ...]:
 
 
 filters_to_predicates = to_predicates  # flax.nnx's name
+
+
+def is_pure(filter: Filter) -> bool:
+    """Whether `filter` answers by path, type and metadata alone: asked again while these are unchanged, it says the same.
+
+    A callable of the user's may read anything (a set that it closes over, the shape of the value, the time), and so
+    may the `isinstance` of a type with a metaclass of its own (jaxtyping's `Float[Array, "4"]` reads the shape): these
+    are not pure.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> is_pure((nnx.Param, "dropout")), is_pure(nnx.Not(lambda path, value: value.ndim == 2))
+      (True, False)
+    """
+    predicate = to_predicate(filter)
+    kind = type(predicate)
+    if kind in (Any, All):
+        return all(map(is_pure, predicate.predicates))  # type: ignore[attr-defined]  # these two have it
+    if kind is Not:
+        return is_pure(predicate.predicate)  # type: ignore[attr-defined]  # as above
+    if kind is OfType:
+        return _tells_by_type(predicate.type)  # type: ignore[attr-defined]  # as above
+    return kind in _BY_PATH_OR_METADATA
+
+
+def _tells_by_type(kind: type) -> bool:
+    """Whether `isinstance(x, kind)` asks for nothing but the type of `x`."""
+    return kind is jax.Array or type(kind).__instancecheck__ in _INSTANCE_CHECKS
+
+
+_BY_PATH_OR_METADATA = (WithTag, ExactType, PathContains, PathIn, PathRegex, Everything, Nothing)
+_INSTANCE_CHECKS = (type.__instancecheck__, abc.ABCMeta.__instancecheck__)
 
 
 def first_match(predicates: tuple[Predicate, ...], path: PathParts, value: AnyType) -> int | None:

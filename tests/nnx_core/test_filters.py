@@ -1,5 +1,8 @@
 """Filters choose Variables by (path, value)."""
 
+import collections.abc
+import re
+
 import jax
 import pytest
 from hypothesis import given
@@ -127,3 +130,58 @@ def test_split_by_filters_ending_in_the_rest_is_a_partition(fs):
     assert sorted(names) == ["a", "k", "p", "s"]
     for part, f in zip(parts, [*fs, ...], strict=True):
         assert all(name in chosen(f) for name in part)
+
+
+# ---- which answers may be remembered ----
+
+
+class _Shaped(type):
+    """A metaclass that reads the value, as jaxtyping's does."""
+
+    def __instancecheck__(cls, x) -> bool:
+        return getattr(x, "shape", None) == (4,)
+
+
+class _FourLong(metaclass=_Shaped):
+    pass
+
+
+class _Mixed(nnx.OfType):
+    """A user's filter, derived from one of ours, may read what it likes."""
+
+    def __call__(self, path, value):
+        return value.ndim == 2
+
+
+PURE = {
+    **{name: case[0] for name, case in CASES.items() if not name.startswith("function")},
+    "PathIn": nnx.PathIn(("a",)),
+    "PathRegex": nnx.filterlib.PathRegex("a/.*"),
+    "compiled pattern": re.compile("a"),
+    "abstract base class": collections.abc.Mapping,
+    "subclass of Variable": type("Mine", (nnx.Param,), {}),
+}
+IMPURE = {
+    "function": lambda path, value: True,
+    "inside of Not": nnx.Not(lambda path, value: value.ndim == 2),
+    "inside of All": nnx.All(nnx.Param, lambda path, value: True),
+    "inside of a list": [nnx.Param, lambda path, value: True],
+    "type that reads the value": _FourLong,
+    "subclass of ours": _Mixed(nnx.Param),
+    "bound method": {"kernel"}.__contains__,
+}
+
+
+@pytest.mark.parametrize("filter_", PURE.values(), ids=PURE)
+def test_filters_of_path_type_and_metadata_are_pure(filter_):
+    assert nnx.filterlib.is_pure(filter_)
+
+
+@pytest.mark.parametrize("filter_", IMPURE.values(), ids=IMPURE)
+def test_filters_that_may_read_anything_are_not(filter_):
+    assert not nnx.filterlib.is_pure(filter_)
+
+
+def test_what_is_no_filter_is_neither():
+    with pytest.raises(ValueError, match=r"Expected a filter .*, found 3"):
+        nnx.filterlib.is_pure(3)

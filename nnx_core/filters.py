@@ -201,7 +201,7 @@ filters_to_predicates = to_predicates  # flax.nnx's name
 
 
 def is_pure(filter: Filter) -> bool:
-    """Whether `filter` answers by path, type and metadata alone: asked again while these are unchanged, it says the same.
+    """Whether `filter` answers by path, type and metadata alone, and so the same while these are unchanged.
 
     A callable of the user's may read anything (a set that it closes over, the shape of the value, the time), and so
     may the `isinstance` of a type with a metaclass of its own (jaxtyping's `Float[Array, "4"]` reads the shape): these

@@ -27,6 +27,7 @@ from nnx_core.transforms.lift import (
     optional_decorator,
     unbound,
 )
+from nnx_core.transforms.prefix import without_objects
 from nnx_core.variables import AXIS_NAMES, Variable, new_variable
 
 PARTITION_NAME = "partition_name"
@@ -177,14 +178,16 @@ def vmap(
     metadata = AxisMetadata(axis_options(f, transform_metadata))
     options = {"axis_name": axis_name, "axis_size": axis_size, "spmd_axis_name": spmd_axis_name}
     modes = Modes.of(graph, graph_updates)
+    axes_in = without_objects(in_axes, "in_axes", modes.sharing, 0)
+    axes_out = without_objects(out_axes, "out_axes", modes.sharing, 0)
 
     def make(count: int) -> Form:
-        inputs = axes_of_arguments(in_axes, count, len(owner))
+        inputs = axes_of_arguments(axes_in, count, len(owner))
         lifted = Lifted(
             function,
-            distinct(0, inputs, out_axes),
+            distinct(0, inputs, axes_out),
             inputs,
-            out_axes,
+            axes_out,
             keywords=0,
             enter=metadata.enter,
             leave=metadata.leave,

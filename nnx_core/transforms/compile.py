@@ -28,6 +28,7 @@ from nnx_core.transforms.lift import (
     positions,
     unbound,
 )
+from nnx_core.transforms.prefix import without_objects
 
 
 class Placement(NamedTuple):
@@ -246,15 +247,16 @@ def jit(
     """
     function, owner = unbound(fun)
     options = {"keep_unused": keep_unused, "device": device, "backend": backend, "inline": inline}
+    modes = Modes.of(graph, graph_updates)
     jitted = _Jit(
         function,
         owner,
         static=_arguments(function, static_argnums, static_argnames, len(owner)),
         donated=_arguments(function, donate_argnums, donate_argnames, len(owner)),
-        in_shardings=in_shardings,
-        out_shardings=out_shardings,
+        in_shardings=without_objects(in_shardings, "in_shardings", modes.sharing, None),
+        out_shardings=without_objects(out_shardings, "out_shardings", modes.sharing, None),
         options={name: option for name, option in options.items() if option},
-        modes=Modes.of(graph, graph_updates),
+        modes=modes,
     )
 
     def call(*args: Any, **kwargs: Any) -> Any:

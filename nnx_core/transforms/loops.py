@@ -33,6 +33,7 @@ from nnx_core.transforms.lift import (
     remembered,
     unbound,
 )
+from nnx_core.transforms.prefix import without_objects
 
 #: The groups of a scan, by number; after these come the axes.
 _CARRY, _SHARED = 0, 1
@@ -177,14 +178,17 @@ def scan(
     modes = Modes.of(graph, graph_updates)
     options = {"length": length, "reverse": reverse, "unroll": unroll, "_split_transpose": _split_transpose}
 
+    axes_in = without_objects(in_axes, "in_axes", modes.sharing, 0)
+    axes_out = without_objects(out_axes, "out_axes", modes.sharing, 0)
+
     def make(count: int) -> Form:
-        inputs = axes_of_arguments(in_axes, count, len(owner))
-        axes = [group for group in distinct(inputs, out_axes) if group is not Carry and group is not None]
+        inputs = axes_of_arguments(axes_in, count, len(owner))
+        axes = [group for group in distinct(inputs, axes_out) if group is not Carry and group is not None]
         lifted = Lifted(
             function,
             (Carry, None, *axes),
             inputs,
-            out_axes,
+            axes_out,
             carried=frozenset({Carry}),
             enter=metadata.enter,
             leave=metadata.leave,

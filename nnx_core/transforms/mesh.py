@@ -31,6 +31,7 @@ from nnx_core.transforms.lift import (
     positions,
     unbound,
 )
+from nnx_core.transforms.prefix import without_objects
 from nnx_core.variables import Variable
 
 _REPLICATED = PartitionSpec()
@@ -92,12 +93,14 @@ def shard_map(
     """
     function, owner = unbound(f)
     modes = Modes.of(graph, graph_updates)
+    specs_in = without_objects(in_specs, "in_specs", modes.sharing, _REPLICATED)
+    specs_out = without_objects(out_specs, "out_specs", modes.sharing, _REPLICATED)
 
     def make(count: int) -> Form:
         own = (_REPLICATED,) * len(owner)
-        inputs = (*own, *_by_argument("in_specs", function, in_specs, count - len(owner)))
-        groups = distinct(inputs, out_specs)
-        lifted = Lifted(function, groups, inputs, out_specs, modes=modes)
+        inputs = (*own, *_by_argument("in_specs", function, specs_in, count - len(owner)))
+        groups = distinct(inputs, specs_out)
+        lifted = Lifted(function, groups, inputs, specs_out, modes=modes)
         specs = (_REPLICATED, *map(_partition_spec, groups))
         mapped = jax.shard_map(
             lifted.named, mesh=mesh, in_specs=specs, out_specs=specs, axis_names=axis_names, check_vma=check_vma
@@ -184,22 +187,24 @@ def pmap(
     metadata = _LaneMetadata(axis_options(f, transform_metadata))
     options: dict[str, Any] = {"axis_name": axis_name, "devices": devices, "backend": backend, "axis_size": axis_size}
     modes = Modes.of(graph, graph_updates)
+    axes_in = without_objects(in_axes, "in_axes", modes.sharing, 0)
+    axes_out = without_objects(out_axes, "out_axes", modes.sharing, 0)
 
     def make(count: int) -> Form:
         own = len(owner)
         static = _positions(function, "static_broadcasted_argnums", static_broadcasted_argnums, count, own)
         donated = _positions(function, "donate_argnums", donate_argnums, count, own)
-        inputs = [None] * own + list(_by_argument("in_axes", function, in_axes, count - own))
+        inputs = [None] * own + list(_by_argument("in_axes", function, axes_in, count - own))
         for i in donated:
             inputs[i] = placed(inputs[i], donated=True)
         for i in static:
             inputs[i] = AS_STATIC
-        groups = tuple(group for group in distinct(0, inputs, out_axes) if group is not AS_STATIC)
+        groups = tuple(group for group in distinct(0, inputs, axes_out) if group is not AS_STATIC)
         lifted = Lifted(
             function,
             groups,
             tuple(inputs),
-            out_axes,
+            axes_out,
             keywords=0,
             always=frozenset(group for group in groups if type(group) is Placement),
             enter=metadata.enter,

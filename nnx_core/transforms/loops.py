@@ -18,7 +18,7 @@ from nnx_core._errors import SpecError, StructureError
 from nnx_core.graph.effects import After
 from nnx_core.graph.pack import Leaves
 from nnx_core.graph.structure import GraphDef, VariableDef, leaf_defs
-from nnx_core.transforms.batch import AxisMetadata, axes_of_arguments, axis_options
+from nnx_core.transforms.batch import AxisMetadata, axes_of_arguments, mapping, with_axis_options
 from nnx_core.transforms.carry import carried, require_same_carry, same_form
 from nnx_core.transforms.groups import Carry, distinct
 from nnx_core.transforms.lift import (
@@ -173,8 +173,9 @@ def scan(
       >>> forward(jnp.ones((2, 3)), layers).shape
       (2, 3)
     """
+    f, named = with_axis_options(f, transform_metadata)
     function, owner = unbound(f)
-    metadata = AxisMetadata(axis_options(f, transform_metadata))
+    metadata = AxisMetadata(named)
     modes = Modes.of(graph, graph_updates)
     options = {"length": length, "reverse": reverse, "unroll": unroll, "_split_transpose": _split_transpose}
 
@@ -197,7 +198,7 @@ def scan(
         )
         return Form(lifted, _Scan(lifted, options))
 
-    return by_count(f, make, by_position)
+    return mapping(by_count(f, make, by_position))
 
 
 class _While:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from nnx_core._errors import SpecError
 from nnx_core.graph.pack import AS_STATIC
-from nnx_core.transforms.batch import AxisMetadata, axis_options
+from nnx_core.transforms.batch import AxisMetadata, mapping, with_axis_options
 from nnx_core.transforms.compile import Placement, placed
 from nnx_core.transforms.groups import distinct
 from nnx_core.transforms.lift import (
@@ -183,8 +183,9 @@ def pmap(
       >>> make(jax.random.split(jax.random.key(0), 1)).kernel.shape
       (1, 2, 3)
     """
+    f, named = with_axis_options(f, transform_metadata)
     function, owner = unbound(f)
-    metadata = _LaneMetadata(axis_options(f, transform_metadata))
+    metadata = _LaneMetadata(named)
     options: dict[str, Any] = {"axis_name": axis_name, "devices": devices, "backend": backend, "axis_size": axis_size}
     modes = Modes.of(graph, graph_updates)
     axes_in = without_objects(in_axes, "in_axes", modes.sharing, 0)
@@ -220,4 +221,4 @@ def pmap(
         run = jax.pmap(lifted.named, in_axes=mapped, out_axes=mapped, donate_argnums=numbers, **options)
         return Form(lifted, run)
 
-    return by_count(f, make, by_position)
+    return mapping(by_count(f, make, by_position))

@@ -6,14 +6,15 @@ the mapped axis inside and get it back outside; an axis without a name is None.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import jax
 
-from nnx_core._errors import MetadataError, StructureError, show_paths
+from nnx_core._errors import MetadataError, Path, SpecError, StructureError, show_path, show_paths
 from nnx_core.graph.effects import After
+from nnx_core.graph.pack import Leaves, reader
 from nnx_core.graph.structure import GraphDef, VariableDef, leaf_defs
 from nnx_core.transforms.groups import distinct
 from nnx_core.transforms.lift import (
@@ -212,6 +213,8 @@ def _run(lifted: Lifted, options: dict[str, Any], *packed: Any) -> Any:
     try:
         return jax.vmap(pure, (None, *groups), (None, *groups), **options)(*packed)
     except ValueError as error:
+        if not afters:  # nothing has been called yet, or f raised
+            check_axes("vmap", lifted.f, groups, *packed)
         # JAX says this (in words of its own: there is no class for it) of an output number, which says nothing to
         # users. We know which Variables may be meant.
         if afters and "output was batched" in str(error):
@@ -220,12 +223,46 @@ def _run(lifted: Lifted, options: dict[str, Any], *packed: Any) -> Any:
         raise
 
 
+def check_axes(transform: str, f: Callable[..., Any], axes: Sequence[Any], graphdef: GraphDef, *packed: Leaves) -> None:
+    """Raise SpecError unless each leaf has the axis it is mapped over, with the size that the others have.
+
+    To be called where JAX refuses, or is about to: it knows leaves by numbers.
+    """
+    reads = [reader(leaves) for leaves in packed]
+    first: dict[int, Path] = {}
+    for path, d in leaf_defs(graphdef.root):
+        axis = axes[d.group]
+        for x in jax.tree.leaves(reads[d.group](d)):
+            if type(axis) is not int:
+                continue
+            shape = jax.numpy.shape(x)
+            if not -len(shape) <= axis < len(shape):
+                kind = d.kind.__name__ if type(d) is VariableDef else "leaf"
+                raise SpecError(
+                    f"{transform} of {name_of(f)}: the {kind} at {show_path(as_users_know(path))} is mapped over axis"
+                    f" {axis}, and has the shape {shape}.\n"
+                    "Give it the axis None (nnx.StateAxes({filter: None, ...: 0})), or a value for each step."
+                )
+            first.setdefault(shape[axis], as_users_know(path))
+    if len(first) > 1:
+        rows = "".join(f"\n  {show_path(path)}: {size}" for size, path in first.items())
+        raise SpecError(
+            f"{transform} of {name_of(f)}: expected one size, found inconsistent sizes of the mapped axes{rows}\n"
+            "Give all that is mapped as many slices, and the rest the axis None."
+        )
+
+
+def as_users_know(path: Path) -> Path:
+    """A path in what `Lifted.pack` makes, which is a pair, as one in the arguments."""
+    is_keyword, *rest = path
+    return ("kwargs" if is_keyword else "args", *rest)
+
+
 def _batched_error(lifted: Lifted, graphdef: GraphDef, after: After, error: ValueError) -> Exception:
     paths = []
     for path, d in leaf_defs(graphdef.root):
         if type(d) is VariableDef and d.id in after.travelling and lifted.groups[d.group] is None:
-            is_keyword, *rest = path
-            paths.append(("kwargs" if is_keyword else "args", *rest))
+            paths.append(as_users_know(path))
     if not paths:
         return error
     return StructureError(
@@ -258,6 +295,7 @@ def vmap(
 
     Raises:
       AliasError: if one Variable is reached under two axes; it names both paths.
+      SpecError: if a leaf has not the axis it is mapped over, or the axes differ in size.
 
     Example:
       >>> import nnx_core as nnx, jax

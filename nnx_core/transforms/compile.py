@@ -168,6 +168,11 @@ class _Jit(Forms[_Key | None, Form]):
         """How the keyword argument of this name is treated."""
         return AS_STATIC if name in self.static.names else Placement(None, name in self.donated.names)
 
+    def _cache_size(self) -> int:
+        """How many programs are compiled, of all forms: JAX's own count, under JAX's own name."""
+        compiled: list[Any] = [run for _, run in self.values()]  # of `jax.jit`
+        return sum(run._cache_size() for run in compiled)
+
     def clear_cache(self) -> None:
         """Forget everything compiled and planned."""
         for lifted, run in self.values():
@@ -199,6 +204,10 @@ class Stage:
         """`jax.stages.Lowered.compile`."""
         return Stage(self._lifted, self._stage.compile(*args, **options), self._owner)
 
+    def bound(self, *args: Any) -> "Stage":
+        """The same with its first arguments given."""
+        return Stage(self._lifted, self._stage, (*self._owner, *args))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._lifted.call(self._stage, (*self._owner, *args), kwargs)
 
@@ -226,7 +235,9 @@ def jit(
     """`jax.jit` for functions of modules: what `fun` writes to its arguments is written outside too.
 
     Numbers passed as arguments are traced; numbers stored on modules are static. Options are those of `jax.jit`;
-    shardings may be `StateSharding`s. A donated module keeps its Variables, with new buffers.
+    shardings may be `StateSharding`s. A donated module keeps its Variables, with new buffers. The result has what
+    `jax.jit` gives (`lower`, `trace`, `eval_shape`, `clear_cache`), and `jitted_fn`, whose `_cache_size()` tells how
+    many programs were compiled.
 
     Args:
       graph: False forbids shared references in the arguments.
@@ -273,6 +284,7 @@ def jit(
     dressed_call.lower, dressed_call.trace = lower, trace  # as jax.jit has them, and the next two
     dressed_call.eval_shape = functools.partial(eval_shape, fun)
     dressed_call.clear_cache = jitted.clear_cache
+    dressed_call.jitted_fn = jitted  # as in flax.nnx
     return dressed_call
 
 

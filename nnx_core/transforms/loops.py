@@ -18,7 +18,7 @@ from nnx_core._errors import SpecError, StructureError
 from nnx_core.graph.effects import After
 from nnx_core.graph.pack import Leaves
 from nnx_core.graph.structure import GraphDef, VariableDef, leaf_defs
-from nnx_core.transforms.batch import AxisMetadata, axes_of_arguments, mapping, with_axis_options
+from nnx_core.transforms.batch import AxisMetadata, axes_of_arguments, check_axes, mapping, with_axis_options
 from nnx_core.transforms.carry import carried, require_same_carry, same_form
 from nnx_core.transforms.groups import Carry, distinct
 from nnx_core.transforms.lift import (
@@ -84,6 +84,7 @@ class _Scan:
         self, positions: frozenset[int], graphdef: GraphDef, carry: Leaves, shared: Leaves, mapped: tuple[Leaves, ...]
     ) -> tuple[Any, ...]:
         """`jax.lax.scan`, where the shared values at `positions` are carried too."""
+        check_axes("scan", self.lifted.f, self.lifted.groups, graphdef, carry, shared, *mapped)
         order = sorted(positions)
         position_of = _shared_positions(graphdef)
         shared_values, shared_loose = shared
@@ -163,7 +164,7 @@ def scan(
 
     Raises:
       StructureError: if a carry comes back with another structure.
-      SpecError: if the number of Carry differs.
+      SpecError: if the number of Carry differs, a leaf has not the axis it is mapped over, or the axes differ in size.
 
     Example:
       >>> import nnx_core as nnx, jax, jax.numpy as jnp

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from nnx_core._errors import SpecError
 from nnx_core.graph.pack import AS_STATIC
-from nnx_core.transforms.batch import AxisMetadata, mapping, with_axis_options
+from nnx_core.transforms.batch import AxisMetadata, check_axes, mapping, with_axis_options
 from nnx_core.transforms.compile import Placement, placed
 from nnx_core.transforms.groups import distinct
 from nnx_core.transforms.lift import (
@@ -218,7 +218,15 @@ def pmap(
         # A pair for each group, since jax.pmap gives one plain axis an argument to the wrong leaves where the number
         # of leaves happens to be that of the arguments (as of 0.12, its short cut for arguments that are leaves).
         mapped = (None, *((_axis(g), _axis(g)) for g in groups))
-        run = jax.pmap(lifted.named, in_axes=mapped, out_axes=mapped, donate_argnums=numbers, **options)
+        laned = jax.pmap(lifted.named, in_axes=mapped, out_axes=mapped, donate_argnums=numbers, **options)
+
+        def run(*packed: Any) -> Any:
+            try:
+                return laned(*packed)
+            except (ValueError, IndexError):  # JAX's words for a leaf without the axis, among others
+                check_axes("pmap", function, [_axis(group) for group in groups], *packed)
+                raise
+
         return Form(lifted, run)
 
     return mapping(by_count(f, make, by_position))

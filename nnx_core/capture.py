@@ -9,12 +9,14 @@ and merge inside of f like all state.
 
 import functools
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from nnx_core._errors import Path, StateMismatchError
+from nnx_core._repr import show_fields
 from nnx_core.graph.containers import DictStorage, ListStorage
 from nnx_core.graph.objects import Object
 from nnx_core.graph.replay import replay
@@ -104,7 +106,19 @@ def _sowing(kind: type[Variable[Any]], depth: int, name: str, method: Method) ->
 def _recording_class(cls: type, kinds: Kinds, outputs: type[Variable[Any]] | None) -> type:
     depth = _depth(cls) + 1
     sowing = None if outputs is None else functools.partial(_sowing, outputs, depth)
-    return watched_class(cls, sowing, _Recording, _nnx_kinds=kinds, _nnx_depth=depth)
+    own = {"__repr__": _shown} if cls.__repr__ is Object.__repr__ else {}
+    return watched_class(cls, sowing, _Recording, _nnx_kinds=kinds, _nnx_depth=depth, **own)
+
+
+@reprlib.recursive_repr()
+def _shown(module: Module) -> str:
+    """As `Object.__repr__`, without what is captured: to the code that runs, a module looks as it was."""
+    items = module._nnx_items().items()
+    return show_fields(type(module).__name__, [(f"{k}=", v) for k, v in items if not _is_ours(k)])
+
+
+def _is_ours(key: Any) -> bool:
+    return str(key).startswith("__captures_")
 
 
 def _depth(cls: type) -> int:

@@ -160,7 +160,7 @@ def transform_metadata(
 
     call: Any = by_count(f, make, by_position)
     call._nnx_named = f, partition  # read by `with_axis_options`
-    return call  # type: ignore[no-any-return]  # a function
+    return call
 
 
 def with_axis_options(

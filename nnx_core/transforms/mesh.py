@@ -4,6 +4,7 @@ Law: inside, each device sees its shard of the leaves, as `jax.shard_map` and `j
 is put together again under the spec the leaf came with. A Variable has one spec in a call.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
@@ -143,6 +144,14 @@ def _positions(
     return positions(numbers, count, own)
 
 
+def _run_lanes(laned: Callable[..., Any], lifted: Lifted, *packed: Any) -> Any:
+    try:
+        return laned(*packed)
+    except (ValueError, IndexError):  # JAX's words for a leaf without the axis, among others
+        check_axes("pmap", lifted.f, list(map(_axis, lifted.groups)), *packed)
+        raise
+
+
 @optional_decorator
 def pmap(
     f: Callable[..., Any],
@@ -219,14 +228,6 @@ def pmap(
         # of leaves happens to be that of the arguments (as of 0.12, its short cut for arguments that are leaves).
         mapped = (None, *((_axis(g), _axis(g)) for g in groups))
         laned = jax.pmap(lifted.named, in_axes=mapped, out_axes=mapped, donate_argnums=numbers, **options)
-
-        def run(*packed: Any) -> Any:
-            try:
-                return laned(*packed)
-            except (ValueError, IndexError):  # JAX's words for a leaf without the axis, among others
-                check_axes("pmap", function, [_axis(group) for group in groups], *packed)
-                raise
-
-        return Form(lifted, run)
+        return Form(lifted, functools.partial(_run_lanes, laned, lifted))
 
     return mapping(by_count(f, make, by_position))

@@ -3,15 +3,15 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 import nnx_core as nnx
 from tests.strategies import portrait
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 flax_nnx = pytest.importorskip("flax.nnx", reason="the oracle of this file")
-X = jnp.arange(6.0).reshape(2, 3)
+X = ramp(2, 3)
 
 
 def layer_class(n):

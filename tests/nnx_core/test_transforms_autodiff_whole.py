@@ -6,6 +6,7 @@ import pytest
 
 import nnx_core as nnx
 from nnx_core._errors import NotDifferentiableError, SpecError
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 flax_nnx = pytest.importorskip("flax.nnx", reason="the oracle of this file")
@@ -31,7 +32,7 @@ def _whole_loss(m, x):
     return (m(x)[0] ** 2).sum()
 
 
-_X = jnp.arange(8.0).reshape(4, 2)
+_X = ramp(4, 2)
 WHOLE = {
     "graph": {"graph": False},
     "updates": {"graph_updates": False},

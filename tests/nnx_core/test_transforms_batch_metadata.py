@@ -6,10 +6,11 @@ import pytest
 
 import nnx_core as nnx
 from nnx_core._errors import MetadataError
+from tests.support.arrays import keys
 from tests.tolerance import assert_trees_close
 
 flax_nnx = pytest.importorskip("flax.nnx", reason="the oracle of this file")
-KEYS = jax.random.split(jax.random.key(0), 4)
+KEYS = keys(0, 1, 2, 3)
 
 
 def names_of(variable):

@@ -8,10 +8,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 import nnx_core as nnx
 from nnx_core._errors import AliasError, FilterError, SharedReferenceError, SpecError
 from tests.strategies import Tied
+from tests.support.arrays import ramp
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 flax_nnx = pytest.importorskip("flax.nnx", reason="the oracle of this file")
-X = jnp.arange(4.0).reshape(2, 2)
+X = ramp(2, 2)
 
 
 def model_class(n):

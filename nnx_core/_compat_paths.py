@@ -8,7 +8,7 @@ the object that its own room defines. Importing this file makes `import nnx_core
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import wraps
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -133,6 +133,7 @@ def _names_of_graph() -> dict[str, Any]:
     return names | {
         "GraphState": structure.GraphState,
         "IndexMap": Refs,
+        "Key": Hashable,
         "NodeDef": structure.Node,
         "NodeRef": structure.Ref,
         "PureState": functional.PureState,
@@ -168,8 +169,8 @@ objects.set_state_view(_StateOfObject())
 filterlib = sys.modules["nnx_core.filterlib"] = filters
 statelib = sys.modules["nnx_core.statelib"] = state
 rnglib = sys.modules["nnx_core.rnglib"] = rngs
-spmd = sys.modules["nnx_core.spmd"] = sharding
 graphlib = sys.modules["nnx_core.graphlib"] = graph
+spmd = _alias("spmd", sharding, PARTITION_NAME=batch.PARTITION_NAME)
 variablelib = _alias("variablelib", variables, kinds, VariableState=VariableState, var_defaults=modes.var_defaults)
 pytreelib = _alias(
     "pytreelib",

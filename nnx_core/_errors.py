@@ -154,6 +154,18 @@ class MetadataError(NnxError, ValueError):
     """Axis metadata that does not fit: no such name, or no such axis."""
 
 
+class NotDifferentiableError(NnxError, TypeError):
+    """A gradient is asked for with respect to integers or random keys; `leaves` are (path, dtype)."""
+
+    def __init__(self, leaves: Iterable[tuple[Path, str]]):
+        rows = "".join(f"\n  {show_path(path)}: {dtype}" for path, dtype in leaves)
+        super().__init__(
+            f"grad requires real- or complex-valued inputs, found{rows}\n"
+            "Name what to differentiate (argnums=nnx.DiffState(0, nnx.Param)), split the rest off, or pass"
+            " allow_int=True for gradients of type float0."
+        )
+
+
 class NotAGraphError(NnxError, TypeError):
     """Something that is no module, container or Variable was given where a graph is needed."""
 

@@ -1,58 +1,105 @@
 """capture: what modules sow, as a result instead of an attribute.
 
 Law: `capture(f, ...)(model, x)[0]` and its effects on `model` are those of `f(model, x)`, except that nothing is
-sown into `model`: a call runs on copies (`replay`) whose modules put sown values aside, under names that no
-attribute has, so they pass through transforms inside of f like all state.
+sown into `model`: a call runs on copies (`replay`) whose modules have an attribute `__captures__` (flax.nnx's name),
+one Variable for each type that is captured, which holds a dict of what was sown or perturbed by name. These Variables
+are there before f begins, so what is sown is a value and no change of structure: it passes through transforms, split
+and merge inside of f like all state.
 """
 
 import functools
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from nnx_core._errors import Path, StateMismatchError
+from nnx_core._repr import show_fields
+from nnx_core.graph.containers import DictStorage, ListStorage
+from nnx_core.graph.objects import Object
 from nnx_core.graph.replay import replay
 from nnx_core.graph.watched import Method, Watched, plain_class, set_class, watched_class
 from nnx_core.kinds import Perturbation
 from nnx_core.module import Module, iter_modules, variable_class
 from nnx_core.state import State, iter_leaves
-from nnx_core.variables import Variable
+from nnx_core.variables import Variable, new_variable
 
-#: Before the name of what is put aside, once for each capture around: no attribute of a user's has such a name.
-_ASIDE = "captured:"
+_CAPTURES = "__captures__"
 Kinds = tuple[type[Variable[Any]], ...]
+Captures = tuple[Variable[Any], ...]
 
 
 class _Recording(Watched):
-    """In front of a module's class: puts what is sown aside."""
+    """In front of a module's class: puts what is sown aside.
+
+    One capture may run inside of another. Each has a front of its own, in front of the other's; that of the inner one
+    has `__captures__`, and the outer's are kept under another name until it has ended.
+    """
 
     __slots__ = ()
     _nnx_kinds: Kinds
-    _nnx_aside: str
+    _nnx_depth: int
 
-    def sow(self, variable_type: Any, name: str, value: Any, *args: Any, **kwargs: Any) -> bool:
-        if not _wanted(self, variable_type, name):
+    def sow(
+        self,
+        variable_type: Any,
+        name: str,
+        value: Any,
+        reduce_fn: Callable[[Any, Any], Any] = lambda xs, x: (*xs, x),
+        init_fn: Callable[[], Any] = lambda: (),
+        capture_noop: bool | None = None,  # here is the capture that it asks for
+    ) -> bool:
+        captured = _captured(self, variable_class(variable_type))
+        if captured is None:
             return False
-        aside = self._nnx_aside + name
-        kwargs["capture_noop"] = False  # here is the capture that it asks for
-        return Module.sow(self, variable_type, aside, value, *args[:2], **kwargs)  # type: ignore[arg-type]  # a Module
+        values = captured.get_raw_value()
+        before = values[name] if name in values else init_fn()
+        captured.set_raw_value({**values, name: reduce_fn(before, value)})
+        return True
 
-    def perturb(self, name: str, value: Any, variable_type: Any = Perturbation, capture_noop: Any = None) -> Any:
-        if not _wanted(self, variable_type, name):
+    def perturb(
+        self, name: str, value: Any, variable_type: Any = Perturbation, capture_noop: bool | None = None
+    ) -> Any:
+        captured = _captured(self, variable_class(variable_type))
+        if captured is None:
             return value
-        aside = self._nnx_aside + name
-        return Module.perturb(self, aside, value, variable_type, False)  # type: ignore[arg-type]  # a Module
+        values = captured.get_raw_value()
+        if name not in values:
+            values = {**values, name: jnp.zeros_like(value)}
+            captured.set_raw_value(values)
+        return value + values[name]
 
 
-def _wanted(module: Any, kind: Any, name: str) -> bool:
-    return variable_class(kind) in module._nnx_kinds or module._nnx_aside + name in vars(module)
+def _name(depth: int, innermost: int) -> str:
+    return _CAPTURES if depth == innermost else f"__captures_{depth}__"
 
 
-def _sowing(kind: type[Variable[Any]], aside: str, name: str, method: Method) -> Method:
+def _captured(module: Any, kind: type[Variable[Any]]) -> Variable[Any] | None:
+    """The Variable for `kind` of the innermost capture; None if that wants no such type."""
+    if kind not in module._nnx_kinds:
+        return None
+    captures = getattr(module, _CAPTURES, None)
+    if captures is None:  # of a container, whose items are the user's: only once there is something
+        captures = _fresh(module._nnx_kinds)
+        _put(module, _CAPTURES, captures)
+    return next(v for v in captures if type(v) is kind)
+
+
+def _fresh(kinds: Kinds) -> Captures:
+    return tuple(new_variable(kind, {}, {}) for kind in kinds)
+
+
+def _sowing(kind: type[Variable[Any]], depth: int, name: str, method: Method) -> Method:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = method(self, *args, **kwargs)
-        Module.sow(self, kind, aside + name, output, capture_noop=False)
+        captures = getattr(self, _name(depth, type(self)._nnx_depth), ())
+        for captured in captures:
+            if type(captured) is kind:
+                values = captured.get_raw_value()
+                captured.set_raw_value({**values, name: (*values.get(name, ()), output)})
         return output
 
     return call
@@ -60,44 +107,99 @@ def _sowing(kind: type[Variable[Any]], aside: str, name: str, method: Method) ->
 
 @functools.lru_cache(maxsize=1024)  # the same class for the same question, or every call would compile anew
 def _recording_class(cls: type, kinds: Kinds, outputs: type[Variable[Any]] | None) -> type:
-    aside = _aside(cls) + _ASIDE
-    sowing = None if outputs is None else functools.partial(_sowing, outputs, aside)
-    return watched_class(cls, sowing, _Recording, _nnx_kinds=kinds, _nnx_aside=aside)
+    depth = _depth(cls) + 1
+    sowing = None if outputs is None else functools.partial(_sowing, outputs, depth)
+    own = {"__repr__": _shown} if cls.__repr__ is Object.__repr__ else {}
+    return watched_class(cls, sowing, _Recording, _nnx_kinds=kinds, _nnx_depth=depth, **own)
 
 
-def _aside(cls: type) -> str:
-    """What stands before the names of what the innermost capture puts aside; nothing if there is none."""
-    return cls._nnx_aside if issubclass(cls, _Recording) else ""
+@reprlib.recursive_repr()
+def _shown(module: Module) -> str:
+    """As `Object.__repr__`, without what is captured: to the code that runs, a module looks as it was."""
+    items = module._nnx_items().items()
+    return show_fields(type(module).__name__, [(f"{k}=", v) for k, v in items if not _is_ours(k)])
 
 
-def _begin(root: Any, kinds: Kinds, outputs: type[Variable[Any]] | None, init: Mapping[Any, Any] | None) -> None:
-    modules = dict(iter_modules(root))
-    for module in modules.values():
-        set_class(module, _recording_class(type(module), kinds, outputs))
-    values = dict(iter_leaves(init)) if init is not None else {}
-    if lost := [path for path in values if path[:-1] not in modules]:
+def _is_ours(key: Any) -> bool:
+    return str(key).startswith("__captures_")
+
+
+def _depth(cls: type) -> int:
+    """How many captures record objects of this class."""
+    return cls._nnx_depth if issubclass(cls, _Recording) else 0
+
+
+def _begin(
+    root: Any, kinds: Kinds, outputs: type[Variable[Any]] | None, init: Mapping[Any, Any] | None
+) -> frozenset[type]:
+    """Let the modules of `root` record; returns the classes that they have now."""
+    modules = dict(iter_modules(root, graph=True))
+    starts = dict(iter_leaves(init)) if init is not None else {}
+    if lost := [path for path in starts if path[:-1] not in modules]:
         raise StateMismatchError(unexpected=lost)
-    for path, x in values.items():
-        # A Variable of our own: the caller's must not see what the call writes.
-        start = type(x)(x.get_raw_value(), **x.get_metadata()) if isinstance(x, Variable) else Perturbation(x)
-        module = modules[path[:-1]]
-        setattr(module, _aside(type(module)) + str(path[-1]), start)
+    # What a call starts from is recorded too, though nobody asked for it as a result.
+    recorded = tuple(dict.fromkeys((*kinds, *map(_kind_of_start, starts.values()))))
+    for module in modules.values():
+        depth = _depth(type(module))
+        if depth:
+            _rename(module, _CAPTURES, _name(depth, depth + 1))
+        set_class(module, _recording_class(type(module), recorded, outputs))
+        if not isinstance(module, DictStorage | ListStorage):
+            _put(module, _CAPTURES, _fresh(recorded))
+    for path, start in starts.items():
+        captured = _captured(modules[path[:-1]], _kind_of_start(start))
+        assert captured is not None  # `recorded` has the types of all
+        value = start.get_raw_value() if isinstance(start, Variable) else start
+        captured.set_raw_value({**captured.get_raw_value(), path[-1]: value})
+    return frozenset(map(type, modules.values()))
 
 
-def _end(root: Any, everything: Any) -> list[tuple[Path, Variable[Any]]]:
-    """Take out of `root` what was put aside, and give all modules their own class back."""
+def _kind_of_start(start: Any) -> type[Variable[Any]]:
+    return type(start) if isinstance(start, Variable) else Perturbation
+
+
+def _rename(module: Module, name: str, other: str) -> None:
+    captures = getattr(module, name, None)
+    if captures is not None:
+        _drop(module, name)
+        _put(module, other, captures)
+
+
+def _put(module: Module, name: str, captures: Captures) -> None:
+    """Not by `setattr`, which a class may have made its own: a frozen dataclass, say."""
+    owner: Any = DictStorage if isinstance(module, DictStorage) else Object
+    owner.__setattr__(module, name, captures)
+
+
+def _drop(module: Module, name: str) -> None:
+    owner: Any = DictStorage if isinstance(module, DictStorage) else Object
+    owner.__delattr__(module, name)
+
+
+def _end(root: Any, everything: Any, fronts: frozenset[type]) -> list[tuple[Path, Variable[Any]]]:
+    """What the modules of `root` captured; all modules are what they were before this capture."""
     captured: list[tuple[Path, Variable[Any]]] = []
-    for path, module in list(iter_modules(root)):
-        aside = _aside(type(module))
-        if not aside:  # made by the call
-            continue
-        names = {**vars(module), **module._nnx_items()}  # containers keep attributes and items apart
-        for name in [name for name in names if str(name).startswith(aside)]:
-            captured.append(((*path, name.removeprefix(aside)), getattr(module, name)))
-            delattr(module, name)
-    for _, module in iter_modules(everything):
-        set_class(module, plain_class(type(module), _Recording))
+    closed: set[int] = set()
+    for path, module in list(iter_modules(root, graph=True)):
+        closed.add(id(module))
+        for v in _closed(module) if type(module) in fronts else ():
+            for name, value in v.get_raw_value().items():
+                captured.append(((*path, name), new_variable(type(v), value, dict(v.get_metadata()))))
+    for _, module in list(iter_modules(everything, graph=True)):
+        if id(module) not in closed and type(module) in fronts:  # a copy that the call made
+            _closed(module)
     return captured
+
+
+def _closed(module: Module) -> Captures:
+    """What `module` captured; it loses that, and has its own class back, or that of the capture around."""
+    depth = _depth(type(module))
+    captures: Captures = getattr(module, _CAPTURES, ())
+    if captures:
+        _drop(module, _CAPTURES)
+    set_class(module, plain_class(type(module), _Recording))
+    _rename(module, _name(depth - 1, depth), _CAPTURES)
+    return captures
 
 
 def capture(
@@ -148,9 +250,9 @@ def capture(
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         root = args[0] if args else next(iter(kwargs.values()), None)
-        _begin(root, kinds, method_outputs, init)
+        fronts = _begin(root, kinds, method_outputs, init)
         out = f(*args, **kwargs)
-        captured = _end(root, (args, kwargs, out))
+        captured = _end(root, (args, kwargs, out), fronts)
         return out, *(_of_kind(kind, captured) for kind in kinds)
 
     def call(*args: Any, **kwargs: Any) -> Any:

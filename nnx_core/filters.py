@@ -205,7 +205,7 @@ def is_pure(filter: Filter) -> bool:
 
     A callable of the user's may read anything (a set that it closes over, the shape of the value, the time), and so
     may the `isinstance` of a type with a metaclass of its own (jaxtyping's `Float[Array, "4"]` reads the shape): these
-    are not pure.
+    are not pure. A predicate that is says so by an attribute `is_pure = True`.
 
     Example:
       >>> import nnx_core as nnx
@@ -220,7 +220,7 @@ def is_pure(filter: Filter) -> bool:
         return is_pure(predicate.predicate)  # type: ignore[attr-defined]  # as above
     if kind is OfType:
         return _tells_by_type(predicate.type)  # type: ignore[attr-defined]  # as above
-    return kind in _BY_PATH_OR_METADATA
+    return kind in _BY_PATH_OR_METADATA or getattr(predicate, "is_pure", False) is True
 
 
 def _tells_by_type(kind: type) -> bool:

@@ -127,7 +127,7 @@ class Module(Object):
         Raises:
           AttributeNotFoundError: naming the attributes that no such module has.
         """
-        assign_attributes(self, filters or (...,), attributes, raise_if_not_found)
+        assign_attributes(self, filters or (...,), attributes, raise_if_not_found, graph)
 
     @classmethod
     def partial_init(cls, state: Any, /, *states: Any) -> Callable[..., Self]:
@@ -175,7 +175,7 @@ class Module(Object):
 
 def iter_modules(module: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Path, Module]]:
     """(path, module) of every module in `module`, itself included, children first."""
-    return ((path, x) for path, x in iter_graph(module) if isinstance(x, Module))
+    return ((path, x) for path, x in iter_graph(module, graph=graph) if isinstance(x, Module))
 
 
 def iter_module_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Any, Module]]:
@@ -190,7 +190,11 @@ def iter_module_children(node: Any, /, *, graph: bool | None = None) -> Iterator
 
 
 def assign_attributes(
-    node: Any, filters: tuple[filterlib.Filter, ...], attributes: dict[str, Any], raise_if_not_found: bool
+    node: Any,
+    filters: tuple[filterlib.Filter, ...],
+    attributes: dict[str, Any],
+    raise_if_not_found: bool,
+    graph: bool | None = None,
 ) -> None:
     """Set attributes on every module in `node` that has them and that a filter matches.
 
@@ -199,7 +203,7 @@ def assign_attributes(
     predicates = filterlib.to_predicates(filters)
     missing = set(attributes)
     writes: list[tuple[Module, str, Any]] = []  # all of them before the first: a failed call changes nothing
-    for path, module in iter_modules(node):
+    for path, module in iter_modules(node, graph=graph):
         if filterlib.first_match(predicates, path, module) is None:
             continue
         for name, value in attributes.items():

@@ -280,7 +280,7 @@ def _split_of(rules: _Rules, path: Path, stream: RngStream) -> Shape:
 
 def streams_of(node: Any) -> list[tuple[Path, RngStream]]:
     """(path, stream) of every random stream in `node`, shared ones once."""
-    return [(path, x) for path, x in iter_graph(node) if isinstance(x, RngStream)]
+    return [(path, x) for path, x in iter_graph(node, graph=True) if isinstance(x, RngStream)]
 
 
 class SplitBackups(tuple[Any, ...]):
@@ -359,7 +359,7 @@ def _copied(node: Any, graph: bool | None, chosen: filterlib.Predicate, new_key:
     def replaced(path: Path, x: Any) -> Any:
         return type(x)(new_key(x), tag=x.tag) if isinstance(x, RngStream) and chosen(path, x) else x
 
-    return recursive_map(replaced, node)
+    return recursive_map(replaced, node, graph=True)
 
 
 def fork_rngs(
@@ -428,6 +428,7 @@ def reseed(node: Any, /, *, graph: bool | None = None, policy: Any = "scalars_on
 
     Raises:
       ValueError: for a stream with a shape under "scalars_only".
+      SharedReferenceError: with `graph=False`, if something is reached twice.
 
     Example:
       >>> import nnx_core as nnx
@@ -436,6 +437,8 @@ def reseed(node: Any, /, *, graph: bool | None = None, policy: Any = "scalars_on
       >>> int(model.rngs.count[...])
       0
     """
+    if not sharing_allowed(graph):
+        graphdef(node, graph=False)  # raises if something is shared
     sources = {name: RngStream(key, tag=name) for name, key in stream_keys.items()}
     for path, stream in streams_of(node):
         if stream.tag not in sources:
@@ -510,7 +513,7 @@ def with_rngs(
                 return x.broadcast(_shape(rule[1])) if kind == "broadcast" else x.fork(split=rule[1])
         return x
 
-    return recursive_map(replaced, node)
+    return recursive_map(replaced, node, graph=True)
 
 
 def _check_one_rule(kinds: dict[str, _Rules], path: Path, stream: RngStream) -> None:

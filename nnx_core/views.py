@@ -103,7 +103,7 @@ def view(
     used: set[str] = set()
     known: set[str] = set()
     predicate = filterlib.to_predicate(only)
-    for path, module in iter_modules(new):
+    for path, module in iter_modules(new, graph=True):
         if predicate(path, module) and hasattr(module, "set_view"):
             used |= _set_view(module, kwargs)
             known |= {name for name, p in _parameters(module).items() if p.kind is not p.VAR_KEYWORD}
@@ -140,7 +140,7 @@ def view_info(node: Any, /, *, only: filterlib.Filter = ..., graph: bool | None 
     if not sharing_allowed(graph):
         graphdef(node, graph=False)
     predicate = filterlib.to_predicate(only)
-    kinds = {type(m) for path, m in iter_modules(node) if predicate(path, m) and hasattr(m, "set_view")}
+    kinds = {type(m) for path, m in iter_modules(node, graph=True) if predicate(path, m) and hasattr(m, "set_view")}
     return "\n".join(_describe(kind) for kind in sorted(kinds, key=lambda kind: kind.__name__))
 
 

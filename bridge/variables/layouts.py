@@ -34,6 +34,7 @@ import nnx_core as nnx
 from bridge._errors import BridgeError, VariablesMismatchError, show_path
 from bridge._types import Location, Path
 from bridge.variables.kinds import collection_of
+from nnx_core.graph.walk import data_children
 
 #: A path in an NNX state: attribute names, and keys or indices of containers.
 NnxPath = tuple[Any, ...]
@@ -343,7 +344,7 @@ def _entries(node: Any, nnx_path: NnxPath, linen_path: Location, seen: set[int])
         yield from special(node, nnx_path, linen_path, seen)
     elif (layout := layout_of(type(node))) is not None:
         yield from _own_entries(node, layout, nnx_path, linen_path, seen)
-    for key, child in nnx.iter_children(node):
+    for key, child in data_children(node):
         yield from _entries(child, (*nnx_path, key), _linen_path(node, linen_path, key, child), seen)
 
 

@@ -57,5 +57,15 @@ class StaticDataError(NnxError, ValueError):
         )
 
 
+class ReadOnlyError(NnxError, TypeError):
+    """Something is to be written in place, and nothing on the way to it can be written."""
+
+    def __init__(self, path: Path, kind: str):
+        super().__init__(
+            f"{show_path(path)} cannot be written in place: it is in a {kind}, which cannot be changed.\n"
+            "Expected a module, list, dict or Variable on the way. Put it into one, or build a new value."
+        )
+
+
 class ContextError(NnxError, ValueError):
     """An update context that is not there, or is used out of turn."""

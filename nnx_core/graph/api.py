@@ -13,16 +13,16 @@ from nnx_core import filters as filterlib
 from nnx_core._changes import now
 from nnx_core._errors import FilterError, Path, StateMismatchError
 from nnx_core._trace import is_handed
-from nnx_core.graph._errors import PopError
+from nnx_core.graph._errors import LeafCountError, PopError, ReadOnlyError
 from nnx_core.graph.cells import ArrayCell, Cell, require_writable
-from nnx_core.graph.classify import DICT, PYTREE, SEQUENCE, STATE, children, kind_of
+from nnx_core.graph.classify import ARRAY, DICT, NUMBER, PYTREE, SEQUENCE, STATE, children, kind_of
 from nnx_core.graph.objects import Object, set_plan
 from nnx_core.graph.pack import Leaves, Packer, Place, Refs, Unpacker, apart, in_order, require_graph
 from nnx_core.graph.plan import Plan
-from nnx_core.graph.structure import GraphDef, GraphState, Layout
+from nnx_core.graph.structure import GraphDef, GraphState, Layout, Leaf, LeafPlace, Static, nodes
 from nnx_core.graph.walk import rebuilt, recursive_map
 from nnx_core.modes import sharing_allowed
-from nnx_core.state import State, split_pairs, state_or_leaf
+from nnx_core.state import FlatState, State, split_pairs, state_or_leaf
 from nnx_core.variables import Variable, is_ref
 
 A = TypeVar("A")
@@ -48,8 +48,19 @@ def _walk(node: Any, allow_sharing: bool = True) -> tuple[Plan, Packer]:
     return Plan(GraphDef(root), packer, stamp), packer
 
 
+def is_bare(x: Any) -> bool:
+    """Whether `x` is a leaf by itself: an array, a number, a `jax.Ref`."""
+    return kind_of(x) in (ARRAY, NUMBER)
+
+
+#: The structure of a bare leaf; a number in a container is part of the structure, but there is nothing around this one.
+BARE = GraphDef(Leaf(0))
+
+
 def _parts(node: Any, graph: bool | None, function: str) -> tuple[GraphDef, list[tuple[Path, Any]]]:
     """Structure of `node`, and (path, Variable or array) of its leaves."""
+    if is_bare(node):
+        return BARE, [((), node)]
     require_graph(node, function)
     sharing = sharing_allowed(graph)
     if isinstance(node, Object) and sharing:
@@ -72,7 +83,7 @@ def split(node: Any, *filters: filterlib.Filter, graph: bool | None = None) -> t
     """The structure of `node`, and its Variables and arrays as one State a filter (one in all for none).
 
     Args:
-      node: a module, or any pytree of modules, Variables and arrays.
+      node: a module, any pytree of modules, Variables and arrays, or one leaf: its State is then the leaf itself.
       *filters: every leaf goes to the first that matches; `...` matches all that is left.
       graph: False forbids shared references.
 
@@ -179,9 +190,16 @@ def raw_value_of(leaf: Any) -> Any:
     return leaf._raw_value if isinstance(leaf, Variable) else leaf
 
 
-def by_path(paths: list[Path], states: tuple[Mapping[Any, Any], ...], *, require_all: bool) -> list[Any]:
-    """The leaf of `states` for each of `paths` (or ABSENT); keys may be digit strings for ints."""
+def by_path(paths: list[Path], states: tuple[Any, ...], *, require_all: bool) -> list[Any]:
+    """The leaf of `states` for each of `paths` (or ABSENT); keys may be digit strings for ints.
+
+    A FlatState is a State like any other; one list is all leaves in walking order, as `flatten` gives them.
+    """
     if len(states) == 1:
+        if type(states[0]) is list:
+            if len(states[0]) != len(paths):
+                raise LeafCountError(len(paths), len(states[0]))
+            return states[0]
         exact = _exactly_at(paths, states[0])
         if exact is not None:
             return exact
@@ -238,6 +256,9 @@ def _count(mapping: dict[Any, Any]) -> int:
 
 def _leaves_at(state: Any, wanted: Container[Path]) -> Iterator[tuple[Path, Any]]:
     """(path, leaf) of nested mappings; a mapping at a wanted path is a leaf: the value of a Variable."""
+    if isinstance(state, FlatState):
+        yield from state
+        return
     if not isinstance(state, Mapping):
         yield (), state  # the State of a lone Variable or array
         return
@@ -260,9 +281,13 @@ def update(node: Any, state: Any, /, *states: Any, strict: bool = False) -> None
       strict: every path of `node` must be there, with its shape and dtype. Otherwise the States may hold a part
         of the paths, and values may have another shape or dtype (casting a model writes it that way).
 
+    A number in a container or on a module is part of the structure, so no State has it; a mapping that names it
+    replaces it.
+
     Raises:
       StateMismatchError: listing all paths that `node` has not, and with `strict` all that are missing or have
         another shape or dtype; nothing is written then.
+      TraceError, ReadOnlyError: if something cannot be written from here, or at all; nothing is written then.
 
     Example:
       >>> import nnx_core as nnx, jax
@@ -272,19 +297,24 @@ def update(node: Any, state: Any, /, *states: Any, strict: bool = False) -> None
       0.0
     """
     require_graph(node, "update")
+    if by_order := [s for s in (state, *states) if isinstance(s, list)]:
+        raise TypeError(f"nnx.update needs States or mappings, found {len(by_order)} list. Give each value its path.")
     plan = plan_of(node)
     layout: Layout = plan.graphdef.layout
-    leaves = by_path(plan.graphdef.paths, (state, *states), require_all=strict)
+    numbers: Layout = plan.remember("numbers", lambda: _numbers(plan.graphdef))
+    leaves = _leaves_to_write(plan.graphdef, numbers, (state, *states), strict)
     if strict:
-        _require_same_types(plan, layout, leaves)
+        _require_same_types(plan, layout, leaves[: len(layout)])
     cells = iter(plan.cells)
-    writes: list[tuple[Path, Cell | None, Any]] = []  # without a cell: a loose leaf of `node`, which is no object
-    for place, leaf in zip(layout, leaves, strict=True):
+    writes: list[tuple[Path, Cell | None, Any]] = []  # without a cell: a number, or a leaf that no object holds
+    for place, leaf in zip((*layout, *numbers), leaves, strict=True):
         cell = next(cells) if place.owned else None
         if leaf is not ABSENT:
             writes.append((place.path, cell, leaf))
-    for _, cell, _ in writes:  # all of them first, so that a call that raises has written nothing
-        if cell is not None:
+    for path, cell, _ in writes:  # all of them first, so that a call that raises has written nothing
+        if cell is None:
+            _check_can_put(node, path)
+        else:
             require_writable(cell)
     for path, cell, leaf in writes:
         if cell is None:
@@ -295,6 +325,47 @@ def update(node: Any, state: Any, /, *states: Any, strict: bool = False) -> None
             cell.overwrite(leaf)
         elif leaf is not cell:  # `state` hands out the graph's own Variables
             cell.update_from_state(leaf)
+
+
+def _numbers(graphdef: GraphDef) -> Layout:
+    """The places of the numbers that are part of a structure."""
+    places: list[LeafPlace] = []
+    for path, d in nodes(graphdef.root):
+        if type(d) is Static and path and kind_of(d.value) == NUMBER:
+            places.append(LeafPlace(path, None, False))
+    return tuple(places)
+
+
+def _leaves_to_write(graphdef: GraphDef, numbers: Layout, states: tuple[Any, ...], strict: bool) -> list[Any]:
+    """What `states` have for each leaf and then for each number, or ABSENT."""
+    try:
+        return by_path(graphdef.paths, states, require_all=strict) + [ABSENT] * len(numbers)
+    except StateMismatchError:
+        if not numbers:
+            raise
+    paths = [*graphdef.paths, *(place.path for place in numbers)]
+    leaves = by_path(paths, states, require_all=False)
+    count = len(graphdef.paths)
+    missing: list[Path] = []
+    if strict:
+        missing = [path for path, leaf in zip(paths[:count], leaves[:count], strict=True) if leaf is ABSENT]
+    if missing:
+        raise StateMismatchError(missing)
+    return leaves
+
+
+def _check_can_put(node: Any, path: Path) -> None:
+    """Raise unless a leaf that is no Variable can be written at `path`, in place and from this trace."""
+    storage: Any = None
+    x, below = node, path
+    for i, key in enumerate(path):
+        if isinstance(x, Object | State | dict | list):
+            storage, below = x, path[i:]
+        x = dict(children(x))[key]
+    if storage is None:
+        raise ReadOnlyError(path, type(node).__name__)
+    if isinstance(storage, Object):
+        storage._nnx_check_can_write(str(below[0]))
 
 
 def _require_same_types(plan: Plan, layout: Layout, leaves: list[Any]) -> None:
@@ -447,10 +518,27 @@ def _plain_containers(owner: Any) -> list[Any]:
     return [x for x in items if kind_of(x) in PLAIN]
 
 
-def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool | None = None) -> A:
+def clone(
+    node: A,
+    variables: bool = True,
+    *,
+    arrays: bool = False,
+    copy_arrays: bool = False,
+    graph: bool | None = None,
+) -> A:
     """A copy of `node`: new objects, new Variables (the same ones with `variables=False`), the same arrays.
 
-    Sharing within `node` is kept. Arrays are immutable and so are not copied; `arrays=True` copies them too.
+    Sharing within `node` is kept. Arrays are immutable, so original and clone share their buffers. Donating one of
+    the two (`donate_argnums`) frees the buffers of both: what is to outlive the other needs `copy_arrays=True`.
+
+    Args:
+      node: a module, any pytree of modules, Variables and arrays, or one leaf.
+      variables: False keeps the Variables themselves.
+      arrays, copy_arrays: copy the arrays too; two names of one option, of which the first is flax.nnx's.
+      graph: False forbids shared references.
+
+    Raises:
+      ValueError: if arrays are to be copied and Variables are not, which hold them.
 
     Example:
       >>> import nnx_core as nnx
@@ -458,16 +546,21 @@ def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool 
       >>> nnx.clone(model).kernel is model.kernel, nnx.clone(model, variables=False).kernel is model.kernel
       (False, True)
     """
-    require_graph(node, "clone")
+    copies_arrays = arrays or copy_arrays
     if not variables:
-        return recursive_map(lambda _, x: x, node)
+        if copies_arrays:
+            raise ValueError(
+                "nnx.clone: copy_arrays=True with variables=False asks for new arrays in the Variables of the"
+                " original. Leave one of the two out."
+            )
+        return recursive_map(lambda _, x: x, node, graph=graph)
     structure, pairs = _parts(node, graph, "clone")
     copies: list[Any] = []
     for _, leaf in pairs:
         value = raw_value_of(leaf)
         if is_ref(value):
             value = jax.new_ref(value[...])
-        elif arrays and hasattr(value, "copy"):
+        elif copies_arrays and hasattr(value, "copy"):
             value = value.copy()
         copies.append(value)
     unpacker = Unpacker((apart(structure, copies),), Refs(), templates=structure.templates)

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import jax
 
 from nnx_core import filters as filterlib
-from nnx_core._errors import NotAGraphError, Path, StateMismatchError
-from nnx_core.graph._errors import DuplicateVariableError, IndexSpaceError, LeafCountError, StaticDataError
-from nnx_core.graph.api import ABSENT, by_path, graphdef, merge, raw_value_of, split, update
+from nnx_core._errors import NotAGraphError, Path
+from nnx_core.graph._errors import DuplicateVariableError, IndexSpaceError, StaticDataError
+from nnx_core.graph.api import ABSENT, BARE, by_path, graphdef, is_bare, merge, raw_value_of, split, update
 from nnx_core.graph.objects import Object, is_data
 from nnx_core.graph.pack import Leaves, OwnedBy, Packer, Place, Refs, Unpacker, apart, in_order
 from nnx_core.graph.structure import GraphDef, Node, Ref, Template, VariableDef, call_with, nodes
@@ -88,6 +88,8 @@ def flatten_with(
     packer: Packer, node: Any, with_paths: bool, outer: Refs | None, at: Path = ()
 ) -> tuple[GraphDef, Any]:
     """`flatten`, by a Packer with one group; errors say where by `at`, the path of `node`."""
+    if is_bare(node):
+        return BARE, FlatState([((), node)], sort=False) if with_paths else [node]
     packer.trace_numbers = False
     root = packer.pack(node, Place(at, packer.groups[0], len(at)))
     structure = GraphDef(root) if outer is None else UpdateDef(root, _known_outside(packer.refs, outer))
@@ -112,8 +114,9 @@ class _Reusing(Unpacker):
 
     Args:
       reuse: by index, what to fill instead of making it new.
-      variables: by index, those the values come from; what they say of metadata is newer than the structure.
+      variables: by index, those the values come from; what they say of type and metadata is newer than the structure.
       adopt: put the given Variables themselves into the result.
+      recreate: make Variables of values that come without one; False leaves such a value as it is.
     """
 
     def __init__(
@@ -124,18 +127,23 @@ class _Reusing(Unpacker):
         reuse: dict[Index, Any],
         variables: dict[Index, Variable[Any]],
         adopt: bool,
+        recreate: bool,
     ):
         super().__init__(leaves, refs, templates=templates)
-        self.reuse, self.variables, self.adopt = reuse, variables, adopt
+        self.reuse, self.variables, self.adopt, self.recreate = reuse, variables, adopt, recreate
 
-    def _variable(self, d: VariableDef, place: Place | None) -> Variable[Any]:
+    def _variable(self, d: VariableDef, place: Place | None) -> Any:
         old, leaf = self.reuse.get(d.id), self.variables.get(d.id)
         if old is None and leaf is not None and self.adopt:
             next(self.values[d.group])  # its own, which it has
             self.refs.add(leaf, place)
             return leaf
+        if old is None and leaf is None and not self.recreate:
+            value = next(self.values[d.group])
+            self.refs.add(value, place)
+            return value
         if old is None:
-            old = super()._variable(d, place)
+            old = super()._variable(d if leaf is None else d._replace(kind=type(leaf)), place)
         else:
             self.refs.add(old, place)
             value = next(self.values[d.group])
@@ -187,7 +195,7 @@ def unflatten(
       index_ref: `graphlib.IndexMap()`, the same one for several structures of one index space.
       outer_index_outer_ref: objects to fill instead of making new ones, for those that an `UpdateDef` names.
       copy_variables: new Variables. Otherwise the Variables in `state` themselves become part of the result.
-      recreate_variables: accepted for flax.nnx's callers; `copy_variables` decides.
+      recreate_variables: False leaves a raw value in the place of a Variable as it is, without one around it.
 
     Raises:
       StateMismatchError: listing all paths that are missing, or that the structure has not.
@@ -207,13 +215,21 @@ def unflatten(
     reuse: dict[Index, Any] = {}
     if outer_index_outer_ref is not None and isinstance(graphdef, UpdateDef):
         reuse = {i: outer_index_outer_ref.objects[o] for i, o in graphdef.outer}
-    leaves = _leaves_of(graphdef, state)
+    leaves = by_path(graphdef.paths, (list(state) if isinstance(state, tuple) else state,), require_all=True)
     variables: dict[Index, Variable[Any]] = {}
     for place, leaf in zip(graphdef.layout, leaves, strict=True):
         if place.id is not None and isinstance(leaf, Variable):
             variables[place.id] = leaf
     values = apart(graphdef, [raw_value_of(leaf) for leaf in leaves])
-    unpacker = _Reusing((values,), refs, graphdef.templates, reuse, variables, adopt=not copy_variables)
+    unpacker = _Reusing(
+        (values,),
+        refs,
+        graphdef.templates,
+        reuse,
+        variables,
+        adopt=not copy_variables,
+        recreate=recreate_variables,
+    )
     # With a place, objects can be found again by identity: later structures and step (3) of a context need that.
     return unpacker.unpack(graphdef.root, None if index_ref is None else Place((), None, 0))
 
@@ -223,23 +239,6 @@ def _require_known(structure: GraphDef, known: int) -> None:
     for _, d in nodes(structure.root):
         if type(d) is Ref and d.id >= known and d.id not in new:
             raise IndexSpaceError(d.id, known)
-
-
-def _leaves_of(structure: GraphDef, state: Any) -> list[Any]:
-    paths = structure.paths
-    if isinstance(state, FlatState):
-        leaves = dict(state)
-        wanted = set(paths)
-        missing = [path for path in paths if path not in leaves]
-        unexpected = [path for path in leaves if path not in wanted]
-        if missing or unexpected:
-            raise StateMismatchError(missing, unexpected)
-        return [leaves[path] for path in paths]
-    if isinstance(state, list | tuple):
-        if len(state) != len(paths):
-            raise LeafCountError(len(paths), len(state))
-        return list(state)
-    return by_path(paths, (state,), require_all=True)
 
 
 # ---- calls and maps ----
@@ -300,10 +299,11 @@ def map(f: Callable[[Path, Any], Any], node: A, /, *, graph: bool | None = None,
     """A copy of `node` in which each Variable and array is f(path, leaf); sharing is kept.
 
     Args:
-      f: returns a Variable, or the value of one.
+      f: returns a Variable, which may be of another type, or the value of one.
       node: a module, or any pytree of modules, Variables and arrays.
       graph: False forbids shared references.
-      recreate_variables: False puts the Variables that f returns into the result themselves.
+      recreate_variables: False puts what f returns into the result itself, Variable or not; otherwise the result
+        has new Variables.
 
     Example:
       >>> import nnx_core as nnx
@@ -314,7 +314,7 @@ def map(f: Callable[[Path, Any], Any], node: A, /, *, graph: bool | None = None,
     """
     structure, leaves = flatten(node, graph=graph)
     mapped = FlatState([(path, f(path, leaf)) for path, leaf in leaves], sort=False)
-    return unflatten(structure, mapped, copy_variables=recreate_variables)
+    return unflatten(structure, mapped, copy_variables=recreate_variables, recreate_variables=recreate_variables)
 
 
 def as_pure(tree: A) -> A:
@@ -325,7 +325,7 @@ def as_pure(tree: A) -> A:
       >>> jax.tree.map(jnp.shape, as_pure(nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))))
       State({'bias': (3,), 'kernel': (2, 3)})
     """
-    return recursive_map(lambda _, x: raw_value_of(x), tree)
+    return recursive_map(lambda _, x: raw_value_of(x), tree, graph=True)
 
 
 pure = as_pure
@@ -376,7 +376,7 @@ def with_vars(
             value = jax.new_ref(value) if ref else value[...]
         return x.replace(value)
 
-    return recursive_map(convert, node)
+    return recursive_map(convert, node, graph=True)
 
 
 vars_as = with_vars

@@ -30,6 +30,7 @@ from nnx_core.variables import MISSING, Variable, set_trace
 T = TypeVar("T")
 
 _DATA, _STATIC = "data", "static"
+_CHILD = "child"  # of what JAX put where a child was: data to JAX, whatever it is, and no part of the structure
 #: `x: nnx.Data[list[jax.Array]]` and `y: nnx.Static[Config]` mark attributes for every instance.
 Data = Annotated[T, _DATA]
 Static = Annotated[T, _STATIC]
@@ -337,12 +338,13 @@ def _split_attributes(obj: Object) -> tuple[list[Any], list[Any], tuple[Any, ...
     keys, children, fixed = [], [], []
     for key in sorted_keys(items):
         mark = obj._nnx_mark(key)
-        if mark == _DATA or (mark is None and is_data(items[key])):
+        if mark in (_DATA, _CHILD) or (mark is None and is_data(items[key])):
             keys.append(key)
             children.append(items[key])
         else:
             fixed.append((key, type(items[key]), as_part(items[key])))
-    return keys, children, (tuple(keys), tuple(fixed), tuple(sorted(obj._nnx_marks.items())), tuple(items))
+    marks = [(key, mark) for key, mark in obj._nnx_marks.items() if mark != _CHILD]
+    return keys, children, (tuple(keys), tuple(fixed), tuple(sorted(marks)), tuple(items))
 
 
 def _flatten(obj: Object) -> tuple[list[Any], Any]:
@@ -371,6 +373,11 @@ def _unflatten(kind: type[Any], aux: Any, children: Any) -> Any:
     items |= {key: unfixed(part) for key, _, part in fixed}
     obj = create(kind, _borrow(children))
     obj._nnx_fill({key: items[key] for key in order}, marks)
+    # JAX puts anything in the place of arrays (axes, shapes, None), and what was a child has to stay one.
+    known = {**kind._nnx_class_marks, **obj._nnx_marks}
+    others = [key for key, child in zip(keys, children, strict=True) if key not in known and not is_data(child)]
+    if others:
+        _set_marks(obj, {**obj._nnx_marks, **dict.fromkeys(others, _CHILD)})
     return obj
 
 

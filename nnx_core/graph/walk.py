@@ -12,9 +12,10 @@ from typing import Any
 from nnx_core import _trace
 from nnx_core import filters as filterlib
 from nnx_core._depth import ROOM
-from nnx_core._errors import Path, show_path
+from nnx_core._errors import Path, SharedReferenceError, show_path
 from nnx_core.graph.classify import DICT, PYTREE, SEQUENCE, STATE, children, kind_of, one_level
 from nnx_core.graph.objects import Object, is_data
+from nnx_core.modes import sharing_allowed
 from nnx_core.variables import Variable
 
 
@@ -27,6 +28,8 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
       >>> [path for path, value in nnx.iter_graph(model) if isinstance(value, nnx.Variable)]
       [('bias',), ('kernel',)]
     """
+    if not sharing_allowed(graph):
+        require_unshared(node)
     seen: set[int] = set()
     # What is being visited, from `node` down, each with the children that are still to come. No recursion: a
     # generator cannot raise Python's limit for itself alone.
@@ -46,12 +49,46 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
         branch.append(((*path, key), child, iter(children(child))))
 
 
+def require_unshared(node: Any) -> None:
+    """What `graph=False` asks for.
+
+    Raises:
+      SharedReferenceError: naming both paths, if an object or Variable is reached twice.
+    """
+    first: dict[int, Path] = {}  # by id; what is walked here lives as long as `node`
+
+    def visit(x: Any, path: Path) -> None:
+        if isinstance(x, Object | Variable):
+            if id(x) in first:
+                raise SharedReferenceError(type(x).__name__, first[id(x)], path)
+            first[id(x)] = path
+        for key, child in children(x):
+            visit(child, (*path, key))
+
+    with ROOM:
+        visit(node, ())
+
+
 def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Hashable, Any]]:
-    """(key, child) of the direct children of `node`, without static attributes and plain arrays."""
+    """(key, child) of the direct children of `node` that are objects or Variables, keys sorted.
+
+    Attributes, arrays and plain lists and dicts are left out; `iter_graph` reaches what is in those.
+
+    Example:
+      >>> import nnx_core as nnx
+      >>> [key for key, _ in nnx.iter_children(nnx.Sequential(nnx.relu))]
+      ['layers']
+    """
     for key, child in children(node):
-        if isinstance(child, Object | Variable) or (
-            kind_of(child) in (SEQUENCE, DICT, STATE, PYTREE) and is_data(child)
-        ):
+        if isinstance(child, Object | Variable):
+            yield key, child
+
+
+def data_children(x: Any) -> Iterator[tuple[Hashable, Any]]:
+    """`iter_children`, and the lists, dicts and other pytrees that hold objects, Variables or arrays."""
+    for key, child in children(x):
+        is_container = kind_of(child) in (SEQUENCE, DICT, STATE, PYTREE)
+        if isinstance(child, Object | Variable) or (is_container and is_data(child)):
             yield key, child
 
 
@@ -59,6 +96,7 @@ def recursive_map(f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | 
     """A copy of `node` in which every value is f(path, value), children before parents, shared ones once.
 
     f gets a fresh shallow copy of each object, with children replaced already; it may change it in place.
+    With `graph=False` what is shared raises SharedReferenceError, before f is called.
 
     Example:
       >>> import nnx_core as nnx
@@ -67,6 +105,8 @@ def recursive_map(f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | 
       >>> bool((nnx.recursive_map(half, model).kernel * 2 == model.kernel).all())
       True
     """
+    if not sharing_allowed(graph):
+        require_unshared(node)
     with ROOM:
         return _map(f, node, (), {})
 
@@ -149,7 +189,7 @@ def _path_in(namespace: Mapping[str, Any], thing: Any) -> Path | None:
     """The path of `thing` from the first object of `namespace` that holds it."""
     for root in list(namespace.values()):
         if isinstance(root, Object) and root is not thing:
-            for path, node in iter_graph(root):
+            for path, node in iter_graph(root, graph=True):
                 if node is thing:
                     return (type(root).__name__, *path)
     return None

@@ -135,7 +135,7 @@ class Recorder:
 
     def _watch(self, root: Any) -> None:
         index_at = {info.path: index for index, info in enumerate(self.infos)}
-        for path, x in list(iter_graph(root)):
+        for path, x in list(iter_graph(root, graph=True)):
             if isinstance(x, Object):
                 set_class(x, _recorded_class(type(x)))
                 object.__setattr__(x, "_nnx_marks", {**x._nnx_marks, _MARK: f"{self.token} {index_at[path]}"})

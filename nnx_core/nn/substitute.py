@@ -26,7 +26,7 @@ from nnx_core.variables import Variable, get_raw, is_ref, set_raw
 
 def parameters(layer: Module, chosen: Callable[[Path, Any], bool]) -> list[tuple[Path, Param]]:
     """(path below `layer`, Param) of each Param that `chosen` takes, in the order of walks, shared ones once."""
-    return [(path, x) for path, x in iter_graph(layer) if isinstance(x, Param) and chosen(path, x)]
+    return [(path, x) for path, x in iter_graph(layer, graph=True) if isinstance(x, Param) and chosen(path, x)]
 
 
 def stored(variable: Variable[Any]) -> jax.Array:

@@ -1,7 +1,9 @@
 """grad, value_and_grad and remat.
 
 Law: gradients are those of jax.grad with respect to the chosen leaves, each Variable once, however often it is
-reached; everything else the function writes to its arguments is written.
+reached; everything else the function writes to its arguments is written. Of an argument that holds objects these are
+the Params, as a State; where the user forbids sharing or structure changes they are all leaves, and the gradient is
+what the argument is: `jax.tree.map(step, model, gradient)`.
 """
 
 import functools
@@ -9,14 +11,23 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from nnx_core._errors import SpecError
-from nnx_core.graph.pack import Leaves, reader
-from nnx_core.graph.structure import GraphDef
+from nnx_core._errors import NotDifferentiableError, Path, SpecError
+from nnx_core.graph.pack import Leaves, Refs, Unpacker, reader
+from nnx_core.graph.structure import GraphDef, leaf_defs
 from nnx_core.kinds import Param
 from nnx_core.transforms.carry import described
 from nnx_core.transforms.compile import plainly, static_at
-from nnx_core.transforms.gradients import as_states, holds_object, position_of, variables_matching, with_aux
+from nnx_core.transforms.gradients import (
+    as_states,
+    holds_object,
+    no_leaves,
+    position_of,
+    shape_and_dtype,
+    variables_matching,
+    with_aux,
+)
 from nnx_core.transforms.groups import Diff, DiffState, Out, Rest
 from nnx_core.transforms.lift import (
     Form,
@@ -50,8 +61,10 @@ class _Gradient(Forms[tuple[Any, ...], Lifted]):
         super().__init__()
         self.f, self.owner = unbound(f)
         self.has_aux, self.options, self.modes = has_aux, options, modes
-        self.single = not isinstance(argnums, Sequence)
-        several: Sequence[int | DiffState] = argnums if isinstance(argnums, Sequence) else (argnums,)
+        self.is_whole = modes != Modes()
+        self.single = not isinstance(argnums, list | tuple)
+        several: Sequence[int | DiffState] = argnums if isinstance(argnums, list | tuple) else (argnums,)
+        _require_positions(several)
         self.argnums = [_shifted(argnum, len(self.owner)) for argnum in several]
 
     def make(self, specs: tuple[Any, ...]) -> Lifted:
@@ -69,7 +82,7 @@ class _Gradient(Forms[tuple[Any, ...], Lifted]):
         return Lifted(loss, _GROUPS, specs, outputs, first_decides=True, modes=self.modes)
 
     def specs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The spec of each argument: of objects the Params are differentiated, of anything else all leaves are."""
+        """The spec of each argument: see the law above; of what holds no objects all leaves are differentiated."""
         specs: list[Any] = [Rest] * len(args)
         for argnum in self.argnums:
             number = position_of(argnum)
@@ -80,7 +93,7 @@ class _Gradient(Forms[tuple[Any, ...], Lifted]):
                 )
             if isinstance(argnum, DiffState):
                 specs[number] = variables_matching(argnum.filter)
-            elif holds_object(args[number]):
+            elif not self.is_whole and holds_object(args[number]):
                 specs[number] = variables_matching(Param)
             else:
                 specs[number] = Diff
@@ -101,13 +114,50 @@ class _Gradient(Forms[tuple[Any, ...], Lifted]):
                     )
                 return loose[0], (after, diff, rest_after)
 
-            (loss, after), cotangents = jax.value_and_grad(loss_of, has_aux=True, **self.options)(diff)
-            gradients.extend(_by_argument(graphdef, cotangents))
+            try:
+                (loss, after), cotangents = jax.value_and_grad(loss_of, has_aux=True, **self.options)(diff)
+            except TypeError as error:
+                raise self.not_differentiable(graphdef, diff) or error from None
+            gradients.extend(self.chosen(graphdef, cotangents))
             return *after, ([], [loss])
 
         value = lifted.call(run, args, {})
-        chosen = tuple(gradients[position_of(argnum)] for argnum in self.argnums)
-        return value, chosen[0] if self.single else chosen
+        return value, gradients[0] if self.single else tuple(gradients)
+
+    def chosen(self, graphdef: GraphDef, cotangents: Leaves) -> list[Any]:
+        """The gradient for each of `argnums`."""
+        parts = _by_argument(graphdef, cotangents)
+        wholes: tuple[Any, ...] = ()
+        if self.is_whole:
+            wholes = Unpacker((cotangents, *no_leaves(2)), Refs()).build(arguments_of(graphdef), None)
+        gradients: list[Any] = []
+        for argnum in self.argnums:
+            is_part = isinstance(argnum, DiffState) or not self.is_whole
+            gradients.append((parts if is_part else wholes)[position_of(argnum)])
+        return gradients
+
+    def not_differentiable(self, graphdef: GraphDef, diff: Leaves) -> NotDifferentiableError | None:
+        """What JAX means if it refuses integers among the leaves: it does so before it calls f."""
+        if self.options["allow_int"]:
+            return None
+        read, group = reader(diff), _GROUPS.index(Diff)
+        dtypes: list[tuple[Path, str]] = []
+        for path, leaf in leaf_defs(arguments_of(graphdef)):
+            for x in jax.tree.leaves(read(leaf)) if leaf.group == group else ():
+                _, dtype = shape_and_dtype(x)
+                if not jnp.issubdtype(dtype, jnp.inexact):
+                    dtypes.append((("args", *path), str(dtype)))
+        return NotDifferentiableError(dtypes) if dtypes else None
+
+
+def _require_positions(argnums: Sequence[Any]) -> None:
+    for argnum in argnums:
+        is_position = hasattr(argnum, "__index__") and not isinstance(argnum, Variable)
+        if not is_position and not isinstance(argnum, DiffState):
+            raise SpecError(
+                f"argnums: expected positions of arguments or DiffStates, found a {type(argnum).__name__}.\n"
+                "Name the argument by its position, and a part of it by nnx.DiffState(position, filter)."
+            )
 
 
 def _shifted(argnum: int | DiffState, by: int) -> int | DiffState:
@@ -141,10 +191,15 @@ def value_and_grad(
     Args:
       f: returns a scalar loss, or (loss, aux) with `has_aux`.
       argnums: which arguments: a position, or a `DiffState` with the Variables of it (Param by default).
-      graph, graph_updates: False forbids sharing; structure changes.
+      graph, graph_updates: False forbids sharing; structure changes. Then gradients are taken of all leaves of an
+        argument, not of its Params alone, and have its own type; a `DiffState` names a part, as ever.
 
     Returns:
       A function that returns (value of f, gradient): a State of Variables for a module, else as jax.grad.
+
+    Raises:
+      NotDifferentiableError: naming the leaves that are integers or keys, without `allow_int`.
+      SpecError: if `argnums` names no argument, or f returns no scalar.
 
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
@@ -181,6 +236,9 @@ def grad(
       >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
       >>> nnx.grad(lambda m, x: m(x).sum())(model, jnp.ones((1, 2)))
       State({'bias': Param(float32[1] [1.]), 'kernel': Param(float32[2,1] [[1.], [1.]])})
+      >>> gradient = nnx.grad(lambda m, x: m(x).sum(), graph=False)(model, jnp.ones((1, 2)))
+      >>> type(gradient).__name__, gradient.kernel[...].tolist()
+      ('Linear', [[1.0], [1.0]])
     """
     options = {"holomorphic": holomorphic, "allow_int": allow_int}
     gradient = _Gradient(f, argnums, has_aux, options, Modes.of(graph, graph_updates))

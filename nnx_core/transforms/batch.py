@@ -6,16 +6,17 @@ the mapped axis inside and get it back outside; an axis without a name is None.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import jax
 
-from nnx_core._axis_names import axis_names
-from nnx_core._errors import MetadataError, StructureError, show_paths
+from nnx_core._axis_names import axis_names, insert_name, remove_name
+from nnx_core._errors import MetadataError, Path, SpecError, StructureError, show_path, show_paths
 from nnx_core.graph.effects import After
-from nnx_core.graph.structure import GraphDef, Leaf, leaf_defs
+from nnx_core.graph.pack import Leaves, reader
+from nnx_core.graph.structure import GraphDef, Leaf, VariableDef, leaf_defs
 from nnx_core.transforms.groups import distinct
 from nnx_core.transforms.lift import (
     Form,
@@ -23,67 +24,160 @@ from nnx_core.transforms.lift import (
     Modes,
     by_count,
     by_position,
-    dressed,
     name_of,
     optional_decorator,
     unbound,
 )
+from nnx_core.transforms.prefix import without_objects
 from nnx_core.variables import AXIS_NAMES, Variable, new_variable
 
 PARTITION_NAME = "partition_name"
 
 
 class AxisMetadata:
-    """Takes the mapped axis out of Variables' metadata on the way in, and puts it back on the way out."""
+    """Takes the mapped axis out of Variables' metadata on the way in, and puts it back on the way out.
+
+    Beside the axis names these are the tuples under the other keys of `metadata`, which name axes in their own way.
+    """
 
     def __init__(self, metadata: Mapping[str, Any]):
         self.named = PARTITION_NAME in metadata
         self.name = metadata.get(PARTITION_NAME)
+        self.others = {key: name for key, name in metadata.items() if key != PARTITION_NAME}
 
     def enter(self, v: Variable[Any], axis: Hashable) -> dict[str, Any]:
         """Metadata of `v`, whose value has lost its axis already."""
         if type(axis) is not int:
             return v._var_metadata
-        index = axis if axis >= 0 else axis + _rank(v) + 1
-        names = axis_names(v._var_metadata.get(AXIS_NAMES) or ())
-        if self.named and index < len(names) and names[index] not in (None, self.name):
-            raise MetadataError(
-                f"Axis {index} of a {type(v).__name__} with axis names {names} is mapped under the name"
-                f" {self.name!r}, found {names[index]!r}. Give transform_metadata the name the axis has."
-            )
-        return _after(v, "remove_axis", index, self.name)
+        index = axis if axis >= 0 else axis + self.rank(v, entering=True)
+        if self.named:
+            self.check_name(v, AXIS_NAMES, index, self.name)
+        metadata = _after(v, "remove_axis", index, self.name)
+        for key, name in self.others.items():
+            if _names_axes(metadata, key):
+                self.check_name(v, key, index, name)
+                metadata = {**metadata, key: remove_name(metadata[key], index)}
+        return metadata
 
     def leave(self, v: Variable[Any], axis: Hashable) -> dict[str, Any]:
         """Metadata of `v` for outside, where its value gets the axis."""
         if type(axis) is not int:
             return v._var_metadata
-        return _after(v, "add_axis", axis if axis >= 0 else axis + _rank(v) + 1, self.name)
+        index = axis if axis >= 0 else axis + self.rank(v, entering=False)
+        metadata = _after(v, "add_axis", index, self.name)
+        for key, name in self.others.items():
+            if _names_axes(metadata, key):
+                metadata = {**metadata, key: insert_name(metadata[key], index, name)}
+        return metadata
+
+    def rank(self, v: Variable[Any], *, entering: bool) -> int:
+        """How many axes `v` has with the mapped one; its value is without."""
+        return _rank(v) + 1
+
+    def check_name(self, v: Variable[Any], key: str, index: int, name: Any) -> None:
+        """Raise MetadataError if the axis that is mapped as `name` is called something else."""
+        names = axis_names(v._var_metadata.get(key) or ())
+        if index < len(names) and names[index] not in (None, name):
+            what = "axis names" if key == AXIS_NAMES else key
+            raise MetadataError(
+                f"Axis {index} of a {type(v).__name__} with {what} {names} is mapped under the name"
+                f" {name!r}, found {names[index]!r}. Give transform_metadata the name the axis has."
+            )
+
+
+def _names_axes(metadata: Mapping[str, Any], key: str) -> bool:
+    return type(metadata.get(key)) is tuple and bool(metadata[key])
+
+
+class _AroundAny(AxisMetadata):
+    """The same where any transform maps, inside of f or around: the value may have the axis, the names tell."""
+
+    def rank(self, v: Variable[Any], *, entering: bool) -> int:
+        names = axis_names(v._var_metadata.get(AXIS_NAMES) or ())
+        if not names:
+            return super().rank(v, entering=entering)
+        return len(names) if entering else len(names) + 1
+
+
+class _AroundOurs(AxisMetadata):
+    """The same around a transform of ours, which takes the axis out and puts it back: only its name is missing."""
+
+    def enter(self, v: Variable[Any], axis: Hashable) -> dict[str, Any]:
+        return v._var_metadata
+
+    def leave(self, v: Variable[Any], axis: Hashable) -> dict[str, Any]:
+        names = axis_names(v._var_metadata.get(AXIS_NAMES) or ())
+        if type(axis) is not int or not names or names[axis] is not None:
+            return v._var_metadata
+        index = axis % len(names)
+        return {**v._var_metadata, AXIS_NAMES: insert_name(remove_name(names, index), index, self.name)}
 
 
 @optional_decorator
 def transform_metadata(
-    f: Callable[..., Any], *, in_axes: Any = 0, out_axes: Any = 0, partition: str, graph: bool | None = None
+    f: Callable[..., Any], *, in_axes: Any = 0, out_axes: Any = 0, partition: str | None, graph: bool | None = None
 ) -> Callable[..., Any]:
-    """f, whose mapped axis is called `partition` in the Variables' axis names under vmap, pmap and scan.
+    """f, whose mapped axis is called `partition` in the Variables' axis names.
 
-    The same as the keyword `transform_metadata={nnx.PARTITION_NAME: partition}` of these; the axes are theirs
-    (`in_axes` and `out_axes` are accepted for flax.nnx's callers, who say them twice).
+    Directly under vmap, pmap or scan it is the keyword `transform_metadata={nnx.PARTITION_NAME: partition}` of these,
+    and the axes are theirs. Anywhere else, such as around `jax.vmap` or under it, the axis that `in_axes` says is taken
+    out of the names of the arguments while f runs, and the one that `out_axes` says is put into those of the result.
+
+    Args:
+      in_axes, out_axes: as in `nnx.vmap`.
+      partition: the name of the axis.
+      graph: False forbids shared references.
+
+    Raises:
+      MetadataError: if an axis has another name.
+
+    Example:
+      >>> import nnx_core as nnx, jax
+      >>> init = nnx.with_partitioning(nnx.initializers.ones, ("in", "out"))
+      >>> @jax.vmap
+      ... @nnx.transform_metadata(partition="layers")
+      ... def make(key):
+      ...     return nnx.Linear(2, 3, kernel_init=init, rngs=nnx.Rngs(key))
+      >>> make(jax.random.split(jax.random.key(0), 4)).kernel.out_sharding
+      ('layers', 'in', 'out')
     """
+    function, owner = unbound(f)
+    names = (_AroundOurs if hasattr(f, "_nnx_maps") else _AroundAny)({PARTITION_NAME: partition})
+    modes = Modes.of(graph, None)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return f(*args, **kwargs)
+    def make(count: int) -> Form:
+        inputs = axes_of_arguments(in_axes, count, len(owner))
+        lifted = Lifted(
+            function,
+            distinct(0, inputs, out_axes),
+            inputs,
+            out_axes,
+            keywords=0,
+            enter=names.enter,
+            leave=names.leave,
+            modes=modes,
+        )
+        return Form(lifted, lifted.pure)
 
-    call = dressed(call, f)
-    call._nnx_partition = partition  # type: ignore[attr-defined]  # read by `axis_options`
+    call: Any = by_count(f, make, by_position)
+    call._nnx_named = f, partition  # read by `with_axis_options`
     return call
 
 
-def axis_options(f: Callable[..., Any], given: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """What the caller of a transform said of the mapped axis, or else what `transform_metadata` did."""
-    if given:
-        return given
-    name = getattr(f, "_nnx_partition", None)
-    return {} if name is None else {PARTITION_NAME: name}
+def with_axis_options(
+    f: Callable[..., Any], given: Mapping[str, Any] | None
+) -> tuple[Callable[..., Any], Mapping[str, Any]]:
+    """f, and what is said of its mapped axis: by the caller of a transform, or else by `transform_metadata` of f."""
+    plain, name = getattr(f, "_nnx_named", (f, None))
+    if plain is f:
+        return f, given or {}
+    return plain, given or {PARTITION_NAME: name}
+
+
+def mapping(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, which maps an axis: `transform_metadata` around it only names it."""
+    call._nnx_maps = True  # type: ignore[attr-defined]  # functions have attributes
+    return call
 
 
 def axes_of_arguments(in_axes: Any, count: int, own: int) -> tuple[Any, ...]:
@@ -98,9 +192,11 @@ def _rank(v: Variable[Any]) -> int:
 
 def _after(v: Variable[Any], method: str, index: int, name: Any) -> dict[str, Any]:
     """The metadata of `v` after `add_axis` or `remove_axis`; on a copy, for these run the user's hooks."""
-    if not v._var_metadata and not hasattr(type(v), f"on_{method}"):
+    kind = type(v)
+    is_plain = getattr(kind, method) is getattr(Variable, method) and not hasattr(kind, f"on_{method}")
+    if not v._var_metadata and is_plain:
         return v._var_metadata
-    copy = new_variable(type(v), v._raw_value, dict(v._var_metadata))
+    copy = new_variable(kind, v._raw_value, dict(v._var_metadata))
     getattr(copy, method)(index, name)
     return copy._var_metadata
 
@@ -118,6 +214,8 @@ def _run(lifted: Lifted, options: dict[str, Any], *packed: Any) -> Any:
     try:
         return jax.vmap(pure, (None, *groups), (None, *groups), **options)(*packed)
     except ValueError as error:
+        if not afters:  # nothing has been called yet, or f raised
+            check_axes("vmap", lifted.f, groups, *packed)
         # JAX says this (in words of its own: there is no class for it) of an output number, which says nothing to
         # users. We know which Variables may be meant.
         if afters and "output was batched" in str(error):
@@ -126,12 +224,46 @@ def _run(lifted: Lifted, options: dict[str, Any], *packed: Any) -> Any:
         raise
 
 
+def check_axes(transform: str, f: Callable[..., Any], axes: Sequence[Any], graphdef: GraphDef, *packed: Leaves) -> None:
+    """Raise SpecError unless each leaf has the axis it is mapped over, with the size that the others have.
+
+    To be called where JAX refuses, or is about to: it knows leaves by numbers.
+    """
+    reads = [reader(leaves) for leaves in packed]
+    first: dict[int, Path] = {}
+    for path, d in leaf_defs(graphdef.root):
+        axis = axes[d.group]
+        for x in jax.tree.leaves(reads[d.group](d)):
+            if type(axis) is not int:
+                continue
+            shape = jax.numpy.shape(x)
+            if not -len(shape) <= axis < len(shape):
+                kind = d.kind.__name__ if type(d) is VariableDef else "leaf"
+                raise SpecError(
+                    f"{transform} of {name_of(f)}: the {kind} at {show_path(as_users_know(path))} is mapped over axis"
+                    f" {axis}, and has the shape {shape}.\n"
+                    "Give it the axis None (nnx.StateAxes({filter: None, ...: 0})), or a value for each step."
+                )
+            first.setdefault(shape[axis], as_users_know(path))
+    if len(first) > 1:
+        rows = "".join(f"\n  {show_path(path)}: {size}" for size, path in first.items())
+        raise SpecError(
+            f"{transform} of {name_of(f)}: expected one size, found inconsistent sizes of the mapped axes{rows}\n"
+            "Give all that is mapped as many slices, and the rest the axis None."
+        )
+
+
+def as_users_know(path: Path) -> Path:
+    """A path in what `Lifted.pack` makes, which is a pair, as one in the arguments."""
+    is_keyword, *rest = path
+    return ("kwargs" if is_keyword else "args", *rest)
+
+
 def _batched_error(lifted: Lifted, graphdef: GraphDef, after: After, error: ValueError) -> Exception:
     paths = []
     for path, d in leaf_defs(graphdef.root):
         if not isinstance(d, Leaf) and d.id in after.travelling and lifted.groups[d.group] is None:
-            is_keyword, *rest = path
-            paths.append(("kwargs" if is_keyword else "args", *rest))
+            paths.append(as_users_know(path))
     if not paths:
         return error
     return StructureError(
@@ -164,6 +296,7 @@ def vmap(
 
     Raises:
       AliasError: if one Variable is reached under two axes; it names both paths.
+      SpecError: if a leaf has not the axis it is mapped over, or the axes differ in size.
 
     Example:
       >>> import nnx_core as nnx, jax
@@ -174,18 +307,21 @@ def vmap(
       >>> models.kernel.shape
       (5, 2, 3)
     """
+    f, named = with_axis_options(f, transform_metadata)
     function, owner = unbound(f)
-    metadata = AxisMetadata(axis_options(f, transform_metadata))
+    metadata = AxisMetadata(named)
     options = {"axis_name": axis_name, "axis_size": axis_size, "spmd_axis_name": spmd_axis_name}
     modes = Modes.of(graph, graph_updates)
+    axes_in = without_objects(in_axes, "in_axes", modes.sharing, 0)
+    axes_out = without_objects(out_axes, "out_axes", modes.sharing, 0)
 
     def make(count: int) -> Form:
-        inputs = axes_of_arguments(in_axes, count, len(owner))
+        inputs = axes_of_arguments(axes_in, count, len(owner))
         lifted = Lifted(
             function,
-            distinct(0, inputs, out_axes),
+            distinct(0, inputs, axes_out),
             inputs,
-            out_axes,
+            axes_out,
             keywords=0,
             enter=metadata.enter,
             leave=metadata.leave,
@@ -194,4 +330,4 @@ def vmap(
         )
         return Form(lifted, functools.partial(_run, lifted, options))
 
-    return by_count(f, make, by_position)
+    return mapping(by_count(f, make, by_position))

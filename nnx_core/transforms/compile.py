@@ -34,6 +34,7 @@ from nnx_core.transforms.lift import (
     positions,
     unbound,
 )
+from nnx_core.transforms.prefix import without_objects
 
 
 class Placement(NamedTuple):
@@ -244,6 +245,11 @@ class _Jit(Forms[_Key | None, Form]):
         """How the keyword argument of this name is treated."""
         return AS_STATIC if name in self.static.names else Placement(None, name in self.donated.names)
 
+    def _cache_size(self) -> int:
+        """How many programs are compiled, of all forms: JAX's own count, under JAX's own name."""
+        compiled: list[Any] = [run for _, run in self.values()]  # of `jax.jit`
+        return sum(run._cache_size() for run in compiled)
+
     def clear_cache(self) -> None:
         """Forget everything compiled and planned."""
         for lifted, run in self.values():
@@ -275,6 +281,10 @@ class Stage:
         """`jax.stages.Lowered.compile`."""
         return Stage(self._lifted, self._stage.compile(*args, **options), self._owner)
 
+    def bound(self, *args: Any) -> "Stage":
+        """The same with its first arguments given."""
+        return Stage(self._lifted, self._stage, (*self._owner, *args))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._lifted.call(self._stage, (*self._owner, *args), kwargs)
 
@@ -303,7 +313,9 @@ def jit(
 
     Numbers passed as arguments are traced; numbers stored on modules are static. Options are those of `jax.jit`;
     shardings may be `StateSharding`s. A donated module keeps its Variables, with new buffers. A module with an
-    explicit sharding in `in_shardings` is where that says after the call.
+    explicit sharding in `in_shardings` is where that says after the call. The result has what
+    `jax.jit` gives (`lower`, `trace`, `eval_shape`, `clear_cache`), and `jitted_fn`, whose `_cache_size()` tells how
+    many programs were compiled.
 
     Args:
       graph: False forbids shared references in the arguments.
@@ -324,15 +336,16 @@ def jit(
     """
     function, owner = unbound(fun)
     options = {"keep_unused": keep_unused, "device": device, "backend": backend, "inline": inline}
+    modes = Modes.of(graph, graph_updates)
     jitted = _Jit(
         function,
         owner,
         static=_arguments(function, static_argnums, static_argnames, len(owner)),
         donated=_arguments(function, donate_argnums, donate_argnames, len(owner)),
-        in_shardings=in_shardings,
-        out_shardings=out_shardings,
+        in_shardings=without_objects(in_shardings, "in_shardings", modes.sharing, None),
+        out_shardings=without_objects(out_shardings, "out_shardings", modes.sharing, None),
         options={name: option for name, option in options.items() if option},
-        modes=Modes.of(graph, graph_updates),
+        modes=modes,
     )
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -349,6 +362,7 @@ def jit(
     dressed_call.lower, dressed_call.trace = lower, trace  # as jax.jit has them, and the next two
     dressed_call.eval_shape = functools.partial(eval_shape, fun)
     dressed_call.clear_cache = jitted.clear_cache
+    dressed_call.jitted_fn = jitted  # as in flax.nnx
     return dressed_call
 
 

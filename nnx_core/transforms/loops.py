@@ -20,7 +20,7 @@ from nnx_core.graph.effects import After
 from nnx_core.graph.pack import Leaves
 from nnx_core.graph.structure import GraphDef, Leaf, VariableDef, leaf_defs
 from nnx_core.kinds import RngState
-from nnx_core.transforms.batch import AxisMetadata, axes_of_arguments, axis_options
+from nnx_core.transforms.batch import AxisMetadata, axes_of_arguments, check_axes, mapping, with_axis_options
 from nnx_core.transforms.carry import Route, carried, follow, route_of
 from nnx_core.transforms.groups import Carry, distinct
 from nnx_core.transforms.lift import (
@@ -34,6 +34,7 @@ from nnx_core.transforms.lift import (
     optional_decorator,
     unbound,
 )
+from nnx_core.transforms.prefix import without_objects
 from nnx_core.transforms.programs import traced_anew
 
 #: The groups of a scan, by number; after these come the axes.
@@ -97,6 +98,7 @@ class _Scan:
         self, positions: frozenset[int], graphdef: GraphDef, carry: Leaves, shared: Leaves, mapped: tuple[Leaves, ...]
     ) -> tuple[Any, ...]:
         """`jax.lax.scan`, where the shared values at `positions` are carried too."""
+        check_axes("scan", self.lifted.f, self.lifted.groups, graphdef, carry, shared, *mapped)
         order = sorted(positions)
         position_of = _shared_positions(graphdef)
         shared_values, shared_loose = shared
@@ -185,7 +187,7 @@ def scan(
 
     Raises:
       StructureError: if a carry comes back with another structure.
-      SpecError: if the number of Carry differs.
+      SpecError: if the number of Carry differs, a leaf has not the axis it is mapped over, or the axes differ in size.
 
     Example:
       >>> import nnx_core as nnx, jax, jax.numpy as jnp
@@ -195,19 +197,23 @@ def scan(
       >>> forward(jnp.ones((2, 3)), layers).shape
       (2, 3)
     """
+    f, named = with_axis_options(f, transform_metadata)
     function, owner = unbound(f)
-    metadata = AxisMetadata(axis_options(f, transform_metadata))
+    metadata = AxisMetadata(named)
     modes = Modes.of(graph, graph_updates)
     options = {"length": length, "reverse": reverse, "unroll": unroll, "_split_transpose": _split_transpose}
 
+    axes_in = without_objects(in_axes, "in_axes", modes.sharing, 0)
+    axes_out = without_objects(out_axes, "out_axes", modes.sharing, 0)
+
     def make(count: int) -> Form:
-        inputs = axes_of_arguments(in_axes, count, len(owner))
-        axes = [group for group in distinct(inputs, out_axes) if group is not Carry and group is not None]
+        inputs = axes_of_arguments(axes_in, count, len(owner))
+        axes = [group for group in distinct(inputs, axes_out) if group is not Carry and group is not None]
         lifted = Lifted(
             function,
             (Carry, None, *axes),
             inputs,
-            out_axes,
+            axes_out,
             carried=frozenset({Carry}),
             enter=metadata.enter,
             leave=metadata.leave,
@@ -216,7 +222,7 @@ def scan(
         )
         return Form(lifted, _Scan(lifted, options))
 
-    return by_count(f, make, by_position)
+    return mapping(by_count(f, make, by_position))
 
 
 class _While:

@@ -4,6 +4,7 @@ Law: inside, each device sees its shard of the leaves, as `jax.shard_map` and `j
 is put together again under the spec the leaf came with. A Variable has one spec in a call.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from nnx_core._errors import SpecError
 from nnx_core.graph.pack import AS_STATIC
-from nnx_core.transforms.batch import AxisMetadata, axis_options
+from nnx_core.transforms.batch import AxisMetadata, check_axes, mapping, with_axis_options
 from nnx_core.transforms.closures import sees_arrays
 from nnx_core.transforms.compile import Placement, placed
 from nnx_core.transforms.groups import distinct
@@ -32,6 +33,7 @@ from nnx_core.transforms.lift import (
     positions,
     unbound,
 )
+from nnx_core.transforms.prefix import without_objects
 from nnx_core.transforms.programs import traced_anew
 from nnx_core.variables import Variable
 
@@ -94,12 +96,14 @@ def shard_map(
     """
     function, owner = unbound(f)
     modes = Modes.of(graph, graph_updates)
+    specs_in = without_objects(in_specs, "in_specs", modes.sharing, _REPLICATED)
+    specs_out = without_objects(out_specs, "out_specs", modes.sharing, _REPLICATED)
 
     def make(count: int) -> Form:
         own = (_REPLICATED,) * len(owner)
-        inputs = (*own, *_by_argument("in_specs", function, in_specs, count - len(owner)))
-        groups = distinct(inputs, out_specs)
-        lifted = Lifted(function, groups, inputs, out_specs, modes=modes)
+        inputs = (*own, *_by_argument("in_specs", function, specs_in, count - len(owner)))
+        groups = distinct(inputs, specs_out)
+        lifted = Lifted(function, groups, inputs, specs_out, modes=modes)
         specs = (_REPLICATED, *map(_partition_spec, groups))
 
         def run(*packed: Any) -> Any:
@@ -145,6 +149,14 @@ def _positions(
     return positions(numbers, count, own)
 
 
+def _run_lanes(laned: Callable[..., Any], lifted: Lifted, *packed: Any) -> Any:
+    try:
+        return laned(*packed)
+    except (ValueError, IndexError):  # JAX's words for a leaf without the axis, among others
+        check_axes("pmap", lifted.f, list(map(_axis, lifted.groups)), *packed)
+        raise
+
+
 @optional_decorator
 def pmap(
     f: Callable[..., Any],
@@ -187,26 +199,29 @@ def pmap(
       >>> make(jax.random.split(jax.random.key(0), 1)).kernel.shape
       (1, 2, 3)
     """
+    f, named = with_axis_options(f, transform_metadata)
     function, owner = unbound(f)
-    metadata = _LaneMetadata(axis_options(f, transform_metadata))
+    metadata = _LaneMetadata(named)
     options: dict[str, Any] = {"axis_name": axis_name, "devices": devices, "backend": backend, "axis_size": axis_size}
     modes = Modes.of(graph, graph_updates)
+    axes_in = without_objects(in_axes, "in_axes", modes.sharing, 0)
+    axes_out = without_objects(out_axes, "out_axes", modes.sharing, 0)
 
     def make(count: int) -> Form:
         own = len(owner)
         static = _positions(function, "static_broadcasted_argnums", static_broadcasted_argnums, count, own)
         donated = _positions(function, "donate_argnums", donate_argnums, count, own)
-        inputs = [None] * own + list(_by_argument("in_axes", function, in_axes, count - own))
+        inputs = [None] * own + list(_by_argument("in_axes", function, axes_in, count - own))
         for i in donated:
             inputs[i] = placed(inputs[i], donated=True)
         for i in static:
             inputs[i] = AS_STATIC
-        groups = tuple(group for group in distinct(0, inputs, out_axes) if group is not AS_STATIC)
+        groups = tuple(group for group in distinct(0, inputs, axes_out) if group is not AS_STATIC)
         lifted = Lifted(
             function,
             groups,
             tuple(inputs),
-            out_axes,
+            axes_out,
             keywords=0,
             always=frozenset(group for group in groups if type(group) is Placement),
             enter=metadata.enter,
@@ -224,7 +239,7 @@ def pmap(
             return jax.pmap(lifted.named, in_axes=mapped, out_axes=mapped, donate_argnums=numbers, **options)
 
         if sees_arrays(function):
-            return Form(lifted, lambda *packed: compiled()(*packed))
-        return Form(lifted, compiled())
+            return Form(lifted, lambda *packed: _run_lanes(compiled(), lifted, *packed))
+        return Form(lifted, functools.partial(_run_lanes, compiled(), lifted))
 
-    return by_count(f, make, by_position)
+    return mapping(by_count(f, make, by_position))

@@ -129,7 +129,8 @@ def jit_partial(
 ) -> Callable[..., Any]:
     """`jit(fun)` with its first arguments given; positions in the options count from the first of these.
 
-    The arguments are held, not copied: what changes in them later counts, and what `fun` writes is written.
+    The arguments are held, not copied: what changes in them later counts, and what `fun` writes is written. What
+    `lower(...).compile()` gives is called without them too.
 
     Example:
       >>> import nnx_core as nnx, jax.numpy as jnp
@@ -155,9 +156,13 @@ def jit_partial(
         graph_updates=graph_updates,
     )
     call: Any = dressed(lambda *args, **kwargs: jitted(*args, **kwargs), fun, partial_args)
-    for stage in ("lower", "trace", "eval_shape"):
-        setattr(call, stage, functools.partial(getattr(jitted, stage), *partial_args))
-    call.clear_cache = jitted.clear_cache
+
+    def stage(name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: getattr(jitted, name)(*partial_args, *args, **kwargs).bound(*partial_args)
+
+    call.lower, call.trace = stage("lower"), stage("trace")
+    call.eval_shape = functools.partial(jitted.eval_shape, *partial_args)
+    call.clear_cache, call.jitted_fn = jitted.clear_cache, jitted.jitted_fn
     return call
 
 

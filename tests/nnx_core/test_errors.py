@@ -22,6 +22,7 @@ BUILTINS = {
     "InPlaceError": (NotImplementedError,),
     "MissingRngError": (AttributeError, KeyError),
     "NotAGraphError": (TypeError,),
+    "NotDifferentiableError": (TypeError,),
     "OptimizerError": (TypeError,),
 }
 

@@ -182,6 +182,14 @@ def test_filters_that_may_read_anything_are_not(filter_):
     assert not nnx.filterlib.is_pure(filter_)
 
 
+def test_a_predicate_of_the_users_may_say_that_it_is():
+    def by_path(path, value):
+        return path[0] == "layers"
+
+    by_path.is_pure = True
+    assert nnx.filterlib.is_pure(nnx.All(nnx.Param, by_path))
+
+
 def test_what_is_no_filter_is_neither():
     with pytest.raises(ValueError, match=r"Expected a filter .*, found 3"):
         nnx.filterlib.is_pure(3)

@@ -11,6 +11,7 @@ import nnx_core as nnx
 from nnx_core.optim._errors import GradientMismatchError
 from tests.strategies import Affine, Count, Node, stack_of_affine
 from tests.support.arrays import keys, ones
+from tests.support.error_cases_api import CASES as API_CASES
 
 X = ones(2, 3)
 KEYS = keys(0, 1, 2, 3)
@@ -546,3 +547,5 @@ CASES = {
         r"to keep its structure of 1 arrays, found 2 after tx\.update\. Nothing was updated; make",
     ),
 }
+
+CASES |= API_CASES

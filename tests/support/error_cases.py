@@ -174,6 +174,13 @@ def wrong_metadata_call():
     nnx.Param(X).set_metadata("a", 1, 2)
 
 
+def data_in_an_annotated_attribute():
+    class Configured(nnx.Module):
+        size: nnx.Static[int]
+
+    Configured().size = X
+
+
 def write_item(value, index, x):
     nnx.Param(value)[index] = x
 
@@ -504,6 +511,11 @@ CASES = {
         lambda: nnx.List([nnx.static(X)]),
         ValueError,
         r"^Found data in the static attribute \[0\] of List: a \w+\.\nMark it with nnx\.data",
+    ),
+    "data in an attribute that the class calls static": (
+        data_in_an_annotated_attribute,
+        ValueError,
+        r"^Found data in the static attribute size of Configured: a \w+\.\n",
     ),
     "a pop from a list": (
         lambda: nnx.pop([nnx.Param(X)], nnx.Param),

@@ -506,6 +506,11 @@ CASES = {
         ValueError,
         r"^The stream 'noise' at .*shape \(3,\).*policy='match_shape'",
     ),
+    "apply of what is shared where that is forbidden": (
+        lambda: (lambda graphdef, state: graphdef.apply(state, graph=False))(*nnx.split(shared_pair())),
+        "SharedReferenceError",
+        r"^Found a shared Affine where graph=False forbids sharing:\n  a\n  b\n",
+    ),
     # marks and pop
     "data in a static attribute": (
         lambda: nnx.List([nnx.static(X)]),

@@ -160,8 +160,8 @@ class Not:
 
     predicate: Predicate
 
-    def __init__(self, filter: Filter, /):
-        object.__setattr__(self, "predicate", to_predicate(filter))
+    def __init__(self, collection_filter: Filter):
+        object.__setattr__(self, "predicate", to_predicate(collection_filter))
 
     def __call__(self, path: PathParts, value: AnyType) -> bool:
         return not self.predicate(path, value)

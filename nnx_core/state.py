@@ -194,8 +194,8 @@ class FlatState(Sequence[tuple[Path, Any]]):
     paths: tuple[Path, ...]
     leaves: list[Any]
 
-    def __init__(self, pairs: Iterable[tuple[Path, Any]], *, sort: bool = True):
-        pairs = list(pairs)
+    def __init__(self, items: Iterable[tuple[Path, Any]], *, sort: bool = True):
+        pairs = list(items)
         if sort:
             pairs.sort(key=lambda pair: tuple(map(sort_key, pair[0])))
         self.paths = tuple(tuple(path) for path, _ in pairs)

@@ -298,11 +298,11 @@ def holds_data(value: Any) -> bool:
 _data_types: list[type] = []
 
 
-def register_data_type(kind: type[T]) -> type[T]:
+def register_data_type(type_: type[T]) -> type[T]:
     """Say that attributes of this type are data; also a decorator."""
-    if kind not in _data_types:
-        _data_types.append(kind)
-    return kind
+    if type_ not in _data_types:
+        _data_types.append(type_)
+    return type_
 
 
 def dataclass(cls: type[Any] | None = None, /, **options: Any) -> Any:

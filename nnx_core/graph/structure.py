@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 
 from nnx_core._depth import ROOM
-from nnx_core._errors import Path
+from nnx_core._errors import Path, SharedReferenceError
 from nnx_core._statics import fixed, unfixed
+from nnx_core.modes import sharing_allowed
 from nnx_core.state import State, sorted_keys
 
 
@@ -199,8 +200,10 @@ class GraphDef:
         """`nnx.GraphDef[Model]`, as annotations say what it is the structure of."""
         return GenericAlias(cls, model)
 
-    def apply(self, state: Any, /, *states: Any) -> Any:
+    def apply(self, state: Any, *states: Any, graph: bool | None = None) -> Any:
         """`nnx.call` of this structure and the States: `graphdef.apply(state).method(x)`."""
+        if not sharing_allowed(graph):
+            _require_unshared(self.root)
         return _call((self, state, *states))
 
     def __hash__(self) -> int:
@@ -315,3 +318,13 @@ class GraphState(MutableMapping[Any, Any]):
             return cls(graphdef, *children)
         pairs = zip(keys, children, strict=True)
         return cls(graphdef, State.over({k: c._mapping if isinstance(c, State) else c for k, c in pairs}))
+
+
+def _require_unshared(root: Element) -> None:
+    first: dict[int, tuple[str, Path]] = {}
+    for path, element in nodes(root):
+        if type(element) is Ref:
+            kind, before = first[element.id]
+            raise SharedReferenceError(kind, before, path)
+        if type(element) in (Node, VariableDef) and element.id is not None:  # type: ignore[union-attr]  # these have
+            first[element.id] = element.kind.__name__, path  # type: ignore[union-attr]

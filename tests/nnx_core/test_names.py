@@ -28,7 +28,7 @@ DEVIATIONS = {
 }
 # Methods that only flax.nnx's own machinery calls, on what it builds for itself.
 INTERNAL = {
-    "GraphDef": "apply attributes nodes num_leaves with_matching_outer_index with_no_outer_index with_same_outer_index",
+    "GraphDef": "attributes nodes num_leaves with_matching_outer_index with_no_outer_index with_same_outer_index",
     "UpdateContext": "flatten_end unflatten_end",
     "StateAxes": "map_prefix",
     "StateSharding": "map_prefix",
@@ -270,3 +270,26 @@ def test_what_a_transform_needs_is_asked_for_at_once():
         nnx.shard_map(abs)
     with pytest.raises(TypeError, match=r"^transform_metadata needs partition=\.$"):
         nnx.transform_metadata(abs)
+
+
+# ---- names of parameters -------------------------------------------------------------------------------------------
+
+
+def by_position(f: Any) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in inspect.signature(f).parameters.values() if p.kind in kinds]
+
+
+def test_positional_parameters_have_their_names_too():
+    differing = {}
+    for name in set(public(flax.nnx)) & set(public(nnx)):
+        theirs, ours = getattr(flax.nnx, name), getattr(nnx, name)
+        if not callable(theirs) or name in DEVIATIONS:
+            continue
+        try:
+            expected, got = by_position(theirs), by_position(ours)
+        except (TypeError, ValueError):  # no signature
+            continue
+        if got[: len(expected)] != expected and got:
+            differing[name] = (expected, got)
+    assert differing == {}

@@ -13,10 +13,14 @@ from jax.sharding import PartitionSpec as P
 import nnx_core as nnx
 from nnx_core._errors import TraceError, WriteError
 from tests.oracle import same
+from tests.support.arrays import keys
 from tests.tolerance import assert_trees_equal
 
 #: flax.nnx writes by `x.at[...].set`, which warns where it casts down; ours may not, see the test that says so.
 pytestmark = pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types:FutureWarning")
+
+
+[KEY] = keys(1)
 
 
 def ones(*shape, dtype=jnp.float32):
@@ -41,8 +45,8 @@ FITS = {
     "float64": (ones(3), ..., np.arange(3.0)),
     "list": (ones(3), ..., [1, 2, 3]),
     "empty": (ones(0, 3), ..., 1.0),
-    "key": (lambda: jax.random.key(0), ..., jax.random.key(1)),
-    "key into keys": (lambda: jax.random.split(jax.random.key(0), 3), ..., jax.random.key(1)),
+    "key": (lambda: jax.random.key(0), ..., KEY),
+    "key into keys": (lambda: jax.random.split(jax.random.key(0), 3), ..., KEY),
     "item": (ones(3), 0, 5),
     "negative item": (ones(3), -1, 5),
     "out of bounds": (ones(3), 10, 5),
@@ -179,7 +183,7 @@ MISFITS = {
     "string": (ones(3), ..., "text", "found 'text'"),
     "dict": (ones(3), ..., {"a": 1}, r"found \{'a': 1\}"),
     "abstract": (ones(3), ..., jax.ShapeDtypeStruct((3,), jnp.float32), r"found float32\[3\]"),
-    "a key into numbers": (ones(2), ..., jax.random.key(1), r"casts to float32, found key<fry>\[\]"),
+    "a key into numbers": (ones(2), ..., KEY, r"casts to float32, found key<fry>\[\]"),
     "numbers into a key": (lambda: jax.random.key(0), ..., np.zeros(2, np.uint32), r"casts to key<fry>, found uint32"),
     "item": (ones(3), 0, np.ones(2, np.float32), r"shape \(\) and casts to float32, found float32\[2\]"),
     "slice": (ones(3), slice(None), np.ones(4, np.float32), r"shape \(3,\) .* found float32\[4\]"),

@@ -172,6 +172,13 @@ def wrong_metadata_call():
     nnx.Param(X).set_metadata("a", 1, 2)
 
 
+def data_in_an_annotated_attribute():
+    class Configured(nnx.Module):
+        size: nnx.Static[int]
+
+    Configured().size = X
+
+
 def write_item(value, index, x):
     nnx.Param(value)[index] = x
 
@@ -492,11 +499,21 @@ CASES = {
         ValueError,
         r"^The stream 'noise' at .*shape \(3,\).*policy='match_shape'",
     ),
+    "apply of what is shared where that is forbidden": (
+        lambda: (lambda graphdef, state: graphdef.apply(state, graph=False))(*nnx.split(shared_pair())),
+        "SharedReferenceError",
+        r"^Found a shared Affine where graph=False forbids sharing:\n  a\n  b\n",
+    ),
     # marks and pop
     "data in a static attribute": (
         lambda: nnx.List([nnx.static(X)]),
         ValueError,
         r"^Found data in the static attribute \[0\] of List: a \w+\.\nMark it with nnx\.data",
+    ),
+    "data in an attribute that the class calls static": (
+        data_in_an_annotated_attribute,
+        ValueError,
+        r"^Found data in the static attribute size of Configured: a \w+\.\n",
     ),
     "a pop from a list": (
         lambda: nnx.pop([nnx.Param(X)], nnx.Param),

@@ -91,13 +91,14 @@ def plain_arrays(root: Any) -> Iterator[tuple[Any, Any, Any]]:
 # ---- portraits -----------------------------------------------------------------------------------------------
 
 
-def portrait(root: Any, *, origin: Sequence[Any] | None = None, values: bool = True, order: bool = True) -> Any:
+def portrait(root: Any, *, origin: Sequence[Any] | None = None, values: bool = True, strict: bool = True) -> Any:
     """The whole graph under root.
 
     origin: what was reachable before some call. A member of it is drawn by its place there, so that equal
       portraits mean: the same old objects sit in the same places.
     values: False leaves the numbers out; then tracers can be drawn too.
-    order: False leaves out in which order members were set.
+    strict: False leaves out what flax does not keep: in which order members were set (it sorts them), and whether an
+      array is numpy's (its jit hands JAX's back).
     """
     old = {id(x): i for i, x in enumerate(origin or ())}
     seen: dict[int, int] = {}
@@ -114,12 +115,12 @@ def portrait(root: Any, *, origin: Sequence[Any] | None = None, values: bool = T
         if isinstance(x, list | tuple | dict):
             return type(x).__name__, _drawn_members(x)
         if is_array(x):
-            kind = "numpy" if isinstance(x, np.ndarray | np.generic) else "array"
+            kind = "numpy" if strict and isinstance(x, np.ndarray | np.generic) else "array"
             return kind, str(x.dtype), tuple(x.shape), _bits(x) if values else None
         return "static", type(x).__name__, x
 
     def _drawn_members(x: Any) -> Any:
-        names = tuple(name for name, _ in members(x)) if order else ()
+        names = tuple(name for name, _ in members(x)) if strict else ()
         return names, tuple((name, draw(value)) for name, value in in_walking_order(x))
 
     return draw(root)

@@ -1,9 +1,9 @@
 """Where nnx_core must not do what flax.nnx does: one row a reason, and the programs it covers.
 
 Law: a row names the requirement or decision behind it and matches nothing else. What is not here has to agree.
-Three more are met where graphs are built and drawn, so that programs need not avoid them: flax wants plain containers
-marked as data (REQUIREMENTS 40), sorts attributes by name in a transform (law 1 keeps their order), and keeps
-metadata of its own beside the user's.
+Four more are met where graphs are built and drawn, so that programs need not avoid them: flax wants plain containers
+marked as data (REQUIREMENTS 40), sorts attributes by name in a transform (law 1 keeps their order), makes JAX's
+arrays of numpy's that jit only read (law 4), and keeps metadata of its own beside the user's.
 """
 
 import dataclasses

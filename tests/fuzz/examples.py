@@ -41,4 +41,5 @@ EXAMPLES = {
     "merge in a transform": p.Program(SMALL, (p.Functional((p.Write(0, "whole", 1), p.Draw(0))),), 2),
     "a config without a hash": p.Program(CONFIG, (p.Jit((p.Read(0),)), p.Scan(1, "Carry", (p.Read(0),))), 1),
     "popped out of a dict": p.Program(IN_A_DICT, (p.Pop("Param"), p.Shape(), p.Pop("Param")), 1),
+    "an attribute removed and set anew": p.Program(SMALL, (p.Jit((p.Delete(0, 0), p.Attach(0, "param", 0))),), 1),
 }

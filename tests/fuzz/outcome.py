@@ -60,7 +60,7 @@ class Outcome(NamedTuple):
     errors: list[Exception]
 
 
-def outcome(program: Program, run: Run, way: str = "as it is", *, order: bool = True) -> Outcome:
+def outcome(program: Program, run: Run, way: str = "as it is", *, strict: bool = True) -> Outcome:
     """Runs a program.
 
     Raises:
@@ -74,12 +74,12 @@ def outcome(program: Program, run: Run, way: str = "as it is", *, order: bool = 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of dtypes that a write changes, and of deprecated ways to write
         for _ in range(program.rounds):
-            before = portrait(m, origin=origin, order=order)
+            before = portrait(m, origin=origin, strict=strict)
             try:
                 x = f(m, x)
             except Exception as error:  # noqa: BLE001  # any: to say of which kind it is
                 out.errors.append(error)
-            after = portrait(m, origin=origin, order=order)
+            after = portrait(m, origin=origin, strict=strict)
             assert not tracers_in(m), f"{way} left a tracer behind"
             failed = bool(out.errors)
             if failed and way not in (*UNTRANSFORMED, "vmap"):

@@ -5,6 +5,7 @@ Knows what a user sees of an object: public attributes, items, Variables. It cal
 graphs in `nnx_core`, so that it can judge them.
 """
 
+import functools
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -254,38 +255,48 @@ def attach(x: nnx.Pytree, name: str, value: Any) -> None:
         setattr(x, name, value)
 
 
+_VARIABLES = st.lists(
+    st.builds(
+        VariableRecipe,
+        kind=st.sampled_from(KINDS),
+        shape=st.sampled_from([(), (2,), (1, 3)]),
+        dtype=st.sampled_from(DTYPES),
+        seed=st.integers(0, 9),
+        metadata=st.sampled_from([(), (("tag", "x"),), (("note", 1), ("tag", "y"))]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+_COUNTS = st.integers(1, 4)
+_kinds = functools.cache(st.sampled_from)
+
+
 @st.composite
 def recipes(draw, *, object_kinds=(Node, Record, nnx.List, nnx.Dict), containers=(list, tuple, dict)) -> Recipe:
     """A root over a pool of objects and Variables wired at random: sharing and cycles included."""
-    variables = draw(
-        st.lists(
-            st.builds(
-                VariableRecipe,
-                kind=st.sampled_from(KINDS),
-                shape=st.sampled_from([(), (2,), (1, 3)]),
-                dtype=st.sampled_from(DTYPES),
-                seed=st.integers(0, 9),
-                metadata=st.sampled_from([(), (("tag", "x"),), (("note", 1), ("tag", "y"))]),
-            ),
-            min_size=1,
-            max_size=4,
-        )
-    )
-    n = draw(st.integers(1, 4))
+    variables = draw(_VARIABLES)
+    n = draw(_COUNTS)
+    leaves, values = _members(len(variables), n, containers)
+    objects = []
+    for i in range(n):
+        kind = Node if i == 0 else draw(_kinds(object_kinds))
+        objects.append((kind, draw(values if issubclass(kind, Node | Record) else leaves)))
+    return Recipe(tuple(variables), tuple(objects))
+
+
+@functools.cache  # to make a strategy takes longer than to draw from it
+def _members(variables, objects, containers):
+    """What List and Dict have: leaves by name; and other objects: containers too."""
     leaf = st.one_of(
-        st.tuples(st.just("variable"), st.integers(0, len(variables) - 1)),
-        st.tuples(st.just("object"), st.integers(0, n - 1)),
+        st.tuples(st.just("variable"), st.integers(0, variables - 1)),
+        st.tuples(st.just("object"), st.integers(0, objects - 1)),
         st.tuples(st.just("array"), st.integers(0, 9)),
         st.tuples(st.just("static"), st.sampled_from(STATICS)),
     )
     nested = [_container(kind, leaf) for kind in containers]
     nested += [_container(kind, st.one_of(*nested)) for kind in containers]
-    objects = []
-    for i in range(n):
-        kind = Node if i == 0 else draw(st.sampled_from(object_kinds))
-        value = st.one_of(leaf, *nested) if issubclass(kind, Node | Record) else leaf
-        objects.append((kind, draw(st.dictionaries(st.sampled_from(NAMES), value, max_size=3))))
-    return Recipe(tuple(variables), tuple(objects))
+    names = st.sampled_from(NAMES)
+    return st.dictionaries(names, leaf, max_size=3), st.dictionaries(names, st.one_of(leaf, *nested), max_size=3)
 
 
 def _container(kind, member):

@@ -1,7 +1,5 @@
 """Modules in plain JAX transforms: a write that nothing hands back is named; one that is returned or read is not."""
 
-import gc
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,6 +7,7 @@ import pytest
 import nnx_core as nnx
 from nnx_core._errors import TraceError
 from tests.support.arrays import ones
+from tests.support.freed import collect
 
 X = ones(3, 2)
 
@@ -82,7 +81,7 @@ def test_what_was_read_again_takes_no_place_in_the_list():
 )
 def test_what_is_returned_or_read_is_not_lost(f):
     jax.jit(f)(Net(nnx.Rngs(0)), X)  # warnings are errors here
-    gc.collect()
+    collect()
 
 
 def test_nnx_transforms_never_warn():

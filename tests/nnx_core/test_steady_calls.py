@@ -5,7 +5,6 @@ closes over may have changed (`test_closures`); only jit and pmap keep a trace. 
 whatever the transform.
 """
 
-import gc
 import threading
 import weakref
 
@@ -18,6 +17,7 @@ import pytest
 import nnx_core as nnx
 from tests.strategies import Affine, Tied, assert_no_tracer, portrait, stack_of_affine
 from tests.support.arrays import ramp
+from tests.support.freed import collect
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 X = ramp(3, 3, over=9)
@@ -186,7 +186,7 @@ def test_a_dropped_module_is_freed_while_the_function_lives(name):
     call(m, X)
     gone = [weakref.ref(x) for x in (m, m.kernel, m.kernel.get_value())]
     del m
-    gc.collect()
+    collect()
     assert [ref() for ref in gone] == [None] * 3
     m = Affine(seed=1)
     call(m, X)

@@ -10,6 +10,7 @@ import pytest
 import nnx_core as nnx
 from tests.strategies import Affine, Count, Node, Tied, assert_no_tracer, portrait, reachable
 from tests.support.arrays import ramp
+from tests.support.freed import collect
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 X = ramp(2, 3, over=6)
@@ -433,7 +434,7 @@ def test_it_goes_with_the_function(use):
         use(lambda m: loss_fn(m, data.x), Affine())
         return weakref.ref(data)
 
-    gc.collect()
+    collect()
     gc.disable()  # counting references has to be enough
     try:
         assert closed_over()() is None

@@ -1,7 +1,6 @@
 """cond, switch, while_loop and fori_loop: every effect on the arguments, no second trace."""
 
 import functools
-import gc
 import weakref
 
 import jax
@@ -12,6 +11,7 @@ import pytest
 import nnx_core as nnx
 from tests.strategies import Affine
 from tests.support.arrays import ones
+from tests.support.freed import collect
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 X = ones(2, 3)
@@ -232,7 +232,7 @@ def test_what_a_function_closes_over_dies_with_it(run):
 
     call(big)
     del big
-    gc.collect()
+    collect()
     assert alive() is None
 
 

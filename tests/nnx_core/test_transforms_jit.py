@@ -1,7 +1,6 @@
 """jit and eval_shape: functions of objects, compiled and abstract."""
 
 import collections
-import gc
 import weakref
 
 import jax
@@ -12,6 +11,7 @@ import pytest
 import nnx_core as nnx
 from tests.strategies import Affine, Count, Node, Tied, assert_no_tracer, portrait
 from tests.support.arrays import ramp
+from tests.support.freed import collect
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 X = ramp(2, 3)
@@ -482,7 +482,7 @@ def test_a_dropped_module_is_freed_while_the_function_lives(traced):
     f(m, X)
     gone, inner, array = weakref.ref(m), weakref.ref(m.encode.kernel), weakref.ref(m.encode.kernel.get_value())
     del m
-    gc.collect()
+    collect()
     assert gone() is None
     assert inner() is None
     assert array() is None

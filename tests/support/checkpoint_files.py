@@ -4,6 +4,7 @@ Law: `describe` gives the Tree that a converter would hand to a sink for a live 
 Knows plain containers, sources and sinks; knows nothing of models.
 """
 
+import functools
 import textwrap
 from collections.abc import Iterator
 from contextlib import closing
@@ -110,14 +111,20 @@ def run_limited(script: str, *arguments: object) -> str:
 _shapes = st.sampled_from([(), (1,), (3,), (2, 3), (0,), (2, 0, 3), (1, 2, 1)])
 
 
+# Once each: to make a strategy takes longer than to draw from it.
+_one_of = functools.cache(st.sampled_from)
+_booleans = functools.cache(lambda count: st.lists(st.booleans(), min_size=count, max_size=count))
+_binary = functools.cache(lambda size: st.binary(min_size=size, max_size=size))
+
+
 @st.composite
 def arrays(draw, dtypes=DTYPES):
     """Arrays of any bits: NaNs with payloads too."""
-    shape, dtype = draw(_shapes), jnp.dtype(draw(st.sampled_from(dtypes)))
+    shape, dtype = draw(_shapes), jnp.dtype(draw(_one_of(dtypes)))
     count = int(np.prod(shape))
     if dtype.kind == "b":
-        return np.array(draw(st.lists(st.booleans(), min_size=count, max_size=count)), bool).reshape(shape)
-    content = draw(st.binary(min_size=count * dtype.itemsize, max_size=count * dtype.itemsize))
+        return np.array(draw(_booleans(count)), bool).reshape(shape)
+    content = draw(_binary(count * dtype.itemsize))
     return np.frombuffer(content, dtype).reshape(shape).copy()
 
 

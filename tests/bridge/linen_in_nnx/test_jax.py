@@ -1,7 +1,5 @@
 """ToNNX in plain JAX transforms: right where nothing is written; a write that nothing hands back is named."""
 
-import gc
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ from flax import linen as nn
 import nnx_core as nnx
 from bridge import ToNNX, variables_of
 from nnx_core._errors import TraceError
+from tests.support.freed import collect
 from tests.support.linen_models import DROPOUT, KEY, MLP, Block, Decoder, Setup, X, counts, equal, same, variables_in
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
@@ -60,7 +59,7 @@ def test_a_model_as_an_argument_where_nothing_is_written_row_4(evaluated, name):
     ours, theirs = PLAIN[name]
     before, raw = variables_in(evaluated), [v.get_raw_value() for v in variables_in(evaluated)]
     equal(ours(evaluated), theirs(variables_of(evaluated)))
-    gc.collect()  # a LostWriteWarning would come now, and is an error here
+    collect()  # a LostWriteWarning would come now, and is an error here
     assert same(before, evaluated)
     assert all(a is v.get_raw_value() for a, v in zip(raw, before, strict=True))
 
@@ -86,7 +85,7 @@ def test_a_model_that_is_returned_brings_its_writes_row_43():
     expected = nnx.jit(call)(twin, X)
     before = variables_of(model)
     y, model_after = jax.jit(lambda m: (m(X), m))(model)
-    gc.collect()
+    collect()
     equal(y, expected)
     equal(variables_of(model_after), variables_of(twin))
     assert_trees_equal(variables_of(model), before)
@@ -124,7 +123,7 @@ def test_a_write_that_nothing_hands_back_is_named_row_43(what, transform):
         return m(x, **keywords)
 
     with pytest.warns(nnx.LostWriteWarning, match=rf"(?s){message}.*Use the transform of the same name in nnx_core"):
-        (transform(run)(model, x), gc.collect())
+        (transform(run)(model, x), collect())
 
 
 def test_a_write_to_a_model_of_outside_names_path_and_creation_row_45():

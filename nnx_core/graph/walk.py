@@ -55,18 +55,11 @@ def require_unshared(node: Any) -> None:
     Raises:
       SharedReferenceError: naming both paths, if an object or Variable is reached twice.
     """
-    first: dict[int, Path] = {}  # by id; what is walked here lives as long as `node`
-
-    def visit(x: Any, path: Path) -> None:
-        if isinstance(x, Object | Variable):
-            if id(x) in first:
-                raise SharedReferenceError(type(x).__name__, first[id(x)], path)
-            first[id(x)] = path
-        for key, child in children(x):
-            visit(child, (*path, key))
-
-    with ROOM:
-        visit(node, ())
+    first: dict[int, Path] = {}
+    for path, x, is_known in _reached(node):
+        if is_known:
+            raise SharedReferenceError(type(x).__name__, first[id(x)], path)
+        first[id(x)] = path
 
 
 def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Hashable, Any]]:
@@ -150,21 +143,25 @@ def find_duplicates(node: Any, /, *, only: filterlib.Filter = ...) -> list[list[
     """Paths of every object and Variable that is reached more than once, a list each, in walking order."""
     predicate = filterlib.to_predicate(only)
     paths: dict[int, list[Path]] = {}  # by id, from the first path on that `only` matches
-    seen: dict[int, Object | Variable[Any]] = {}  # by id; held here, so that no id is used twice
-
-    def visit(x: Any, path: Path) -> None:
-        if isinstance(x, Object | Variable):
-            if id(x) in paths or predicate(path, x):
-                paths.setdefault(id(x), []).append(path)
-            if id(x) in seen:
-                return
-            seen[id(x)] = x
-        for key, child in children(x):
-            visit(child, (*path, key))
-
-    with ROOM:
-        visit(node, ())
+    for path, x, _ in _reached(node):
+        if id(x) in paths or predicate(path, x):
+            paths.setdefault(id(x), []).append(path)
     return [shared for shared in paths.values() if len(shared) > 1]
+
+
+def _reached(node: Any) -> Iterator[tuple[Path, Any, bool]]:
+    """(path, thing, whether it was reached before) of each object and Variable, at each path, parents first."""
+    seen: dict[int, Any] = {}  # by id; held here, so that no id is used twice
+    pending: list[tuple[Path, Any]] = [((), node)]
+    while pending:
+        path, x = pending.pop()
+        if isinstance(x, Object | Variable):
+            is_known = id(x) in seen
+            yield path, x, is_known
+            if is_known:
+                continue
+            seen[id(x)] = x
+        pending.extend(((*path, key), child) for key, child in reversed(children(x)))
 
 
 def locate(thing: Any) -> str | None:

@@ -95,7 +95,9 @@ def holds_itself():
     return m
 
 
-@pytest.mark.parametrize("f", [nnx.state, nnx.split, nnx.jit(lambda m: None), nnx.clone], ids=str)
+@pytest.mark.parametrize(
+    "f", [nnx.state, nnx.split, nnx.jit(lambda m: None), nnx.clone], ids=["state", "split", "jit", "clone"]
+)
 def test_a_list_that_holds_itself(f):
     with pytest.raises(DepthError, match=r"(?s)nested without end.*plain containers may not: use nnx\.List"):
         f(holds_itself())

@@ -21,8 +21,9 @@ from bridge.nnx_in_linen.host import Host, LinenRngs, give_back_streams, hosted,
 from bridge.nnx_in_linen.stand_ins import visible_class
 from bridge.variables.mapping import location_of as location_of_variable
 from nnx_core._errors import Path
-from nnx_core.graph.pack import Refs, Unpacker
+from nnx_core.graph.pack import Refs
 from nnx_core.graph.structure import GraphDef, Node, nodes
+from nnx_core.graph.unpack import Unpacker
 
 Factory = Callable[..., nnx.Module]
 #: (module, name of the Linen module) -> the module to use, or None for the module itself, which may be changed.

@@ -17,9 +17,10 @@ from nnx_core.graph._errors import LeafCountError, PopError, ReadOnlyError
 from nnx_core.graph.cells import ArrayCell, Cell, require_writable
 from nnx_core.graph.classify import ARRAY, DICT, NUMBER, PYTREE, SEQUENCE, STATE, children, kind_of
 from nnx_core.graph.objects import Object, set_plan
-from nnx_core.graph.pack import Leaves, Packer, Place, Refs, Unpacker, apart, in_order, require_graph
+from nnx_core.graph.pack import Leaves, Packer, Place, Refs, apart, in_order, require_graph
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import GraphDef, GraphState, Layout, Leaf, LeafPlace, Static, nodes
+from nnx_core.graph.unpack import Unpacker
 from nnx_core.graph.walk import rebuilt, recursive_map
 from nnx_core.modes import sharing_allowed
 from nnx_core.state import FlatState, State, split_pairs, state_or_leaf

@@ -26,8 +26,9 @@ from nnx_core.graph.classify import (
     same_things,
 )
 from nnx_core.graph.objects import Object, is_array
-from nnx_core.graph.pack import Leaves, OwnedBy, Packer, Place, Refs, Spec, Unpacker, Watch, is_unchanged
+from nnx_core.graph.pack import Leaves, OwnedBy, Packer, Place, Refs, Spec
 from nnx_core.graph.structure import Element, GraphDef
+from nnx_core.graph.unpack import Unpacker, Watch, is_unchanged
 from nnx_core.variables import Variable, freeze_metadata, set_metadata_dict, thaw_metadata
 
 _ABSENT: Any = object()
@@ -42,12 +43,16 @@ class CellWrite(NamedTuple):
 
 
 class ObjectChange(NamedTuple):
-    """Attributes of the object `id` that were set or removed, and the marks it has now."""
+    """Attributes of the object `id` that were set or removed, and the marks it has now.
+
+    `order` lists all its keys where setting and removing alone would leave them in another order.
+    """
 
     id: int
     set: tuple[tuple[Hashable, Element], ...]
     removed: tuple[Hashable, ...]
     marks: tuple[tuple[str, str], ...]
+    order: tuple[Hashable, ...] | None = None
 
     @property
     def keys(self) -> list[Hashable]:
@@ -97,7 +102,8 @@ def collect(packer: Packer, watch: Watch, result: Any, spec: Spec, forced: Force
     """What changed in the objects under `watch`, together with `result`; see `After`."""
     changed, renewed = _changed_keys(watch)
     writes, idle = _cell_writes(packer, watch, changed, forced)
-    objects = tuple(_object_change(packer, index, keys) for index, keys in changed.items())
+    before = {index: items for index, _, _, items, _ in watch.objects}
+    objects = tuple(_object_change(packer, index, keys, before[index]) for index, keys in changed.items())
     root = packer.pack(result, Place(("result",), spec, 1))
     return After(tuple(writes), objects, GraphDef(root), frozenset(idle), tuple(renewed)), packer.leaves
 
@@ -148,11 +154,15 @@ def _changed_keys(watch: Watch) -> tuple[dict[int, _Keys], list[tuple[int, Hasha
         alike.add((index, key))
         if not same_things(list(plain_containers(value)), containers_before):
             renewed.append((index, key))
-    for index, obj, version, items in watch.objects:
+    for index, obj, version, items, marks in watch.objects:
+        if obj._nnx_marks != marks:
+            changed.setdefault(index, {})  # it may be all that changed
         if obj._nnx_version != version:
             for key in _changed_attributes(obj, items):
                 if (index, key) not in alike:
                     changed.setdefault(index, {})[key] = None
+            if _order_left(items, changed.get(index, {}), obj) != list(obj._nnx_items()):
+                changed.setdefault(index, {})
     return changed, renewed
 
 
@@ -170,7 +180,13 @@ def _is_value(obj: Object, key: Hashable, x: Any) -> bool:
     return is_array(x) or (kind_of(x) == NUMBER and obj._nnx_mark(key) == "data")
 
 
-def _object_change(packer: Packer, index: int, keys: _Keys) -> ObjectChange:
+def _order_left(before: dict[Any, Any], keys: _Keys, obj: Object) -> list[Hashable]:
+    """The order in which the keys of an object stand when `keys` are removed from what was there, or set."""
+    now = obj._nnx_items()
+    return [key for key in before if key in now] + [key for key in keys if key in now and key not in before]
+
+
+def _object_change(packer: Packer, index: int, keys: _Keys, before: dict[Any, Any]) -> ObjectChange:
     obj, place = packer.refs.objects[index], packer.refs.places[index]
     items = obj._nnx_items()
     assert place is not None  # objects under a Watch have one
@@ -181,7 +197,8 @@ def _object_change(packer: Packer, index: int, keys: _Keys) -> ObjectChange:
             elements.append((key, packer.attribute(obj, key, items[key], place)))
         else:
             removed.append(key)
-    return ObjectChange(index, tuple(elements), tuple(removed), tuple(sorted(obj._nnx_marks.items())))
+    order = None if _order_left(before, keys, obj) == list(items) else tuple(items)
+    return ObjectChange(index, tuple(elements), tuple(removed), tuple(sorted(obj._nnx_marks.items())), order)
 
 
 def check_writes(after: After, refs: Refs) -> None:
@@ -216,6 +233,12 @@ def _check_owner(obj: Object, index: int, refs: Refs, trace: object) -> None:
         obj._nnx_trace.wrote(obj, type(obj).__name__)
 
 
+def _reorder(items: dict[Any, Any], order: tuple[Hashable, ...]) -> None:
+    ordered = {key: items[key] for key in order}
+    items.clear()
+    items.update(ordered)
+
+
 def apply(after: After, leaves: list[Leaves], refs: Refs) -> Any:
     """Write what `after` says into the objects of `refs`; return the result."""
     unpacker = Unpacker(tuple(leaves), refs, templates=after.result.templates)
@@ -234,6 +257,7 @@ def apply(after: After, leaves: list[Leaves], refs: Refs) -> Any:
         obj = refs.objects[change.id]
         new = {key: unpacker.unpack(d, None, OwnedBy(obj, (key,))) for key, d in change.set}
         obj._nnx_assign(new, change.removed)
-        if change.marks:
-            object.__setattr__(obj, "_nnx_marks", dict(change.marks))
+        if change.order is not None:
+            _reorder(obj._nnx_items(), change.order)
+        object.__setattr__(obj, "_nnx_marks", dict(change.marks))
     return unpacker.unpack(after.result.root, None)

@@ -14,8 +14,9 @@ from nnx_core._errors import NotAGraphError, Path
 from nnx_core.graph._errors import DuplicateVariableError, IndexSpaceError, StaticDataError
 from nnx_core.graph.api import ABSENT, BARE, by_path, graphdef, is_bare, merge, raw_value_of, split, update
 from nnx_core.graph.objects import Object, is_data
-from nnx_core.graph.pack import Leaves, OwnedBy, Packer, Place, Refs, Unpacker, apart, in_order
+from nnx_core.graph.pack import Leaves, OwnedBy, Packer, Place, Refs, apart, in_order
 from nnx_core.graph.structure import GraphDef, Node, Ref, Template, VariableDef, call_with, nodes
+from nnx_core.graph.unpack import Unpacker
 from nnx_core.graph.walk import find_duplicates, recursive_map
 from nnx_core.modes import sharing_allowed
 from nnx_core.state import FlatState, State

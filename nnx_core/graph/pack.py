@@ -1,4 +1,4 @@
-"""pack and unpack: the only walk that knows identity.
+"""pack: the only walk that knows identity.
 
 Everything that crosses a JAX boundary takes four steps, under one set of indices (`Refs`):
 
@@ -7,26 +7,32 @@ Everything that crosses a JAX boundary takes four steps, under one set of indice
   collect  inside    what changed in them, and the result, as an `After`      } between these two
   apply    outside   write what changed into the objects that own the indices
 
-The first two are here, the others in `effects`. A *group* says how JAX must treat a leaf: an axis, a sharding,
-Carry, Diff. Which leaf goes into which group is the business of a `spec`: a group, a `ByFilter`, or a prefix of
-tuples, lists and dicts of these.
+The first is here, the second in `unpack`, the others in `effects`. A *group* says how JAX must treat a leaf: an
+axis, a sharding, Carry, Diff. Which leaf goes into which group is the business of a `spec`: a group, a `ByFilter`, or
+a prefix of tuples, lists and dicts of these.
 
 Law: unpack(pack(x)) is isomorphic to x, sharing and cycles included; one Variable has one treatment in a call.
 Knows nothing of transforms.
 """
 
-import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from nnx_core._changes import track
 from nnx_core._depth import ROOM
-from nnx_core._errors import AliasError, DepthError, NotAGraphError, Path, SharedReferenceError, SpecError, show_path
+from nnx_core._errors import (
+    AliasError,
+    DepthError,
+    NotAGraphError,
+    Path,
+    SharedReferenceError,
+    SpecError,
+    StructureError,
+    show_path,
+)
 from nnx_core._statics import Fixed
-from nnx_core._trace import Handed, current_trace
 from nnx_core.graph.cells import ArrayCell, Cell, Way
 from nnx_core.graph.classify import (
     ARRAY,
@@ -42,11 +48,11 @@ from nnx_core.graph.classify import (
     contents,
     kind_of,
     one_level,
-    plain_containers,
-    same_things,
 )
-from nnx_core.graph.objects import Object, create, is_array
+from nnx_core.graph.objects import Object
 from nnx_core.graph.structure import (
+    REF_LEAF,
+    REF_VARIABLE,
     ArrayDef,
     Element,
     GraphDef,
@@ -56,13 +62,11 @@ from nnx_core.graph.structure import (
     Node,
     Ref,
     Static,
-    Template,
     VariableDef,
     static,
-    template_of,
 )
 from nnx_core.state import State, sorted_keys
-from nnx_core.variables import Variable, freeze_metadata, new_variable, set_metadata_dict, thaw_metadata
+from nnx_core.variables import Variable, freeze_metadata, is_ref
 
 Group = Hashable
 Spec = Any
@@ -196,6 +200,7 @@ class Packer:
         first_decides: bool = False,
         trace_numbers: bool = True,
         describe: Describe | None = None,
+        refs_in: frozenset[int] | None = None,
     ):
         self.groups = groups
         self.group_index = {group: i for i, group in enumerate(groups)}
@@ -214,6 +219,8 @@ class Packer:
         self.strict = strict
         self.first_decides = first_decides  # of the paths of one thing below one spec; else they must agree
         self.trace_numbers = trace_numbers
+        self.refs_in = refs_in  # at the end of a trace: ids of the `jax.Ref`s that came in, which do not go out
+        self._refs_out: dict[int, Path] = {}
         self.describe = describe  # what to do to a Variable's metadata before it leaves
 
     def pack(self, x: Any, place: Place) -> Element:
@@ -265,8 +272,8 @@ class Packer:
         self, kind: type, keys: Sequence[Hashable], values: Sequence[Any], place: Place, owner: Owner
     ) -> tuple[Element, ...]:
         children: list[Element] = []
-        steps = keys if kind in _FOUND_BY_KEY or issubclass(kind, State) else range(len(keys))
-        for step, value, below in zip(steps, values, _places_below(place, keys, kind), strict=True):
+        steps = keys if kind in FOUND_BY_KEY or issubclass(kind, State) else range(len(keys))
+        for step, value, below in zip(steps, values, places_below(place, keys, kind), strict=True):
             owner_below = None if owner is None else owner.below(step)
             children.append(self.walk(value, below, owner_below))
         return tuple(children)
@@ -281,9 +288,10 @@ class Packer:
             return static(x)
         if owner is None:
             group = self._group(place, x)
-            self.leaves[group][1].append(x)
+            value = self._outward(x, place.path)
+            self.leaves[group][1].append(value)
             self.loose_groups.append(group)
-            return Leaf(group)
+            return Leaf(group) if value is x else Leaf(group, REF_LEAF)
         if kind == NUMBER and owner.owner._nnx_mark(owner.way[0]) != "data":
             return static(x)  # as in NNX, a number stored on an object is configuration
         group = self._group(place, x)
@@ -330,12 +338,32 @@ class Packer:
             return self._reached_again(index, place, self.groups[group])
         index = self.refs.add(v, Place(place.path, self.groups[group], place.base))
         self.versions.append((v, track(v)))
-        value, metadata = v._raw_value, v._var_metadata
+        metadata = v._var_metadata
+        value = self._outward(v._raw_value, place.path)
         self.leaves[group][0].append(value)
         self.cells[group].append(v)
         if self.describe is not None:
             metadata = self.describe(v, self.groups[group])
-        return VariableDef(type(v), index, freeze_metadata(metadata), group)
+        tag = "variable" if value is v._raw_value else REF_VARIABLE
+        return VariableDef(type(v), index, freeze_metadata(metadata), group, tag)
+
+    def _outward(self, value: Any, path: Path) -> Any:
+        """`value`; at the end of a trace, what is in it if it is a `jax.Ref` that was made there.
+
+        Raises:
+          StructureError: if that Ref goes out at two places, which would hold two Refs outside.
+        """
+        if self.refs_in is None or not is_ref(value) or id(value) in self.refs_in:
+            return value
+        if not isinstance(value, jax.core.Tracer):
+            return value  # made outside of the trace; JAX says what is wrong with returning it
+        if id(value) in self._refs_out:
+            raise StructureError(
+                f"{show_path(self._refs_out[id(value)])} and {show_path(path)} hold one jax.Ref that was made inside of"
+                " the transform. Expected a Ref at one place only; make it outside, or keep both in one Variable."
+            )
+        self._refs_out[id(value)] = path
+        return value[...]
 
     def _object(self, obj: Object, place: Place) -> Element:
         path, spec, _ = place
@@ -383,10 +411,10 @@ def _leaves_of(obj: Object) -> Iterator[tuple[Path, Any]]:
 
 _PREFIXES = (tuple, list, dict)
 #: Containers whose children are found again by their keys (States too); those of other pytrees by position.
-_FOUND_BY_KEY = (tuple, list, dict)
+FOUND_BY_KEY = (tuple, list, dict)
 
 
-def _places_below(place: Place, keys: Sequence[Hashable], kind: type) -> list[Place]:
+def places_below(place: Place, keys: Sequence[Hashable], kind: type) -> list[Place]:
     """The places of the children of a container of type `kind` at `place`."""
     path, spec, _ = place
     if type(spec) in _PREFIXES or type(spec) is kind:
@@ -426,171 +454,3 @@ def require_graph(x: Any, function: str) -> None:
     """Raise NotAGraphError unless there can be something to walk in `x`."""
     if kind_of(x) in (STATIC, NUMBER, ARRAY) and x is not None:
         raise NotAGraphError(f"nnx.{function} needs a module, Variable or pytree, found {type(x).__name__}.")
-
-
-# ---- unpack ----
-
-
-class Watch:
-    """What `unpack` built, as it was, so that `collect` can tell what changed.
-
-    Each entry begins with the index of the object or Variable it belongs to, and ends with what it was like.
-    """
-
-    __slots__ = ("cells", "containers", "objects")
-
-    def __init__(self) -> None:
-        #: (index, cell, value before, metadata before, group), in walking order; an array has no metadata
-        self.cells: list[tuple[int, Cell, Any, dict[str, Any] | None, int]] = []
-        #: (index, object, version before, items before)
-        self.objects: list[tuple[int, Object, int, dict[Any, Any]]] = []
-        #: (index of the owner, the owner, key, contents before, the plain containers before)
-        self.containers: list[tuple[int, Object, Hashable, list[Any], list[Any]]] = []
-
-
-def snapshot(value: Any) -> Any:
-    """What tells later whether a Variable's value changed: itself, or for a pytree its leaves and structure.
-
-    A dict may be changed in place, so that it is still itself says nothing.
-    """
-    return value if is_array(value) else jax.tree.flatten(value)
-
-
-def is_unchanged(value: Any, before: Any) -> bool:
-    """Whether `value` is what the snapshot `before` was taken of; compared by identity: == of tracers is a tracer."""
-    if value is before:
-        return True
-    if is_array(value) or type(before) is not tuple:
-        return False
-    leaves, treedef = jax.tree.flatten(value)
-    leaves_before, treedef_before = before
-    return bool(treedef == treedef_before) and same_things(leaves, leaves_before)
-
-
-_NONE_ADOPTED: Mapping[int, Variable[Any]] = MappingProxyType({})
-
-
-class Unpacker:
-    """Rebuilds a structure with fresh objects under the structure's own indices."""
-
-    def __init__(
-        self,
-        leaves: tuple[Leaves, ...],
-        refs: Refs,
-        groups: tuple[Group, ...] | None = None,
-        watch: Watch | None = None,
-        describe: Describe | None = None,
-        templates: dict[int, Template] | None = None,
-        adopted: Mapping[int, Variable[Any]] = _NONE_ADOPTED,
-        makes_cells: bool = False,
-    ):
-        self.templates = {} if templates is None else templates
-        self.adopted = adopted  # by index, Variables that are there already, with their values
-        self.groups = groups
-        trace = current_trace()
-        self.trace = trace if watch is None else Handed(trace)  # with a Watch, what is made is handed to a function
-        self.values = [iter(values) for values, _ in leaves]
-        self.loose = [iter(loose) for _, loose in leaves]
-        self.refs, self.watch, self.describe = refs, watch, describe
-        #: Whether somebody will ask for the cells of arrays: a Watch, or who applies an `After` to what is built.
-        self.makes_cells = makes_cells or watch is not None
-
-    def unpack(self, d: Element, place: Place | None, owner: Owner = None) -> Any:
-        """The object, container or leaf that `d` describes; without `place` nobody asks for paths later."""
-        with ROOM:
-            return self.build(d, place, owner)
-
-    def build(self, d: Element, place: Place | None, owner: Owner = None) -> Any:
-        """As `unpack`, from within a walk."""
-        if type(d) is Static:
-            return d.value
-        if type(d) is VariableDef:
-            return self._variable(d, place)
-        if type(d) is Leaf:
-            return next(self.loose[d.group])
-        if type(d) is ArrayDef:
-            return self._array(d, place, owner)
-        if type(d) is Ref:
-            return self.refs.objects[d.id]
-        assert type(d) is Node  # there is nothing else
-        return self._node(d, place, owner) if d.id is None else self._object(d, place)
-
-    def _array(self, d: ArrayDef, place: Place | None, owner: Owner) -> Any:
-        value = next(self.values[d.group])
-        cell = None if owner is None else ArrayCell(*owner)
-        if place is None:
-            self.refs.append(cell)  # nobody will ask for its place
-            return value
-        if self.groups is not None:
-            place = Place(place.path, self.groups[d.group], place.base)
-        index = self.refs.add_cell(cell, place)
-        if self.watch is not None and cell is not None:
-            self.watch.cells.append((index, cell, value, None, d.group))
-        return value
-
-    def _variable(self, d: VariableDef, place: Place | None) -> Variable[Any]:
-        value = next(self.values[d.group])
-        if d.id in self.adopted:
-            v = self.adopted[d.id]
-        else:
-            v = new_variable(d.kind, value, thaw_metadata(d.metadata) if d.metadata else {}, self.trace)
-        if place is None:
-            self.refs.objects.append(v)  # nobody will ask for its place, or for its index
-            return v
-        if self.groups is not None:
-            place = Place(place.path, self.groups[d.group], place.base)
-            if self.describe is not None:
-                set_metadata_dict(v, self.describe(v, place.spec))
-        index = self.refs.add(v, place)
-        if self.watch is not None:
-            self.watch.cells.append((index, v, snapshot(value), v._var_metadata, d.group))
-        return v
-
-    def _node(self, d: Node, place: Place | None, owner: Owner) -> Any:
-        if place is None and owner is None:
-            # The way of `merge` and `clone`. One comprehension, with Variables made here: a call less for each.
-            variable = self._variable
-            children = [
-                variable(child, None) if type(child) is VariableDef else self.build(child, None) for child in d.children
-            ]
-        else:
-            children = self._children(d, place, owner)
-        if d.kind is dict:
-            new = dict(zip(d.keys, children, strict=True))
-            return new if d.order is None else {key: new[key] for key in d.order}
-        if issubclass(d.kind, State):
-            return d.kind.over(dict(zip(d.keys, children, strict=True)))
-        return d.rebuild(children)
-
-    def _children(self, d: Node, place: Place | None, owner: Owner) -> list[Any]:
-        """As the walk met them, each at its own place and with its own owner."""
-        places: Iterable[Place | None] = itertools.repeat(None, len(d.keys))
-        if place is not None:
-            places = _places_below(place, d.keys, d.kind)
-        steps = d.keys if d.kind in _FOUND_BY_KEY or issubclass(d.kind, State) else range(len(d.keys))
-        children: list[Any] = []
-        for step, child, below in zip(steps, d.children, places, strict=True):
-            owner_below = None if owner is None else owner.below(step)
-            children.append(self.build(child, below, owner_below))
-        return children
-
-    def _object(self, d: Node, place: Place | None) -> Object:
-        obj: Object = create(d.kind, self.trace)
-        index = self.refs.append(obj) if place is None else self.refs.add(obj, place)
-        template, others = template_of(d, self.templates)
-        items = template.copy()
-        for key, child in others:
-            below = None if place is None else place.below(key)
-            if type(child) is VariableDef:
-                items[key] = self._variable(child, below)
-            else:
-                owner = OwnedBy(obj, (key,)) if self.makes_cells else None
-                items[key] = self.build(child, below, owner)
-        obj._nnx_fill(items, d.extra)
-        if self.watch is not None:
-            self.watch.objects.append((index, obj, track(obj), items.copy()))
-            for key, value in items.items():
-                if can_change(value):
-                    held = list(plain_containers(value))
-                    self.watch.containers.append((index, obj, key, list(contents(value)), held))
-        return obj

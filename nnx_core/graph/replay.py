@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from nnx_core.graph.effects import After, Forced, apply, check_writes, collect
-from nnx_core.graph.pack import Leaves, Packer, Place, Refs, Unpacker, Watch
+from nnx_core.graph.pack import Leaves, Packer, Place, Refs
+from nnx_core.graph.unpack import Unpacker, Watch
 
 _ROOT = Place((), None, 0)
 

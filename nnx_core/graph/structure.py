@@ -40,6 +40,10 @@ def static(value: Any) -> Static:
     return Static(type(value), fixed(value))
 
 
+#: Tags of what comes out of a trace in which its `jax.Ref` was made: it travels as an array, and is put into a new Ref.
+REF_LEAF, REF_VARIABLE = "leaf in a new ref", "variable in a new ref"
+
+
 class Leaf(NamedTuple):
     """A loose value, which no object holds; it travels in group number `group`."""
 

@@ -15,8 +15,9 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from nnx_core.graph.pack import Packer, Place, Refs, Unpacker
+from nnx_core.graph.pack import Packer, Place, Refs
 from nnx_core.graph.structure import Element, Node, Static, nodes, static
+from nnx_core.graph.unpack import Unpacker
 
 _ROOT = Place((), None, 0)
 _ARRAY, _REF = object(), object()  # where an array, or a Ref, was taken out

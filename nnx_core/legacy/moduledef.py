@@ -13,8 +13,9 @@ import jax
 
 from nnx_core._errors import Path
 from nnx_core.graph import api
-from nnx_core.graph.pack import Refs, Unpacker
+from nnx_core.graph.pack import Refs
 from nnx_core.graph.structure import Element, GraphDef, Node, Ref, Static, nodes
+from nnx_core.graph.unpack import Unpacker
 from nnx_core.legacy._errors import SubmoduleDefError
 from nnx_core.legacy._text import fields_text
 from nnx_core.legacy.state import as_core

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from nnx_core._errors import NotDifferentiableError, Path, SpecError
-from nnx_core.graph.pack import Leaves, Refs, Unpacker, reader
+from nnx_core.graph.pack import Leaves, Refs, reader
 from nnx_core.graph.structure import GraphDef, leaf_defs
+from nnx_core.graph.unpack import Unpacker
 from nnx_core.kinds import Param
 from nnx_core.transforms.carry import described
 from nnx_core.transforms.compile import plainly, static_at

@@ -16,8 +16,9 @@ from jax.experimental.layout import Format
 
 from nnx_core._errors import TraceError
 from nnx_core.graph.effects import apply
-from nnx_core.graph.pack import AS_STATIC, Leaves, Refs, Unpacker
+from nnx_core.graph.pack import AS_STATIC, Leaves, Refs
 from nnx_core.graph.structure import GraphDef
+from nnx_core.graph.unpack import Unpacker
 from nnx_core.sharding import place_abstractly
 from nnx_core.state import State
 from nnx_core.transforms.groups import FilterGroups, distinct

@@ -19,8 +19,9 @@ from nnx_core._errors import NnxError, SpecError, StructureError
 from nnx_core.graph.classify import ARRAY, kind_of
 from nnx_core.graph.effects import After, apply
 from nnx_core.graph.objects import Object
-from nnx_core.graph.pack import AS_STATIC, Leaves, Refs, Unpacker, reader
+from nnx_core.graph.pack import AS_STATIC, Leaves, Refs, reader
 from nnx_core.graph.structure import GraphDef, LeafDef, Node, VariableDef
+from nnx_core.graph.unpack import Unpacker
 from nnx_core.transforms.carry import described
 from nnx_core.transforms.gradients import (
     as_states,

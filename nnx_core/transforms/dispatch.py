@@ -15,9 +15,10 @@ from nnx_core._trace import current_trace
 from nnx_core.graph.cells import ArrayCell, Cell, write_cell
 from nnx_core.graph.classify import ARRAY, DICT, NUMBER, OBJECT, SEQUENCE, STATIC, kind_of
 from nnx_core.graph.effects import After, check_writes
-from nnx_core.graph.pack import AS_STATIC, Leaves, Refs, Unpacker
+from nnx_core.graph.pack import AS_STATIC, Leaves, Refs
 from nnx_core.graph.plan import Plan
-from nnx_core.graph.structure import Element, Leaf, Node, Static, static
+from nnx_core.graph.structure import REF_LEAF, Element, Leaf, Node, Static, static
+from nnx_core.graph.unpack import Unpacker
 from nnx_core.state import sorted_keys
 from nnx_core.variables import set_raw
 
@@ -207,4 +208,4 @@ def _is_quick(after: After) -> bool:
 def _is_plain(d: Element) -> bool:
     if type(d) is Node:
         return d.id is None and all(map(_is_plain, d.children))
-    return type(d) is Leaf or type(d) is Static
+    return (type(d) is Leaf and d.tag != REF_LEAF) or type(d) is Static

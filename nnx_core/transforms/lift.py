@@ -18,12 +18,14 @@ from nnx_core._changes import now
 from nnx_core._errors import StructureUpdateError
 from nnx_core.graph.effects import After, Forced, apply, check_writes, collect
 from nnx_core.graph.objects import Object
-from nnx_core.graph.pack import Describe, Leaves, Packer, Place, Refs, Spec, Unpacker, Watch
+from nnx_core.graph.pack import Describe, Leaves, Packer, Place, Refs, Spec
 from nnx_core.graph.plan import Plan
 from nnx_core.graph.structure import GraphDef, Node
+from nnx_core.graph.unpack import Unpacker, Watch
 from nnx_core.modes import sharing_allowed, updates_allowed
 from nnx_core.transforms.dispatch import Outcomes, Plans, signature
 from nnx_core.transforms.groups import Rest, are_pure
+from nnx_core.variables import is_ref
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -85,7 +87,8 @@ class Lifted:
         args = unpacker.unpack(args_def, Place(("args",), self.inputs, 1))
         kwargs = unpacker.unpack(kwargs_def, Place(("kwargs",), self.keywords, 1))
         out = self.f(*args, **kwargs)
-        packer = Packer(self.groups, refs, describe=self.leave, strict=self.strict)
+        refs_in = frozenset(id(x) for values, loose in leaves for x in (*values, *loose) if is_ref(x))
+        packer = Packer(self.groups, refs, describe=self.leave, strict=self.strict, refs_in=refs_in)
         always = frozenset(packer.group_index[group] for group in self.always)
         carried = frozenset(packer.group_index[group] for group in self.carried)
         after, news = collect(packer, watch, out, self.outputs, Forced(always, carried, written))
@@ -112,12 +115,15 @@ class Lifted:
 
     @property
     def named(self) -> Callable[..., Any]:
-        """`pure` under the name of f, which is what profiles, jaxprs and HLO show."""
+        """`pure` under the name of f, which profiles, jaxprs and HLO show, and with its place, which errors show."""
 
         def pure(*packed: Any) -> tuple[Any, ...]:
             return self.pure(*packed)
 
         pure.__name__ = pure.__qualname__ = short_name_of(self.f)
+        signature = inspect.signature(pure)
+        unwrapped: Any = pure  # the attributes are those of `inspect`, which JAX asks where a function is
+        unwrapped.__wrapped__, unwrapped.__signature__ = self.f, signature
         return pure
 
     def bind(self, run: Run) -> Callable[..., Any]:

@@ -12,8 +12,9 @@ import jax
 from jax.experimental import checkify as jax_checkify
 
 from nnx_core._errors import StructureUpdateError
-from nnx_core.graph.pack import Packer, Place, Refs, Unpacker, apart, in_order
+from nnx_core.graph.pack import Packer, Place, Refs, apart, in_order
 from nnx_core.graph.structure import Element, GraphDef, Node, nodes
+from nnx_core.graph.unpack import Unpacker
 from nnx_core.transforms.compile import PLAIN, jit, plainly, static_at
 from nnx_core.transforms.lift import Modes, detached, dressed, name_of, optional_decorator, positions, unbound
 from nnx_core.transforms.programs import traced_anew

@@ -15,8 +15,9 @@ from typing import Any
 
 import jax
 
-from nnx_core.graph.pack import Leaves, Refs, Unpacker
+from nnx_core.graph.pack import Leaves, Refs
 from nnx_core.graph.structure import GraphDef
+from nnx_core.graph.unpack import Unpacker
 from nnx_core.transforms.gradients import fitted, no_leaves, with_aux
 from nnx_core.transforms.groups import Diff, Out, Rest
 from nnx_core.transforms.lift import (

@@ -10,6 +10,7 @@ import pickle
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx as flax_nnx
 
 import nnx_core as nnx
 from tests.oracle import same
@@ -271,3 +272,42 @@ def test_a_write_of_another_shape_is_refused():
     ):
         v[...] = jnp.ones(4)
     assert_trees_equal(v[...], X)
+
+
+def test_a_ref_made_inside_of_jit_comes_out():
+    ref = nnx.jit(jax.new_ref)(jnp.ones(2))
+    ref[...] = ref[...] + 1
+    assert ref[...].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("wrap", [nnx.jit, nnx.remat, lambda f: nnx.jit(nnx.remat(f))], ids=["jit", "remat", "both"])
+def test_a_model_turned_to_refs_inside_of_a_transform(wrap):
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    made = wrap(lambda m: nnx.with_vars(m, ref=True))(model)
+    assert made.kernel.has_ref
+    assert not model.kernel.has_ref
+    assert_trees_equal(made.kernel[...], model.kernel[...])
+    flax_model = flax_nnx.Linear(2, 3, rngs=flax_nnx.Rngs(0))
+    assert flax_nnx.jit(lambda m: flax_nnx.with_vars(m, ref=True))(flax_model).kernel.has_ref
+
+
+def test_an_attribute_that_is_turned_to_a_ref_inside_of_jit():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    def turn(m):
+        m.bias = nnx.with_vars(m.bias, ref=True)
+
+    turn(model)
+    assert model.bias.has_ref
+    nnx.jit(lambda m: m.bias.set_value(m.bias[...] + 1))(model)
+    assert model.bias[...].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_one_ref_made_inside_of_jit_comes_out_at_one_place():
+    def twice(x):
+        ref = jax.new_ref(x)
+        return ref, [ref]
+
+    with pytest.raises(nnx.NnxError, match=r"result\[0\] and result\[1\]\[0\] hold one jax\.Ref that was made inside"):
+        nnx.jit(twice)(jnp.ones(2))

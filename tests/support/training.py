@@ -3,6 +3,8 @@
 Law: `linen_step` and `native_step` compute the same to the last bit, for every optimizer of OPTIMIZERS.
 """
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -29,6 +31,9 @@ class Net(nn.Module):
         x = nn.Dense(4, name="hidden")(x)
         x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
         return nn.Dense(3, name="head")(nn.relu(x))
+
+
+NET = Net()  # a bound method equals another of the same object only, and is part of what JAX's caches go by
 
 
 class Native(nnx.Module):
@@ -79,7 +84,7 @@ def by_rank(params):
     return jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", params)
 
 
-OPTIMIZERS = {
+_OPTIMIZERS = {
     "adamw chain": lambda: optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 10))
     ),
@@ -91,12 +96,15 @@ OPTIMIZERS = {
     "sgd, without a state": lambda: optax.sgd(1e-2),
     "MultiSteps": lambda: optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(),
 }
+# One object of each, or each test would trace its steps anew.
+OPTIMIZERS = {name: functools.cache(make) for name, make in _OPTIMIZERS.items()}
 
 
-def linen_state(tx, steps=0, wrap=lambda tree: tree):
+@functools.cache
+def linen_state(tx, steps=0, wrap=dict):
     variables = Net().init(jax.random.key(1), X)
     state = State.create(
-        apply_fn=Net().apply, params=wrap(variables["params"]), tx=tx, batch_stats=wrap(variables["batch_stats"])
+        apply_fn=NET.apply, params=wrap(variables["params"]), tx=tx, batch_stats=wrap(variables["batch_stats"])
     )
     for _ in range(steps):
         state, _ = linen_step(state)

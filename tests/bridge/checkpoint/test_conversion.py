@@ -63,8 +63,16 @@ def options(to, rules):
 # ---- every format, both directions -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("source", SOURCES)
+# Reading and writing know nothing of each other: each format is read, and each is written from the first; the grid has
+# every pair.
+FORMATS = [
+    pytest.param(source, target, marks=[] if source == SOURCES[0] or target == TARGETS[i % 4] else pytest.mark.grid)
+    for i, source in enumerate(SOURCES)
+    for target in TARGETS
+]
+
+
+@pytest.mark.parametrize(("source", "target"), FORMATS)
 def test_linen_in_every_format_resumes_in_nnx(source, target, saved, rules, tmp_path):
     report = convert(saved("nnx", source), tmp_path / "out", target_format=target, **options("nnx", rules))
     assert report.verified
@@ -73,8 +81,7 @@ def test_linen_in_every_format_resumes_in_nnx(source, target, saved, rules, tmp_
     assert verify(tmp_path / "out").leaves == report.leaves == len(found)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("source", "target"), FORMATS)
 def test_nnx_in_every_format_resumes_in_linen(source, target, saved, rules, tmp_path):
     convert(saved("linen", source), tmp_path / "out", target_format=target, **options("linen", rules))
     found = run.continued_in_linen(run.load(tmp_path / "out", target), steps=2)

@@ -1,6 +1,7 @@
 """There and back is the identity, to the bit: layers, optimizers, boxes, stacks, trees that hypothesis draws."""
 
 import copy
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -212,8 +213,13 @@ class State(TrainState):
     batch_stats: dict
 
 
-def linen_state(model, tx, wrap=lambda tree: tree):
-    variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
+@functools.cache
+def initial(make):
+    return make().init(jax.random.key(0), jnp.ones((2, 4)))
+
+
+def linen_state(make, tx, wrap=lambda tree: tree):
+    variables = initial(make)
     params, stats = wrap(variables["params"]), wrap(variables["batch_stats"])
     return State.create(apply_fn=None, params=params, tx=tx, batch_stats=stats).replace(step=jnp.int32(5))
 
@@ -222,7 +228,7 @@ def linen_state(model, tx, wrap=lambda tree: tree):
 @pytest.mark.parametrize("wrap", [lambda tree: tree, freeze], ids=["dict", "FrozenDict"])
 @pytest.mark.parametrize("name", ["adamw_clip", "masked", "sm3", "adafactor"])
 def test_boxes_stacks_and_frozen_dicts(make, wrap, name):
-    tree = on_disk(linen_state(make(), OPTIMIZERS[name](), wrap))
+    tree = on_disk(linen_state(make, OPTIMIZERS[name](), wrap))
     there, plan, metadata = converted(tree, "nnx")
     back, plan_back, _ = converted(there, "linen", metadata=metadata)
     assert_trees_equal(back, tree)
@@ -232,7 +238,7 @@ def test_boxes_stacks_and_frozen_dicts(make, wrap, name):
 
 
 def test_variables_as_params():
-    variables = Scanned().init(jax.random.key(0), jnp.ones((2, 4)))
+    variables = initial(Scanned)
     state = TrainState.create(apply_fn=None, params=variables, tx=optax.adam(0.1)).replace(step=jnp.int32(5))
     tree = on_disk(state)
     there, _, metadata = converted(tree, "nnx")
@@ -242,7 +248,7 @@ def test_variables_as_params():
 
 
 def test_boxes_and_frozen_dicts_in_memory():
-    variables = Boxed().init(jax.random.key(0), jnp.ones((2, 4)))
+    variables = initial(Boxed)
     state, _ = variables_to_state(freeze(variables))
     back, _ = state_to_variables(state)
     assert_trees_equal(back, variables)

@@ -13,6 +13,7 @@ import nnx_core as nnx
 from nnx_core.nn.pooling import PoolingError
 from tests.support.arrays import noise
 from tests.tolerance import assert_trees_equal
+from tests.twins import unless_same_program
 
 NAMES = ("avg_pool", "max_pool", "min_pool")
 X = noise(0, 2, 6, 5, 3, mean=1)
@@ -41,9 +42,11 @@ def assert_equal(ours, theirs, x):
             y = f(x)
             return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype)).astype(jnp.float32)
 
-        return (f(x), jax.grad(weighted)(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else (f(x), None)
+        return lambda x: (f(x), jax.grad(weighted)(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else (f(x), None)
 
-    assert_trees_equal(both(ours), both(theirs))
+    results = unless_same_program(both(ours), both(theirs), x)
+    if results is not None:
+        assert_trees_equal(*results)
     assert program_size(ours, x) <= program_size(theirs, x)
 
 

@@ -100,8 +100,18 @@ class NnxStackWithoutCalls(NnxStack):
         return self.out(run(self.inp(x), self.layers))
 
 
-@pytest.mark.parametrize("make", [NnxListOfPairs, NnxStack, NnxStackOnAxisOne, NnxStackWithoutCalls])
-@pytest.mark.parametrize("linen", [Unrolled(), Scanned(), Scanned(1), Scanned(-1), Scanned(remat=True)], ids=repr)
+MADE = [NnxListOfPairs, NnxStack, NnxStackOnAxisOne, NnxStackWithoutCalls]
+LINEN = [Unrolled(), Scanned(), Scanned(1), Scanned(-1), Scanned(remat=True)]
+# Layers one by one to each of NNX, each stack of Linen to another; the grid has every pair.
+DIAGONAL = {(0, 0), (0, 1), (0, 2), (0, 3), (1, 2), (2, 1), (3, 0), (4, 3)}
+PAIRS = [
+    pytest.param(linen, make, id=f"{linen!r}-{make.__name__}", marks=[] if (i, j) in DIAGONAL else pytest.mark.grid)
+    for i, linen in enumerate(LINEN)
+    for j, make in enumerate(MADE)
+]
+
+
+@pytest.mark.parametrize(("linen", "make"), PAIRS)
 def test_stacks_and_layers_one_by_one(linen, make):
     check(linen, make, X)
 

@@ -1,6 +1,7 @@
 """Orbax checkpoints that we write: Orbax restores them as if it had saved them itself, in both of its layouts."""
 
 import base64
+import functools
 import json
 import os
 import threading
@@ -152,10 +153,22 @@ def arrays_table(path):
 # --- Orbax restores it --------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def tree_of():
+    """Each tree, made once."""
+    return functools.cache(lambda name: TREES[name]())
+
+
+@pytest.fixture(scope="module")
+def theirs_of(tree_of, tmp_path_factory):
+    """The checkpoint of each tree that Orbax writes, once."""
+    folder = tmp_path_factory.mktemp("theirs")
+    return functools.cache(lambda name: standard(folder / name, tree_of(name)))
+
+
 @pytest.mark.parametrize("name", TREES)
-def test_standard_checkpointer_restores_what_it_would_have_saved(name, tmp_path):
-    tree = TREES[name]()
-    theirs = standard(tmp_path / "theirs", tree)
+def test_standard_checkpointer_restores_what_it_would_have_saved(name, tree_of, theirs_of, tmp_path):
+    tree, theirs = tree_of(name), theirs_of(name)
     ours = copied(theirs, tmp_path / "ours")
     assert_trees_equal(restored(ours), restored(theirs))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
@@ -164,8 +177,8 @@ def test_standard_checkpointer_restores_what_it_would_have_saved(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_the_tables_are_those_that_orbax_writes(name, tmp_path):
-    theirs = standard(tmp_path / "theirs", TREES[name]())
+def test_the_tables_are_those_that_orbax_writes(name, theirs_of, tmp_path):
+    theirs = theirs_of(name)
     ours = copied(theirs, tmp_path / "ours")
     assert table(ours) == table(theirs)
     assert arrays_table(ours) == arrays_table(theirs)
@@ -176,8 +189,8 @@ def test_the_tables_are_those_that_orbax_writes(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_version_1_loads_what_it_would_have_saved(name, tmp_path):
-    tree = TREES[name]()
+def test_version_1_loads_what_it_would_have_saved(name, tree_of, tmp_path):
+    tree = tree_of(name)
     orbax_v1.save(tmp_path / "theirs", tree)
     ours = copied(tmp_path / "theirs", tmp_path / "ours", version="v1")
     assert_trees_equal(orbax_v1.load(ours), orbax_v1.load(tmp_path / "theirs"))

@@ -69,7 +69,7 @@ def data(value: Any = MISSING, /, **field_options: Any) -> Any:
 
 
 def static(value: Any = MISSING, /, **field_options: Any) -> Any:
-    """Mark an attribute as static: part of the graph's structure, compared by value, must be hashable."""
+    """Mark an attribute as static: part of the graph's structure, compared by value; a hash is used if there is one."""
     return _mark(_STATIC, value, field_options)
 
 
@@ -82,6 +82,10 @@ class Object:
 
     Attributes that are Variables, arrays, other objects, or lists, tuples and dicts of these are data; all
     others (numbers, strings, functions, ...) are static unless marked with `nnx.data`.
+
+    A transform remembers how a module is built, and sees every change that is made by Python's own syntax, also in
+    plain lists and dicts, and in configuration. What goes past it, `vars(m)["name"] = ...` or `object.__setattr__`,
+    stays unseen until something else of the module changes.
 
     Raises:
       TraceError: if an attribute is set under another trace than the one that created the object.

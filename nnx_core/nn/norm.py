@@ -132,7 +132,11 @@ class BatchNorm(Norm):
             mean, var = statistics.moments(self, x, axes, mask)
             stored = running_mean.shape
             keep, move = self.momentum, 1 - self.momentum
-            self.mean[...] = keep * running_mean + move * mean.reshape(stored)
+            new_mean = keep * running_mean + move * mean.reshape(stored)
+            if jnp.iscomplexobj(new_mean):
+                self.mean.set_value(new_mean)  # as Linen: the first complex input makes the average complex
+            else:
+                self.mean[...] = new_mean
             self.var[...] = keep * running_var + move * var.reshape(stored)
         shape = statistics.broadcastable(x.shape, feature_axes)
         sizes = [x.shape[axis] for axis in feature_axes]

@@ -379,7 +379,8 @@ def _unflatten(kind: type[Any], aux: Any, children: Any) -> Any:
     obj._nnx_fill({key: items[key] for key in order}, marks)
     # JAX puts anything in the place of arrays (axes, shapes, None), and what was a child has to stay one.
     known = {**kind._nnx_class_marks, **obj._nnx_marks}
-    others = [key for key, child in zip(keys, children, strict=True) if key not in known and not is_data(child)]
+    names = map(obj._nnx_mark_name, keys)
+    others = [name for name, child in zip(names, children, strict=True) if name not in known and not is_data(child)]
     if others:
         _set_marks(obj, {**obj._nnx_marks, **dict.fromkeys(others, _CHILD)})
     return obj

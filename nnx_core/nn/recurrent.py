@@ -14,6 +14,7 @@ from jax import lax
 
 from nnx_core import filters as filterlib
 from nnx_core.graph.objects import data
+from nnx_core.kinds import RngState
 from nnx_core.module import Module
 from nnx_core.nn._errors import InputShapeError, OptionError
 from nnx_core.nn.recurrent_base import CarryError as CarryError
@@ -244,8 +245,17 @@ def _layout(cell: RNNCellBase, time_major: bool) -> str:
 
 
 def _in_axes(axes: StateAxes) -> StateAxes:
-    """None for Carry: scan then carries what is written, and parameters stay outside of the loop."""
-    return StateAxes([(f, None if group is Carry else group) for f, group in axes.items()])
+    """None for Carry: scan then carries what is written, and parameters stay outside of the loop.
+
+    Not for random state, which under None would be the same in each step.
+    """
+    rules: list[tuple[Any, Any]] = []
+    for filter_, axis in axes.items():
+        if axis is Carry:
+            rules += [(filterlib.All(RngState, filter_), Carry), (filter_, None)]
+        else:
+            rules.append((filter_, axis))
+    return StateAxes(rules)
 
 
 def _streams(chosen: filterlib.Predicate) -> filterlib.Predicate:

@@ -140,7 +140,7 @@ class SpectralNorm(substitute.Wrapper):
         u, v = jax.lax.stop_gradient(u), jax.lax.stop_gradient(v)
         sigma = jnp.matmul(jnp.matmul(v, matrix), u.T)[0, 0]
         if update:
-            statistics["u"][...] = u
-            statistics["sigma"][...] = sigma
+            statistics["u"].set_value(u)  # as in Linen, in the dtype that the arithmetic gives
+            statistics["sigma"].set_value(sigma)
         y = (matrix / jnp.where(sigma != 0, sigma, 1)).reshape(value.shape)
         return jnp.asarray(y, canonicalize_dtype(y, dtype=self.dtype))

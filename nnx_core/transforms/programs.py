@@ -30,17 +30,14 @@ class _Incomparable(Exception):
 
 
 _programs: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
-_outside: object = None
+#: No trace. Should this file be imported inside of one, no program is remembered; that is all.
+_OUTSIDE = current_trace()
 
 
 def _is_outside() -> bool:
     """Whether no JAX transform is running."""
-    global _outside
-    if _outside is None:
-        with jax.ensure_compile_time_eval():
-            _outside = current_trace()
     is_jitting = not jax.config.jax_disable_jit  # type: ignore[attr-defined]  # jax's stubs leave its options out
-    return is_jitting and bool(_outside == current_trace())
+    return is_jitting and bool(current_trace() == _OUTSIDE)
 
 
 def traced_anew(f: Callable[..., Any], *args: Any) -> Any:

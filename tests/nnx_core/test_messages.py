@@ -17,6 +17,8 @@ from nnx_core import traversals
 from nnx_core.graph import functional
 from nnx_core.graph import tree as graph_tree
 from nnx_core.graph.cells import ArrayCell
+from nnx_core.module import KeywordTwiceError, first_from
+from nnx_core.rngs import RngRuleError, with_rngs
 from tests.strategies import Affine, Node
 from tests.support.arrays import ones
 from tests.support.error_cases import CASES as ERROR_CASES
@@ -182,6 +184,26 @@ def taken(method, *args):
 # name: (what to do, class, text); what to do about it is part of each text.
 CASES = {
     # transforms and their options
+    "one new Ref at two places": (
+        lambda: nnx.jit(lambda x: [jax.new_ref(x)] * 2)(X),
+        "StructureError",
+        r"^result\[0\] and result\[1\] hold one jax\.Ref that was made inside of the transform\. Expected a Ref at one",
+    ),
+    "a keyword from two sides of Sequential": (
+        lambda: nnx.Sequential(lambda x, y: {"y": x}, lambda y: y)(X, y=X),
+        KeywordTwiceError,
+        r"(?s)^Sequential\.layers\[1\] gets 'y' twice:.*Leave it out of one of the two",
+    ),
+    "two rules for one stream": (
+        lambda: with_rngs(nnx.Rngs(dropout=0), split={"dropout": 2}, broadcast={"dropout": 2}),
+        RngRuleError,
+        r"(?s)matches multiple rules of with_rngs:.*Narrow the filters, so that each stream is named once",
+    ),
+    "none of the flags is given": (
+        lambda: first_from(None, None, error_msg="No `deterministic` was given. Pass it."),
+        ValueError,
+        r"^No `deterministic` was given\. Pass it\.",
+    ),
     "a Variable of a carry both written and replaced": (
         lambda: nnx.fori_loop(0, 2, lambda _, v: nnx.Param(v.set_value(v[...] + 1) or v[...]), nnx.Param(X)),
         "StructureError",
@@ -590,4 +612,4 @@ def test_every_raise_of_the_core_has_a_case():
         for line, statement in raises_of(path).items()
         if (str(path), line) not in hit
     ]
-    assert missing == []
+    assert missing == [], "\n".join(missing)

@@ -82,8 +82,9 @@ def core(
         figures = [
             *core_benchmark.training_step(repeats, layers),
             *core_benchmark.graph_operations(repeats, layers),
+            *core_benchmark.plain_arrays(repeats),
             core_benchmark.tracing(max(repeats // 3, 1), layers),
-            core_benchmark.retraces(),
+            core_benchmark.recompilations(),
             core_benchmark.donation(layers),
             core_benchmark.importing(max(repeats // 3, 1)),
         ]

@@ -83,6 +83,51 @@ def training_step(rounds: int, layers: int = LAYERS) -> list[Figure]:
     ]
 
 
+PLAIN_ARRAYS = 100
+
+
+def plain_arrays(rounds: int) -> list[Figure]:
+    """Host time of a step that writes half of a hundred plain arrays on a module: beside bare jax.jit and flax.nnx."""
+    timings = interleaved(
+        {"ours": _array_step(nnx_core), "flax": _array_step(flax.nnx), "bare": _bare_array_step()},
+        rounds=rounds,
+        calls=10,
+    )
+    ours = timings["ours"].host
+    return [
+        Figure("step with 100 plain arrays / bare jax.jit", ours.ratio_to(timings["bare"].host)),
+        Figure("step with 100 plain arrays / flax.nnx.jit", ours.ratio_to(timings["flax"].host)),
+    ]
+
+
+def _array_step(nnx: ModuleType) -> Callable[[], Any]:
+    class Tables(nnx.Module):
+        def __init__(self) -> None:
+            for i in range(PLAIN_ARRAYS):
+                setattr(self, f"table_{i}", jnp.full(4, float(i)))
+
+    def step(tables: Any, x: jax.Array) -> None:
+        for i in range(0, PLAIN_ARRAYS, 2):
+            read = getattr(tables, f"table_{i + 1}")
+            setattr(tables, f"table_{i}", getattr(tables, f"table_{i}") + read * x)
+
+    tables, x, run = Tables(), jnp.float32(1e-3), nnx.jit(step)
+    return lambda: run(tables, x)
+
+
+def _bare_array_step() -> Callable[[], Any]:
+    tables, x = [jnp.full(4, float(i)) for i in range(PLAIN_ARRAYS)], jnp.float32(1e-3)
+
+    @jax.jit
+    def run(tables: list[jax.Array], x: jax.Array) -> list[jax.Array]:
+        return [tables[i] + tables[i + 1] * x for i in range(0, PLAIN_ARRAYS, 2)]
+
+    def step() -> None:
+        tables[::2] = run(tables, x)
+
+    return step
+
+
 # ---- tracing -------------------------------------------------------------------------------------------------
 
 
@@ -152,14 +197,20 @@ def tracing(rounds: int, layers: int = LAYERS) -> Figure:
     return Figure("trace + lower of the step / pure function of a dict", ratio, 1.25)
 
 
-def retraces() -> Figure:
-    """How often the second call of a transform, with other values and the same structure, traces again."""
-    traces: list[str] = []
+def recompilations() -> Figure:
+    """What a second call of a transform compiles, with other values and the same structure.
+
+    jit keeps its trace; what a loop or a branch is given is traced at each call outside of jit, and compiled once.
+    """
+    events: list[str] = []
     models = [nnx_core.Linear(2, 2, rngs=nnx_core.Rngs(seed)) for seed in range(2)]
     x = jnp.ones((2, 2))
 
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
     def body(model: Any, x: jax.Array) -> jax.Array:
-        traces.append("trace")
         return model(x)
 
     def carried(x: jax.Array, model: Any) -> jax.Array:
@@ -187,11 +238,13 @@ def retraces() -> Figure:
     ]
     for call in calls:
         call(0)
-    traces.clear()
+        call(0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
     for call in calls:
         call(1)
         call(1)
-    return Figure("retraces of jit, grad, scan, cond and while_loop", float(len(traces)), 0.0)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    return Figure("recompilations of jit, grad, scan, cond and while_loop", float(len(events)), 0.0)
 
 
 # ---- memory and import ---------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ def test_the_command_writes_every_figure(tmp_path, imports, monkeypatch):
     app(["core", "--repeats", "1", "--layers", "2", "--json", str(out)], standalone_mode=False)
     found = {row["figure"]: row["found"] for row in json.loads(out.read_text())["figures"]}
     assert len(found) == 13
-    assert all(value > 0 for name, value in found.items() if not name.startswith("retraces"))
+    assert all(value > 0 for name, value in found.items() if not name.startswith("recompilations"))
 
 
 def test_no_transform_traces_twice():
-    assert core.retraces().value == 0
+    assert core.recompilations().value == 0
 
 
 def test_a_donated_step_needs_no_more_memory_than_bare_jit():

@@ -15,6 +15,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from nnx_core._depth import ROOM
 from nnx_core.graph.pack import Packer, Place, Refs, Unpacker
 from nnx_core.graph.structure import Element, Node, Static, nodes, static
 
@@ -72,13 +73,8 @@ class Packed:
 
     def map_nodes(self, change: Callable[[Node], Node]) -> "Packed":
         """The same call, each Node of its structure changed."""
-
-        def changed(element: Element) -> Element:
-            if type(element) is not Node:
-                return element
-            return change(element._replace(children=tuple(map(changed, element.children))))
-
-        return replace(self, root=changed(self.root))
+        with ROOM:
+            return replace(self, root=_changed(change, self.root))
 
     @functools.cached_property
     def key(self) -> Any:
@@ -93,6 +89,13 @@ class Packed:
         except TypeError:
             return None
         return key
+
+
+def _changed(change: Callable[[Node], Node], element: Element) -> Element:
+    if type(element) is not Node:
+        return element
+    children = [_changed(change, child) for child in element.children]
+    return change(element._replace(children=tuple(children)))
 
 
 def _is_value(x: Any) -> bool:

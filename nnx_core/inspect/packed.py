@@ -45,7 +45,7 @@ class Packed:
           from_shapes: whether a `jax.ShapeDtypeStruct` stands for an array. Inside a call it stands for itself.
         """
         packer = Packer((None,), Refs(), trace_numbers=False)
-        root = packer.walk({"args": args, "kwargs": kwargs}, _ROOT)
+        root = packer.pack({"args": args, "kwargs": kwargs}, _ROOT)
         leaves, treedef = jax.tree.flatten(packer.leaves[0])
         arrays: list[jax.ShapeDtypeStruct] = []
         rest = []
@@ -68,7 +68,7 @@ class Packed:
             else:
                 leaves.append(x)
         values, loose = jax.tree.unflatten(self.treedef, leaves)
-        call = Unpacker(((values, loose),), Refs()).build(self.root, None)
+        call = Unpacker(((values, loose),), Refs()).unpack(self.root, None)
         return call["args"], call["kwargs"]
 
     def map_nodes(self, change: Callable[[Node], Node]) -> "Packed":

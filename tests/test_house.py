@@ -11,6 +11,7 @@ import json
 import pkgutil
 import re
 import subprocess
+import symtable
 import sys
 import tomllib
 from pathlib import Path
@@ -66,6 +67,91 @@ def test_functions_are_short():
         lengths = function_lengths((ROOT / file).read_text())
         long += [f"{file}: {name}: {lines}" for name, lines in lengths.items() if lines > FUNCTION_LINES]
     assert not long, f"functions over {FUNCTION_LINES} lines: {long}"
+
+
+# ---- nothing is in a reference cycle -----------------------------------------------------------------------
+
+
+def functions_in_cycles(source: str) -> list[str]:
+    """Nested functions that reach themselves by what they close over, and classes made inside of a function.
+
+    Each is a cycle: function -> cell -> function. What else it closes over stays until the cyclic collector runs.
+    """
+    cycles = []
+    scopes = [symtable.symtable(source, "source", "exec")]
+    while scopes:
+        scope = scopes.pop()
+        inner = scope.get_children()
+        scopes += inner
+        if not isinstance(scope, symtable.Function):
+            continue
+        closes_over: dict[str, set[str]] = {}
+        for table in inner:
+            if isinstance(table, symtable.Function):  # of which two may have one name, in two branches
+                closes_over.setdefault(table.get_name(), set()).update(table.get_frees())
+        for table in inner:
+            name = table.get_name()
+            if isinstance(table, symtable.Class) or name in reachable(name, closes_over):
+                cycles.append(f"line {table.get_lineno()}: {name}")
+    return sorted(cycles)
+
+
+def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
+    reached: set[str] = set()
+    pending = [start]
+    while pending:
+        new = edges.get(pending.pop(), set()) - reached
+        reached |= new
+        pending += new
+    return reached
+
+
+def raised_by_name(source: str) -> list[str]:
+    """`error = ...; raise error`: the frame holds the error, and its traceback the frame, with all that is in it."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Name) and node.exc.id.islower():
+            lines.append(f"line {node.lineno}: raise {node.exc.id}")
+        if isinstance(node, ast.ExceptHandler) and node.name:
+            kept = [x for x in ast.walk(node) if isinstance(x, ast.Assign) and ast.unparse(x.value) == node.name]
+            lines += [f"line {x.lineno}: {ast.unparse(x)}" for x in kept]
+    return lines
+
+
+def test_functions_in_cycles_are_seen():
+    source = """
+def at_the_top(x): return at_the_top(x)
+def outer(held):
+    def loop(x): return [loop(y) for y in x]
+    def deeper(x): return lambda: deeper(held)
+    def first(x): return second(x)
+    def second(x): return first(x)
+    def harmless(x): return [harmless for harmless in x] + [loop, outer]
+    class Made: pass
+"""
+    lines = ["line 4: loop", "line 5: deeper", "line 6: first", "line 7: second", "line 9: Made"]
+    assert functions_in_cycles(source) == lines
+
+
+def test_errors_raised_by_name_are_seen():
+    source = """
+def f():
+    error = ValueError()
+    raise error
+def g():
+    try: f()
+    except ValueError as error:
+        reason = error
+        raise
+    raise _Signal
+"""
+    assert raised_by_name(source) == ["line 4: raise error", "line 8: reason = error"]
+
+
+@pytest.mark.parametrize("law", [functions_in_cycles, raised_by_name])
+def test_nothing_is_in_a_reference_cycle(law):
+    cycles = {file: law((ROOT / file).read_text()) for file in python_files(*PACKAGES)}
+    assert {file: lines for file, lines in cycles.items() if lines} == {}, "pass it as an argument, or write a loop"
 
 
 # ---- nnx_core never imports flax ---------------------------------------------------------------------------

@@ -129,20 +129,18 @@ def bytes_read(op: Op, sizes: Mapping[Path, int]) -> Counter[Path]:
     Counter({('kernel',): 64})
     """
     read: Counter[Path] = Counter()
-
-    def visit(op: Op, part: float) -> None:
-        match op:
+    pending: list[tuple[Op, float]] = [(op, 1.0)]  # what is read of, and how much of it
+    while pending:
+        outer, part = pending.pop()
+        match outer:
             case Read():
-                read[op.path] += round(sizes[op.path] * part)
+                read[outer.path] += round(sizes[outer.path] * part)
             case Pick() | Block():
-                visit(op.of, part * _size(op) / max(_size(op.of), 1))
+                pending.append((outer.of, part * _size(outer) / max(_size(outer.of), 1)))
             case Reshape():  # a region of it reads the whole source
-                visit(op.of, 1.0)
+                pending.append((outer.of, 1.0))
             case _:
-                for inner in op._parts():
-                    visit(inner, part)
-
-    visit(op, 1.0)
+                pending.extend((inner, part) for inner in reversed(outer._parts()))
     return read
 
 

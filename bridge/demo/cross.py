@@ -73,15 +73,14 @@ def tensors(tree: Any, rename: Mapping[str, str] | None = None) -> Tensors:
     """Flatten nested mappings to {path: array}; `rename` (Linen's names to those in `tree`) is undone."""
     back = {name: linen_name for linen_name, name in (rename or {}).items()}
     flat: Tensors = {}
-
-    def walk(node: Any, path: tuple[str, ...]) -> None:
+    pending: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    while pending:
+        path, node = pending.pop()
         if isinstance(node, Mapping):
-            for key, child in node.items():
-                walk(child, (*path, back.get(str(key), str(key))))
+            below = [((*path, back.get(str(key), str(key))), child) for key, child in node.items()]
+            pending.extend(reversed(below))
         elif node is not None:
             flat[path] = np.asarray(node)
-
-    walk(tree, ())
     return flat
 
 

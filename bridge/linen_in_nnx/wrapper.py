@@ -217,16 +217,19 @@ class ToNNX(LinenNode):
         return getattr(self.module, name)
 
     def _of_setup(self, name: str) -> Any:
-        kind, reason = type(self.module).__name__, None
         if has_setup(self.module) and name not in WHEN_TRAINING:  # which are set, not computed
             try:
                 return look(self, (), name)
             except AttributeError as error:
-                reason = error
-        raise AttributeError(
+                raise self._no_attribute(name) from error
+        raise self._no_attribute(name)
+
+    def _no_attribute(self, name: str) -> AttributeError:
+        kind = type(self.module).__name__
+        return AttributeError(
             f"ToNNX({kind}) has no attribute or variable {name!r}, and neither has {kind}; its"
             f" variables are {list(self._nnx_variables)}."
-        ) from reason
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__:

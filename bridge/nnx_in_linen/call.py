@@ -139,9 +139,7 @@ class Call:
         writable = self.scope.is_mutable_collection
         denied = [s.location for s in missing if not writable(s.location[0]) or s.location not in self.base.slots]
         if denied:
-            error = self._not_found(denied[0])
-            error.add_note("Missing are:" + "".join(f"\n  {show_path(location)}" for location in denied))
-            raise error
+            raise self._all_not_found(denied)
         initial = dict(nnx.to_flat_state(nnx.state(self._made_for(missing))))
         for slot in missing:
             leaf = initial.get(slot.path)
@@ -167,6 +165,11 @@ class Call:
             return self.host.make_rng(name) if self.host.has_rng(name) else no_key()
 
         return self.recipe.make(Host(None, True, streams, make_rng))
+
+    def _all_not_found(self, locations: list[Location]) -> Exception:
+        error = self._not_found(locations[0])
+        error.add_note("Missing are:" + "".join(f"\n  {show_path(location)}" for location in locations))
+        return error
 
     def _not_found(self, location: Location) -> Exception:
         return linen_not_found(location, self.scope.debug_path, empty=self.scope.is_collection_empty(location[0]))

@@ -18,7 +18,7 @@ from bridge.nnx_in_linen.stand_ins import plain, visible_class
 from bridge.nnx_in_linen.structure import Structure
 from nnx_core._changes import track
 from nnx_core._errors import Path
-from nnx_core.graph.classify import contents, same_things
+from nnx_core.graph.classify import contents, holds_still
 from nnx_core.graph.watched import Watched, set_class
 
 #: A Variable or an array that is an attribute, and its value.
@@ -52,7 +52,7 @@ class Subject:
         self.modules = [(path, self._objects[index]) for path, index, _ in structure.visible]
         self._versions = [(x, track(x)) for x in map(self._objects.__getitem__, structure.objects)]
         owners = [(self._objects[index]._nnx_items(), key) for index, key in structure.containers]
-        self._containers = [(items, key, contents(items[key])) for items, key in owners]
+        self._containers = [(items, key, list(contents(items[key]))) for items, key in owners]
 
     def streams(self, host: Host, kept: bool) -> AbstractContextManager[None]:
         """The context of the call: streams that have their own keys, for tags that Linen has none for."""
@@ -82,7 +82,7 @@ class Subject:
             return True
         if any(x._nnx_version != version for x, version in self._versions):
             return True
-        return any(not same_things(contents(items.get(key)), before) for items, key, before in self._containers)
+        return any(not holds_still(items.get(key), before) for items, key, before in self._containers)
 
     def written(self, moved: bool, with_streams: bool) -> Iterator[tuple[Path, Any, bool]]:
         """(path, Variable or array, whether it was there before) of all that the call wrote."""

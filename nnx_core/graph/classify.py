@@ -83,6 +83,11 @@ def plain_key(entry: Any) -> Hashable:
     return str(entry)
 
 
+def is_container(value: Any) -> bool:
+    """Whether `value` is a container without identity: a list, a tuple, a dict, a State, a user's pytree."""
+    return kind_of(value) in _CONTAINERS
+
+
 def can_change(value: Any) -> bool:
     """Whether `value` is a container that may change without an object being told: a list, a State, a user's pytree.
 

@@ -15,7 +15,7 @@ from nnx_core._changes import track
 from nnx_core._depth import ROOM
 from nnx_core._trace import Handed, current_trace
 from nnx_core.graph.cells import ArrayCell, Cell
-from nnx_core.graph.classify import can_change, contents, plain_containers, same_things
+from nnx_core.graph.classify import contents, is_container, plain_containers, same_things
 from nnx_core.graph.objects import Object, create, is_array
 from nnx_core.graph.pack import FOUND_BY_KEY, Describe, Group, Leaves, OwnedBy, Owner, Place, Refs, places_below
 from nnx_core.graph.structure import (
@@ -197,7 +197,7 @@ class Unpacker:
         if self.watch is not None:
             self.watch.objects.append((index, obj, track(obj), items.copy(), obj._nnx_marks))
             for key, value in items.items():
-                if can_change(value):
+                if is_container(value):
                     held = list(plain_containers(value))
                     self.watch.containers.append((index, obj, key, list(contents(value)), held))
         return obj

@@ -15,6 +15,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from nnx_core._depth import ROOM
 from nnx_core.graph.pack import Packer, Place, Refs
 from nnx_core.graph.structure import Element, Node, Static, nodes, static
 from nnx_core.graph.unpack import Unpacker
@@ -45,7 +46,7 @@ class Packed:
           from_shapes: whether a `jax.ShapeDtypeStruct` stands for an array. Inside a call it stands for itself.
         """
         packer = Packer((None,), Refs(), trace_numbers=False)
-        root = packer.walk({"args": args, "kwargs": kwargs}, _ROOT)
+        root = packer.pack({"args": args, "kwargs": kwargs}, _ROOT)
         leaves, treedef = jax.tree.flatten(packer.leaves[0])
         arrays: list[jax.ShapeDtypeStruct] = []
         rest = []
@@ -68,18 +69,13 @@ class Packed:
             else:
                 leaves.append(x)
         values, loose = jax.tree.unflatten(self.treedef, leaves)
-        call = Unpacker(((values, loose),), Refs()).build(self.root, None)
+        call = Unpacker(((values, loose),), Refs()).unpack(self.root, None)
         return call["args"], call["kwargs"]
 
     def map_nodes(self, change: Callable[[Node], Node]) -> "Packed":
         """The same call, each Node of its structure changed."""
-
-        def changed(element: Element) -> Element:
-            if type(element) is not Node:
-                return element
-            return change(element._replace(children=tuple(map(changed, element.children))))
-
-        return replace(self, root=changed(self.root))
+        with ROOM:
+            return replace(self, root=_changed(change, self.root))
 
     @functools.cached_property
     def key(self) -> Any:
@@ -94,6 +90,13 @@ class Packed:
         except TypeError:
             return None
         return key
+
+
+def _changed(change: Callable[[Node], Node], element: Element) -> Element:
+    if type(element) is not Node:
+        return element
+    children = [_changed(change, child) for child in element.children]
+    return change(element._replace(children=tuple(children)))
 
 
 def _is_value(x: Any) -> bool:

@@ -79,7 +79,7 @@ def per_gate(*inits: Initializer) -> Initializer:
     def init(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> Any:
         shape = (*shape[:-1], shape[-1] // len(inits))
         keys = jax.random.split(key, len(inits))
-        values: list[Any] = [init(k, shape, dtype) for init, k in zip(inits, keys, strict=True)]
+        values: list[Any] = [start(k, shape, dtype) for start, k in zip(inits, keys, strict=True)]
         if isinstance(values[0], VariableMetadata):
             fused = jnp.concatenate([value.raw_value for value in values], axis=-1)
             return dataclasses.replace(values[0], raw_value=fused)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from nnx_core._depth import ROOM
 from nnx_core._errors import NnxError, Path
 from nnx_core.graph.replay import replay
 from nnx_core.graph.walk import iter_graph
@@ -37,11 +38,14 @@ def stored(variable: Variable[Any]) -> jax.Array:
 
 def mirror(pairs: Iterable[tuple[Path, Any]]) -> Dict[Any]:
     """Nested Dicts: what belongs to the parameter at a path is at the same path."""
+    with ROOM:
+        return _as_dict(nest(pairs))
 
-    def containers(x: Any) -> Any:
-        return Dict({key: containers(value) for key, value in x.items()}) if isinstance(x, dict) else x
 
-    return containers(nest(pairs))
+def _as_dict(level: Any) -> Any:
+    if not isinstance(level, dict):
+        return level
+    return Dict({key: _as_dict(below) for key, below in level.items()})
 
 
 def mirrored(tree: Any, path: Path) -> Any:

@@ -2,11 +2,11 @@
 
 Law: a carry keeps its structure. Objects come back as themselves, with new values. A Variable comes back as itself,
 or another one of the same class and metadata takes its place, as in a State that is rebuilt in each step: then the
-new one's value goes on.
+new one's value goes on. So it is with what stands in an attribute.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from nnx_core._errors import Path, StructureError, show_path
@@ -23,12 +23,13 @@ from nnx_core.graph.structure import (
     Static,
     VariableDef,
     leaf_defs,
+    nodes,
 )
 from nnx_core.transforms.groups import Carry
 from nnx_core.transforms.lift import arguments_of, name_of
 
-#: Index of a Variable of the carry -> index of the new one that came back in its place.
-_Replaced = dict[int, int]
+#: Index of something of the carry -> index of the new thing that came back in its place.
+Replaced = dict[int, int]
 
 
 class Route:
@@ -38,10 +39,12 @@ class Route:
     the order of the structure, each from the cell itself or from the Variable that came back in its place.
     """
 
-    def __init__(self, graphdef: GraphDef, after: After, group: int, replaced: _Replaced):
+    def __init__(self, graphdef: GraphDef, after: After, group: int, replaced: Replaced):
         owned: list[CellDef] = [d for _, d in leaf_defs(graphdef.root) if not isinstance(d, Leaf) and d.group == group]
         travelling = [write.id for write in after.cells if write.group == group]
-        made = [d.id for _, d in leaf_defs(after.result.root) if not isinstance(d, Leaf) and d.group == group]
+        new = [element for change in after.objects for _, element in change.set]
+        defs = [d for element in (*new, after.result.root) for _, d in leaf_defs(element)]
+        made = [d.id for d in defs if not isinstance(d, Leaf) and d.group == group]
         place_of = {index: place for place, index in enumerate((*travelling, *made))}
         self._takes = [place_of[replaced.get(d.id, d.id)] for d in owned]
         self._left_out = frozenset(range(len(place_of))).difference(self._takes)
@@ -65,7 +68,7 @@ class Route:
             returned[place] = value
         if not self._left_out:
             return after, (returned, loose)
-        gone = frozenset(self._replaced)
+        gone = frozenset(self._replaced) & after.travelling
         if not gone <= after.idle:
             raise StructureError(
                 f"{name_of(f)} wrote to a Variable of its carry and returned another one in its place. Expected one of"
@@ -76,17 +79,27 @@ class Route:
         return after, ([x for place, x in enumerate(returned) if place not in self._left_out], loose)
 
 
-def follow(before: Element, after: Element, path: Path, f: Callable[..., Any], replaced: _Replaced) -> None:
-    """Raise StructureError unless a carry came back with the structure it had; note the Variables in `replaced`."""
+def follow(
+    before: Element, after: Element, path: Path, f: Callable[..., Any], replaced: Replaced, *, inside: bool = False
+) -> None:
+    """Raise StructureError unless a carry came back with the structure it had; note what is new in `replaced`.
+
+    Inside of an object, other objects of the same structure may take the place of those that were there.
+    """
     if isinstance(before, Node | VariableDef | Ref) and type(after) is Ref:
         # The thing itself, which is a Ref in a result since the arguments introduced it; or what took its place.
         if before.id is not None and replaced.get(before.id, before.id) == after.id:
             return
-    elif type(before) is Node and type(after) is Node and before.id is None is after.id:
+    elif type(before) is Node and type(after) is Node and _may_follow(before, after, inside):
         if (before.kind, before.keys, before.extra) == (after.kind, after.keys, after.extra):
+            if before.id is not None and after.id is not None:
+                replaced[before.id] = after.id
             for key, given, returned in zip(before.keys, before.children, after.children, strict=True):
-                follow(given, returned, (*path, key), f, replaced)
+                follow(given, returned, (*path, key), f, replaced, inside=inside)
             return
+    elif type(before) is ArrayDef and type(after) is ArrayDef:
+        replaced[before.id] = after.id
+        return
     elif type(before) is VariableDef and type(after) is VariableDef:
         if (before.kind, before.metadata) == (after.kind, after.metadata):
             replaced[before.id] = after.id
@@ -101,6 +114,26 @@ def follow(before: Element, after: Element, path: Path, f: Callable[..., Any], r
         f"  given:    {expected}\n  returned: {found}\n"
         "Update modules in place and return the same objects."
     )
+
+
+def _may_follow(before: Node, after: Node, inside: bool) -> bool:
+    """Whether a container may take the place of a container, or inside of an object a new object that of an object."""
+    return before.id is None is after.id or (inside and before.id is not None is not after.id)
+
+
+def follow_attributes(after: After, parts: Iterable[Element], f: Callable[..., Any], replaced: Replaced) -> None:
+    """As `follow`, for what was set in the objects of a carry, `parts` of the arguments."""
+    objects = {d.id: (path, d) for part in parts for path, d in nodes(part) if type(d) is Node and d.id is not None}
+    for change in after.objects:
+        if change.id not in objects:
+            continue
+        path, before = objects[change.id]
+        children = dict(zip(before.keys, before.children, strict=True))
+        is_alike = change.order is None and not change.removed and change.marks == before.extra
+        if not is_alike or not children.keys() >= dict(change.set).keys():
+            require_no_changes(f, after, "carry")
+        for key, element in change.set:
+            follow(children[key], element, ("carry", *path, key), f, replaced, inside=True)
 
 
 def _told_apart(before: Element, after: Element) -> tuple[str, str]:
@@ -145,9 +178,9 @@ def route_of(f: Callable[..., Any], graphdef: GraphDef, after: After) -> Route:
       StructureError: if `f` did not return it in the form it was given.
     """
     [carry] = arguments_of(graphdef).children
-    replaced: _Replaced = {}
+    replaced: Replaced = {}
+    follow_attributes(after, [carry], f, replaced)
     follow(carry, after.result.root, ("carry",), f, replaced)
-    require_no_changes(f, after, "carry")
     return Route(graphdef, after, 0, replaced)
 
 

@@ -162,25 +162,22 @@ def are_pure(*specs: Any) -> bool:
 def distinct(*specs: Any) -> tuple[Hashable, ...]:
     """The groups that are named anywhere in `specs`, in order of first appearance."""
     groups: dict[Hashable, None] = {}  # a set that keeps its order
-
-    def visit(spec: Any) -> None:
-        if isinstance(spec, FilterGroups):
-            for group in spec.groups:
-                groups.setdefault(group)
-        elif isinstance(spec, State):
-            visit(spec._mapping)
-        elif type(spec) is dict:
-            for child in spec.values():
-                visit(child)
-        elif type(spec) in (list, tuple):
-            for child in spec:
-                visit(child)
-        else:
-            try:
-                groups.setdefault(spec)
-            except TypeError:
-                raise SpecError(f"{spec!r} cannot say how to treat a leaf: it is not hashable. {_HOW}") from None
-
     for spec in specs:
-        visit(spec)
+        _add_groups(spec, groups)
     return tuple(groups)
+
+
+def _add_groups(spec: Any, groups: dict[Hashable, None]) -> None:
+    if isinstance(spec, FilterGroups):
+        for group in spec.groups:
+            groups.setdefault(group)
+    elif isinstance(spec, State):
+        _add_groups(spec._mapping, groups)
+    elif type(spec) in (list, tuple, dict):
+        for child in spec.values() if type(spec) is dict else spec:
+            _add_groups(child, groups)
+    else:
+        try:
+            groups.setdefault(spec)
+        except TypeError:
+            raise SpecError(f"{spec!r} cannot say how to treat a leaf: it is not hashable. {_HOW}") from None

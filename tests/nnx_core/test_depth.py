@@ -20,6 +20,9 @@ class Link(nnx.Module):
         self.array = ones(1)
         self.child = child
 
+    def __call__(self, x):
+        return x * self.weight[...]
+
 
 def chain(depth=DEPTH):
     link = None
@@ -44,6 +47,11 @@ def double(m):
         link.array = link.array * 3
 
 
+def normalized_below(m):
+    """`m` with its deepest Param normalized."""
+    return nnx.WeightNorm(m, variable_filter=lambda path, x: len(path) == DEPTH, rngs=nnx.Rngs(0))
+
+
 PROGRAMS = {
     "split and merge": lambda m: nnx.merge(*nnx.split(m)),
     "clone": nnx.clone,
@@ -53,6 +61,8 @@ PROGRAMS = {
     "jit of a copy": lambda m: nnx.jit(nnx.clone)(m),
     "scan": lambda m: nnx.scan(lambda m, x: (m, x))(m, ones(2))[0],
     "eval_shape": lambda m: (nnx.eval_shape(lambda: chain()), m)[1],
+    "weight norm": lambda m: (normalized_below(m)(ones(1)), m)[1],
+    "tabulate": lambda m: (nnx.tabulate(m, ones(1), depth=1, compute_flops=True), m)[1],
 }
 
 

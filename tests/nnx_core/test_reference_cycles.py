@@ -4,12 +4,14 @@ import gc
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import nnx_core as nnx
 from nnx_core._changes import track
-from tests.support.live_arrays import left_alive
+from tests.support.arrays import ones
+from tests.support.live_arrays import left_alive, left_in_cycles
 
 
 class Net(nnx.Module):
@@ -133,7 +135,15 @@ def recurrent():
 
 
 def tabulate():
-    nnx.tabulate(norm(), x())
+    nnx.tabulate(norm(), x(), compute_flops=True)
+
+
+def weight_norm():
+    nnx.WeightNorm(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))(x())
+
+
+def spectral_norm():
+    nnx.SpectralNorm(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))(x(), update_stats=True)
 
 
 def capture():
@@ -168,6 +178,7 @@ ACTS = {
     for act in (
         split, state, update, pop, views, walks, grad, vjp, scan, vmap, branches, loops, remat, jit, plain_jax,
         optimizer, metrics, recurrent, tabulate, capture,
+        weight_norm, spectral_norm,
     )
 }  # fmt: skip
 ACTS |= {"clone": lambda: nnx.clone(net()), "call": lambda: net()(x())}
@@ -177,6 +188,22 @@ ACTS |= {name: mistake(act) for name, act in MISTAKES.items()}
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_nothing_stays_alive(act):
     assert left_alive(act) == 0
+
+
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+def test_nothing_of_ours_is_in_a_cycle(act):
+    assert left_in_cycles(act) == []
+
+
+@pytest.mark.parametrize("array", [np.ones(3), ones(3)], ids=["on the host", "of JAX"])
+def test_an_array_in_a_cycle_is_seen(array):
+    def act():
+        def visit():
+            return visit, held
+
+        held = array + 1
+
+    assert left_in_cycles(act) == ["builtins.cell"]
 
 
 def test_models_that_are_made_again_and_again():

@@ -8,15 +8,23 @@ Knows nested containers and key tuples; knows nothing of files, modules or optim
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bridge._errors import VariablesMismatchError, listed
+from bridge._errors import CheckpointLayoutError, VariablesMismatchError, listed, show_path
 from bridge._types import Path, Shape
 from bridge.variables.kinds import LINEN_COLLECTIONS
+
+#: Levels of a tree. What is deeper is taken for a container that holds itself.
+DEEPEST = 5_000
+
+#: (path, node) -> its `(key, child)`; None for a leaf.
+Enter = Callable[[Path, Any], Sequence[tuple[Any, Any]] | None]
+#: `(key, result)` of the children of a node.
+Parts = list[tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -112,18 +120,81 @@ def flatten(tree: Any) -> dict[Path, Any]:
     >>> flatten({"params": {"a/b": 1}, "opt_state": [None, {"mu": 2}]})
     {('params', 'a/b'): 1, ('opt_state', '0'): None, ('opt_state', '1', 'mu'): 2}
     """
-    leaves: dict[Path, Any] = {}
+    return dict(walk(tree, every_child))
 
-    def visit(path: Path, node: Any) -> None:
-        below = children(node)
+
+def every_child(path: Path, node: Any) -> list[tuple[str, Any]] | None:
+    """For `walk` and `fold`: go into every container."""
+    return children(node)
+
+
+def walk(tree: Any, enter: Enter) -> Iterator[tuple[Path, Any]]:
+    """`(path, node)` of every node of `tree` that counts as a leaf, in the tree's order.
+
+    A loop, so that a tree may be deeper than Python's stack.
+
+    Args:
+      tree: nested containers.
+      enter: (path, node) -> the `(key, child)` to go into; None for what counts as a leaf.
+
+    Raises:
+      CheckpointLayoutError: there are more than 5,000 levels.
+    """
+    pending: list[tuple[Path, Path, Any]] = [((), (), tree)]
+    while pending:
+        parent, key, node = pending.pop()
+        path = parent + key
+        below = enter(path, node)
         if below is None:
-            leaves[path] = node
-            return
-        for key, child in below:
-            visit((*path, key), child)
+            yield path, node
+        else:
+            pending.extend((path, key, child) for key, child in _as_stack(path, below))
 
-    visit((), tree)
-    return leaves
+
+def fold(tree: Any, enter: Enter, leave: Callable[[Path, Any, Parts | None], Any], prefix: Path = ()) -> Any:
+    """What `leave` makes of `tree`, children before parents, in the tree's order; a loop, too.
+
+    Args:
+      tree: nested containers.
+      enter: as in `walk`.
+      leave: (path, node, what it made of each `(key, child)`; None for a leaf) -> what stands for the node.
+      prefix: the path of `tree` itself.
+
+    Raises:
+      CheckpointLayoutError: there are more than 5,000 levels.
+    """
+    results: list[Any] = []  # of the nodes that are done and whose parents are not
+    pending: list[tuple[Path, Path, Any, list[Any] | None]] = [(prefix, (), tree, None)]
+    while pending:
+        parent, key, node, keys = pending.pop()
+        path = parent + key
+        if keys is not None:  # the last results are those of its children
+            start = len(results) - len(keys)
+            results[start:] = [leave(path, node, list(zip(keys, results[start:], strict=True)))]
+            continue
+        below = enter(path, node)
+        if below is None:
+            results.append(leave(path, node, None))
+            continue
+        pending.append((parent, key, node, [key for key, _ in below]))
+        pending.extend((path, key, child, None) for key, child in _as_stack(path, below))
+    return results[0]
+
+
+def _as_stack(path: Path, below: Sequence[tuple[Any, Any]]) -> list[tuple[Path, Any]]:
+    """(rest of the path, child) of what is below `path`, the last one first.
+
+    The whole path is made when the child's turn comes: before, the paths of all that waits would fill the memory.
+    """
+    if len(path) >= DEEPEST:
+        raise CheckpointLayoutError(
+            "the tree is too deep",
+            f"{show_path(path[:3])}/...",
+            expected=f"at most {DEEPEST} levels",
+            found="more",
+            hint="If a container holds itself, take it out.",
+        )
+    return [((str(key),), child) for key, child in reversed(below)]
 
 
 def flatten_full(tree: Any) -> dict[Path, Any]:
@@ -177,17 +248,17 @@ def map_leaves(function: Callable[[Path, Any], Any], tree: Any) -> Any:
     Empty containers stay as they are. Other pytrees are rebuilt by `jax.tree_util`.
     """
 
-    def visit(path: Path, node: Any) -> Any:
-        below = children(node)
-        if below is None:
-            return node if is_empty(node) else function(path, node)
-        return rebuild(node, [visit((*path, key), child) for key, child in below])
+    def leave(path: Path, node: Any, parts: Parts | None) -> Any:
+        if parts is not None:
+            return rebuild(node, parts)
+        return node if is_empty(node) else function(path, node)
 
-    return visit((), tree)
+    return fold(tree, every_child, leave)
 
 
-def rebuild(node: Any, parts: list[Any]) -> Any:
-    """A container like `node` with the children `parts`, in the order of `children(node)`."""
+def rebuild(node: Any, keyed_parts: Parts) -> Any:
+    """A container like `node` with these children, in the order of `children(node)`."""
+    parts = [part for _, part in keyed_parts]
     kind: Any = type(node)
     if isinstance(node, Mapping):
         return kind(dict(zip(node, parts, strict=True)))
@@ -391,12 +462,15 @@ def unbox(tree: Any, boxed: Iterable[Path], prefix: Path = ()) -> Any:
     """
     wanted = frozenset(boxed)
 
-    def visit(path: Path, node: Any) -> Any:
-        if path in wanted and isinstance(node, Mapping) and set(node) == {"value"}:
-            return node["value"]
-        below = children(node) if isinstance(node, Mapping | list | tuple) else None
-        if below is None:
-            return node
-        return rebuild(node, [visit((*path, key), child) for key, child in below])
+    def is_box(path: Path, node: Any) -> bool:
+        return path in wanted and isinstance(node, Mapping) and set(node) == {"value"}
 
-    return visit(prefix, tree)
+    def enter(path: Path, node: Any) -> Sequence[tuple[str, Any]] | None:
+        return children(node) if isinstance(node, Mapping | list | tuple) and not is_box(path, node) else None
+
+    def leave(path: Path, node: Any, parts: Parts | None) -> Any:
+        if parts is not None:
+            return rebuild(node, parts)
+        return node["value"] if is_box(path, node) else node
+
+    return fold(tree, enter, leave, prefix)

@@ -15,7 +15,7 @@ Knows nested containers and key paths; knows nothing of files, of optax or of mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,18 +49,15 @@ def param_shapes(params: Any) -> dict[Path, Shape]:
     {('Dense_0', 'kernel'): (3, 4)}
     """
     shapes: dict[Path, Shape] = {}
-
-    def visit(path: Path, node: Any) -> None:
-        if isinstance(node, Mapping | list | tuple):
-            for key, child in layout.children(node) or ():
-                visit((*path, key), child)
-            return
+    for path, node in layout.walk(params, _plain_children):
         leaves = list(layout.flatten_full(node).values())  # a box has one, an array is one itself
         if leaves:
             shapes[path], _ = layout.describe(leaves[0])
-
-    visit((), params)
     return shapes
+
+
+def _plain_children(path: Path, node: Any) -> list[tuple[str, Any]] | None:
+    return layout.children(node) if isinstance(node, Mapping | list | tuple) else None
 
 
 def to_raw(opt_state: Any) -> Any:
@@ -72,11 +69,13 @@ def to_raw(opt_state: Any) -> Any:
     >>> sorted(to_raw(optax.chain(optax.trace(0.9), optax.identity()).init({"w": np.zeros(2)}))[0])
     ['trace']
     """
-    below = layout.children(opt_state)
-    if below is None:
-        return None if layout.is_empty(opt_state) else opt_state
-    parts = [(key, to_raw(child)) for key, child in below]
-    if isinstance(opt_state, list) or (isinstance(opt_state, tuple) and not hasattr(opt_state, "_fields")):
+    return layout.fold(opt_state, layout.every_child, _raw)
+
+
+def _raw(path: Path, node: Any, parts: layout.Parts | None) -> Any:
+    if parts is None:
+        return None if layout.is_empty(node) else node
+    if isinstance(node, list) or (isinstance(node, tuple) and not hasattr(node, "_fields")):
         return [child for _, child in parts]
     return dict(parts)
 
@@ -96,8 +95,7 @@ def find_param_nodes(opt_state: Any, params: Mapping[Path, Shape]) -> list[Path]
     [('0', 'mu'), ('0', 'nu')]
     """
     _require_named(params)
-    first_keys = frozenset(path[0] for path in params)
-    return [path for path, _ in _param_nodes((), opt_state, params, first_keys)]
+    return [path for path, _ in _param_nodes(opt_state, params)]
 
 
 def places(opt_state: Any, params: Mapping[Path, Shape]) -> dict[Path, Place]:
@@ -127,26 +125,27 @@ def _start_length(path: Path, params: Mapping[Path, Shape]) -> int:
     return 0
 
 
-def _param_nodes(
-    path: Path, node: Any, params: Mapping[Path, Shape], first_keys: frozenset[str]
-) -> Iterator[tuple[Path, frozenset[Path]]]:
-    """Paths of the params-like nodes in `node`, each with the params it covers."""
-    below = layout.children(node) or []
-    covered: frozenset[Path] = frozenset()
-    if isinstance(node, Mapping) and any(key in first_keys for key, _ in below):
-        covered = _covered(node, params)
-    if covered and not _all_have_tails(node, params):
-        yield path, covered
-        return
-    inside: list[tuple[Path, frozenset[Path]]] = []
-    for key, child in below:
-        inside.extend(_param_nodes((*path, key), child, params, first_keys))
-    # A slot or a label can have the name of a param at the root: {'trace': {'trace': x, 'w': y}}. Then every leaf
-    # seems to hang below that param, and the true node, which covers as many params or more, is further down.
-    if covered and all(len(inner) < len(covered) for _, inner in inside):
-        yield path, covered
-    else:
-        yield from inside
+def _param_nodes(opt_state: Any, params: Mapping[Path, Shape]) -> list[tuple[Path, frozenset[Path]]]:
+    """Paths of the params-like nodes in `opt_state`, each with the params it covers."""
+    first_keys = frozenset(path[0] for path in params)
+    covered: dict[Path, frozenset[Path]] = {}  # path of a node that may be params-like -> what it covers
+
+    def enter(path: Path, node: Any) -> list[tuple[str, Any]] | None:
+        below = layout.children(node)
+        if isinstance(node, Mapping) and any(key in first_keys for key, _ in below or ()):
+            covered[path] = _covered(node, params)
+        return None if covered.get(path) and not _all_have_tails(node, params) else below
+
+    def leave(path: Path, node: Any, parts: layout.Parts | None) -> list[tuple[Path, frozenset[Path]]]:
+        own = covered.get(path, frozenset())
+        inside = [pair for _, part in parts or () for pair in part]
+        # A slot or a label can have the name of a param at the root: {'trace': {'trace': x, 'w': y}}. Then every leaf
+        # seems to hang below that param, and the true node, which covers as many params or more, is further down.
+        if own and all(len(inner) < len(own) for _, inner in inside):
+            return [(path, own)]
+        return inside
+
+    return layout.fold(opt_state, enter, leave)
 
 
 def _covered(node: Any, params: Mapping[Path, Shape]) -> frozenset[Path]:
@@ -211,31 +210,25 @@ def rename_params(opt_state: Any, params: Mapping[Path, Shape], rename: Callable
     _require_order(opt_state, params, renamed)
     nodes = set(find_param_nodes(opt_state, params))
 
-    def visit(path: Path, node: Any) -> Any:
-        if path in nodes:
-            return _rename_node(node, params, renamed)
-        below = layout.children(node)
-        if below is None:
-            return node
-        return layout.rebuild(node, [visit((*path, key), child) for key, child in below])
+    def enter(path: Path, node: Any) -> list[tuple[str, Any]] | None:
+        return None if path in nodes else layout.children(node)
 
-    return visit((), opt_state)
+    def leave(path: Path, node: Any, parts: layout.Parts | None) -> Any:
+        if parts is not None:
+            return layout.rebuild(node, parts)
+        return _rename_node(node, params, renamed) if path in nodes else node
+
+    return layout.fold(opt_state, enter, leave)
 
 
 def _rename_node(node: Any, params: Mapping[Path, Shape], renamed: Mapping[Path, Path]) -> Any:
     """One params-like node under new names. What hangs below a param (a tail) keeps its own containers."""
     moved: dict[Path, Any] = {}
-
-    def collect(path: Path, below: Any) -> None:
+    for path, below in layout.walk(node, lambda path, x: None if path in params else layout.children(x)):
         if path in params:
             moved[renamed[path]] = below
-            return
-        if layout.is_empty(below):
+        elif layout.is_empty(below):
             moved[path] = below
-        for key, child in layout.children(below) or ():
-            collect((*path, key), child)
-
-    collect((), node)
     nested = layout.nest(moved)
     kind: Any = type(node)
     return nested if kind is dict else kind(nested)
@@ -288,21 +281,16 @@ def to_nnx_layout(opt_state: Any, params: Mapping[Path, Shape]) -> dict[Any, Any
     raw = to_raw(opt_state)
     belongs = places(raw, params)
 
-    def visit(path: Path, node: Any) -> Any:
-        if isinstance(node, list):
-            pairs: list[tuple[Any, Any]] = list(enumerate(node))
-        elif isinstance(node, dict):
-            pairs = list(node.items())
-        else:
-            return node
-        kept = {}
-        for key, child in pairs:
-            place = (*path, str(key))
-            if child is not None or belongs[place].param is not None:
-                kept[key] = visit(place, child)
-        return kept
+    def enter(path: Path, node: Any) -> list[tuple[Any, Any]] | None:
+        if not isinstance(node, list | dict):
+            return None
+        pairs = enumerate(node) if isinstance(node, list) else node.items()
+        return [(k, x) for k, x in pairs if x is not None or belongs[(*path, str(k))].param is not None]
 
-    return visit((), raw) or {}
+    def leave(path: Path, node: Any, parts: layout.Parts | None) -> Any:
+        return node if parts is None else dict(parts)
+
+    return layout.fold(raw, enter, leave) or {}
 
 
 def to_linen_layout(opt_state: Any, template: Any = None) -> Any:
@@ -319,15 +307,25 @@ def to_linen_layout(opt_state: Any, template: Any = None) -> Any:
     """
     if template is not None:
         return _like(to_raw(template), opt_state)
-    if isinstance(opt_state, Mapping):
-        parts = {key: to_linen_layout(child) for key, child in opt_state.items()}
-        if not parts or not all(str(key).isdecimal() for key in parts):
-            return parts
-        by_index = {int(key): child for key, child in parts.items()}
-        return [by_index.get(index) for index in range(max(by_index) + 1)]
-    if isinstance(opt_state, list):
-        return [to_linen_layout(child) for child in opt_state]
-    return opt_state
+    return layout.fold(opt_state, _keyed_children, _with_lists)
+
+
+def _keyed_children(path: Path, node: Any) -> list[tuple[Any, Any]] | None:
+    if isinstance(node, Mapping):
+        return list(node.items())
+    return list(enumerate(node)) if isinstance(node, list) else None
+
+
+def _with_lists(path: Path, node: Any, parts: layout.Parts | None) -> Any:
+    """A list for a dict whose keys are indices, with None for those it has not."""
+    if parts is None:
+        return node
+    if isinstance(node, list):
+        return [child for _, child in parts]
+    if not parts or not all(str(key).isdecimal() for key, _ in parts):
+        return dict(parts)
+    by_index = {int(key): child for key, child in parts}
+    return [by_index.get(index) for index in range(max(by_index) + 1)]
 
 
 def _like(template: Any, node: Any) -> Any:

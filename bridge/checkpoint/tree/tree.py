@@ -61,16 +61,15 @@ def depth_first(tree: Tree) -> list[Path]:
             node = node.setdefault(key, {})
         node[path[-1]] = None
     paths: list[Path] = []
-
-    def visit(node: dict[str, Any], path: Path) -> None:
-        full = [key for key in node if (*path, key) not in tree.empty]
-        for key in _ordered(list(node), full):
-            if node[key]:
-                visit(node[key], (*path, key))
-            else:
-                paths.append((*path, key))
-
-    visit(root, ())
+    pending: list[tuple[Path, dict[str, Any] | None]] = [((), root)] if root else []
+    while pending:
+        path, below = pending.pop()
+        if not below:
+            paths.append(path)
+            continue
+        full = [key for key in below if (*path, key) not in tree.empty]
+        ordered = _ordered(list(below), full)
+        pending.extend(((*path, key), below[key]) for key in reversed(ordered))
     return paths
 
 

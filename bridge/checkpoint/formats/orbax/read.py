@@ -211,7 +211,7 @@ class OrbaxSource:
         self._strings = self._load_strings()
         self._key_impls = self._load_key_impls()
         self._arrays = self._open_arrays()
-        self._parts = _PartCache(self._open)
+        self._parts = _PartCache()
         self.tree = self._make_tree()
 
     def __enter__(self) -> OrbaxSource:
@@ -252,7 +252,7 @@ class OrbaxSource:
         _require_memory(self.path, self.tree.leaves[path], _bytes_at_once(store, wanted))
         with reading(self.path, f"the array {show_path(path)}"):
             if wanted != _region(store.shape, None):
-                store = self._parts.get(entry, _chunk_bytes(store))
+                store = self._parts.get(entry, _chunk_bytes(store), self._open)
             future = store[wanted].read()
         return self._value(entry, future)
 
@@ -449,21 +449,22 @@ class OrbaxSource:
 class _PartCache:
     """Handles that keep the chunks of leaves read in part: the largest such chunk, and _CACHE bytes more."""
 
-    def __init__(self, opener: Callable[[_Entry, Any], Any]):
-        self._opener, self._lock = opener, threading.Lock()
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.clear()
 
     def clear(self) -> None:
         self._limit, self._context, self._stores = 0, None, {}
 
-    def get(self, entry: _Entry, chunk_bytes: int) -> Any:
+    def get(self, entry: _Entry, chunk_bytes: int, opener: Callable[[_Entry, Any], Any]) -> Any:
+        """The handle of `entry`. `opener` belongs to the source, which holds this: to keep it would be a cycle."""
         with self._lock:
             if self._context is None or chunk_bytes + _CACHE > self._limit:
                 ts = tensorstore("Reading an Orbax checkpoint")
                 self._limit, self._stores = chunk_bytes + _CACHE, {}
                 self._context = caches(ts, self._limit, _CACHE)
             if entry.path not in self._stores:
-                self._stores[entry.path] = self._opener(entry, self._context).result()
+                self._stores[entry.path] = opener(entry, self._context).result()
             return self._stores[entry.path]
 
 

@@ -10,9 +10,10 @@ from flax.core import freeze
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge._errors import VariablesMismatchError
+from bridge._errors import CheckpointLayoutError, VariablesMismatchError
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.layout import Kind, TreeStructureError, collection_of, detect, flatten, nest
+from bridge.checkpoint.tree.tree import Tree
 
 KEYS = st.text(alphabet="ab/.0_é ", min_size=0, max_size=4)
 LEAVES = st.one_of(st.integers(), st.none(), st.just({}))
@@ -36,6 +37,50 @@ def test_nest_inverts_flatten(tree):
 @given(TREES)
 def test_map_leaves_with_identity_is_identity(tree):
     assert layout.map_leaves(lambda path, leaf: leaf, tree) == tree
+
+
+def deep(levels, leaf=1):
+    for level in range(levels):
+        leaf = {"k": leaf} if level % 2 else [leaf]
+    return leaf
+
+
+def test_trees_are_deeper_than_pythons_stack():
+    path = ("k", "0") * 1_500
+    boxed, tree = deep(3_000, {"value": 1}), deep(3_000)
+    lists = [path[:depth] for depth in range(1, 3_000, 2)]
+    for same in (tree, layout.unbox(boxed, [path]), layout.nest({path: 1}, lists)):
+        assert flatten(same) == {path: 1}
+    assert flatten(layout.map_leaves(lambda at, leaf: len(at) + leaf, tree)) == {path: 3_001}
+    leaves = {path: layout.Leaf(path, (), "int8", 1), ("a",): layout.Leaf(("a",), (), "int8", 1)}
+    assert Tree(leaves).order == (path, ("a",))
+
+
+@pytest.mark.parametrize("container", [dict, list])
+def test_a_container_that_holds_itself(container):
+    tree = {"a": 1, "b": {}} if container is dict else [{}, 1]
+    tree["b" if container is dict else 0] = tree
+    text = r"(?s)the tree is too deep: (b/b/b|0/0/0)/\.\.\..*at most 5000 levels.*more.*take it out"
+    for walked in (flatten, lambda tree: layout.map_leaves(lambda path, leaf: leaf, tree)):
+        with pytest.raises(CheckpointLayoutError, match=text):
+            walked(tree)
+
+
+def test_fold_asks_parents_first_and_makes_children_first():
+    asked, made = [], []
+
+    def enter(path, node):
+        asked.append(path)
+        return layout.children(node) if path != ("b",) else None
+
+    def leave(path, node, parts):
+        made.append(path)
+        return node if parts is None else dict(parts)
+
+    tree = {"a": [1, 2], "b": {"c": 3}, "d": {}}
+    assert layout.fold(tree, enter, leave) == {"a": {"0": 1, "1": 2}, "b": {"c": 3}, "d": {}}
+    assert asked == [(), ("a",), ("a", "0"), ("a", "1"), ("b",), ("d",)]
+    assert made == [("a", "0"), ("a", "1"), ("a",), ("b",), ("d",), ()]
 
 
 def test_flatten_knows_every_container():

@@ -305,3 +305,23 @@ def test_rename_and_back_on_drawn_params(shapes, name):
         {v: k for k, v in table.items()}.__getitem__,
     )
     assert_identical(back, state)
+
+
+# ---- depth -------------------------------------------------------------------------------------------------
+
+
+def test_params_are_deeper_than_pythons_stack():
+    names = ("m",) * 2_000
+    tree = {"w": np.ones(2)}
+    for name in names:
+        tree = {name: tree}
+    path, renamed = (*names, "w"), ("first", *names[1:], "w")
+    params = param_shapes(tree)
+    assert params == {path: (2,)}
+    state = [{"count": 0, "mu": tree}, None]
+    assert find_param_nodes(state, params) == [("0", "mu")]
+    moved = rename_params(state, params, lambda old: renamed)
+    kept = to_nnx_layout(moved, {renamed: (2,)})
+    leaves = layout.flatten(to_linen_layout(kept))
+    assert list(leaves) == [("0", "count"), ("0", "mu", *renamed)]
+    assert layout.flatten(to_raw(moved)).keys() == {*leaves, ("1",)}

@@ -6,6 +6,7 @@ new one's value goes on. So it is with what stands in an attribute.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -28,9 +29,6 @@ from nnx_core.graph.structure import (
 from nnx_core.transforms.groups import Carry
 from nnx_core.transforms.lift import arguments_of, name_of
 
-#: Index of something of the carry -> index of the new thing that came back in its place.
-Replaced = dict[int, int]
-
 
 class Route:
     """From what one step returns for the group Carry to what the next one takes, and back.
@@ -39,7 +37,7 @@ class Route:
     the order of the structure, each from the cell itself or from the Variable that came back in its place.
     """
 
-    def __init__(self, graphdef: GraphDef, after: After, group: int, replaced: Replaced):
+    def __init__(self, graphdef: GraphDef, after: After, group: int, replaced: dict[int, int]):
         owned: list[CellDef] = [d for _, d in leaf_defs(graphdef.root) if not isinstance(d, Leaf) and d.group == group]
         travelling = [write.id for write in after.cells if write.group == group]
         new = [element for change in after.objects for _, element in change.set]
@@ -79,61 +77,86 @@ class Route:
         return after, ([x for place, x in enumerate(returned) if place not in self._left_out], loose)
 
 
-def follow(
-    before: Element, after: Element, path: Path, f: Callable[..., Any], replaced: Replaced, *, inside: bool = False
-) -> None:
-    """Raise StructureError unless a carry came back with the structure it had; note what is new in `replaced`.
+class Following:
+    """How a carry came back from one step of `f`: whether with the structure it had, and what is new in it."""
 
-    Inside of an object, other objects of the same structure may take the place of those that were there.
-    """
-    if isinstance(before, Node | VariableDef | Ref) and type(after) is Ref:
-        # The thing itself, which is a Ref in a result since the arguments introduced it; or what took its place.
-        if before.id is not None and replaced.get(before.id, before.id) == after.id:
+    def __init__(self, f: Callable[..., Any]):
+        self.f = f
+        #: Index of something of the carry -> index of the new thing that came back in its place.
+        self.new: dict[int, int] = {}
+        self._places: Counter[int] = Counter()  # at how many, by the index of what was there
+
+    def follow(self, before: Element, after: Element, path: Path, *, inside: bool = False) -> None:
+        """Raise StructureError unless `after` has the structure of `before`; note what is new.
+
+        Inside of an object, other objects of the same structure may take the place of those that were there.
+        """
+        if isinstance(before, Node | VariableDef | Ref) and type(after) is Ref:
+            # The thing itself, which is a Ref in a result since the arguments introduced it; or what took its place.
+            if before.id is not None and self.new.get(before.id, before.id) == after.id:
+                self._places[before.id] += 1
+                return
+        elif type(before) is Node and type(after) is Node and _may_follow(before, after, inside):
+            if (before.kind, before.keys, before.extra) == (after.kind, after.keys, after.extra):
+                self._note(before.id, after.id)
+                for key, given, returned in zip(before.keys, before.children, after.children, strict=True):
+                    self.follow(given, returned, (*path, key), inside=inside)
+                return
+        elif type(before) is ArrayDef and type(after) is ArrayDef:
+            self._note(before.id, after.id)
             return
-    elif type(before) is Node and type(after) is Node and _may_follow(before, after, inside):
-        if (before.kind, before.keys, before.extra) == (after.kind, after.keys, after.extra):
-            if before.id is not None and after.id is not None:
-                replaced[before.id] = after.id
-            for key, given, returned in zip(before.keys, before.children, after.children, strict=True):
-                follow(given, returned, (*path, key), f, replaced, inside=inside)
+        elif type(before) is VariableDef and type(after) is VariableDef:
+            if (before.kind, before.metadata) == (after.kind, after.metadata):
+                self._note(before.id, after.id)
+                return
+        elif type(before) is type(after) and before == after:
             return
-    elif type(before) is ArrayDef and type(after) is ArrayDef:
-        replaced[before.id] = after.id
-        return
-    elif type(before) is VariableDef and type(after) is VariableDef:
-        if (before.kind, before.metadata) == (after.kind, after.metadata):
-            replaced[before.id] = after.id
-            return
-    elif type(before) is type(after) and before == after:
-        return
-    expected, found = described(before), described(after)
-    if expected == found:
-        expected, found = _told_apart(before, after)
-    raise StructureError(
-        f"{name_of(f)} must return its carry with the structure it was given; {show_path(path)} differs:\n"
-        f"  given:    {expected}\n  returned: {found}\n"
-        "Update modules in place and return the same objects."
-    )
+        raise self._differs(before, after, path)
+
+    def _note(self, before: int | None, after: int | None) -> None:
+        if before is not None and after is not None:  # containers have no index
+            self.new[before] = after
+            self._places[before] += 1
+
+    def follow_attributes(self, after: After, parts: Iterable[Element]) -> None:
+        """As `follow`, for what was set in the objects of a carry, `parts` of the arguments."""
+        objects = {d.id: (path, d) for part in parts for path, d in nodes(part) if type(d) is Node and d.id is not None}
+        for change in after.objects:
+            if change.id not in objects:
+                continue
+            path, before = objects[change.id]
+            children = dict(zip(before.keys, before.children, strict=True))
+            is_alike = change.order is None and not change.removed and change.marks == before.extra
+            if not is_alike or not children.keys() >= dict(change.set).keys():
+                raise _changed(self.f, after)
+            for key, element in change.set:
+                self.follow(children[key], element, ("carry", *path, key), inside=True)
+
+    def require_everywhere(self, parts: Iterable[Element]) -> None:
+        """Raise StructureError if something new came back at one place of the carry, and at another what was there."""
+        places = Counter(getattr(d, "id", None) for part in parts for _, d in nodes(part))
+        for index in self.new:
+            if places[index] != self._places[index]:
+                raise StructureError(
+                    f"{name_of(self.f)} put something new at one place of its carry, where the same Variable or object"
+                    f" stood at {places[index]} places. Expected it at all of them or at none: write to what is there,"
+                    " or replace it everywhere."
+                )
+
+    def _differs(self, before: Element, after: Element, path: Path) -> StructureError:
+        expected, found = described(before), described(after)
+        if expected == found:
+            expected, found = _told_apart(before, after)
+        return StructureError(
+            f"{name_of(self.f)} must return its carry with the structure it was given; {show_path(path)} differs:\n"
+            f"  given:    {expected}\n  returned: {found}\n"
+            "Update modules in place and return the same objects."
+        )
 
 
 def _may_follow(before: Node, after: Node, inside: bool) -> bool:
     """Whether a container may take the place of a container, or inside of an object a new object that of an object."""
     return before.id is None is after.id or (inside and before.id is not None is not after.id)
-
-
-def follow_attributes(after: After, parts: Iterable[Element], f: Callable[..., Any], replaced: Replaced) -> None:
-    """As `follow`, for what was set in the objects of a carry, `parts` of the arguments."""
-    objects = {d.id: (path, d) for part in parts for path, d in nodes(part) if type(d) is Node and d.id is not None}
-    for change in after.objects:
-        if change.id not in objects:
-            continue
-        path, before = objects[change.id]
-        children = dict(zip(before.keys, before.children, strict=True))
-        is_alike = change.order is None and not change.removed and change.marks == before.extra
-        if not is_alike or not children.keys() >= dict(change.set).keys():
-            require_no_changes(f, after, "carry")
-        for key, element in change.set:
-            follow(children[key], element, ("carry", *path, key), f, replaced, inside=True)
 
 
 def _told_apart(before: Element, after: Element) -> tuple[str, str]:
@@ -178,16 +201,27 @@ def route_of(f: Callable[..., Any], graphdef: GraphDef, after: After) -> Route:
       StructureError: if `f` did not return it in the form it was given.
     """
     [carry] = arguments_of(graphdef).children
-    replaced: Replaced = {}
-    follow_attributes(after, [carry], f, replaced)
-    follow(carry, after.result.root, ("carry",), f, replaced)
-    return Route(graphdef, after, 0, replaced)
+    return route(f, graphdef, after, [(("carry",), carry, after.result.root)], 0)
 
 
-def require_no_changes(f: Callable[..., Any], after: After, what: str) -> None:
-    """Raise StructureError if `f` set or removed attributes of an object."""
-    if after.objects:
-        raise StructureError(
-            f"{name_of(f)} set or removed the attributes {after.changed_keys} of an object in its {what}, whose"
-            " structure must stay the same in every step.\nSet them before the loop, or keep the value in a Variable."
-        )
+def route(
+    f: Callable[..., Any], graphdef: GraphDef, after: After, parts: list[tuple[Path, Element, Element]], group: int
+) -> Route:
+    """How the parts of a carry go from step to step: each with its path, as it was given and as it was returned.
+
+    Raises:
+      StructureError: if one did not come back in the form it was given.
+    """
+    following, before = Following(f), [given for _, given, _ in parts]
+    following.follow_attributes(after, before)
+    for path, given, returned in parts:
+        following.follow(given, returned, path)
+    following.require_everywhere(before)
+    return Route(graphdef, after, group, following.new)
+
+
+def _changed(f: Callable[..., Any], after: After) -> StructureError:
+    return StructureError(
+        f"{name_of(f)} set or removed the attributes {after.changed_keys} of an object in its carry, whose"
+        " structure must stay the same in every step.\nSet them before the loop, or keep the value in a Variable."
+    )

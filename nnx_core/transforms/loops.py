@@ -21,7 +21,7 @@ from nnx_core.graph.pack import Leaves
 from nnx_core.graph.structure import GraphDef, Leaf, VariableDef, leaf_defs
 from nnx_core.kinds import RngState
 from nnx_core.transforms.batch import AxisMetadata, axes_of_arguments, check_axes, mapping, with_axis_options
-from nnx_core.transforms.carry import Replaced, Route, carried, follow, follow_attributes, route_of
+from nnx_core.transforms.carry import Route, carried, route, route_of
 from nnx_core.transforms.groups import Carry, distinct
 from nnx_core.transforms.lift import (
     Form,
@@ -139,11 +139,8 @@ class _Scan:
         result = list(carried(after.result.root, self.lifted.outputs, ("result",)))
         if len(before) != len(result):
             raise SpecError(f"scan: in_axes has {len(before)} Carry and out_axes has {len(result)}; give both as many.")
-        replaced: Replaced = {}
-        follow_attributes(after, [element for _, element in before], self.lifted.f, replaced)
-        for (path, given), (_, returned) in zip(before, result, strict=True):
-            follow(given, returned, path, self.lifted.f, replaced)
-        return Route(graphdef, after, _CARRY, replaced)
+        parts = [(path, given, back) for (path, given), (_, back) in zip(before, result, strict=True)]
+        return route(self.lifted.f, graphdef, after, parts, _CARRY)
 
 
 def _moved_to_front(leaves: Leaves, axis: int) -> Leaves:
@@ -307,6 +304,7 @@ def _fori_scan(body_fun: Callable[[Any, Any], Any], lower: int, upper: int, unro
     def step(carry: Any, i: Any) -> Any:
         return body_fun(i, carry)
 
+    step.__name__ = step.__qualname__ = name_of(body_fun)  # for errors
     return scan(
         step,
         length=upper - lower,

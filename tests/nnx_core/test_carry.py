@@ -181,6 +181,74 @@ def test_errors_tell_apart_what_reads_the_same():
         in_scan(twice, (nnx.Param(ones(2)), nnx.Param(ones(2))))
 
 
+# ---- what is set anew in an object
+
+
+class Pair(nnx.Module):
+    def __init__(self):
+        self.a = nnx.Param(ones(2))
+        self.layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+
+
+def new_variable(m):
+    m.a = nnx.Param(m.a[...] + 1)
+    return m
+
+
+def new_layer(m):
+    old = m.layer.kernel[...]
+    m.layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    m.layer.kernel[...] = old * 2
+    return m
+
+
+@loops
+@pytest.mark.parametrize("body", [new_variable, new_layer], ids=lambda f: f.__name__)
+def test_a_variable_or_layer_that_is_set_anew_goes_on(loop, body):
+    m, expected = Pair(), in_python(body, Pair())
+    result = loop(body, m)
+    assert result is m
+    assert_trees_equal(values(nnx.state(m)), values(nnx.state(expected)))
+
+
+@loops
+def test_a_shared_variable_that_is_set_anew_at_one_place_only_is_refused(loop):
+    m = Pair()
+    m.again = m.a
+    with pytest.raises(StructureError, match=r"put something new at one place of its carry, .* stood at 2 places"):
+        loop(new_variable, m)
+
+    v = nnx.Param(ones(2))
+    m = nnx.Dict(v=v)
+    with pytest.raises(StructureError, match=r"put something new at one place|differs"):
+        loop(lambda c: (nnx.Param(c[0][...] + 1), c[1]), (v, m))
+    assert m.v is v
+
+
+def adds(m):
+    m.more = m.a[...] + 1
+    return m
+
+
+def removes(m):
+    del m.layer
+    return m
+
+
+def retypes(m):
+    m.a = nnx.BatchStat(m.a[...])
+    return m
+
+
+@loops
+@pytest.mark.parametrize("body", [adds, removes, retypes], ids=lambda f: f.__name__)
+def test_another_structure_is_refused(loop, body):
+    m = Pair()
+    with pytest.raises(StructureError, match=r"set or removed the attributes|must return its carry"):
+        loop(body, m)
+    assert sorted(vars(m)) == ["a", "layer"]
+
+
 # ---- axis None
 
 

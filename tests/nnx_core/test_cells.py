@@ -22,6 +22,7 @@ class Table(nnx.Module):
         self.c_array = ones(3) * 3
         self.items = nnx.data([ones(3) * 4, (ones(3) * 5, {"x": ones(3) * 6})])
         self.named = nnx.data({"k": ones(3) * 7, "still": "a string"})
+        self.pair = nnx.data((ones(3) * 9, ones(2)))
         self.z_weight = nnx.Param(ones(3) * 8)
         self.count = nnx.data(0)
 
@@ -45,6 +46,10 @@ def by_new_containers(m):
     m.named = {"k": m.named["k"] + 10, "still": "a string"}
 
 
+def by_new_tuple(m):
+    m.pair = (m.pair[0] + 1, m.pair[1])
+
+
 def by_update(m):
     nnx.update(m, {"c_array": m.c_array * 5})
 
@@ -58,12 +63,12 @@ def nothing(m):
 
 
 def all_of_it(m):
-    for write in (by_attribute, by_item, by_new_containers, by_update, by_number):
+    for write in (by_attribute, by_item, by_new_containers, by_new_tuple, by_update, by_number):
         write(m)
     m.b_weight[...] = m.b_weight[...] + m.a_array
 
 
-WRITES = [nothing, by_attribute, by_item, by_new_containers, by_update, by_number, all_of_it]
+WRITES = [nothing, by_attribute, by_item, by_new_containers, by_new_tuple, by_update, by_number, all_of_it]
 writes = pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
 
 

@@ -64,6 +64,8 @@ def _array_filled(old: jax.Array, value: Any, where: Where) -> jax.Array:
         and not (_is_weak(value) and not _is_weak(old))
     ):
         new = _cast(value, old, where)
+        if new.ndim == 0 and old.ndim and isinstance(old, jax.core.Tracer):
+            return old.at[...].set(new)  # a function of `old`, or what is compiled would not know on which devices
         if new.ndim == 0 and old.ndim:
             return jax.lax.full_like(old, new)  # nothing larger than `value` on other devices than those of `old`
         value = _broadcast(new, value, old, where)

@@ -505,3 +505,21 @@ def _updated(x):
     metric = nnx.metrics.Average()
     metric.update(values=x)
     return metric
+
+
+@pytest.mark.parametrize("options", [{}, {"donate_argnums": 0}], ids=["jit", "donated"])
+def test_a_reset_inside_of_jit_stays_on_its_devices(options):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = NamedSharding(mesh, P("d"))
+
+    def devices(lib):
+        v = lib.Variable(jax.device_put(jnp.ones((8, 2)), place))
+
+        def reset(v):
+            v[...] = 0.0
+
+        lib.jit(reset, **options)(v)
+        assert float(v[...].sum()) == 0
+        return v[...].sharding.device_set
+
+    assert devices(nnx) == devices(flax.nnx)

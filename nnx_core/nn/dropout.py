@@ -46,7 +46,6 @@ class Dropout(Module):
           MissingRngsError: `rngs` is none of the above.
 
         >>> import jax.numpy as jnp
-    from jax import lax
         >>> import nnx_core as nnx
         >>> layer = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=0))
         >>> sorted(set(layer(jnp.ones(100)).tolist()))

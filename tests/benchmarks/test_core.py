@@ -16,7 +16,7 @@ def test_the_command_writes_every_figure(tmp_path, imports, monkeypatch):
     out = tmp_path / "core.json"
     app(["core", "--repeats", "1", "--layers", "2", "--json", str(out)], standalone_mode=False)
     found = {row["figure"]: row["found"] for row in json.loads(out.read_text())["figures"]}
-    assert len(found) == 13
+    assert len(found) == 15
     assert all(value > 0 for name, value in found.items() if not name.startswith("recompilations"))
 
 

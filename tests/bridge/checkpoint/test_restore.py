@@ -150,7 +150,7 @@ def test_another_optimizer(trained):
 
 def test_a_wrong_dtype(trained):
     model, optimizer = pair()
-    model.last.bias[...] = model.last.bias.astype(jnp.bfloat16)
+    model.last.bias.set_value(model.last.bias.astype(jnp.bfloat16))
     refused(trained, model, optimizer, VariablesMismatchError, r"params/last/bias: expected bfloat16, found float32")
 
 

@@ -161,10 +161,6 @@ class OrbaxSink(ResumableSink):
         if anew:
             shutil.rmtree(self._content, ignore_errors=True)
             self._root.mkdir(parents=True)
-        # tensorstore writes a file under the name of its lock and renames it. What a killed run left of one is written
-        # over, and if it was longer, its end stays: a manifest that cannot be decoded.
-        for lock in self._content.rglob("*.__lock"):
-            lock.unlink(missing_ok=True)
 
     def _put(self, leaves: Mapping[Path, Any]) -> list[Record]:
         rows = {path: row_of(path, value) for path, value in leaves.items()}

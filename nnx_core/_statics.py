@@ -1,12 +1,14 @@
 """Configuration as part of a structure: whatever it is, it can be hashed and compared.
 
-Law: two values are the same configuration if they have one type and `==` says so; where `==` raises, or answers with
-an array, only if they are one object. A hash is used where there is one; else the type stands in. What has no hash
-can mostly be changed in place, so it is compared as it was when it was read: a change is seen.
+Law: two values are the same configuration if they have one type and `==` says so (numpy arrays by their bits); where
+`==` raises, or answers with an array, only if they are one object. A hash is used where there is one; else the type
+stands in. What has no hash can mostly be changed in place, so it is compared as it was when it was read: a change is
+seen (but JAX takes a numpy array that a function uses as a constant for what it was when it first saw it).
 Knows nothing of graphs.
 """
 
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -75,10 +77,14 @@ def _same(a: Any, b: Any) -> bool:
         return True
     if type(a) is not type(b):
         return False
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
     if type(a) in (tuple, list):  # item by item: == says that (1,) and (1.0,) are equal
         return len(a) == len(b) and all(map(_same, a, b))
+    if type(a) is dict:
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     try:
         answer = a == b
     except Exception:  # noqa: BLE001  # whatever the class raises; arrays in a tuple raise ValueError
-        return False
+        return dataclasses.is_dataclass(a) and _same(vars(a), vars(b))  # which compare their fields as a tuple
     return isinstance(answer, bool | np.bool_) and bool(answer)

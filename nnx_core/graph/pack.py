@@ -49,7 +49,7 @@ from nnx_core.graph.classify import (
     kind_of,
     one_level,
 )
-from nnx_core.graph.objects import Object
+from nnx_core.graph.objects import Object, is_data
 from nnx_core.graph.structure import (
     REF_LEAF,
     REF_VARIABLE,
@@ -245,6 +245,7 @@ class Packer:
     def walk(self, x: Any, place: Place, owner: Owner = None) -> Element:
         """As `pack`, from within a walk."""
         if place.spec is AS_STATIC:
+            require_configuration(x, place.path)
             return self.static(x)
         kind = kind_of(x)
         if kind == VARIABLE:
@@ -448,6 +449,15 @@ def show(treatment: Spec) -> str:
     if treatment is None:
         return "not mapped"
     return f"axis {treatment}" if type(treatment) is int else str(treatment)
+
+
+def require_configuration(x: Any, path: Path) -> None:
+    """Raise SpecError if `x`, a static argument, is or holds data: it would be seen as it was at the first call."""
+    if is_data(x):
+        raise SpecError(
+            f"{show_path(path)}, a static argument, is or holds arrays, Variables or modules: found a"
+            f" {type(x).__name__}. Expected configuration. Pass it as an argument that is not static."
+        )
 
 
 def require_graph(x: Any, function: str) -> None:

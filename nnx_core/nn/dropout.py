@@ -31,28 +31,28 @@ def _axes_of(inputs: jax.Array, shape: Sequence[int]) -> NamedSharding | None:
 class Dropout(Module):
     """Zeroes each value with probability `rate` and divides the others by 1 - rate, so the mean stays.
 
-        Srivastava et al. 2014 (https://jmlr.org/papers/v15/srivastava14a.html). The layer forks its own stream
-        from `rngs` (state paths `rngs/key`, `rngs/count`): it draws a key a call in training, none in evaluation.
+    Srivastava et al. 2014 (https://jmlr.org/papers/v15/srivastava14a.html). The layer forks its own stream
+    from `rngs` (state paths `rngs/key`, `rngs/count`): it draws a key a call in training, none in evaluation.
 
-        Args:
-          rate: probability to drop a value, in [0, 1].
-          broadcast_dims: axes along which the mask is the same.
-          deterministic: True returns the input as it is; False drops; None leaves it to the call.
-          rng_collection: the stream of `rngs` to draw from.
-          rngs: an Rngs, a stream, or None if each call brings its own.
+    Args:
+      rate: probability to drop a value, in [0, 1].
+      broadcast_dims: axes along which the mask is the same.
+      deterministic: True returns the input as it is; False drops; None leaves it to the call.
+      rng_collection: the stream of `rngs` to draw from.
+      rngs: an Rngs, a stream, or None if each call brings its own.
 
-        Raises:
-          OptionError: `rate` is outside [0, 1].
-          MissingRngsError: `rngs` is none of the above.
+    Raises:
+      OptionError: `rate` is outside [0, 1].
+      MissingRngsError: `rngs` is none of the above.
 
-        >>> import jax.numpy as jnp
-        >>> import nnx_core as nnx
-        >>> layer = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=0))
-        >>> sorted(set(layer(jnp.ones(100)).tolist()))
-        [0.0, 2.0]
-        >>> layer.eval()
-        >>> layer(jnp.ones(3))
-        Array([1., 1., 1.], dtype=float32)
+    >>> import jax.numpy as jnp
+    >>> import nnx_core as nnx
+    >>> layer = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=0))
+    >>> sorted(set(layer(jnp.ones(100)).tolist()))
+    [0.0, 2.0]
+    >>> layer.eval()
+    >>> layer(jnp.ones(3))
+    Array([1., 1., 1.], dtype=float32)
     """
 
     def __init__(

@@ -240,8 +240,13 @@ def retypes(m):
     return m
 
 
+def counts(m):
+    m.layer.out_features += 1  # configuration, which the second step would not see
+    return m
+
+
 @loops
-@pytest.mark.parametrize("body", [adds, removes, retypes], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("body", [adds, removes, retypes, counts], ids=lambda f: f.__name__)
 def test_another_structure_is_refused(loop, body):
     m = Pair()
     with pytest.raises(StructureError, match=r"set or removed the attributes|must return its carry"):

@@ -177,6 +177,11 @@ def abstract_without_a_mesh():
     nnx.as_abstract(nnx.eval_shape(lambda: nnx.Linear(4, 4, kernel_init=init, rngs=nnx.Rngs(0))))
 
 
+def replaced_once(_, m):
+    m.a = nnx.Param(m.a[...] + 1)
+    return m
+
+
 def taken(method, *args):
     getattr(Affine(), method)(*args)
 
@@ -184,6 +189,16 @@ def taken(method, *args):
 # name: (what to do, class, text); what to do about it is part of each text.
 CASES = {
     # transforms and their options
+    "a Variable of a carry replaced at one of two places": (
+        lambda: nnx.fori_loop(0, 2, replaced_once, nnx.Dict(a=(v := nnx.Param(X)), b=v)),
+        "StructureError",
+        r"replaced_once put something new at one place of its carry, .* stood at 2 places\. Expected it at all of them",
+    ),
+    "a static argument that holds arrays": (
+        lambda: nnx.jit(lambda c: None, static_argnums=0)([X]),
+        "SpecError",
+        r"^args\[0\], a static argument, is or holds arrays, Variables or modules: found a list\. Expected",
+    ),
     "one new Ref at two places": (
         lambda: nnx.jit(lambda x: [jax.new_ref(x)] * 2)(X),
         "StructureError",

@@ -143,6 +143,24 @@ def test_a_change_in_place_is_seen():
     assert len(traces) == 3  # as it was at first
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda: np.ones(2), lambda: ones(2), lambda: [np.ones(2)], lambda: model(nnx, Config()), lambda: nnx.Param(1)],
+)
+def test_a_static_argument_that_holds_data_is_refused(make):
+    with pytest.raises(ValueError, match=r"args\[0\], a static argument, is or holds arrays.*not static"):
+        nnx.jit(lambda c, x: x, static_argnums=0)(make(), 1.0)
+
+
+def test_a_config_that_holds_an_array_is_compared_by_its_bits():
+    a, b, c = (Config(names={"table": np.arange(n)}) for n in (3, 3, 4))
+    assert fixed(a) == fixed(b)
+    assert fixed(a) != fixed(c)
+    seen = fixed(a)
+    a.names["table"][0] = 7
+    assert not seen.is_current
+
+
 def test_a_set_as_configuration():
     m = model(nnx, Config())
     m.choices = {1, 2}
@@ -180,7 +198,8 @@ def test_metadata_of_any_kind():
         (Doubtful(), Doubtful(), False),
         (Refusing(), Refusing(), False),
         (np.float32, np.float32, True),
-        ((np.ones(2),), (np.ones(2),), False),
+        ((np.ones(2),), (np.ones(2),), True),
+        ((np.ones(2),), (np.ones(3),), False),
         (jnp.dtype("float32"), jnp.dtype("float32"), True),
     ],
 )

@@ -81,7 +81,8 @@ def _without_rules(jaxpr: Jaxpr) -> Jaxpr:
         if eqn.primitive in (custom_jvp_call_p, custom_vjp_call_p):
             eqn = eqn.replace(primitive=closed_call_p, params={"call_jaxpr": eqn.params["call_jaxpr"]})
         eqns.append(eqn.replace(params={key: _cleaned(value) for key, value in eqn.params.items()}))
-    return jaxpr.replace(eqns=eqns)
+    # `constvars` too: from jax 0.12 on a jaxpr holds its constants, unless it is told of the variables anew.
+    return jaxpr.replace(constvars=jaxpr.constvars, eqns=eqns)
 
 
 def _cleaned(parameter: Any) -> Any:

@@ -10,7 +10,6 @@ import pickle
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx as flax_nnx
 
 import nnx_core as nnx
 from tests.oracle import same
@@ -287,8 +286,6 @@ def test_a_model_turned_to_refs_inside_of_a_transform(wrap):
     assert made.kernel.has_ref
     assert not model.kernel.has_ref
     assert_trees_equal(made.kernel[...], model.kernel[...])
-    flax_model = flax_nnx.Linear(2, 3, rngs=flax_nnx.Rngs(0))
-    assert flax_nnx.jit(lambda m: flax_nnx.with_vars(m, ref=True))(flax_model).kernel.has_ref
 
 
 def test_an_attribute_that_is_turned_to_a_ref_inside_of_jit():

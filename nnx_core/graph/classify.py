@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from nnx_core._changes import track
 from nnx_core.graph.objects import Object, is_array
 from nnx_core.state import State, sorted_keys
 from nnx_core.variables import Variable
@@ -106,10 +107,11 @@ _OPEN, _CLOSE, _ARRAY = object(), object(), object()
 _DEEPEST = 1_000
 
 
-def contents(container: Any, depth: int = 0) -> Iterator[Any]:
+def contents(container: Any, *, deep: bool = True, depth: int = 0) -> Iterator[Any]:
     """What is in a container, one by one, nested containers between brackets; objects are not entered.
 
     An array stands for any array: another one in its place is a change of value, not of what the container holds.
+    Without `deep` a State stands for its version, which counts its changes: a plan asks at every call.
     One by one, since a list that was made to hold itself has no end.
 
     Raises:
@@ -119,6 +121,11 @@ def contents(container: Any, depth: int = 0) -> Iterator[Any]:
         raise RecursionError
     kind = kind_of(container)
     yield _OPEN
+    if kind == STATE and not deep:
+        yield container
+        yield track(container)
+        yield _CLOSE
+        return
     if kind == STATE:
         container = container._mapping
     if isinstance(container, dict):
@@ -133,19 +140,19 @@ def contents(container: Any, depth: int = 0) -> Iterator[Any]:
     for x in children:
         child_kind = kind_of(x)
         if child_kind in _CONTAINERS:
-            yield from contents(x, depth + 1)
+            yield from contents(x, deep=deep, depth=depth + 1)
         else:
             yield _ARRAY if child_kind == ARRAY else x
     yield _CLOSE
 
 
-def holds_still(container: Any, before: Sequence[Any]) -> bool:
+def holds_still(container: Any, before: Sequence[Any], *, deep: bool = True) -> bool:
     """Whether the contents of `container` are those read `before`; read no further than to the first difference.
 
     By identity, since == of arrays is an array. Both end where their first bracket is closed, so neither can be
     the beginning of the other.
     """
-    return kind_of(container) in _CONTAINERS and all(map(is_, before, contents(container)))
+    return kind_of(container) in _CONTAINERS and all(map(is_, before, contents(container, deep=deep)))
 
 
 def plain_containers(value: Any) -> Iterator[Any]:

@@ -393,7 +393,7 @@ class Packer:
         if kind == STATIC or (kind == NUMBER and obj._nnx_mark(key) is None):
             return self.static(value)
         if can_change(value):
-            self.containers.append((obj, key, list(contents(value))))
+            self.containers.append((obj, key, list(contents(value, deep=False))))
         return self.walk(value, place.below(key), OwnedBy(obj, (key,)))
 
 

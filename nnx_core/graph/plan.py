@@ -17,6 +17,7 @@ from nnx_core.graph.classify import holds_still
 from nnx_core.graph.objects import Object
 from nnx_core.graph.pack import Leaves, Packer, Refs
 from nnx_core.graph.structure import GraphDef
+from nnx_core.state import State
 from nnx_core.variables import Variable
 
 
@@ -115,7 +116,7 @@ class Plan:
 
 def _held(x: Any) -> Any:
     """`x`, or a weak reference to it where holding it would keep a graph alive."""
-    return weakref.ref(x) if isinstance(x, Object) else x
+    return weakref.ref(x) if isinstance(x, Object | State) else x
 
 
 def _container(owner: Object, key: Hashable, contents: list[Any]) -> tuple[Any, Hashable, list[Any]]:
@@ -128,4 +129,4 @@ def _same_contents(entry: tuple[Any, Hashable, list[Any]]) -> bool:
     if owner is None:
         return False
     alive = [x() if type(x) is weakref.ReferenceType else x for x in before]  # at every call, as in `leaves`
-    return holds_still(owner._nnx_items().get(key), alive)
+    return holds_still(owner._nnx_items().get(key), alive, deep=False)

@@ -12,9 +12,10 @@ from typing import Any
 from nnx_core import _trace
 from nnx_core import filters as filterlib
 from nnx_core._depth import ROOM
-from nnx_core._errors import Path, SharedReferenceError, show_path
+from nnx_core._errors import Path, show_path
 from nnx_core.graph.classify import DICT, PYTREE, SEQUENCE, STATE, children, kind_of, one_level
 from nnx_core.graph.objects import Object, is_data
+from nnx_core.graph.pack import Packer, Place, Refs
 from nnx_core.modes import sharing_allowed
 from nnx_core.variables import Variable
 
@@ -55,11 +56,7 @@ def require_unshared(node: Any) -> None:
     Raises:
       SharedReferenceError: naming both paths, if an object or Variable is reached twice.
     """
-    first: dict[int, Path] = {}
-    for path, x, is_known in _reached(node):
-        if is_known:
-            raise SharedReferenceError(type(x).__name__, first[id(x)], path)
-        first[id(x)] = path
+    Packer((None,), Refs(), allow_sharing=False, trace_numbers=False).pack(node, Place((), None, 0))
 
 
 def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Hashable, Any]]:
@@ -143,25 +140,18 @@ def find_duplicates(node: Any, /, *, only: filterlib.Filter = ...) -> list[list[
     """Paths of every object and Variable that is reached more than once, a list each, in walking order."""
     predicate = filterlib.to_predicate(only)
     paths: dict[int, list[Path]] = {}  # by id, from the first path on that `only` matches
-    for path, x, _ in _reached(node):
-        if id(x) in paths or predicate(path, x):
-            paths.setdefault(id(x), []).append(path)
-    return [shared for shared in paths.values() if len(shared) > 1]
-
-
-def _reached(node: Any) -> Iterator[tuple[Path, Any, bool]]:
-    """(path, thing, whether it was reached before) of each object and Variable, at each path, parents first."""
     seen: dict[int, Any] = {}  # by id; held here, so that no id is used twice
     pending: list[tuple[Path, Any]] = [((), node)]
     while pending:
         path, x = pending.pop()
         if isinstance(x, Object | Variable):
-            is_known = id(x) in seen
-            yield path, x, is_known
-            if is_known:
+            if id(x) in paths or predicate(path, x):
+                paths.setdefault(id(x), []).append(path)
+            if id(x) in seen:
                 continue
             seen[id(x)] = x
         pending.extend(((*path, key), child) for key, child in reversed(children(x)))
+    return [shared for shared in paths.values() if len(shared) > 1]
 
 
 def locate(thing: Any) -> str | None:

@@ -15,7 +15,7 @@ from nnx_core._errors import FilterError, Path, StateMismatchError
 from nnx_core._trace import is_handed
 from nnx_core.graph._errors import LeafCountError, PopError, ReadOnlyError
 from nnx_core.graph.cells import ArrayCell, Cell, require_writable
-from nnx_core.graph.classify import ARRAY, DICT, NUMBER, PYTREE, SEQUENCE, STATE, children, kind_of
+from nnx_core.graph.classify import ARRAY, NUMBER, children, is_container, kind_of
 from nnx_core.graph.objects import Object, set_plan
 from nnx_core.graph.pack import Leaves, Packer, Place, Refs, apart, in_order, require_graph
 from nnx_core.graph.plan import Plan
@@ -28,7 +28,6 @@ from nnx_core.variables import Variable, is_ref
 
 A = TypeVar("A")
 ABSENT: Any = object()
-PLAIN = (SEQUENCE, DICT, STATE, PYTREE)
 
 
 def plan_of(node: Any, *, allow_sharing: bool = True) -> Plan:
@@ -159,27 +158,32 @@ def merge(
     refs = Refs()
     # As `raw_value_of`, without its call: this is what a merge of many Variables does most.
     values = [leaf._raw_value if isinstance(leaf, Variable) else leaf for leaf in leaves]
-    adopted = _adopted(graphdef, leaves, recreate_variables if copy is None else copy)
+    variables = variables_by_index(graphdef, leaves)
+    adopted = _adopted(variables, recreate_variables if copy is None else copy)
     unpacker = Unpacker((apart(graphdef, values),), refs, templates=graphdef.templates, adopted=adopted)
     merged = unpacker.unpack(graphdef.root, None)
-    for place, leaf in zip(graphdef.layout, leaves, strict=True):
-        if place.id is not None and isinstance(leaf, Variable):
-            variable = refs.objects[place.id]
-            # What a State says of a Variable is newer than the structure.
-            if variable._var_metadata != leaf._var_metadata:
-                variable.set_metadata(leaf._var_metadata)
+    for index, leaf in variables.items():
+        variable = refs.objects[index]
+        # What a State says of a Variable is newer than the structure.
+        if variable._var_metadata != leaf._var_metadata:
+            variable.set_metadata(leaf._var_metadata)
     return merged
 
 
-def _adopted(graphdef: GraphDef, leaves: list[Any], copy: bool | None) -> dict[int, Variable[Any]]:
-    """By index, the Variables that become part of the merged graph themselves."""
-    if copy:
-        return {}
+def variables_by_index(graphdef: GraphDef, leaves: list[Any]) -> dict[int, Variable[Any]]:
+    """The Variables among the leaves of a structure, which may be raw values instead, by their index in it."""
     variables: dict[int, Variable[Any]] = {}
     for place, leaf in zip(graphdef.layout, leaves, strict=True):
-        if place.id is not None and isinstance(leaf, Variable) and (copy is False or is_handed(leaf._trace_state)):
+        if place.id is not None and isinstance(leaf, Variable):
             variables[place.id] = leaf
     return variables
+
+
+def _adopted(variables: dict[int, Variable[Any]], copy: bool | None) -> dict[int, Variable[Any]]:
+    """The Variables that become part of the merged graph themselves."""
+    if copy is not None:
+        return {} if copy else variables
+    return {index: v for index, v in variables.items() if is_handed(v._trace_state)}
 
 
 def _state_of(state: Any) -> Any:
@@ -505,7 +509,7 @@ def _popped_from_dicts(owners: Iterable[Any], popped: Mapping[int, Path]) -> lis
         container = stack.pop()
         for key, x in children(container):
             if id(x) not in popped:
-                stack += [x] if kind_of(x) in PLAIN else []
+                stack += [x] if is_container(x) else []
             elif isinstance(container, dict | State):
                 places.append((container, key))
             else:
@@ -516,7 +520,7 @@ def _popped_from_dicts(owners: Iterable[Any], popped: Mapping[int, Path]) -> lis
 def _plain_containers(owner: Any) -> list[Any]:
     """The containers without identity in an object, or `owner` itself if it is one."""
     items = owner._nnx_items().values() if isinstance(owner, Object) else [owner]
-    return [x for x in items if kind_of(x) in PLAIN]
+    return list(filter(is_container, items))
 
 
 def clone(

@@ -12,7 +12,18 @@ import jax
 from nnx_core import filters as filterlib
 from nnx_core._errors import NotAGraphError, Path
 from nnx_core.graph._errors import DuplicateVariableError, IndexSpaceError, StaticDataError
-from nnx_core.graph.api import ABSENT, BARE, by_path, graphdef, is_bare, merge, raw_value_of, split, update
+from nnx_core.graph.api import (
+    ABSENT,
+    BARE,
+    by_path,
+    graphdef,
+    is_bare,
+    merge,
+    raw_value_of,
+    split,
+    update,
+    variables_by_index,
+)
 from nnx_core.graph.objects import Object, is_data
 from nnx_core.graph.pack import Leaves, OwnedBy, Packer, Place, Refs, apart, in_order
 from nnx_core.graph.structure import GraphDef, Node, Ref, Template, VariableDef, call_with, nodes
@@ -116,7 +127,7 @@ class _Reusing(Unpacker):
     Args:
       reuse: by index, what to fill instead of making it new.
       variables: by index, those the values come from; what they say of type and metadata is newer than the structure.
-      adopt: put the given Variables themselves into the result.
+      adopted: those of them that become part of the result themselves.
       recreate: make Variables of values that come without one; False leaves such a value as it is.
     """
 
@@ -127,18 +138,16 @@ class _Reusing(Unpacker):
         templates: dict[int, Template],
         reuse: dict[Index, Any],
         variables: dict[Index, Variable[Any]],
-        adopt: bool,
+        adopted: dict[Index, Variable[Any]],
         recreate: bool,
     ):
-        super().__init__(leaves, refs, templates=templates)
-        self.reuse, self.variables, self.adopt, self.recreate = reuse, variables, adopt, recreate
+        super().__init__(leaves, refs, templates=templates, adopted=adopted)
+        self.reuse, self.variables, self.recreate = reuse, variables, recreate
 
     def _variable(self, d: VariableDef, place: Place | None) -> Any:
         old, leaf = self.reuse.get(d.id), self.variables.get(d.id)
-        if old is None and leaf is not None and self.adopt:
-            next(self.values[d.group])  # its own, which it has
-            self.refs.add(leaf, place)
-            return leaf
+        if old is None and d.id in self.adopted:
+            return super()._variable(d, place)
         if old is None and leaf is None and not self.recreate:
             value = next(self.values[d.group])
             self.refs.add(value, place)
@@ -217,10 +226,7 @@ def unflatten(
     if outer_index_outer_ref is not None and isinstance(graphdef, UpdateDef):
         reuse = {i: outer_index_outer_ref.objects[o] for i, o in graphdef.outer}
     leaves = by_path(graphdef.paths, (list(state) if isinstance(state, tuple) else state,), require_all=True)
-    variables: dict[Index, Variable[Any]] = {}
-    for place, leaf in zip(graphdef.layout, leaves, strict=True):
-        if place.id is not None and isinstance(leaf, Variable):
-            variables[place.id] = leaf
+    variables = variables_by_index(graphdef, leaves)
     values = apart(graphdef, [raw_value_of(leaf) for leaf in leaves])
     unpacker = _Reusing(
         (values,),
@@ -228,7 +234,7 @@ def unflatten(
         graphdef.templates,
         reuse,
         variables,
-        adopt=not copy_variables,
+        adopted={} if copy_variables else variables,
         recreate=recreate_variables,
     )
     # With a place, objects can be found again by identity: later structures and step (3) of a context need that.

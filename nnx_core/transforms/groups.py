@@ -66,9 +66,7 @@ class FilterGroups(ByFilter):
         for predicate, group in self.rules:
             if predicate(path, value):
                 return group
-        raise FilterError(
-            f"No filter of {self!r} matches {show_path(path)} ({type(value).__name__}). End with `...` for the rest."
-        )
+        raise FilterError(f"No filter of {self!r} matches {show_path(path)} ({type(value).__name__}). End with `...`.")
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other.rules == self.rules

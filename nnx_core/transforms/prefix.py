@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import jax
 
 from nnx_core import filters as filterlib
-from nnx_core._errors import FilterError, Path, SpecError, show_path
+from nnx_core._errors import Path, SpecError, show_path
 from nnx_core.graph.classify import one_level, plain_key
 from nnx_core.graph.functional import flatten
 from nnx_core.graph.objects import Object, is_array
 from nnx_core.graph.structure import Ref, VariableDef, nodes
 from nnx_core.graph.walk import require_unshared
 from nnx_core.modes import sharing_allowed
-from nnx_core.transforms.groups import StateAxes
+from nnx_core.transforms.groups import FilterGroups, StateAxes
 from nnx_core.variables import Variable
 
 Choose = Callable[[Path, Any], Hashable]
@@ -54,7 +54,7 @@ def prefix(node: Any, filter_map: Mapping[Any, Hashable] | Choose, /, *, graph: 
       >>> prefix(layer, {"bias": None, ...: 0}, graph=False).kernel
       0
     """
-    choose: Choose = _ByFilters.of(filter_map) if isinstance(filter_map, Mapping) else filter_map
+    choose: Choose = _ByFilters(filter_map) if isinstance(filter_map, Mapping) else filter_map
     if sharing_allowed(graph):
         return _prefix(node, (), choose)
     require_unshared(node)
@@ -65,25 +65,13 @@ def prefix(node: Any, filter_map: Mapping[Any, Hashable] | Choose, /, *, graph: 
     return jax.tree_util.tree_map_with_path(treatment, node, is_leaf=lambda x: isinstance(x, Variable))
 
 
-@dataclass(frozen=True)
-class _ByFilters:
+class _ByFilters(FilterGroups):
     """The treatment of the first filter that matches; a value, so that two prefixes of one mapping are equal."""
 
-    predicates: tuple[filterlib.Predicate, ...]
-    treatments: tuple[Hashable, ...]
+    __call__ = FilterGroups.group
 
-    @classmethod
-    def of(cls, rules: Mapping[Any, Hashable]) -> "_ByFilters":
-        return cls(filterlib.to_predicates(tuple(rules)), tuple(rules.values()))
-
-    def __call__(self, path: Path, leaf: Any) -> Hashable:
-        i = filterlib.first_match(self.predicates, path, leaf)
-        if i is None:
-            raise FilterError(
-                f"No filter of {list(self.predicates)} matches {show_path(path)} ({type(leaf).__name__})."
-                " End with `...`."
-            )
-        return self.treatments[i]
+    def __repr__(self) -> str:
+        return repr([predicate for predicate, _ in self.rules])
 
 
 @dataclass(frozen=True)
@@ -100,7 +88,7 @@ class _Later:
     @property
     def is_pure(self) -> bool:
         """See `filters.is_pure`."""
-        return isinstance(self.choose, _ByFilters) and all(map(filterlib.is_pure, self.choose.predicates))
+        return isinstance(self.choose, _ByFilters) and self.choose.is_pure
 
     def __call__(self, path: Path, leaf: Any) -> bool:
         return self.choose((*self.base, *path), leaf) == self.treatment
@@ -130,7 +118,7 @@ def _of_object(x: Object, path: Path, choose: Choose) -> StateAxes:
         treatment = choose((*path, *path_below), leaf)
         paths.setdefault(treatment, []).append(path_below)
     now = [(filterlib.PathIn(*below), treatment) for treatment, below in paths.items()]
-    treatments = {**dict.fromkeys(choose.treatments), **paths} if isinstance(choose, _ByFilters) else paths
+    treatments = {**dict.fromkeys(choose.groups), **paths} if isinstance(choose, _ByFilters) else paths
     return StateAxes([*now, *((_Later(choose, treatment, path), treatment) for treatment in treatments)])
 
 

@@ -1,9 +1,10 @@
 """Configuration as part of a structure: whatever it is, it can be hashed and compared.
 
 Law: two values are the same configuration if they have one type and `==` says so (numpy arrays by their bits); where
-`==` raises, or answers with an array, only if they are one object. A hash is used where there is one; else the type
-stands in. What has no hash can mostly be changed in place, so it is compared as it was when it was read: a change is
-seen (but JAX takes a numpy array that a function uses as a constant for what it was when it first saw it).
+`==` raises, or answers with an array, only if they are one object, or dataclasses whose fields are the same. A hash
+is used where there is one; else the type stands in. What has no hash can mostly be changed in place, so it is compared
+as it was when it was read: a change is seen (but JAX takes a numpy array that a function uses as a constant for what
+it was when it first saw it).
 Knows nothing of graphs.
 """
 

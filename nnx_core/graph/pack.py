@@ -49,7 +49,7 @@ from nnx_core.graph.classify import (
     kind_of,
     one_level,
 )
-from nnx_core.graph.objects import Object, is_data
+from nnx_core.graph.objects import Object, holds_data
 from nnx_core.graph.structure import (
     REF_LEAF,
     REF_VARIABLE,
@@ -453,7 +453,7 @@ def show(treatment: Spec) -> str:
 
 def require_configuration(x: Any, path: Path) -> None:
     """Raise SpecError if `x`, a static argument, is or holds data: it would be seen as it was at the first call."""
-    if is_data(x):
+    if holds_data(x):
         raise SpecError(
             f"{show_path(path)}, a static argument, is or holds arrays, Variables or modules: found a"
             f" {type(x).__name__}. Expected configuration. Pass it as an argument that is not static."

@@ -152,6 +152,13 @@ def test_a_static_argument_that_holds_data_is_refused(make):
         nnx.jit(lambda c, x: x, static_argnums=0)(make(), 1.0)
 
 
+def test_abstract_arrays_are_configuration():
+    form = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    for lib in (nnx, flax_nnx):
+        made = lib.jit(lambda form, x: jnp.full(form.shape, x), static_argnums=0)(form, 1.0)
+        assert_trees_equal(made, ones(2, 3))
+
+
 def test_a_config_that_holds_an_array_is_compared_by_its_bits():
     a, b, c = (Config(names={"table": np.arange(n)}) for n in (3, 3, 4))
     assert fixed(a) == fixed(b)

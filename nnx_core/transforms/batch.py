@@ -147,16 +147,7 @@ def transform_metadata(
 
     def make(count: int) -> Form:
         inputs = axes_of_arguments(in_axes, count, len(owner))
-        lifted = Lifted(
-            function,
-            distinct(0, inputs, out_axes),
-            inputs,
-            out_axes,
-            keywords=0,
-            enter=names.enter,
-            leave=names.leave,
-            modes=modes,
-        )
+        lifted = _over_axes(function, inputs, out_axes, names, modes, strict=False)
         return Form(lifted, lifted.pure)
 
     call: Any = by_count(f, make, by_position)
@@ -184,6 +175,23 @@ def axes_of_arguments(in_axes: Any, count: int, own: int) -> tuple[Any, ...]:
     """The axis of each of `count` arguments, of which the first `own` are no business of the user's: not mapped."""
     axes = tuple(in_axes) if isinstance(in_axes, tuple | list) else (in_axes,) * (count - own)
     return (None,) * own + axes
+
+
+def _over_axes(
+    f: Callable[..., Any], inputs: Any, outputs: Any, metadata: AxisMetadata, modes: Modes, *, strict: bool
+) -> Lifted:
+    """f, whose groups are the axes in `inputs` and `outputs`; keyword arguments have axis 0."""
+    return Lifted(
+        f,
+        distinct(0, inputs, outputs),
+        inputs,
+        outputs,
+        keywords=0,
+        enter=metadata.enter,
+        leave=metadata.leave,
+        strict=strict,
+        modes=modes,
+    )
 
 
 def _rank(v: Variable[Any]) -> int:
@@ -317,17 +325,7 @@ def vmap(
 
     def make(count: int) -> Form:
         inputs = axes_of_arguments(axes_in, count, len(owner))
-        lifted = Lifted(
-            function,
-            distinct(0, inputs, axes_out),
-            inputs,
-            axes_out,
-            keywords=0,
-            enter=metadata.enter,
-            leave=metadata.leave,
-            strict=True,
-            modes=modes,
-        )
+        lifted = _over_axes(function, inputs, axes_out, metadata, modes, strict=True)
         return Form(lifted, functools.partial(_run, lifted, options))
 
     return mapping(by_count(f, make, by_position))

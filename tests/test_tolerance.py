@@ -6,8 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from bridge.equivalence.tolerance import TOLERANCES
 from tests.support.arrays import key, ones
-from tests.tolerance import TOLERANCE, assert_trees_close, assert_trees_equal
+from tests.tolerance import assert_trees_close, assert_trees_equal
 
 ONE = np.float32(1.0)
 RBG = jax.random.wrap_key_data(np.zeros(4, np.uint32), impl="rbg")
@@ -66,9 +67,10 @@ def test_missing_and_unexpected_paths_fail(check):
         check(tree(scale=ONE), tree(bias=ONE))
 
 
-@pytest.mark.parametrize("dtype", [name for name in TOLERANCE if not name.endswith(("64", "128"))])
+@pytest.mark.parametrize("dtype", [name for name in TOLERANCES if not name.endswith(("64", "128"))])
 def test_close_holds_just_inside_and_fails_just_outside(dtype):
-    rtol, atol = TOLERANCE[dtype][jax.default_backend()]
+    row = TOLERANCES[dtype][jax.default_backend()]
+    rtol, atol = row.rtol, row.atol
     here = np.full(3, 1.0).astype(getattr(ml_dtypes, dtype, dtype))
     assert_trees_close(here, 1.0 + np.array([0.0, 0.9, -0.9]) * (rtol + atol))
     with pytest.raises(AssertionError, match=rf"1 of 3 values differ \(rtol={rtol:g}, atol={atol:g}\)"):
@@ -76,7 +78,7 @@ def test_close_holds_just_inside_and_fails_just_outside(dtype):
 
 
 def test_tolerance_covers_every_platform():
-    assert all(set(row) == {"cpu", "gpu", "tpu"} for row in TOLERANCE.values())
+    assert all(set(row) == {"cpu", "gpu", "tpu"} for row in TOLERANCES.values())
 
 
 @pytest.mark.parametrize(

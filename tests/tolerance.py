@@ -1,4 +1,4 @@
-"""Comparing trees of arrays: the only tolerances in the suite.
+"""Comparing trees of arrays, by the only table of tolerances: `bridge.equivalence.tolerance`.
 
 Law: both helpers raise AssertionError naming every path that differs, and return nothing.
 Knows leaves and paths; knows nothing of models, so a caller turns objects into trees first.
@@ -10,22 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-# dtype -> platform -> (rtol, atol). What is absent (integers, bools, RNG keys, strings) must be equal.
-# A float32 sum over n ~ 1e3 terms in another order moves by ~ sqrt(n) * 2^-24 = 2e-6; the rows are a few
-# times that. Half precision is four unit roundoffs: 2^-11 and 2^-8. GPUs and TPUs approximate exp and tanh.
-TOLERANCE: dict[str, dict[str, tuple[float, float]]] = {
-    "float64": {"cpu": (1e-12, 1e-13), "gpu": (1e-12, 1e-13), "tpu": (1e-10, 1e-12)},
-    "float32": {"cpu": (1e-5, 2e-6), "gpu": (2e-5, 5e-6), "tpu": (1e-4, 1e-5)},
-    "float16": {"cpu": (2e-3, 2e-4), "gpu": (2e-3, 2e-4), "tpu": (2e-3, 2e-4)},
-    "bfloat16": {"cpu": (1.6e-2, 2e-3), "gpu": (1.6e-2, 2e-3), "tpu": (1.6e-2, 2e-3)},
-    "complex128": {"cpu": (1e-12, 1e-13), "gpu": (1e-12, 1e-13), "tpu": (1e-10, 1e-12)},
-    "complex64": {"cpu": (1e-5, 2e-6), "gpu": (2e-5, 5e-6), "tpu": (1e-4, 1e-5)},
-}
+from bridge.equivalence.tolerance import tolerance_of
+
 _ORACLES = (np.dtype("float64"), np.dtype("complex128"))
 
 
 def assert_trees_close(actual: Any, expected: Any) -> None:
-    """Same paths and shapes, and values within TOLERANCE for the dtype of `actual`.
+    """Same paths and shapes, and values within the tolerance of a layer for the dtype of `actual`.
 
     Dtypes agree too, except that `expected` may be an oracle in float64 or complex128 (a Python float is).
     """
@@ -92,9 +83,10 @@ def _why_not_close(actual: Any, expected: Any) -> str | None:
     a, b = _host(actual), _host(expected)
     if a.shape != b.shape or not (a.dtype == b.dtype or b.dtype in _ORACLES):
         return f"got {_kind(actual)}, expected {_kind(expected)}"
-    if a.dtype.name not in TOLERANCE:
+    row = tolerance_of(a.dtype.name)
+    if row is None:
         return _why_not_equal(actual, expected)
-    rtol, atol = TOLERANCE[a.dtype.name][jax.default_backend()]
+    rtol, atol = row.rtol, row.atol
     with np.errstate(over="ignore"):  # an oracle may be finite where `actual` is infinite
         wide = np.result_type(a.dtype.name if a.dtype.kind == "c" else "float64", b.dtype)
         differs = ~np.isclose(a.astype(wide), b.astype(wide), rtol=rtol, atol=atol, equal_nan=True)

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -24,23 +22,11 @@ from bridge._errors import BridgeError, VariablesMismatchError
 from bridge._types import Location, Shape
 from bridge.checkpoint.tree.layout import describe
 from bridge.checkpoint.tree.ops import Read
+from bridge.equivalence.compiled import Compiled
+from bridge.equivalence.drawing import Draw, with_other_key
+from bridge.equivalence.numbers import difference, form_of, on_host, same_bits
 from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, streams_of
-from bridge.tracing.trace import Method, is_array, parted
-
-# Largest difference over largest value of an output, by dtype, on CPU and elsewhere. One layer in another order of
-# sums differs by 1e-5 in float32 on CPU, 2e-5 on a GPU, 1e-4 on a TPU (tests/tolerance.py has the same, measured for
-# each layer), in half precision by four unit roundoffs; ten layers add up to ten times as much, four where layers
-# round to half precision. Swapped layers differ by far more. What is absent must be equal.
-_TOLERANCE = {
-    "float64": (1e-11, 1e-9),
-    "float32": (1e-4, 1e-3),
-    "float16": (8e-3, 8e-3),
-    "bfloat16": (6.4e-2, 6.4e-2),
-    "complex128": (1e-11, 1e-9),
-    "complex64": (1e-4, 1e-3),
-}
-
-_HALVES = {"bf16": "bfloat16", "f16": "float16"}  # as a program names them
+from bridge.tracing.trace import Method
 
 
 class ForwardMismatchError(BridgeError, ValueError):
@@ -151,14 +137,14 @@ class Trial:
         seed: int = 0,
     ):
         methods = method if isinstance(method, tuple) else (method, method)
-        self._draw = np.random.default_rng(seed)
-        self._inputs = jax.tree.map(lambda x: self._drawn(x) if is_array(x) else x, (tuple(inputs), dict(kwargs)))
+        draw = Draw(seed)
+        self._inputs = jax.tree.map(draw.array, (tuple(inputs), dict(kwargs)))
         theirs = linen_call(linen_module, methods[0], rngs, *self._inputs)
         ours = nnx_call(module_of(nnx_module), methods[1])
-        self.values: Values = {at: self._near(x) for at, x in sorted(theirs.initial().items())}
-        self._own = {at: jax.tree.map(self._drawn, x) for at, x in sorted(ours.variables.items())}
+        self.values: Values = {at: draw.near(x) for at, x in sorted(theirs.initial().items())}
+        self._own = {at: jax.tree.map(draw.array, x) for at, x in sorted(ours.variables.items())}
         self._keys = streams_of(rngs)
-        self._run_linen, self._run_nnx = _Compiled(theirs.run), _Compiled(ours.run)
+        self._run_linen, self._run_nnx = Compiled(theirs.run), Compiled(ours.run)
 
     @functools.cached_property
     def expected(self) -> Any:
@@ -200,74 +186,11 @@ class Trial:
     def _require_no_chance(self, values: Values, actual: Any) -> None:
         """RandomCallError if other keys make other outputs."""
         keys = {name: jax.random.fold_in(key, 1) for name, key in self._keys.items()}
-        if not _same_bits(self._run_linen(self.values, keys, *self._inputs), self.expected):
+        if not same_bits(self._run_linen(self.values, keys, *self._inputs), self.expected):
             raise RandomCallError("Linen")
-        others = {location: _with_other_key(x) for location, x in values.items()}
-        if not _same_bits(self._run_nnx(others, None, *self._inputs), actual):
+        others = {location: with_other_key(x) for location, x in values.items()}
+        if not same_bits(self._run_nnx(others, None, *self._inputs), actual):
             raise RandomCallError("NNX")
-
-    def _drawn(self, x: Any) -> Any:
-        """An array for an abstract one; anything else as it is."""
-        if not isinstance(x, jax.ShapeDtypeStruct):
-            return x
-        if _is_key(x):
-            impls: list[Any] = []  # an abstract key does not tell its implementation, and a traced one does
-            jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), x)
-            key = jax.random.key(int(self._draw.integers(2**31)), impl=impls[0])
-            return jax.random.split(key, x.shape)
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            return self._draw.normal(size=x.shape).astype(x.dtype)
-        return self._draw.integers(2, size=x.shape).astype(x.dtype)
-
-    def _near(self, x: Any) -> Any:
-        """Random numbers of the sizes and signs of `x`, which is what `init` makes."""
-        if _is_key(x) or not is_array(x):
-            return x
-        x = np.asarray(x)
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return self._draw.permutation(x.ravel()).reshape(x.shape)
-        factor = self._draw.uniform(-0.5, 0.5, x.shape)
-        if x.size and not (x == x.flat[0]).all():
-            return (x * (1 + 0.6 * factor)).astype(x.dtype)
-        # Not `x * factor`: a scale of 1e-6 (CaiT, ConvNeXt) would hide the layers before it from every tolerance.
-        near_zero = factor / _fan_in(x.shape) ** 0.5
-        near_one = np.where(x.real < 0, -1, 1) * (1 + factor)
-        return np.where(x == 0, near_zero, near_one).astype(x.dtype)
-
-
-class _Compiled:
-    """A function of trees, compiled once; what is no array in them never changes."""
-
-    def __init__(self, function: Callable[..., Any]):
-        self._function, self._compiled = function, None
-        self.tolerance = 0.0
-
-    def __call__(self, *trees: Any) -> Any:
-        call, arrays = parted(self._function, *trees)
-        if self._compiled is None:
-            with jax.default_matmul_precision("float32"):
-                traced = jax.jit(call).trace(arrays)
-                self._compiled = traced.lower().compile()
-            # Logits in float32 are no better than the bfloat16 that they were made of; of which the program tells.
-            halves = set(re.findall(r"\b(bf16|f16)\[", str(traced.jaxpr)))
-            tolerances = [_relative(_HALVES[name]) for name in halves]
-            self.tolerance = max(tolerances, default=0.0)
-        return self._compiled(arrays)
-
-
-def _fan_in(shape: Sequence[int]) -> int:
-    return max(1, math.prod(shape[:-1])) if len(shape) > 1 else 1
-
-
-def _is_key(x: Any) -> bool:
-    return is_array(x) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _with_other_key(x: Any) -> Any:
-    """Another key for a random key; anything else as it is."""
-    if not _is_key(x):
-        return x
-    return jax.random.wrap_key_data(jax.random.key_data(x) + 1, impl=jax.random.key_impl(x))
 
 
 # ---- comparing outputs ----
@@ -286,7 +209,8 @@ def _compared(actual: Any, expected: Any, least: float, notes: str) -> ForwardRe
     differences: dict[str, float] = {}
     tolerances: dict[str, float] = {}
     for (path, a), (_, b) in zip(ours, theirs, strict=True):
-        differences[path], tolerances[path] = _difference(a, b, least)
+        off = difference(a, b, least)
+        differences[path], tolerances[path] = off.absolute, off.tolerance
     if not any(np.isfinite(b).any() for _, b in theirs):
         raise ForwardMismatchError("", "finite numbers", "none: nothing can be compared", hint, math.inf, 0.0)
     worst = max(differences, key=lambda path: (_ratio(differences[path], tolerances[path]), differences[path]))
@@ -294,7 +218,7 @@ def _compared(actual: Any, expected: Any, least: float, notes: str) -> ForwardRe
     if size > most:
         wanted = f"a difference of at most {most:.3g}" if most else "no difference"
         raise ForwardMismatchError(worst, wanted, f"one of {size:.3g}", hint, size, most)
-    return ForwardReport(differences, tolerances, _same_bits(actual, expected))
+    return ForwardReport(differences, tolerances, same_bits(actual, expected))
 
 
 def _ratio(difference: float, tolerance: float) -> float:
@@ -304,37 +228,9 @@ def _ratio(difference: float, tolerance: float) -> float:
 
 
 def _forms(outputs: list[tuple[str, np.ndarray]]) -> str:
-    return ", ".join(f"{x.dtype}{list(x.shape)}" for _, x in outputs)
+    return ", ".join(form_of(x) for _, x in outputs)
 
 
 def _outputs(tree: Any) -> list[tuple[str, np.ndarray]]:
-    outputs: list[tuple[str, np.ndarray]] = []
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        numbers = jax.random.key_data(x) if _is_key(x) else x
-        outputs.append((jax.tree_util.keystr(path), np.asarray(numbers)))
-    return outputs
-
-
-def _relative(dtype: str) -> float:
-    return _TOLERANCE[dtype][jax.default_backend() != "cpu"] if dtype in _TOLERANCE else 0.0
-
-
-def _difference(a: np.ndarray, b: np.ndarray, least: float) -> tuple[float, float]:
-    """The largest difference and the tolerance; an output that is finite on one side only is infinitely off."""
-    relative = [_relative(x.dtype.name) for x in (a, b)]
-    wide = "complex128" if "c" in (a.dtype.kind, b.dtype.kind) else "float64"
-    a, b = a.astype(wide), b.astype(wide)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    with np.errstate(invalid="ignore"):
-        off = np.where(same, 0.0, np.abs(a - b))
-    off = np.where(np.isnan(off), np.inf, off)
-    size = np.abs(b, where=np.isfinite(b), out=np.zeros(b.shape)).max(initial=0.0)
-    tolerance = max(*relative, least) if all(relative) else 0.0
-    return float(off.max(initial=0.0)), tolerance * float(size)
-
-
-def _same_bits(one: Any, other: Any) -> bool:
-    for (_, a), (_, b) in zip(_outputs(one), _outputs(other), strict=True):
-        if (a.dtype, a.shape) != (b.dtype, b.shape) or a.tobytes() != b.tobytes():
-            return False
-    return True
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path), on_host(x)) for path, x in leaves]

@@ -1,0 +1,171 @@
+"""How far two arrays are apart: in their bits, in units in the last place, in numbers, and to their tolerance.
+
+Law: equal NaNs are equal, and infinities of one sign; what is finite on one side only is infinitely far off.
+Knows arrays; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bridge.equivalence.tolerance import tolerance_of
+
+_SIGNED = {2: np.int16, 4: np.int32, 8: np.int64}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one array is from another.
+
+    Attributes:
+      absolute: the largest difference of two elements; infinite where the shapes differ.
+      scale: the largest finite element of the expected array.
+      ulp: the largest difference in units in the last place, of the coarser dtype; None for what is not floating.
+      tolerance: what `absolute` may be.
+      bit_equal: whether dtypes, shapes and bits are the same.
+      forms: the two dtypes and shapes, if they differ; else "".
+    """
+
+    absolute: float
+    scale: float
+    ulp: float | None
+    tolerance: float
+    bit_equal: bool
+    forms: str = ""
+
+    @property
+    def relative(self) -> float:
+        """`absolute` over `scale`."""
+        return _over(self.absolute, self.scale)
+
+    @property
+    def ratio(self) -> float:
+        """`absolute` over `tolerance`: up to 1, the arrays are the same."""
+        return _over(self.absolute, self.tolerance)
+
+    @property
+    def equal(self) -> bool:
+        """Whether shapes are the same, and elements as near as their dtypes allow."""
+        return self.absolute <= self.tolerance
+
+
+def difference(actual: Any, expected: Any, least: float = 0.0) -> Difference:
+    """How far `actual` is from `expected`.
+
+    The tolerance is that of a whole model, by the coarser of the two dtypes: relative to the largest element.
+
+    Args:
+      actual, expected: arrays on host or device, numbers, or random keys, which must be equal.
+      least: the smallest tolerance, relative to the scale; for what was made of numbers in a coarser dtype.
+
+    >>> difference(np.float32([1.0, 2.0]), np.float32([1.0, 2.0])).bit_equal
+    True
+    >>> off = difference(np.float32([1.0, 2.5]), np.float32([1.0, 2.0]))
+    >>> off.absolute, off.relative, off.equal
+    (0.5, 0.25, False)
+    """
+    a, b = on_host(actual), on_host(expected)
+    forms = "" if form_of(a) == form_of(b) else f"{form_of(a)}, expected {form_of(b)}"
+    if a.shape != b.shape:
+        return Difference(math.inf, _largest(b), None, 0.0, False, forms)
+    bit_equal = not forms and a.tobytes() == b.tobytes()
+    scale = _largest(b)
+    relative = [relative_tolerance(x.dtype.name) for x in (a, b)]
+    tolerance = max(*relative, least) * scale if all(relative) else 0.0
+    absolute = 0.0 if bit_equal else _farthest(a, b)
+    return Difference(absolute, scale, 0.0 if bit_equal and _is_real(a) else _ulps(a, b), tolerance, bit_equal, forms)
+
+
+def relative_tolerance(dtype: str) -> float:
+    """Of a whole model's output to its largest element; 0 for a dtype that must be equal."""
+    row = tolerance_of(dtype)
+    return 0.0 if row is None else row.model
+
+
+def on_host(x: Any) -> np.ndarray:
+    """The numbers on the host; of a random key, those that it is made of."""
+    return np.asarray(jax.random.key_data(x) if is_key(x) else x)
+
+
+def form_of(x: np.ndarray) -> str:
+    """Dtype and shape.
+
+    >>> form_of(np.zeros((2, 3), "float32"))
+    'float32[2, 3]'
+    """
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def is_key(x: Any) -> bool:
+    """Whether `x` is an array of random keys."""
+    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two trees have the same leaves, in dtype, shape and bits."""
+    ones, others = jax.tree.leaves(one), jax.tree.leaves(other)
+    if len(ones) != len(others):
+        return False
+    return all(_same_bits(on_host(a), on_host(b)) for a, b in zip(ones, others, strict=True))
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and a.tobytes() == b.tobytes()
+
+
+def _over(size: float, most: float) -> float:
+    if most:
+        return size / most
+    return math.inf if size else 0.0
+
+
+def _largest(x: np.ndarray) -> float:
+    if x.dtype.kind not in "biufcV":
+        return 0.0
+    wide = x.astype("complex128" if x.dtype.kind == "c" else "float64")
+    return float(np.abs(wide, where=np.isfinite(wide), out=np.zeros(wide.shape)).max(initial=0.0))
+
+
+def _farthest(a: np.ndarray, b: np.ndarray) -> float:
+    wide = "complex128" if "c" in (a.dtype.kind, b.dtype.kind) else "float64"
+    a, b = a.astype(wide), b.astype(wide)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(invalid="ignore"):
+        off = np.where(same, 0.0, np.abs(a - b))
+    return float(np.where(np.isnan(off), np.inf, off).max(initial=0.0))
+
+
+def _is_real(x: np.ndarray) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _ulps(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Counted as steps between neighbouring numbers of the dtype: equal NaNs are none, a NaN and a number infinite."""
+    if not (_is_real(a) and _is_real(b)) or not a.size:
+        return None
+    dtype = min(a.dtype, b.dtype, key=lambda dtype: jnp.finfo(dtype).nmant)
+    if dtype.itemsize not in _SIGNED:
+        return None
+    a, b = a.astype(dtype), b.astype(dtype)
+    both, one = np.isnan(a) & np.isnan(b), np.isnan(a) ^ np.isnan(b)
+    if one.any():
+        return math.inf
+    ordered_a, ordered_b = _ordered(a), _ordered(b)
+    # Integers of two signs may be too far apart for one of 64 bits, and those of one sign too near for a float.
+    apart = np.abs(ordered_a.astype("float64")) + np.abs(ordered_b.astype("float64"))
+    one_sign = (ordered_a < 0) == (ordered_b < 0)
+    near = np.abs(np.where(one_sign, ordered_a - ordered_b, 0))
+    steps = np.where(one_sign, near, apart)
+    return float(np.where(both, 0.0, steps).max(initial=0.0))
+
+
+def _ordered(x: np.ndarray) -> np.ndarray:
+    """Integers in the order of the numbers, neighbours next to each other; both zeros are 0."""
+    bits = x.view(_SIGNED[x.dtype.itemsize]).astype(np.int64)
+    return np.where(bits < 0, np.int64(-1) * (bits & np.iinfo(_SIGNED[x.dtype.itemsize]).max), bits)

@@ -14,7 +14,6 @@ def left_alive(act: Callable[[], object], times: int = 5) -> int:
     """Arrays that `times` calls of `act` leave behind, once it has been called before (what is compiled stays)."""
     was_enabled = gc.isenabled()
     act()
-    gc.collect()
     gc.disable()
     try:
         act()  # what is remembered of the last call replaces what was remembered of the one before
@@ -34,8 +33,8 @@ def left_in_cycles(act: Callable[[], object]) -> list[str]:
     """
     was_enabled = gc.isenabled()
     act()
-    gc.collect()
     gc.disable()
+    gc.freeze()  # what is there already is not looked through: with all that a suite has traced that takes a second
     try:
         act()
         gc.set_debug(gc.DEBUG_SAVEALL)  # what is unreachable is kept to be looked at
@@ -44,6 +43,7 @@ def left_in_cycles(act: Callable[[], object]) -> list[str]:
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
+        gc.unfreeze()
         if was_enabled:
             gc.enable()
 

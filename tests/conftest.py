@@ -39,8 +39,9 @@ settings.load_profile("fixed")
 
 
 def pytest_addoption(parser):
-    """`--grids`: all of the large grids; `--write-layer-matrix`: write the measured matrix into the migration guide."""
+    """What of the suite is run; `--write-layer-matrix`: write the measured matrix into the migration guide."""
     parser.addoption("--grids", action="store_true", help="run what is marked `grid`, too")
+    parser.addoption("--first-cases", action="store_true", help="run each test function once, on its first parameters")
     parser.addoption("--write-layer-matrix", action="store_true", help="write migration_guide/layer_matrix.md")
 
 
@@ -53,13 +54,21 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without `--grids`, what is marked `grid` is deselected."""
-    if config.getoption("--grids"):
-        return
-    grid = [item for item in items if item.get_closest_marker("grid")]
-    if grid:
-        config.hook.pytest_deselected(items=grid)
-        items[:] = [item for item in items if not item.get_closest_marker("grid")]
+    """Without `--grids`, what is marked `grid` is deselected; with `--first-cases`, all but one case of each test."""
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    functions: set[str] = set()
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        in_grid = item.get_closest_marker("grid") and not config.getoption("--grids")
+        if in_grid or (function in functions and config.getoption("--first-cases")):
+            left_out.append(item)
+        else:
+            kept.append(item)
+            functions.add(function)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 @pytest.fixture

@@ -277,7 +277,7 @@ def rows_of(model, *args, flops=True):
     return rows
 
 
-@pytest.mark.parametrize("depth", [1, 3, 6])
+@pytest.mark.parametrize("depth", [1, 4])
 def test_counting_flops_runs_each_call_alone_once(depth):
     x = jnp.ones((1, 2))
     RUNS.clear()

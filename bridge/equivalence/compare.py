@@ -329,9 +329,9 @@ class Comparison:
 
     def _draws(self, subject: Subject, which: str, seen: _Seen) -> bool:
         """Whether other keys lead to other outputs."""
-        if self.keys is None and subject.api == "linen":
-            return False  # it ran without any
-        names = self.keys or {"params": None}
+        if not subject.has_chance(subject.values, self.keys, seen.args, seen.kwargs):
+            return False
+        names = [*(self.keys or ()), "params", "default"]
         run = Run(subject, which, with_gradients=False)
         outputs = []
         for number in (0, 1):

@@ -10,6 +10,7 @@ Knows variables and units; knows nothing of calls, outputs or reports.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,20 +90,45 @@ def counterparts(
         return _by_rules(a, b, rules, units)
     common = a.values.keys() & b.values.keys()
     if 2 * len(common) > max(len(a.values), len(b.values)) or not (a.values and b.values):
-        return _by_names(a.values, b.values)
+        return _by_names(a, b)
     return _by_units(a, b, units(a), units(b))
 
 
 # ---- by names ----
 
 
-def _by_names(a: Values, b: Values) -> Counterparts:
+def _by_names(a: Subject, b: Subject) -> Counterparts:
     def matches(ours: Values, theirs: Values) -> Iterator[Match]:
         for at in sorted(ours.keys() & theirs.keys()):
             yield Match(at, at, ours[at], theirs[at])
 
-    only_a, only_b = _without(a, b), _without(b, a)
-    return Counterparts(matches, matches, only_a, only_b)
+    only_a, only_b = _without(a.values, b.values), _without(b.values, a.values)
+    if "function" in (a.api, b.api):
+        return Counterparts(matches, matches, (), (), only_a, only_b)
+    return Counterparts(matches, matches, only_a, only_b, exchanged=tuple(_exchanged_names(a.values, b.values)))
+
+
+def _exchanged_names(a: Values, b: Values) -> Iterator[LayerPair]:
+    """Layers that differ, and hold what others of the same names and shapes hold in the other model."""
+    layers: dict[Path, list[Location]] = {}
+    for at in sorted(a.keys() & b.keys()):
+        layers.setdefault(at[1:-1], []).append(at)
+    wrong: dict[Hashable, list[Path]] = {}
+    for path, own in layers.items():
+        if not _equal([a[at] for at in own], [b[at] for at in own]):
+            form = tuple((at[0], at[-1], jnp.shape(a[at]) if is_array(a[at]) else ()) for at in own)
+            wrong.setdefault(form, []).append(path)
+    for paths in wrong.values():
+        if len(paths) > _MOST_EXCHANGED:
+            continue
+        for path, other in itertools.permutations(paths, 2):
+            if _equal([a[at] for at in layers[path]], [b[at] for at in layers[other]]):
+                yield LayerPair(path, (), other, ())
+
+
+def _equal(xs: Sequence[Any], ys: Sequence[Any]) -> bool:
+    arrays = [(x, y) for x, y in zip(xs, ys, strict=True) if is_array(x) and is_array(y)]
+    return all(difference(y, x).equal for x, y in arrays)
 
 
 def _without(values: Iterable[Location], others: Iterable[Location]) -> tuple[Location, ...]:
@@ -338,4 +364,4 @@ def _same(link: Link, other: Link, a: Values, b: Values) -> bool:
     if at not in a or there not in b:
         return True
     x, y = _block(link.linen, link.linen_index, a[at]), _block(other.nnx, other.nnx_index, b[there])
-    return not (is_array(x) and is_array(y)) or difference(y, x).equal
+    return _equal([x], [y])

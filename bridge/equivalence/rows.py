@@ -70,22 +70,47 @@ def evidence(
 
 
 def _innermost(rows: list[Evidence]) -> list[Evidence]:
-    """A module with a wrong layer inside is not wrong by itself."""
+    """With the verdict on modules: wrong is one whose own code is, and not one in which a wrong layer is."""
+    own_code, holders = _with_wrong_code(rows), _with_wrong_layers(rows)
+    result: list[Evidence] = []
+    for evidence in rows:
+        row, here = evidence.row, id(evidence.pair.a.event) if evidence.pair is not None else 0
+        if here in own_code and row.verdict != "equal":
+            row = replace(row, verdict="wrong", text=_joined(row.text, "its own code, between layers"))
+        elif here in holders and row.verdict == "wrong":
+            row = replace(row, verdict="fed wrong", text=_joined(row.text, "a layer inside of it is wrong"))
+        result.append(replace(evidence, row=row))
+    return result
+
+
+def _with_wrong_layers(rows: Iterable[Evidence]) -> set[int]:
+    """Ids of the calls in which there is a layer that is wrong."""
     holders: set[int] = set()
     for evidence in rows:
         above = evidence.pair.a.event.parent if evidence.pair is not None and evidence.row.verdict == "wrong" else None
         while above is not None:
             holders.add(id(above))
             above = above.parent
-    result: list[Evidence] = []
+    return holders
+
+
+def _with_wrong_code(rows: Iterable[Evidence]) -> set[int]:
+    """Ids of the calls that would feed a layer something else before any layer in them is wrong."""
+    first: dict[int, tuple[int, bool]] = {}
     for evidence in rows:
-        row = evidence.row
-        if row.verdict == "wrong" and evidence.pair is not None and id(evidence.pair.a.event) in holders:
-            text = "; ".join(filter(None, (row.text, "a layer inside of it is wrong")))
-            result.append(replace(evidence, row=replace(row, verdict="fed wrong", text=text)))
-        else:
-            result.append(evidence)
-    return result
+        if evidence.pair is None or evidence.pair.a.event.parent is None:
+            continue
+        event, natural = evidence.pair.a.event, evidence.natural
+        parent = id(event.parent)
+        if natural is not None and not (natural.equal and not natural.forms):
+            first[parent] = min(first.get(parent, (event.begin, True)), (event.begin, True))
+        if evidence.row.verdict == "wrong":
+            first[parent] = min(first.get(parent, (event.end, False)), (event.end, False))
+    return {parent for parent, (_, is_between) in first.items() if is_between}
+
+
+def _joined(*texts: str) -> str:
+    return "; ".join(filter(None, texts))
 
 
 def _paired(
@@ -113,7 +138,7 @@ def _paired(
         alone=alone,
         parameters=parameters.get(ours.path),
         verdict=_verdict(given, output, alone),
-        text="; ".join(filter(None, texts)),
+        text=_joined(*texts),
     )
     return Evidence(row, pair, natural, natural_inputs)
 

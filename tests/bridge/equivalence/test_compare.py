@@ -35,10 +35,9 @@ def wrapped(module, variables, *inputs, **options):
 
 
 def in_linen():
-    return ToLinen(NativeNet), {
-        name: {theirs: linen()[1][name][ours] for ours, theirs in pairs}
-        for name, pairs in (("params", [("up", "a"), ("bn", "b"), ("ln", "c"), ("down", "d")]), ("batch_stats", [("bn", "b")]))
-    }  # fmt: skip
+    variables = linen()[1]
+    renamed = {name: {LAYERS[layer]: values for layer, values in tree.items()} for name, tree in variables.items()}
+    return ToLinen(NativeNet), renamed
 
 
 # ---- what is equal ----
@@ -158,7 +157,7 @@ def test_state_after_the_call_is_compared():
     report = compare(linen(momentum=0.5), native(), X, train=True)
     assert unequal(report) == {("state", "batch_stats/bn/mean"), ("state", "batch_stats/bn/var")}
     [mean] = [finding for finding in report.findings if finding.path == "batch_stats/bn/mean"]
-    module, variables = linen()
+    _, variables = linen()
     x = Draw(mean.seed).array(X)
     kernel, bias = (variables["params"]["up"][name] for name in ("kernel", "bias"))
     of_batch = np.abs(np.tanh(x @ np.asarray(kernel) + np.asarray(bias)).mean(0)).max()

@@ -10,6 +10,7 @@ Knows variables and units; knows nothing of calls, outputs or reports.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ def counterparts(
     if rules is not None:
         return _by_rules(a, b, rules, units)
     common = a.values.keys() & b.values.keys()
-    if 2 * len(common) > max(len(a.values), len(b.values)) or not (a.values and b.values):
+    if 2 * len(common) >= max(len(a.values), len(b.values)) or not (a.values and b.values):
         return _by_names(a, b)
     return _by_units(a, b, units(a), units(b))
 
@@ -217,7 +218,7 @@ def _layers_of(pairs: Iterable[tuple[Location, Location]], a: list[Unit], b: lis
 
 def _by_units(a: Subject, b: Subject, units_a: list[Unit], units_b: list[Unit]) -> Counterparts:
     pairing = pair(units_a, units_b)
-    leftover = list(_rest(pairing))
+    leftover = list(_rest(pairing, a.values, b.values))
     owners_a, owners_b = _owners(units_a), _owners(units_b)
     links, exchanged = _by_numbers([*pairing.links, *leftover], a.values, b.values, owners_a, owners_b)
 
@@ -259,19 +260,42 @@ def _has_partner(unit: Unit, linked: set[Location]) -> bool:
     return unit.family is not None and any(slot.part.location in linked for slot in unit.slots.values())
 
 
-def _rest(pairing: Pairing) -> Iterator[Link]:
-    """What is alike in class alone, in the order of calls: a layer whose bias is missing, or of another shape."""
+def _rest(pairing: Pairing, a: Values, b: Values) -> Iterator[Link]:
+    """What is left, of one class: by equal paths, by equal numbers, or else in the order of calls if as many.
+
+    So a layer whose bias is missing, or of another shape, has a counterpart, and one beside layers that nobody uses.
+    """
     groups: dict[Any, tuple[list[Unit], list[Unit]]] = {}
     for side, units in enumerate((pairing.linen, pairing.nnx)):
         for unit in units:
             if unit.family is not None and not unit.sizes and unit.order is not None:
                 groups.setdefault(unit.family, ([], []))[side].append(unit)
     for linen, nnx in groups.values():
-        if len(linen) != len(nnx):
-            continue
-        for ours, theirs in zip(linen, nnx, strict=True):
-            for name in ours.slots.keys() & theirs.slots.keys():
-                yield Link(ours.slots[name], (), theirs.slots[name], (), "by class and order alone")
+        for is_same in (_at_one_path, functools.partial(_of_equal_numbers, a, b)):
+            for ours in list(linen):
+                partners = [theirs for theirs in nnx if is_same(ours, theirs)]
+                if len(partners) == 1:
+                    yield from _by_slots(ours, partners[0])
+                    linen.remove(ours)
+                    nnx.remove(partners[0])
+        if len(linen) == len(nnx):
+            for ours, theirs in zip(linen, nnx, strict=True):
+                yield from _by_slots(ours, theirs)
+
+
+def _by_slots(ours: Unit, theirs: Unit) -> Iterator[Link]:
+    for name in ours.slots.keys() & theirs.slots.keys():
+        yield Link(ours.slots[name], (), theirs.slots[name], (), "by class alone")
+
+
+def _at_one_path(ours: Unit, theirs: Unit) -> bool:
+    return ours.path == theirs.path
+
+
+def _of_equal_numbers(a: Values, b: Values, ours: Unit, theirs: Unit) -> bool:
+    links = list(_by_slots(ours, theirs))
+    has_all = len(links) == len(ours.slots) == len(theirs.slots)
+    return has_all and all(_same(link, link, a, b) for link in links)
 
 
 def _block(slot: Slot, index: Index, x: Any) -> Any:

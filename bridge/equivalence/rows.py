@@ -101,11 +101,14 @@ def _with_wrong_code(rows: Iterable[Evidence]) -> set[int]:
         if evidence.pair is None or evidence.pair.a.event.parent is None:
             continue
         event, natural = evidence.pair.a.event, evidence.natural
-        parent = id(event.parent)
         if natural is not None and not (natural.equal and not natural.forms):
-            first[parent] = min(first.get(parent, (event.begin, True)), (event.begin, True))
-        if evidence.row.verdict == "wrong":
-            first[parent] = min(first.get(parent, (event.end, False)), (event.end, False))
+            moment = (event.begin, True)
+            first[id(event.parent)] = min(first.get(id(event.parent), moment), moment)
+        above = event.parent if evidence.row.verdict == "wrong" else None
+        while above is not None:
+            moment = (event.end, False)
+            first[id(above)] = min(first.get(id(above), moment), moment)
+            above = above.parent
     return {parent for parent, (_, is_between) in first.items() if is_between}
 
 

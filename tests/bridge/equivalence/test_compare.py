@@ -11,6 +11,7 @@ from bridge import ToLinen, ToNNX, load_variables
 from bridge.equivalence import ComparisonError, NotEquivalentError, assert_equivalent, compare
 from bridge.equivalence.drawing import Draw
 from tests.support.compared_models import (
+    LAYERS,
     Chain,
     Dropping,
     NativeDropping,

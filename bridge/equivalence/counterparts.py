@@ -144,7 +144,7 @@ def _by_rules(a: Subject, b: Subject, rules: ValueRules, units: Callable[[Subjec
     sources, targets = {linen for linen, _ in pairs}, {nnx for _, nnx in pairs}
     forward = sources <= a.values.keys() and targets <= b.values.keys()
     if not forward and not (sources <= b.values.keys() and targets <= a.values.keys()):
-        missing = [at for at in sources if at not in a.values] or [at for at in targets if at not in b.values]
+        missing = sorted(sources - a.values.keys()) or sorted(targets - b.values.keys())
         raise ComparisonError(
             "the rules are not of these two models",
             "rules whose pairs of locations are Linen's and the NNX model's",

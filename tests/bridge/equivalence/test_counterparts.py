@@ -162,3 +162,23 @@ def test_layers_called_in_another_order_are_told_by_their_numbers():
     report = compare((Heads(), variables), model, X, seeds=(0,))
     assert report.equal, str(report)
     assert {(row.a, row.b) for row in report.rows[1:]} == {("query", "q"), ("key", "k")}
+
+
+class Turned(nn.Module):
+    is_turned: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(), (3, 4) if self.is_turned else (4, 3))
+        return x @ (kernel.T if self.is_turned else kernel)
+
+
+def test_a_variable_of_another_shape_is_said_and_the_outputs_decide():
+    variables = Turned().init(jax.random.key(0), jnp.zeros(X.shape))
+    kernel = variables["params"]["kernel"]
+    turned = (Turned(is_turned=True), {"params": {"kernel": kernel.T}})
+    report = compare((Turned(), variables), turned, X, **CHEAP)
+    assert report.equal
+    assert "params/kernel of b, and its gradient: no counterpart was found" in report.not_compared
+    turned = (Turned(is_turned=True), {"params": {"kernel": kernel.T + 0.1}})
+    assert not compare((Turned(), variables), turned, X, **CHEAP).equal

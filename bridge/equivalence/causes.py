@@ -42,7 +42,7 @@ class Case:
 def parting(case: Case) -> Parting:
     """Where and why they first part."""
     first = _parting(case)
-    a, b = ("" if path == show(()) else path for path in (first.a, first.b))
+    a, b = ("" if path == show(()) or path.startswith("inputs/") else path for path in (first.a, first.b))
     return Parting(a, b, first.cause, first.text)
 
 
@@ -103,7 +103,7 @@ def _of_layer(case: Case, evidence: Evidence) -> Parting:
     numbers = f"its output differs by {_numbers(row.alone or row.output)} on equal input"
     if None not in (ours.trains, theirs.trains) and ours.trains is not theirs.trains:
         return _mode(row.a, row.b, ours, theirs)
-    own = row.parameters if is_leaf else None
+    own = row.parameters
     if own is not None and not _is_equal(own):
         return _of_parameter(case, _finding_in(case, ours.path))
     off = row.alone or row.output

@@ -167,10 +167,13 @@ class Comparison:
             return counterparts(self.a, self.b, rules, self._units_of)
         except ComparisonError:
             raise
-        except Exception as error:  # noqa: BLE001  whether the models run is seen when they are run
-            self.findings.leave_out(f"parameters and gradients: layers cannot be traced: {error}")
-            nothing: Callable[..., Sequence[Match]] = _nothing
-            return Counterparts(nothing, nothing, (), (), tuple(self.a.values), tuple(self.b.values), ())
+        except Exception as error:
+            raise ComparisonError(
+                "which layers are which cannot be found out",
+                "two models that can be traced abstractly, and rules that fit them",
+                f"{type(error).__name__}: {error}",
+                "Give rules= that say what is what.",
+            ) from error
 
     def _units_of(self, subject: Subject) -> list[Unit]:
         args, kwargs = self.inputs.args, dict(self.inputs.kwargs)
@@ -301,10 +304,11 @@ class Comparison:
 
     def _compare_new(self, ours: Mapping[Location, Any], theirs: Mapping[Location, Any], seed: int) -> None:
         """What a call has made: sown values, caches; under the name, in the counterpart of its module."""
-        paths = path_pairs(self.pairs, (at[1:-1] for at in ours), (at[1:-1] for at in theirs))
+        kinds = [{at[1:-1]: object for at in side} for side in (ours, theirs)]
+        paths = path_pairs(self.pairs, *kinds)
         left = dict(theirs)
         for at, x in sorted(ours.items()):
-            candidates = [(at[0], *path, at[-1]) for path in paths.get(at[1:-1], [])]
+            candidates = [(at[0], *paths[at[1:-1]], at[-1])] if at[1:-1] in paths else []
             candidates += [other for other in left if (other[0], other[-1]) == (at[0], at[-1])]
             partner = next((other for other in candidates if other in left), None)
             if partner is None:
@@ -401,10 +405,6 @@ class Comparison:
         paths = {row.pair.a.event.path for row in rows if row.pair is not None}
         layers = {show_path(at): layer_of(at, paths) for at in self.a.values}
         return parting(Case(self.findings.all, rows, self.pairs.exchanged, draws, layers))
-
-
-def _nothing(ours: Any, theirs: Any) -> Sequence[Match]:
-    return ()
 
 
 def _same(findings: Findings, match: Match) -> bool:

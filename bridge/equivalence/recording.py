@@ -133,8 +133,8 @@ class Recording:
         mapped = any(type(x).__name__ == "BatchTracer" for x in own)
         if mapped or shapes != [np.shape(value) for value in values]:
             return args, kwargs
-        for n, x, value in zip(positions, own, values, strict=True):
-            leaves[n] = jnp.asarray(value, x.dtype)
+        for n, value in zip(positions, values, strict=True):
+            leaves[n] = jnp.asarray(value)
         event.is_fed = True
         args, kwargs = treedef.unflatten(leaves)
         return args, kwargs

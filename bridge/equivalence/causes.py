@@ -66,7 +66,7 @@ def _of_outputs(case: Case, wrong: Sequence[Finding]) -> Parting:
         return _random(case)
     parameters = [finding for finding in wrong if finding.what == "parameter"]
     if parameters:
-        return _of_parameter(case, parameters[0])
+        return _of_parameter(case, _first(case, parameters))
     return _of_one(case, wrong)
 
 
@@ -186,7 +186,8 @@ def _of_one(case: Case, wrong: Sequence[Finding]) -> Parting:
         "trained parameter": "training",
         "optimizer state": "training",
     }
-    finding = min(wrong, key=lambda finding: list(causes).index(finding.what))
+    kind = min((finding.what for finding in wrong), key=list(causes).index)
+    finding = _first(case, [finding for finding in wrong if finding.what == kind])
     if finding.what == "gradient":
         finding = _last(case, [finding for finding in wrong if finding.what == "gradient"])
     if finding.what == "parameter":
@@ -208,10 +209,23 @@ def _of_one(case: Case, wrong: Sequence[Finding]) -> Parting:
     return Parting(finding.path, finding.other, cause, f"{what}. {_advice(cause)}")
 
 
+def _first(case: Case, wrong: Sequence[Finding]) -> Finding:
+    """The one of the layer that is called first."""
+    return min(wrong, key=lambda finding: _when(case, finding, len(case.rows)))
+
+
 def _last(case: Case, wrong: Sequence[Finding]) -> Finding:
     """The one of the layer that is called last: gradients go backwards, so there it begins."""
-    begins = {evidence.pair.a.event.path: n for n, evidence in enumerate(case.rows) if evidence.pair is not None}
-    return max(wrong, key=lambda finding: begins.get(case.layers.get(finding.path, ("",)), -1))
+    return max(wrong, key=lambda finding: _when(case, finding, -1))
+
+
+def _when(case: Case, finding: Finding, otherwise: int) -> int:
+    """The number of the layer's row."""
+    layer = case.layers.get(finding.path)
+    for number, evidence in enumerate(case.rows):
+        if evidence.pair is not None and evidence.pair.a.event.path == layer and layer:
+            return number
+    return otherwise
 
 
 def _row_of(case: Case, finding: Finding) -> Evidence | None:

@@ -243,7 +243,10 @@ class Comparison:
         self, one: Outcome, two: Outcome, seed: int, runs: tuple[Run, Run], *, gradients: bool, state: bool
     ) -> None:
         self._compare_outputs(one, two, seed)
-        if gradients:
+        shapes = [[getattr(x, "shape", ()) for x in outcome.outputs.values()] for outcome in (one, two)]
+        if gradients and shapes[0] != shapes[1]:
+            self.findings.leave_out("gradients: of other outputs in a than in b")
+        elif gradients:
             self._compare_gradients(one, two, seed, runs)
         if state:
             self._compare_state(one, two, seed)
@@ -256,9 +259,14 @@ class Comparison:
             self.findings.add(Finding("structure", "", "", None, False, seed, None, text))
         if not ours and not theirs:
             self.findings.leave_out("outputs: the call returns none")
-        if len(ours) != len(theirs):
-            return
-        for (path, x), (other, y) in zip(ours, theirs, strict=True):
+        common = [name for name in names if name in two.outputs]
+        if names != others and common:  # what is missing on one side must not shift the rest
+            pairs = [(name, one.outputs[name], name, two.outputs[name]) for name in common]
+        elif len(ours) == len(theirs):
+            pairs = [(path, x, other, y) for (path, x), (other, y) in zip(ours, theirs, strict=True)]
+        else:
+            pairs = []
+        for path, x, other, y in pairs:
             self.findings.compare("output", path, other, x, y, seed=seed)
             if _is_hollow(x) and _is_hollow(y):
                 text = f"output {path}".rstrip()

@@ -58,7 +58,7 @@ class Inspection:
         pairs = pair_calls(self.pairs, ours, theirs)
         is_equal = all(finding.equal for finding in findings.all) and not any(map(_differ_in_dtype, pairs))
         fed = [] if is_equal else self._fed(self.b, to_feed(pairs), findings)
-        rows = evidence(pairs, ours, theirs, fed, findings, self._parameters(ours, findings))
+        rows = evidence(pairs, ours, theirs, fed, findings, self._parameters(pairs, findings))
         _compare_dtypes(rows, findings)
         return self._probed(rows, findings) if is_equal else rows
 
@@ -73,9 +73,9 @@ class Inspection:
             findings.leave_out(f"layers of {subject.words}, each fed a given input: {text}")
             return []
 
-    def _parameters(self, events: Sequence[Event], findings: Findings) -> dict[Path, Difference]:
-        """Path of a layer in a -> the worst difference of its own variables."""
-        paths = {event.path for event in events}
+    def _parameters(self, pairs: Sequence[Pair], findings: Findings) -> dict[Path, Difference]:
+        """Path of a layer in a -> the worst difference of its own variables, and of parts without a counterpart."""
+        paths = {pair.a.event.path for pair in pairs}
         worst: dict[Path, Difference] = {}
         for match in self.pairs.values(self.a.values, self.b.values):
             layer = layer_of(match.a, paths)

@@ -156,6 +156,35 @@ def trace_linen(module: nn.Module, method: Method, rngs: Any, args: Any, kwargs:
     return _units(parts, log, _linen_slots)
 
 
+def trace_linen_on(
+    module: nn.Module, method: Method, values: Mapping[Location, Any], streams: Any, args: Any, kwargs: Any
+) -> list[Unit]:
+    """The units of a Linen module that has these variables, in the order in which `module.apply` calls them.
+
+    >>> values = {("params", name): jax.ShapeDtypeStruct((3,), "float32") for name in ("scale", "bias")}
+    >>> x = jax.ShapeDtypeStruct((1, 3), "float32")
+    >>> [unit.kind for unit in trace_linen_on(nn.LayerNorm(), "__call__", values, None, (x,), {})]
+    ['LayerNorm']
+    """
+    call = getattr(type(module), method) if isinstance(method, str) else method
+
+    def run(values: Any, args: Any, kwargs: Any) -> None:
+        mutable = core.DenyList(("params", *TRANSIENT))
+        module.apply(tree_of(values.items()), *args, method=call, mutable=mutable, rngs=streams, **kwargs)
+
+    log = _Log()
+    with nn.intercept_methods(_listener(log, _rank)):
+        _abstractly(run, dict(values), args, kwargs)
+    seen, log.inside = log.inside, {}
+    if any(at in values and rank != _rank(values[at]) for (_, at), rank in seen.items()):
+        # As in `trace_linen`: once more, in boxes that are told of axes.
+        boxed = _Log()
+        with nn.intercept_methods(_listener(boxed, _removed_from_box)):
+            _abstractly(run, {at: _Probe(value) for at, value in values.items()}, args, kwargs)
+        log.inside = boxed.inside
+    return _units([_part(at, value, log) for at, value in values.items()], log, _linen_slots)
+
+
 def _axes_removed(
     module: nn.Module, call: Any, streams: Any, values: Mapping[Location, Any], args: Any, kwargs: Any
 ) -> dict[tuple[Path, Location], Any]:

@@ -24,8 +24,8 @@ from bridge._types import Location, Path, Shape
 from bridge.checkpoint.derivation.expressions import linen_op, nnx_op
 from bridge.checkpoint.derivation.forward import ForwardMismatchError, ForwardReport, Trial
 from bridge.checkpoint.derivation.to_rules import rules_of
-from bridge.checkpoint.rules.apply import RuleResult, Rules
-from bridge.checkpoint.tree.ops import Op
+from bridge.checkpoint.rules.apply import RuleResult, Rules, pairs_of, reads_of
+from bridge.checkpoint.tree.ops import Op, values_of
 from bridge.tracing.data_flow import DataFlow
 from bridge.tracing.pairs import Doubt, Index, Instance, Link, Pairing, Tie, pair
 from bridge.tracing.pure_call import linen_call, module_of, nnx_call, streams_of
@@ -230,6 +230,24 @@ class Derived:
             if next(op.sources())[0] in present:
                 made[at] = op.on(kept.__getitem__)
         return RuleResult(made, dropped, tuple(new))
+
+    def convert(self, values: Mapping[Location, Any]) -> dict[Location, Any]:
+        """What becomes of the source's values: arrays, or what a transformation of JAX puts in their place.
+
+        Args:
+          values: by location, all of a collection or none of it; not changed.
+
+        Returns:
+          The target's values by location, without what is fresh in it.
+
+        Raises: what `apply` raises.
+        """
+        return values_of(self.apply(reads_of(values)).made, values)
+
+    def pairs(self) -> list[tuple[Location, Location]]:
+        """(Linen's location, NNX's location) of each pair, whichever way this leads; each once."""
+        towards_nnx = self if self.to == "nnx" else self.inverse()
+        return pairs_of(towards_nnx.made)
 
     def _source_and_target(self, link: Link) -> tuple[Part, Part]:
         return (link.linen.part, link.nnx.part) if self.to == "nnx" else (link.nnx.part, link.linen.part)

@@ -43,7 +43,20 @@ from bridge._errors import listed, near_misses, show_path
 from bridge._types import Location
 from bridge.checkpoint.rules.patterns import MANY, ONE, Match, Pattern, PatternError, escape, escape_template
 from bridge.checkpoint.rules.rule import TOML_NAMES, Problem, Rule, RulesError, field_lines, to_toml
-from bridge.checkpoint.tree.ops import Block, Cast, Fill, Join, Op, OpError, Read, Reshape, Transpose, unstack
+from bridge.checkpoint.tree.layout import describe
+from bridge.checkpoint.tree.ops import (
+    Block,
+    Cast,
+    Fill,
+    Join,
+    Op,
+    OpError,
+    Read,
+    Reshape,
+    Transpose,
+    unstack,
+    values_of,
+)
 
 # difflib compares each rule that matches nothing with each path; past this many pairs a hint costs seconds.
 _MOST_COMPARISONS = 20_000
@@ -146,6 +159,52 @@ class Rules:
         """See `apply_rules`."""
         return apply_rules(self, leaves, target)
 
+    def convert(self, values: Mapping[Location, Any]) -> dict[Location, Any]:
+        """What becomes of values: arrays, or what a transformation of JAX puts in their place, so that gradients flow.
+
+        Args:
+          values: by location, all of a collection or none of it; not changed.
+
+        Returns:
+          What the rules make, without what they take from a target model.
+
+        Raises:
+          RulesError: the rules do not fit.
+
+        >>> rules = Rules([Rule("params/a/kernel", "params/b/kernel", transpose=[1, 0])])
+        >>> rules.convert({("params", "a", "kernel"): jnp.ones((2, 3))})[("params", "b", "kernel")].shape
+        (3, 2)
+        """
+        return values_of(self.apply(reads_of(values)).made, values)
+
+    def pairs(self, values: Mapping[Location, Any] | None = None) -> list[tuple[Location, Location]]:
+        """(location before, location after) of each value and what is made of it.
+
+        Args:
+          values: by location, abstract or not; patterns need them to know what there is.
+
+        Raises:
+          RulesError: the rules do not fit, or have patterns and there are no values.
+
+        >>> rules = Rules.from_rename({"Dense_0": "hidden"})
+        >>> rules.pairs({("params", "Dense_0", "bias"): jnp.ones(2)})
+        [(('params', 'Dense_0', 'bias'), ('params', 'hidden', 'bias'))]
+        """
+        if values is not None:
+            return pairs_of(self.apply(reads_of(values)).made)
+        pairs: list[tuple[Location, Location]] = []
+        for number, rule in enumerate(self.rules, start=1):
+            if rule.new is not None or rule.drop:
+                continue
+            before = [pattern.literal for pattern in rule.patterns]
+            if None in before or any(template.indexed for template in rule.templates):
+                found = "a pattern, and no values to look it up in: give pairs(values)"
+                raise RulesError([Problem("literal locations", found, number, str(rule))], self.name)
+            match = rule.patterns[0].match(before[0])
+            after = before if rule.keep else [template.fill(match) for template in rule.templates]
+            pairs += itertools.product(before, after)
+        return pairs
+
     def to_toml(self) -> str:
         """As a file that `read_rules` takes.
 
@@ -176,6 +235,19 @@ class RuleResult:
     made: dict[Location, Op] = field(default_factory=dict)
     dropped: dict[Location, str] = field(default_factory=dict)
     new: tuple[Location, ...] = ()
+
+
+def reads_of(values: Mapping[Location, Any]) -> dict[Location, Op]:
+    """Each value as the leaf that it is, for `apply`."""
+    return {location: Read(location, *describe(value)) for location, value in values.items()}
+
+
+def pairs_of(made: Mapping[Location, Op]) -> list[tuple[Location, Location]]:
+    """(source, target) of what is made of what."""
+    pairs: list[tuple[Location, Location]] = []
+    for target, op in made.items():
+        pairs += [(source, target) for source in dict.fromkeys(op.sources())]
+    return pairs
 
 
 def read_rules(path: str | FilePath) -> Rules:

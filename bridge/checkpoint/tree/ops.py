@@ -10,7 +10,7 @@ Knows arrays and paths; knows nothing of files, layouts or models.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -363,6 +363,21 @@ def unstack(of: Op, axis: int) -> tuple[Op, ...]:
     if not -len(of.shape) <= axis < len(of.shape):
         raise OpError(of, f"an axis {axis} to take apart", f"shape {of.shape}")
     return tuple(Pick(of, axis, index) for index in range(of.shape[axis]))
+
+
+def values_of(ops: Mapping[Path, Op], leaves: Mapping[Path, Any]) -> dict[Path, Any]:
+    """What expressions make of arrays on host or device, or of values under a transformation of JAX.
+
+    >>> values_of({("b",): Transpose(Read(("a",), (1, 2), "int64"), (1, 0))}, {("a",): np.array([[1, 2]])})[
+    ...     ("b",)
+    ... ].shape
+    (2, 1)
+    """
+
+    def read(path: Path, region: Region | None) -> Any:
+        return leaves[path] if region is None else leaves[path][region]
+
+    return {path: op.value(read) for path, op in ops.items()}
 
 
 def _axis(op: Op, axis: int, rank: int) -> int:

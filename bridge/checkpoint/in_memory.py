@@ -36,7 +36,7 @@ from bridge.checkpoint.tree.from_objects import (
     write,
 )
 from bridge.checkpoint.tree.layout import Kind
-from bridge.checkpoint.tree.ops import Cast, Op, Read
+from bridge.checkpoint.tree.ops import Add, Cast, Op, Read
 from bridge.variables.kinds import variable_type
 from bridge.variables.load import place
 from bridge.variables.mapping import EMPTY, leaves, tree_of
@@ -343,9 +343,10 @@ def _boxed_value(op: Op, source: Live) -> Any:
 
 
 def _origin(op: Op) -> Path | None:
-    """The one leaf that it is, axis by axis: renamed, or cast."""
-    of = op.of if isinstance(op, Cast) else op
-    return of.path if isinstance(of, Read) else None
+    """The one leaf that it is, axis by axis: renamed, cast, or with a constant more."""
+    while isinstance(op, Cast | Add):
+        op = op.of
+    return op.path if isinstance(op, Read) else None
 
 
 def _reported(plan: Plan, named: Collection[Path]) -> ConversionReport:

@@ -14,7 +14,9 @@ A rule has `from` and `to`, or `from` and `drop = true`, or `from` and `keep = t
 `optional = true`: it may match nothing. What is done to the values, in this order whatever order it is written in:
   concat = AXIS      `from` is a list of patterns, one for each part; the parts are equal, or `sizes` says how large
   stack = AXIS       the leaves that differ in the one group which `to` leaves out, a number 0, 1, ...: a new axis
-  transpose = AXES   reshape = SIZES (one may be -1)   cast = "bfloat16"
+  rearrange = "in (part dim) -> in (dim part)"   axes by name: see rearrange.py; `lengths = {part = 3}`, and `order =
+                     {part = [2, 0, 1]}` for another order along one of them
+  transpose = AXES   reshape = SIZES (one may be -1)   add = 1.0 (undone up to rounding)   cast = "bfloat16"
   unstack = AXIS     one leaf for each index along it, which goes; `{i}` in `to` is the index
   split = AXIS       `to` is a list of templates, one for each part; equal ones, or of `sizes`
 `new = {value = 0.0, shape = [4], dtype = "float32"}` makes a leaf at the location `to`; `new = "target"` takes those
@@ -36,25 +38,17 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-import jax.numpy as jnp
-import numpy as np
-
 from bridge._errors import listed, near_misses, show_path
 from bridge._types import Location
 from bridge.checkpoint.rules.patterns import MANY, ONE, Match, Pattern, PatternError, escape, escape_template
+from bridge.checkpoint.rules.rework import filled, reworked, split, unstacked
 from bridge.checkpoint.rules.rule import TOML_NAMES, Problem, Rule, RulesError, field_lines, to_toml
 from bridge.checkpoint.tree.layout import describe
 from bridge.checkpoint.tree.ops import (
-    Block,
-    Cast,
-    Fill,
     Join,
     Op,
     OpError,
     Read,
-    Reshape,
-    Transpose,
-    unstack,
     values_of,
 )
 
@@ -415,12 +409,12 @@ class _Run:
             self.result.dropped.update({leaf.location: f"rule {number} drops it" for leaf in taken})
             return
         for first, op in _combined(rule, taken):
-            op = _reworked(rule, op)
+            op = reworked(rule, op)
             if rule.keep:
                 self.outputs.append((first.order, number, first.location, op))
                 continue
-            for index, layer in enumerate(_unstacked(rule, op)):
-                for template, part in zip(rule.templates, _split(rule, layer), strict=True):
+            for index, layer in enumerate(unstacked(rule, op)):
+                for template, part in zip(rule.templates, split(rule, layer), strict=True):
                     self.outputs.append((first.order, number, template.fill(first.match, index), part))
 
     def place(self) -> None:
@@ -451,7 +445,7 @@ class _Run:
                 self.complain(number, "a location that nothing else makes", other)
             elif isinstance(rule.new, Mapping):
                 self.made_by[location] = number
-                made[location] = _filled(rule.new)
+                made[location] = filled(rule.new)
             elif target is None and location is None:
                 self.complain(number, "a target model, in which the pattern is looked for", "none")
             else:
@@ -570,36 +564,3 @@ def _concatenated(rule: Rule, parts: Mapping[int, _Taken]) -> Op:
         wanted = f"sizes = {list(rule.sizes)}" if rule.sizes else "equal parts, where the rule says no sizes"
         raise PatternError(f"{show_path(ordered[0].location)} and the others have sizes {sizes}: not {wanted}")
     return whole
-
-
-def _reworked(rule: Rule, op: Op) -> Op:
-    if rule.transpose is not None:
-        op = Transpose(op, tuple(rule.transpose))
-    if rule.reshape is not None:
-        op = Reshape(op, tuple(rule.reshape))
-    return op if rule.cast is None or op.dtype == str(jnp.dtype(rule.cast)) else Cast(op, rule.cast)
-
-
-def _unstacked(rule: Rule, op: Op) -> Sequence[Op]:
-    if rule.unstack is None:
-        return [op]
-    if not -len(op.shape) <= rule.unstack < len(op.shape):
-        raise PatternError(f"{show_path(next(op.sources()))} of shape {op.shape}: no axis {rule.unstack}")
-    return unstack(op, rule.unstack)
-
-
-def _split(rule: Rule, op: Op) -> list[Op]:
-    if rule.split is None:
-        return [op]
-    count, rank = len(rule.templates), len(op.shape)
-    length = op.shape[rule.split] if -rank <= rule.split < rank else 0
-    sizes = rule.sizes or [length // count] * count
-    if sum(sizes) != length or not length:
-        parts = f"sizes = {list(rule.sizes)}" if rule.sizes else f"{count} equal parts"
-        raise PatternError(f"{show_path(next(op.sources()))} of shape {op.shape} along axis {rule.split}: not {parts}")
-    starts = [sum(sizes[:part]) for part in range(count)]
-    return [Block(op, rule.split, start, start + size) for start, size in zip(starts, sizes, strict=True)]
-
-
-def _filled(new: Mapping[str, Any]) -> Fill:
-    return Fill(np.full(tuple(new["shape"]), new["value"], jnp.dtype(new["dtype"])))

@@ -73,6 +73,7 @@ class Rules:
     default: Literal["keep", "error"] = "keep"
     name: str = field(default="the rules", compare=False)
     undoes: Rules | None = field(default=None, compare=False, repr=False)  #: of which these are the inverse
+    unproven: str = field(default="", compare=False, repr=False)  #: derived, and why that is not proven; "" if it is
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -125,7 +126,7 @@ class Rules:
         'error'
         """
         optional = [replace(rule, optional=True) for rule in later.rules]
-        return Rules([*self.rules, *optional], later.default, self.name)
+        return Rules([*self.rules, *optional], later.default, self.name, unproven=self.unproven or later.unproven)
 
     def inverse(self) -> Rules:
         """The rules that lead back, the most literal ones first: one file serves both directions.
@@ -147,7 +148,7 @@ class Rules:
                 problems.append(Problem("a rule that can be undone", error.problem, number, str(rule)))
         if problems:
             raise RulesError(problems, f"{self.name}, inverted")
-        return Rules(sorted(back, key=_vagueness), self.default, f"{self.name}, inverted", undoes=self)
+        return Rules(sorted(back, key=_vagueness), self.default, f"{self.name}, inverted", self, self.unproven)
 
     def apply(self, leaves: Mapping[Location, Op], target: Iterable[Location] | None = None) -> RuleResult:
         """See `apply_rules`."""
@@ -166,7 +167,7 @@ class Rules:
           RulesError: the rules do not fit.
 
         >>> rules = Rules([Rule("params/a/kernel", "params/b/kernel", transpose=[1, 0])])
-        >>> rules.convert({("params", "a", "kernel"): jnp.ones((2, 3))})[("params", "b", "kernel")].shape
+        >>> rules.convert({("params", "a", "kernel"): np.ones((2, 3))})[("params", "b", "kernel")].shape
         (3, 2)
         """
         return values_of(self.apply(reads_of(values)).made, values)
@@ -181,7 +182,7 @@ class Rules:
           RulesError: the rules do not fit, or have patterns and there are no values.
 
         >>> rules = Rules.from_rename({"Dense_0": "hidden"})
-        >>> rules.pairs({("params", "Dense_0", "bias"): jnp.ones(2)})
+        >>> rules.pairs({("params", "Dense_0", "bias"): np.ones(2)})
         [(('params', 'Dense_0', 'bias'), ('params', 'hidden', 'bias'))]
         """
         if values is not None:

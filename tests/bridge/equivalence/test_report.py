@@ -60,7 +60,7 @@ def test_what_differs_stands_worst_first_with_its_draw():
     found = report(findings)
     text = str(found).split("what differs:\n")[1].splitlines()
     assert str(found).startswith("not equal: 3 of 4 differ\n")
-    assert [line.split()[0] for line in text[1:4]] == ["structure", "output", "loss"]
+    assert [line.split()[0] for line in text[1:4]] == ["output", "structure", "loss"]
     assert any(
         line.split()[:3] == ["output", "x", "y"] and "float32[1], expected float32[2]; seed 1" in line for line in text
     )

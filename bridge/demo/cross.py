@@ -8,6 +8,7 @@ Knows the models and the bridge; knows nothing of tables, files or exit codes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from bridge import checkpoint
 from bridge.demo import linen_model, native_model
 from bridge.demo.native_model import RENAME, DigitsNet
 from bridge.demo.task import DROPOUT_RATE, Batch, Digits, cross_entropy
+from bridge.equivalence.numbers import Difference, difference
 
 Tensors = dict[tuple[str, ...], np.ndarray]
 
@@ -33,40 +35,15 @@ NATIVE = "native nnx_core"
 TO_LINEN = "ToLinen(native)"
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far two arrays are apart: the largest absolute difference, and whether every bit is the same."""
-
-    largest: float
-    bit_equal: bool
-
-    def __str__(self) -> str:
-        return "0.0" if self.bit_equal else f"{self.largest:.1e}"
-
-
-def difference(found: np.ndarray, expected: np.ndarray) -> Difference:
-    """Compare two arrays; another shape or dtype, or a NaN on one side, is infinitely far."""
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return Difference(float("inf"), False)
-    if found.tobytes() == expected.tobytes():
-        return Difference(0.0, True)
-    gap = np.abs(found.astype(np.float64) - expected.astype(np.float64))
-    return Difference(float(np.where(np.isnan(gap), np.inf, gap).max()), False)
+_MISSING = Difference(math.inf, 0.0, None, 0.0, False, "on one side alone")
 
 
 def differences(found: Tensors, expected: Tensors) -> dict[tuple[str, ...], Difference]:
     """Compare two trees path by path; a path that only one of them has is infinitely far."""
-    missing = Difference(float("inf"), False)
     return {
-        path: difference(found[path], expected[path]) if path in found and path in expected else missing
+        path: difference(found[path], expected[path]) if path in found and path in expected else _MISSING
         for path in sorted(found.keys() | expected.keys())
     }
-
-
-def worst(all_differences: Iterable[Difference]) -> Difference:
-    """The one difference that stands for many."""
-    every = list(all_differences)
-    return Difference(max((d.largest for d in every), default=0.0), all(d.bit_equal for d in every))
 
 
 def tensors(tree: Any, rename: Mapping[str, str] | None = None) -> Tensors:

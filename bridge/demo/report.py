@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from bridge.demo.cross import Difference, worst
-from bridge.demo.verdict import Check, Comparison
+from bridge.demo.verdict import Check, Comparison, shown, worst
+from bridge.equivalence.numbers import Difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +51,8 @@ def show_verdict(console: Console, all_checks: Sequence[Check]) -> None:
 
 
 def _mark(gap: Difference) -> str:
-    return f"[green]{gap}[/green]" if gap.bit_equal else f"[bold red]{gap}[/bold red]"
+    color = "green" if gap.bit_equal else "bold red"
+    return f"[{color}]{escape(shown(gap))}[/]"
 
 
 def _table(title: str) -> Table:
@@ -87,8 +89,8 @@ def _training_on(comparison: Comparison) -> Table:
     table = _table(f"{len(theirs.losses)} more steps from checkpoint and its optimizer state")
     for heading in ("figure", theirs.name, ours.name, "max|diff|"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
-    shown = sorted({0, len(theirs.losses) // 2, len(theirs.losses) - 1})
-    for at in shown:
+    told = sorted({0, len(theirs.losses) // 2, len(theirs.losses) - 1})
+    for at in told:
         table.add_row(f"loss, step {at + 1}", f"{theirs.losses[at]:.9f}", f"{ours.losses[at]:.9f}", "")
     counts = [str(len(side.losses)) for side in (theirs, ours)]
     table.add_row("losses, all steps", *counts, _mark(comparison.losses()))
@@ -121,7 +123,7 @@ def draw(path: Path, training_losses: Sequence[float], comparison: Comparison) -
         axes.set(xlabel="step", ylabel="loss")
         axes.legend(fontsize="small")
     training.set_title("Training, checkpoint, training on")
-    onward.set_title(f"{len(theirs.losses)} steps on: max|diff| {comparison.losses()}")
+    onward.set_title(f"{len(theirs.losses)} steps on: max|diff| {shown(comparison.losses())}")
     onward.xaxis.get_major_locator().set_params(integer=True)
     _draw_layers(layers, comparison)
     figure.savefig(path, dpi=130)
@@ -135,7 +137,7 @@ def _draw_layers(axes: Axes, comparison: Comparison) -> None:
     offsets = np.linspace(-0.24, 0.24, len(series))
     highest = _ONE_ULP
     for (label, gaps), offset, marker in zip(series, offsets, "osD^", strict=True):
-        heights = [min(gaps[path].largest, 1e3) if path in gaps else 1e3 for path in paths]
+        heights = [min(gaps[path].absolute, 1e3) if path in gaps else 1e3 for path in paths]
         highest = max(highest, *heights)
         axes.plot(np.arange(len(paths)) + offset, heights, marker, markersize=5, label=label)
     axes.axhline(_ONE_ULP, color="0.5", linestyle=":", linewidth=1)

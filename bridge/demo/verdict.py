@@ -7,13 +7,14 @@ Knows figures; knows nothing of models or of how they are shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from bridge.demo.cross import Continued, Difference, Measured, difference, differences
+from bridge.demo.cross import Continued, Measured, differences
 from bridge.demo.task import accuracy
+from bridge.equivalence.numbers import Difference, difference
 
 LEAST_ACCURACY = 0.95
 
@@ -104,4 +105,18 @@ def _on_training_on(comparison: Comparison) -> Iterator[Check]:
 
 
 def _zero(name: str, gap: Difference) -> Check:
-    return Check(f"{name}: max |difference| from Linen", str(gap), "exactly 0.0", gap.bit_equal)
+    return Check(f"{name}: max |difference| from Linen", shown(gap), "exactly 0.0", gap.bit_equal)
+
+
+def shown(gap: Difference) -> str:
+    """The largest difference; `0.0` is every bit equal, and what is of another dtype or shape is told.
+
+    >>> shown(difference(np.float32([1, 2]), np.float32([1, 2]))), shown(difference(np.float32(0.0), np.float32(-0.0)))
+    ('0.0', '0.0e+00')
+    """
+    return "0.0" if gap.bit_equal else gap.forms or f"{gap.absolute:.1e}"
+
+
+def worst(gaps: Iterable[Difference]) -> Difference:
+    """The one difference that stands for many: the farthest, and of those as far one with other bits."""
+    return max(gaps, key=lambda gap: (gap.absolute, not gap.bit_equal))

@@ -20,11 +20,12 @@ from bridge.checkpoint.conversion import (
 )
 from bridge.checkpoint.derivation.derive import (
     DerivationError,
-    Derived,
     UnknownPathError,
+    UnprovenDerivationError,
     UnsureDerivationWarning,
     derive,
 )
+from bridge.checkpoint.derivation.derived import Derived, Proof
 from bridge.checkpoint.derivation.forward import ForwardMismatchError, ForwardReport, RandomCallError, compare_forward
 from bridge.checkpoint.derivation.to_rules import UnsayableRuleError
 from bridge.checkpoint.formats.open import open_sink, open_source
@@ -43,7 +44,7 @@ from bridge.checkpoint.in_memory import (
     variables_to_state,
 )
 from bridge.checkpoint.loading import ShardingError, load_into
-from bridge.checkpoint.options import ConversionOptions, OptionError
+from bridge.checkpoint.options import ConversionOptions, OptionError, UnprovenRulesError
 from bridge.checkpoint.plan.commute import probe
 from bridge.checkpoint.plan.places import CollectionClashError, UnknownCollectionsError
 from bridge.checkpoint.plan.plan import ConversionReport, Plan, make_plan
@@ -75,7 +76,8 @@ __all__ = [
     "UnknownCollectionsError", "apply_rules", "make_plan", "probe", "read_rules",
     # rules from the models themselves
     "DerivationError", "Derived", "ForwardMismatchError", "ForwardReport", "RandomCallError", "UnknownPathError",
-    "UnsayableRuleError", "UnsureDerivationWarning", "compare_forward", "derive",
+    "Proof", "UnprovenDerivationError", "UnprovenRulesError", "UnsayableRuleError", "UnsureDerivationWarning",
+    "compare_forward", "derive",
     # what is on disk
     "CheckpointInfo", "Kind", "Layout", "Leaf", "LinenTrainState", "Sink", "Source", "Tree", "open_sink",
     "open_source", "read_metadata", "read_train_state", "read_tree",

@@ -167,6 +167,8 @@ def _sides(a: Source, b: Source, raw: bool, rules: LeafRules | None) -> tuple[_S
     else:
         left, right, converted = _as_nnx(a, first, rules, parts_b.form), _by_key(b, parts_b, parts_b.form), "a"
     how = f"by NNX's names: {converted} is compared as what `convert` makes of it"
+    if getattr(rules, "unproven", ""):
+        how += ", by derived rules that are not proven"
     if left.streams and right.streams:
         return left, right, how
     return left.without_streams(), right.without_streams(), how + ", without random streams, which Linen has not"
@@ -192,7 +194,7 @@ def _by_key(source: Source, parts: Parts, form: Form) -> _Side:
 
 def _as_nnx(source: Source, found: Layout, rules: LeafRules | None, form: Form) -> _Side:
     """A Linen checkpoint under the names of an NNX one."""
-    options = ConversionOptions(to="nnx", rules=rules, rng="keep")
+    options = ConversionOptions(to="nnx", rules=rules, rng="keep", unproven=True)
     plan = plan_of(source.tree, options, found, source.metadata)
     parts = take_apart(plan.target, Layout(plan.target_layout, "planned"), plan.memo.known)
     return _named(source, plan.made, plan.target.leaves, parts, form)

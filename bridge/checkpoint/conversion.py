@@ -62,6 +62,7 @@ class ConvertReport:
       resumed: how many of the leaves an earlier run had written.
       verified: whether all was read again and found equal.
       seconds: from the first array read to the end.
+      unproven: why nothing has shown that derived rules are right; "" otherwise. `verified` says nothing of that.
     """
 
     source: str
@@ -74,6 +75,7 @@ class ConvertReport:
     resumed: int
     verified: bool
     seconds: float
+    unproven: str = ""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class Conversion:
             resumed=resumed,
             verified=verified,
             seconds=time.monotonic() - start,
+            unproven=self.plan.unproven,
         )
 
     def _write(self, sink: Sink, options: ConversionOptions) -> dict[Path, str]:
@@ -204,6 +207,7 @@ class Conversion:
     def _provenance(self) -> dict[str, Any]:
         return {
             "converted_from": str(self.source.path),
+            **({"unproven": self.plan.unproven} if self.plan.unproven else {}),
             "converted_by": f"linen-nnx-bridge {metadata.version('linen-nnx-bridge')}",
         }
 
@@ -263,6 +267,7 @@ def convert(
     verify: bool = True,
     check: Check | None = None,
     lossy: bool = False,
+    unproven: bool = False,
     rng: str | int = "drop",
     tx: Any = None,
     known: Known | None = None,
@@ -278,10 +283,12 @@ def convert(
       target: a model, or a tree, State or TrainState, abstract or not, that the result must fit.
       max_memory: bytes of leaves in memory at once.
       lossy: go on if leaves have no place in the target, or number types change, though no rule says so.
+      unproven: take derived rules that are not proven; the report and the target's metadata say so.
       The others, and these in full: the fields of `ConversionOptions`.
 
     Raises:
       OptionError: an option has a value that means nothing.
+      UnprovenRulesError: the rules were derived and are not proven, without `unproven`.
       LossyConversionError: something would be lost, and neither a rule nor `lossy` says that it may.
       VariablesMismatchError: the result does not fit `target`.
       CheckpointNotFoundError, CheckpointCorruptError, CheckpointLayoutError: the source cannot be used.
@@ -310,6 +317,7 @@ def convert(
         verify=verify,
         check=check,
         lossy=lossy,
+        unproven=unproven,
         rng=rng,
         tx=tx,
         known=known,

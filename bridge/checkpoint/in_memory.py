@@ -36,7 +36,7 @@ from bridge.checkpoint.tree.from_objects import (
     write,
 )
 from bridge.checkpoint.tree.layout import Kind
-from bridge.checkpoint.tree.ops import Cast, Op, Read
+from bridge.checkpoint.tree.ops import Add, Cast, Op, Read
 from bridge.variables.kinds import variable_type
 from bridge.variables.load import place
 from bridge.variables.mapping import EMPTY, leaves, tree_of
@@ -52,7 +52,7 @@ __all__ = [
 
 
 def variables_to_state(
-    variables: Mapping[str, Any], *, rules: LeafRules | None = None, target: Any = None
+    variables: Mapping[str, Any], *, rules: LeafRules | None = None, target: Any = None, unproven: bool = False
 ) -> tuple[nnx.State, ConversionReport]:
     """Linen variables as an `nnx.State`, for `nnx.update(model, state)` or `nnx.merge`.
 
@@ -61,6 +61,7 @@ def variables_to_state(
       rules: Linen's locations -> those of NNX; see `make_plan`.
       target: a model or its State, abstract or not: the State is for that. It gives types, keys and metadata; random
         streams, which Linen has not, are its own.
+      unproven: take derived rules that are not proven; the report says so.
 
     Returns:
       (state, report). Without `target` a key of digits is the index of a list. Empty collections and empty mappings
@@ -69,6 +70,7 @@ def variables_to_state(
     Raises:
       VariablesMismatchError: missing, unexpected, wrong shape, wrong dtype, all at once.
       CollectionClashError: two collections have a variable under one path.
+      UnprovenRulesError: the rules were derived and are not proven, without `unproven`; so do all functions here.
       RulesError: the rules do not fit.
 
     >>> state, report = variables_to_state({"params": {"Dense_0": {"bias": jnp.ones(2)}}})
@@ -83,7 +85,7 @@ def variables_to_state(
     known = Known(names=frozenset(map(str, variables)), boxed=frozenset())
     source = of_leaves(raw, Kind.LINEN_VARIABLES, known)
     wanted = None if target is None else of_training(target)
-    plan = _planned(source, ConversionOptions(to="nnx", rules=rules, target=wanted))
+    plan = _planned(source, ConversionOptions(to="nnx", rules=rules, target=wanted, unproven=unproven))
     made: dict[Path, nnx.Variable[Any]] = {}
     for path, op in plan.made.items():
         origin = boxed.get(_origin(op) or ())
@@ -99,12 +101,15 @@ def variables_to_state(
     return nnx.to_nested_state({tuple(map(_key, path[:-1])): v for path, v in made.items()}), report
 
 
-def state_to_variables(state: Any, *, rules: LeafRules | None = None) -> tuple[dict[str, Any], ConversionReport]:
+def state_to_variables(
+    state: Any, *, rules: LeafRules | None = None, unproven: bool = False
+) -> tuple[dict[str, Any], ConversionReport]:
     """An `nnx.State`, or a model, as Linen variables. The inverse of `variables_to_state`.
 
     Args:
       state: of nnx_core or flax.nnx. Metadata of its Variables becomes boxes. Random streams are left out.
       rules: NNX's locations -> those of Linen; see `make_plan`.
+      unproven: take derived rules that are not proven; the report says so.
 
     Returns:
       ({collection: tree}, report).
@@ -117,14 +122,14 @@ def state_to_variables(state: Any, *, rules: LeafRules | None = None) -> tuple[d
     {'bias': (3,), 'kernel': (2, 3)}
     """
     source = of_training(state)
-    plan = _planned(source, ConversionOptions(to="linen", rules=rules))
+    plan = _planned(source, ConversionOptions(to="linen", rules=rules, unproven=unproven))
     named = {(*path, VALUE) for path, variable in source.variables.items() if variable.get_metadata()}
     tree = tree_of((path, _boxed_value(op, source)) for path, op in plan.made.items())
     return tree, _reported(plan, named)
 
 
 def train_state_to_states(
-    train_state: Any, model: Any, optimizer: Any = None, *, rules: LeafRules | None = None
+    train_state: Any, model: Any, optimizer: Any = None, *, rules: LeafRules | None = None, unproven: bool = False
 ) -> tuple[nnx.State, nnx.State | None, ConversionReport]:
     """What `train_state_to_nnx` writes, as States: the model's, and the optimizer's if there is one.
 
@@ -148,7 +153,7 @@ def train_state_to_states(
             found="none",
             hint="Leave the optimizer out to load the weights alone.",
         )
-    plan = _planned(source, ConversionOptions(to="nnx", rules=rules, target=wanted))
+    plan = _planned(source, ConversionOptions(to="nnx", rules=rules, target=wanted, unproven=unproven))
     values: dict[Path, Any] = {}
     boxes: dict[Path, Any] = {}
     for path, op in plan.made.items():
@@ -168,7 +173,7 @@ def train_state_to_states(
 
 
 def train_state_to_nnx(
-    train_state: Any, model: Any, optimizer: Any = None, *, rules: LeafRules | None = None
+    train_state: Any, model: Any, optimizer: Any = None, *, rules: LeafRules | None = None, unproven: bool = False
 ) -> ConversionReport:
     """Write a Linen TrainState into a model and its optimizer, in place; Variables keep identity, ties and metadata.
 
@@ -178,6 +183,7 @@ def train_state_to_nnx(
       optimizer: an Optimizer made for `model` with the same optax transformation. Without it the optimizer's state and
         the step are dropped, and the report says so.
       rules: Linen's locations -> those of the model; slots of the optimizer follow.
+      unproven: take derived rules that are not proven; the report says so.
 
     Returns:
       The report. Fields that have no place in NNX (`ema_params`, ...) are in its `dropped`.
@@ -196,7 +202,9 @@ def train_state_to_nnx(
     >>> int(optimizer.step[...]), float(model.kernel.sum())
     (7, 6.0)
     """
-    model_state, optimizer_state, report = train_state_to_states(train_state, model, optimizer, rules=rules)
+    model_state, optimizer_state, report = train_state_to_states(
+        train_state, model, optimizer, rules=rules, unproven=unproven
+    )
     writes = list(zip(_flat(model), _flat(model_state), strict=True))
     if optimizer_state is not None:
         writes += zip(_flat(optimizer), _flat(optimizer_state), strict=True)
@@ -219,6 +227,7 @@ def nnx_to_train_state(
     like: Any = None,
     cls: type[TrainState] = TrainState,
     rules: LeafRules | None = None,
+    unproven: bool = False,
     **fields: Any,
 ) -> tuple[Any, ConversionReport]:
     """A Linen TrainState from a model and its optimizer. Nothing is changed.
@@ -231,6 +240,7 @@ def nnx_to_train_state(
         boxes. Fields that follow no param and that NNX has not (a dropout key) stay as they are in it.
       cls: without `like`: the class; a field for each collection beside params.
       rules: the model's locations -> Linen's.
+      unproven: take derived rules that are not proven; the report says so.
       fields: more to be carried by the same rule, by the field's name: `ema_params=ema.params`.
 
     Returns:
@@ -250,7 +260,7 @@ def nnx_to_train_state(
         like = _like(model, tx, apply_fn, cls, rules, fields)
     source = of_object({"model": state_of(model), "optimizer": state_of(optimizer), **fields})
     wanted = of_object(like)
-    plan = _planned(source, ConversionOptions(to="linen", rules=rules, target=wanted))
+    plan = _planned(source, ConversionOptions(to="linen", rules=rules, target=wanted, unproven=unproven))
     values = {path: _value(op, source) for path, op in plan.made.items()}
 
     def new(path: Path, own: Any) -> Any:
@@ -295,7 +305,7 @@ def _like(
             expected="the optax transformation, or a TrainState of the wanted structure",
             found="None",
         )
-    variables, _ = state_to_variables(model, rules=rules)
+    variables, _ = state_to_variables(model, rules=rules, unproven=True)  # its form alone; the plan asks for a proof
     abstract = jax.eval_shape(lambda: variables)
     params = abstract.pop("params", {})
     own = dict(abstract)
@@ -320,7 +330,7 @@ def _as_params(field: Any, rules: LeafRules | None) -> Any:
     """Averages under the names that Linen gives the params; what has no Variables (a dropout key) as it is."""
     if not of_object(field).variables:
         return field
-    return state_to_variables(field, rules=rules)[0].get("params", {})
+    return state_to_variables(field, rules=rules, unproven=True)[0].get("params", {})
 
 
 # ---- values -----------------------------------------------------------------------------------------------------
@@ -343,9 +353,10 @@ def _boxed_value(op: Op, source: Live) -> Any:
 
 
 def _origin(op: Op) -> Path | None:
-    """The one leaf that it is, axis by axis: renamed, or cast."""
-    of = op.of if isinstance(op, Cast) else op
-    return of.path if isinstance(of, Read) else None
+    """The one leaf that it is, axis by axis: renamed, cast, or with a constant more."""
+    while isinstance(op, Cast | Add):
+        op = op.of
+    return op.path if isinstance(op, Read) else None
 
 
 def _reported(plan: Plan, named: Collection[Path]) -> ConversionReport:

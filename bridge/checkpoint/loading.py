@@ -58,6 +58,7 @@ def load_into(
     format: str | None = None,
     kind: Kind | None = None,
     rng: str | int = "keep",
+    unproven: bool = False,
 ) -> ConversionReport:
     """Read the checkpoint at `path`, in Linen's layout or NNX's, into a model and its optimizer, in place.
 
@@ -80,6 +81,7 @@ def load_into(
       kind: the checkpoint's layout, instead of the detected one.
       rng: random streams: 'keep', those of the checkpoint if it has them, and else the model's own; 'drop', the model's
         own; or a seed for fresh ones, which an abstract model needs for what the checkpoint lacks.
+      unproven: take derived rules that are not proven; the report says so.
 
     Returns:
       What went where, and what the model has no place for.
@@ -87,6 +89,7 @@ def load_into(
     Raises:
       VariablesMismatchError: all that is missing, unexpected, or of another shape or dtype.
       CheckpointLayoutError: an abstract model would keep a placeholder, as the checkpoint has no value for it.
+      UnprovenRulesError: the rules were derived and are not proven, without `unproven`.
       ShardingError: a sharding does not divide its Variable, or its mesh has no devices.
       RulesError, SlotError, OptStateOrderError, CollectionClashError: as for `make_plan`.
       CheckpointNotFoundError, CheckpointCorruptError, MissingDependencyError: as for `open_source`; a damaged array is
@@ -107,7 +110,15 @@ def load_into(
     """
     wanted = of_training(model, optimizer)
     options = ConversionOptions(
-        to="nnx", rules=rules, target=wanted, source_format=format, step=step, item=item, kind=kind, rng=rng
+        to="nnx",
+        rules=rules,
+        target=wanted,
+        source_format=format,
+        step=step,
+        item=item,
+        kind=kind,
+        rng=rng,
+        unproven=unproven,
     )
     with _explained(wanted), Conversion.open(path, options) as conversion:
         plan = conversion.plan

@@ -37,6 +37,18 @@ class LeafRules(Protocol):
         """What becomes of `leaves`."""
 
 
+class UnprovenRulesError(BridgeError, ValueError):
+    """Rules that were derived, and that nothing has shown to be right. `why` is what is missing."""
+
+    def __init__(self, why: str):
+        self.why = why
+        super().__init__(
+            "the rules were derived from two models, and nothing has shown that they are right\n"
+            f"  expected: a proof, as derive gives one by running both models\n  found: {why}\n"
+            "Derive them anew, or allow it: unproven=True (--unproven), and the report says so. Nothing was changed."
+        )
+
+
 class OptionError(BridgeError, ValueError):
     """An option of a conversion has a value that means nothing. `option` is its name."""
 
@@ -74,6 +86,7 @@ class ConversionOptions:
       verify: read everything again at the end and compare hashes. What an earlier run wrote is always verified.
       check: called last with the paths of source and target, to run both models, say: False or an AssertionError
         means that the target is not to be used.
+      unproven: take derived rules that are not proven; every report says so.
       lossy: go on if leaves have no place in the target, or number types change, though no rule says so.
       progress: called as `progress("converting" or "verifying", bytes done, bytes in all)`.
 
@@ -110,6 +123,7 @@ class ConversionOptions:
     verify: bool = True
     check: Check | None = None
     lossy: bool = False
+    unproven: bool = False
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -124,6 +138,18 @@ class ConversionOptions:
             raise OptionError("empty", "'None', 'Dict' or nothing", self.empty)
         if not isinstance(self.max_memory, Integral) or self.max_memory < 1:
             raise OptionError("max_memory", "a number of bytes", self.max_memory)
+
+    @property
+    def doubt(self) -> str:
+        """Why the rules are not proven; "" if they are, or if somebody wrote them.
+
+        Raises:
+          UnprovenRulesError: they are not, and nobody has said that they may be.
+        """
+        why = getattr(self.rules, "unproven", "")
+        if why and not self.unproven:
+            raise UnprovenRulesError(why)
+        return why
 
     @property
     def seed(self) -> int | None:

@@ -37,6 +37,7 @@ def save_as_linen(
     like: Any = None,
     extras: Mapping[str, Any] | None = None,
     format: str = "orbax",
+    unproven: bool = False,
 ) -> ConversionReport:
     """Write what Linen code reads: `{"step": ..., "params": ..., "opt_state": ..., "batch_stats": ..., ...}` at `path`.
 
@@ -60,6 +61,7 @@ def save_as_linen(
       extras: more fields. Those with Variables (`{"ema_params": nnx.state(ema)}`) are laid out as the params are,
         others (a dropout key) are written as they are.
       format: 'orbax', written by Orbax's own saver; or another of 'orbax-v1', 'msgpack', 'safetensors', by one process.
+      unproven: take derived rules that are not proven; the report says so.
 
     Returns:
       What went where. Random streams of the model have no place in a TrainState and stand in `dropped`.
@@ -67,6 +69,7 @@ def save_as_linen(
     Raises:
       VariablesMismatchError: the optimizer's state is not that of `tx`, or something does not fit `like`.
       RulesError: the rules do not fit, or have no inverse.
+      UnprovenRulesError: the rules were derived and are not proven, without `unproven`.
       CheckpointExistsError: something is at `path`.
       CheckpointLayoutError: no such format; or variables alone, with `like` or extras.
       CheckpointWriteError: disk full, no permission, several processes and another format than 'orbax', ...
@@ -87,9 +90,9 @@ def save_as_linen(
     direction = back if back is not None or rules is None else rules.inverse()
     if optimizer is None:
         _require_plain(path, like, extras)
-        tree, report = state_to_variables(model, rules=direction)
+        tree, report = state_to_variables(model, rules=direction, unproven=unproven)
     else:
-        tree, report = _train_state(model, optimizer, direction, tx, like, dict(extras or {}))
+        tree, report = _train_state(model, optimizer, direction, tx, like, dict(extras or {}), unproven)
     if format == "orbax":
         _save_with_orbax(path, tree)
     else:
@@ -98,18 +101,22 @@ def save_as_linen(
 
 
 def _train_state(
-    model: Any, optimizer: Any, rules: LeafRules | None, tx: Any, like: Any, extras: dict[str, Any]
+    model: Any, optimizer: Any, rules: LeafRules | None, tx: Any, like: Any, extras: dict[str, Any], unproven: bool
 ) -> tuple[Any, ConversionReport]:
     followers = {name: field for name, field in extras.items() if of_object(field).variables}
     others = {name: field for name, field in extras.items() if name not in followers}
     tx = tx if tx is not None else optimizer.tx
     if like is not None:
         like = like.replace(**others)
-        state, report = nnx_to_train_state(model, optimizer, tx=tx, like=like, rules=rules, **followers)
+        state, report = nnx_to_train_state(
+            model, optimizer, tx=tx, like=like, rules=rules, unproven=unproven, **followers
+        )
     else:
-        collections = state_to_variables(model, rules=rules)[0].keys() - {"params"}
+        collections = state_to_variables(model, rules=rules, unproven=unproven)[0].keys() - {"params"}
         cls = _class_with([*collections, *followers], list(others))
-        state, report = nnx_to_train_state(model, optimizer, tx=tx, cls=cls, rules=rules, **followers)
+        state, report = nnx_to_train_state(
+            model, optimizer, tx=tx, cls=cls, rules=rules, unproven=unproven, **followers
+        )
     return state.replace(**others), report
 
 

@@ -20,6 +20,9 @@ from bridge.variables.kinds import LINEN_COLLECTIONS
 
 Index = tuple[int, ...]
 Instance = tuple[Unit, Index]
+#: What makes two units alike, and what names a variable of one.
+Key = Callable[[Unit], Hashable]
+Label = Callable[[Path, Slot], Hashable]
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,41 @@ class Tie:
     swapped: tuple[Link, ...]
 
 
+@dataclass(frozen=True)
+class Group:
+    """Layers that are alike, each with the partner that the order of calls, or its name, gives it.
+
+    Attributes:
+      pairs: a layer of Linen and its partner, each with its index along stacked axes.
+      label: what names a variable within its layer.
+      how: why these.
+      by_order: whether the order of calls decided, and another would do as well.
+    """
+
+    pairs: tuple[tuple[Instance, Instance], ...]
+    label: Label
+    how: str
+    by_order: bool
+
+    def links(self, order: Sequence[int]) -> list[list[Link]]:
+        """Those of each layer of NNX, if the k-th has the `order[k]`-th of Linen for its partner."""
+        links: list[list[Link]] = []
+        for number, (_, (theirs, there)) in enumerate(self.pairs):
+            ours, at = self.pairs[order[number]][0]
+            links.append(list(_links(ours, at, theirs, there, self.label, self.how.format(n=number + 1))))
+        return links
+
+    def told_apart(self, one: int, other: int) -> bool:
+        """Whether names say of two pairs that they are not to be exchanged."""
+        return _told_apart(self.pairs[one], self.pairs[other])
+
+
 @dataclass
 class Pairing:
     """What is paired, what is left, what could be paired in two ways, and what the order of calls alone has paired."""
 
     links: list[Link] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
     linen: list[Unit] = field(default_factory=list)
     nnx: list[Unit] = field(default_factory=list)
     ambiguous: list[Doubt] = field(default_factory=list)
@@ -130,9 +163,6 @@ def pair(linen: Iterable[Unit], nnx: Iterable[Unit]) -> Pairing:
 
 
 # ---- what makes two units alike ----
-
-Key = Callable[[Unit], Hashable]
-Label = Callable[[Path, Slot], Hashable]
 
 
 def _class_and_names(unit: Unit) -> Hashable:
@@ -227,6 +257,11 @@ def _take(pool: Pairing, pairs: Pairs, label: Label, how: str, why: str) -> None
         pool.links += links
         if label is _shape:
             pool.ambiguous += _shapes_against_names(links)
+    if pairs:
+        (ours, _), (theirs, _) = pairs[0]
+        how = ", ".join(filter(None, (f"{ours.kind}/{theirs.kind}", how, why.replace("{all}", str(len(pairs))))))
+        is_free = why is _BY_ORDER and not any(_shares(unit) for pair in pairs for unit, _ in pair)
+        pool.groups.append(Group(tuple(pairs), label, how, is_free))
     if why is _BY_ORDER:
         neighbours = itertools.pairwise(pairs)
         pool.ties += [_tie(*two, label) for two in neighbours if not _told_apart(*two)]

@@ -11,37 +11,33 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 import nnx_core as nnx
-from bridge._errors import BridgeError, VariablesMismatchError, near_misses, show_path
-from bridge._types import Location, Path, Shape
-from bridge.checkpoint.derivation.expressions import linen_op, nnx_op
-from bridge.checkpoint.derivation.forward import ForwardMismatchError, ForwardReport, Trial
-from bridge.checkpoint.derivation.to_rules import rules_of
-from bridge.checkpoint.rules.apply import RuleResult, Rules
-from bridge.checkpoint.tree.ops import Op
+from bridge._errors import BridgeError, near_misses, show_path
+from bridge._types import Location, Path
+from bridge.checkpoint.derivation.bench import Bench
+from bridge.checkpoint.derivation.derived import Derived, Unsure
+from bridge.checkpoint.derivation.forward import RandomCallError
+from bridge.checkpoint.derivation.proposal import Fusion, Proposal, base_of, fusions_of
+from bridge.checkpoint.derivation.search import Search, proven, undecided
 from bridge.tracing.data_flow import DataFlow
-from bridge.tracing.pairs import Doubt, Index, Instance, Link, Pairing, Tie, pair
+from bridge.tracing.pairs import Doubt, Instance, Pairing, Tie, pair
 from bridge.tracing.pure_call import linen_call, module_of, nnx_call, streams_of
-from bridge.tracing.trace import TRANSIENT, Method, Part, Slot, Unit, trace_linen, trace_nnx
+from bridge.tracing.trace import Method, Part, Unit, trace_linen, trace_nnx
 
 #: A prefix of paths, without the collection: keys, or keys with `/` between them.
 Prefix = str | tuple[str, ...]
-To = Literal["nnx", "linen"]
 
 _MOST_LINES = 40
 
 #: Up to this many bytes of variables, `derive` runs both models by itself where it is unsure.
 _MOST_BYTES = 256 * 2**20
-
-#: Models that differ by rounding do so by a like amount whichever of two layers is which; swapped ones by more.
-_FAR = 10
 
 
 class DerivationError(BridgeError, ValueError):
@@ -91,6 +87,25 @@ class UnsureDerivationWarning(UserWarning):
         super().__init__(
             f"layers of one class and the same shapes could be swapped:\n{groups}\n  not confirmed: {why}\n"
             "Run compare_forward, or derive(..., check=True), or say what is what: derive(..., rename=...)."
+        )
+
+
+class UnprovenDerivationError(BridgeError, ValueError):
+    """Nothing has shown that a mapping is right, and so it is not handed out.
+
+    Attributes:
+      derived: what order, shapes and names propose, unproven.
+      why: what is missing.
+      lines: where the models part, or what could be exchanged.
+    """
+
+    def __init__(self, derived: Derived, why: str, lines: Sequence[str], advice: str):
+        self.derived, self.why, self.lines = derived, why, tuple(lines)
+        shown = "\n".join(f"    {line}" for line in self.lines[:_MOST_LINES])
+        super().__init__(
+            f"the mapping is not proven: {why}\n  expected: the same outputs and gradients in both models\n"
+            f"  found:\n{shown}\n{advice}\n"
+            "unproven=True (--unproven) hands it out as it is, and every report will say so."
         )
 
 
@@ -166,128 +181,6 @@ def _place(unit: Unit) -> Path:
     return unit.path if unit.family is not None else next(iter(unit.slots.values())).part.location[1:]
 
 
-# ---- the result ----
-
-
-@dataclass(frozen=True)
-class Unsure:
-    """Layers, in the order of their calls, which neither names nor the flow of data puts in that order."""
-
-    linen: tuple[str, ...]
-    nnx: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{', '.join(self.linen)} -> {', '.join(self.nnx)}: paired by call order alone"
-
-
-@dataclass(frozen=True)
-class Derived:
-    """How each variable of one model is made from those of the other. Takes the place of rules.
-
-    Attributes:
-      links: which variables were paired, and why.
-      dropped, fresh: Linen variables without a place in NNX, and the other way round, as the caller said.
-      to: where `apply` goes.
-      unsure: what the order of calls alone has paired, and no comparison of outputs has confirmed.
-    """
-
-    links: tuple[Link, ...]
-    dropped: tuple[Location, ...] = ()
-    fresh: tuple[Location, ...] = ()
-    to: To = "nnx"
-    unsure: tuple[Unsure, ...] = ()
-
-    def inverse(self) -> Derived:
-        """The way back."""
-        return replace(self, to="linen" if self.to == "nnx" else "nnx")
-
-    @functools.cached_property
-    def made(self) -> dict[Location, Op]:
-        """Target location -> how it is made from source locations."""
-        makers: dict[Location, list[Link]] = {}
-        for link in self.links:
-            makers.setdefault(self._source_and_target(link)[1].location, []).append(link)
-        make = nnx_op if self.to == "nnx" else linen_op
-        return {at: make(links) for at, links in makers.items()}
-
-    def apply(self, leaves: Mapping[Location, Op]) -> RuleResult:
-        """The leaves of the target.
-
-        Args:
-          leaves: those of the source, all of a collection or none of it.
-
-        Raises:
-          VariablesMismatchError: leaves that the source model has not, or that are missing, or of another shape.
-        """
-        gone, new = (self.dropped, self.fresh) if self.to == "nnx" else (self.fresh, self.dropped)
-        dropped = {at: "the caller of derive said so" for at in gone if at in leaves}
-        dropped |= {at: "made anew by every call" for at in leaves if at[0] in TRANSIENT}
-        kept = {at: op for at, op in leaves.items() if at not in dropped}
-        present = {at[0] for at in kept}
-        self._require(kept, present)
-        made: dict[Location, Op] = {}
-        for at, op in self.made.items():
-            if next(op.sources())[0] in present:
-                made[at] = op.on(kept.__getitem__)
-        return RuleResult(made, dropped, tuple(new))
-
-    def _source_and_target(self, link: Link) -> tuple[Part, Part]:
-        return (link.linen.part, link.nnx.part) if self.to == "nnx" else (link.nnx.part, link.linen.part)
-
-    def _require(self, leaves: Mapping[Location, Op], collections: Collection[str]) -> None:
-        """Raise VariablesMismatchError unless leaves are those of the source model, in these collections."""
-        parts = {part.location: part for part, _ in map(self._source_and_target, self.links)}
-        missing = [at for at in parts if at not in leaves and at[0] in collections]
-        unexpected: list[Location] = []
-        shapes: list[tuple[Location, Shape, Shape]] = []
-        for at, op in leaves.items():
-            if at not in parts:
-                unexpected.append(at)
-            elif op.shape != parts[at].shape:
-                shapes.append((at, parts[at].shape, op.shape))
-        if missing or unexpected or shapes:
-            model = "the Linen model" if self.to == "nnx" else "the NNX model"
-            raise VariablesMismatchError(missing, unexpected, shapes, source="the checkpoint", target=model)
-
-    def rules(self) -> Rules:
-        """The same as rules, to be edited and kept; `Rules.then` puts others before them.
-
-        Raises:
-          UnsayableRuleError: layers are stacked in a way, or have names, for which there is no rule.
-          RulesError: `to` is "linen" and something is dropped or fresh.
-        """
-        forward = rules_of(self.links, self.dropped, self.fresh)
-        return forward if self.to == "nnx" else forward.inverse()
-
-    def to_toml(self) -> str:
-        """The text of a rules file, which `read_rules` takes. Raises what `rules` does."""
-        return self.rules().to_toml()
-
-    def table(self) -> list[tuple[str, str, str]]:
-        """(Linen path, NNX path, how they were paired and the shape), a row for each pair."""
-        rows: list[tuple[str, str, str]] = []
-        for link in self.links:
-            linen, nnx = _shown(link.linen, link.linen_index), _shown(link.nnx, link.nnx_index)
-            rows.append((linen, nnx, f"{link.how} {link.linen.shape}"))
-        return rows
-
-    def __str__(self) -> str:
-        rows = [("Linen", "NNX", "paired by"), *self.table()]
-        rows += [(show_path(at), "-", "dropped") for at in self.dropped]
-        rows += [("-", show_path(at), "of the NNX model") for at in self.fresh]
-        linen_width = max(len(linen) for linen, _, _ in rows)
-        nnx_width = max(len(nnx) for _, nnx, _ in rows)
-        lines = [f"{linen:{linen_width}}  {nnx:{nnx_width}}  {how}" for linen, nnx, how in rows]
-        lines += [f"{group}: check with compare_forward" for group in self.unsure]
-        return "\n".join(lines)
-
-
-def _shown(slot: Slot, index: Index) -> str:
-    at = "".join(f"[{n}]" for n in index)
-    part = f" part {slot.index} of {slot.count}" if slot.count > 1 else ""
-    return f"{show_path(slot.part.location)}{at}{part}"
-
-
 # ---- deriving ----
 
 
@@ -300,6 +193,7 @@ def derive(
     rename: Mapping[Prefix, Prefix | None] | None = None,
     fresh: Iterable[Prefix] = (),
     check: bool | None = None,
+    unproven: bool = False,
     **kwargs: Any,
 ) -> Derived:
     """How the variables of a Linen model become those of an NNX model, and back.
@@ -356,29 +250,124 @@ def derive(
     model = module_of(nnx_module)
     linen = trace_linen(linen_module, methods[0], rngs, inputs, kwargs)
     ours = trace_nnx(model, methods[1], inputs, kwargs)
-    pairing, dropped, kept = _paired(linen, ours, rename or {}, fresh)
-    links = sorted(dict.fromkeys(pairing.links), key=lambda link: (link.linen.part.location, link.linen_index))
-    ties = pairing.ties
-    if ties:  # both models are traced again, whole: what one layer needs of another may confirm their order
+    paired = _paired(linen, ours, rename or {}, fresh)
+    base = base_of(paired.pairing.groups, paired.fusions, paired.dropped, paired.fresh)
+
+    def unsure() -> tuple[Unsure, ...]:
+        # Both models are traced again, whole: what one layer needs of another may confirm their order.
+        ties = paired.pairing.ties
+        if not ties:
+            return ()
         call = linen_call(linen_module, methods[0], rngs, inputs, kwargs)
         linen_flow = DataFlow(linen, call, streams_of(rngs), inputs, kwargs)
         nnx_flow = DataFlow(ours, nnx_call(model, methods[1]), None, inputs, kwargs)
-        ties = [tie for tie in ties if not (linen_flow.in_order(*tie.linen) and nnx_flow.in_order(*tie.nnx))]
-    derived = Derived(tuple(links), dropped, kept, unsure=_groups(ties))
-    if check or (check is None and derived.unsure):
-        trial = functools.partial(Trial, linen_module, model, inputs, kwargs, rngs, method)
-        derived, why = _checked(derived, ties, trial, always=bool(check))
-    else:
-        why = "check=False"
+        return _groups(tie for tie in ties if not (linen_flow.in_order(*tie.linen) and nnx_flow.in_order(*tie.nnx)))
+
+    try:
+        if check is False:
+            raise _NotRun("check=False")
+        if check is None and _nbytes(linen) > _MOST_BYTES:
+            raise _NotRun(
+                f"the variables have more than {_MOST_BYTES >> 20} MiB: check=True runs the models all the same"
+            )
+        return _proven(base, functools.partial(Bench, linen_module, model, inputs, kwargs, rngs, method), bool(check))
+    except _NotRun as reason:
+        derived = replace(base.derived, unsure=unsure(), unproven=str(reason))
+        if not unproven and check is not False:
+            advice = "Give inputs that both models run on here, without drawing random numbers."
+            raise UnprovenDerivationError(derived, "the models were not compared", [str(reason)], advice) from reason
+    except UnprovenDerivationError as failed:
+        derived = failed.derived
+        if not unproven:
+            if paired.left:
+                units = [*paired.left[0]], [*paired.left[1]]
+                raise _with_note(DerivationError(*units), str(failed)) from failed
+            raise
     if derived.unsure:
-        warnings.warn(UnsureDerivationWarning(derived.unsure, why), stacklevel=2)
+        warnings.warn(UnsureDerivationWarning(derived.unsure, derived.unproven), stacklevel=2)
     return derived
+
+
+class _NotRun(Exception):
+    """Why both models could not be run."""
+
+
+def _with_note(error: DerivationError, note: str) -> DerivationError:
+    error.add_note(note)
+    return error
+
+
+def _proven(base: Proposal, make_bench: Callable[[], Bench], always: bool) -> Derived:
+    """The first proposal that both models prove, if no other is as good."""
+    try:
+        bench = make_bench()
+        proof, evidence = proven(bench, base)
+        random = None if proof is not None else bench.which_is_random(bench.point(0), base.derived)
+        if random is not None:
+            raise RandomCallError(random)
+    except Exception as error:  # a kernel for another accelerator, dropout, inputs that only the user can make
+        if always:
+            raise
+        raise _NotRun(f"the models do not run here: {error}") from error
+    proposal = base
+    if proof is None:
+        other = Search(bench, base).find()
+        if other is None:
+            lines = evidence.describe()
+            derived = replace(base.derived, unproven="the models do not compute the same: " + "; ".join(lines))
+            advice = "If the models are the same one, say what is what: derive(..., rename={Linen path: NNX path})."
+            if base.dropped or base.fresh:
+                advice += "\nVariables are dropped or fresh: outputs that depend on them differ."
+            why = "the models do not compute the same under any mapping that was tried"
+            raise UnprovenDerivationError(derived, why, lines, advice)
+        proposal, proof = other
+    ties = undecided(bench, proposal, proof)
+    unsure = _exchangeable(proposal, ties)
+    if unsure:
+        why = "run, but the outputs are as good either way"
+        derived = replace(proposal.derived, unsure=unsure, unproven=why)
+        first = show_path(tuple(unsure[0].linen[0].split("/")))
+        advice = f"Say what is what: derive(..., rename={{{first!r}: {unsure[0].nnx[0]!r}}}), or as it should be."
+        lines = [str(group) for group in unsure]
+        raise UnprovenDerivationError(derived, f"{why}: no output and no gradient tells layers apart", lines, advice)
+    return replace(proposal.derived, proof=proof, unproven="")
+
+
+def _exchangeable(proposal: Proposal, ties: Sequence[Sequence[tuple[int, int]]]) -> tuple[Unsure, ...]:
+    """Layers that could be exchanged, those that hang together in one group, in the order of their calls."""
+    unsure: list[Unsure] = []
+    for group, order, pairs in zip(proposal.groups, proposal.orders, ties, strict=True):
+        sets: list[set[int]] = []
+        for pair_of_layers in pairs:
+            joined = set(pair_of_layers).union(*(one for one in sets if one & set(pair_of_layers)))
+            sets = [*(one for one in sets if not one & joined), joined]
+        for together in sets:
+            linen = tuple(_name_of(group.pairs[order[n]][0]) for n in sorted(together))
+            nnx = tuple(_name_of(group.pairs[n][1]) for n in sorted(together))
+            unsure.append(Unsure(linen, nnx))
+    return tuple(unsure)
+
+
+def _name_of(instance: Instance) -> str:
+    unit, index = instance
+    return show_path(_place(unit)) + "".join(f"[{n}]" for n in index)
+
+
+@dataclass(frozen=True)
+class _Paired:
+    """All pairs, what is fused, dropped and fresh; and what the fused were before: Linen's units, and NNX's."""
+
+    pairing: Pairing
+    fusions: tuple[Fusion, ...]
+    dropped: tuple[Location, ...]
+    fresh: tuple[Location, ...]
+    left: tuple[tuple[Unit, ...], tuple[Unit, ...]] | None
 
 
 def _paired(
     linen: Sequence[Unit], ours: Sequence[Unit], rename: Mapping[Prefix, Prefix | None], fresh: Iterable[Prefix]
-) -> tuple[Pairing, tuple[Location, ...], tuple[Location, ...]]:
-    """All pairs, and what is dropped and fresh."""
+) -> _Paired:
+    """What is what, as far as order, shapes and names tell."""
     pairing = Pairing()
     dropped: list[Location] = []
     kept: list[Location] = []
@@ -394,54 +383,21 @@ def _paired(
         inside, ours = _take(ours, _keys(prefix), "the NNX model")
         kept += _locations(inside)
     _add(pairing, pair(linen, ours))
-    if pairing.linen or pairing.nnx or pairing.ambiguous:
-        raise DerivationError(pairing.linen, pairing.nnx, pairing.ambiguous)
-    return pairing, tuple(dropped), tuple(kept)
+    left = (tuple(pairing.linen), tuple(pairing.nnx))
+    fusions, rest_of_linen, rest_of_nnx = fusions_of(*left)
+    if rest_of_linen or rest_of_nnx or pairing.ambiguous:
+        raise DerivationError(*left, pairing.ambiguous)
+    return _Paired(pairing, tuple(fusions), tuple(dropped), tuple(kept), left if fusions else None)
 
 
-def _checked(derived: Derived, ties: Sequence[Tie], trial: Callable[[], Trial], always: bool) -> tuple[Derived, str]:
-    """With no more than what the outputs cannot tell apart as unsure; and why that is left."""
-    if not always:
-        if derived.dropped or derived.fresh:
-            return derived, "the outputs differ anyway, as variables are dropped or fresh"
-        if _nbytes(derived) > _MOST_BYTES:
-            return derived, f"the variables have more than {_MOST_BYTES >> 20} MiB"
-    try:
-        compare = trial().compare
-        off = compare(derived).worst
-        left = [tie for tie in ties if not _is_worse(compare, _swapped(derived, tie), off)]
-    except ForwardMismatchError:
-        raise
-    except Exception as error:  # a kernel for another accelerator, dropout, inputs that only the user can make
-        if always:
-            raise
-        return derived, f"the models do not run here: {error}"
-    return replace(derived, unsure=_groups(left)), "run, but the outputs are as good either way"
+def _nbytes(units: Iterable[Unit]) -> int:
+    """Bytes of the variables."""
+    parts = {part.location: part for _, part in _parts(units)}
+    return sum(math.prod(part.shape) * _itemsize(part.dtype) for part in parts.values())
 
 
-def _nbytes(derived: Derived) -> int:
-    """Bytes of Linen's variables."""
-    parts = {link.linen.part for link in derived.links}
-    return sum(math.prod(part.shape) * jnp.dtype(part.dtype).itemsize for part in parts)
-
-
-def _swapped(derived: Derived, tie: Tie) -> Derived:
-    """The same with the two layers of a tie the other way round."""
-
-    def sides(link: Link) -> tuple[Any, ...]:
-        return link.linen, link.linen_index, link.nnx, link.nnx_index
-
-    gone = set(map(sides, tie.links))
-    links = [link for link in derived.links if sides(link) not in gone]
-    return replace(derived, links=tuple(dict.fromkeys([*links, *tie.swapped])))
-
-
-def _is_worse(compare: Callable[[Derived], ForwardReport], swapped: Derived, off: float) -> bool:
-    """Whether the outputs are off by far more than `off`. Deep in a model, a swap may cost less than the tolerance."""
-    try:
-        return compare(swapped).worst > _FAR * off
-    except ForwardMismatchError:
-        return True
+def _itemsize(dtype: str) -> int:
+    return 8 if dtype.startswith("key<") else jnp.dtype(dtype).itemsize
 
 
 def _groups(ties: Iterable[Tie]) -> tuple[Unsure, ...]:
@@ -454,14 +410,10 @@ def _groups(ties: Iterable[Tie]) -> tuple[Unsure, ...]:
         else:
             groups.append([first, second])
 
-    def name(instance: Instance) -> str:
-        unit, index = instance
-        return show_path(_place(unit)) + "".join(f"[{n}]" for n in index)
-
     unsure: list[Unsure] = []
     for group in groups:
         linen, nnx = zip(*group, strict=True)
-        unsure.append(Unsure(tuple(map(name, linen)), tuple(map(name, nnx))))
+        unsure.append(Unsure(tuple(map(_name_of, linen)), tuple(map(_name_of, nnx))))
     return tuple(unsure)
 
 
@@ -486,6 +438,7 @@ def _take(units: Sequence[Unit], prefix: Path, model: str) -> tuple[list[Unit], 
 
 def _add(pairing: Pairing, more: Pairing) -> None:
     pairing.links += more.links
+    pairing.groups += more.groups
     pairing.linen += more.linen
     pairing.nnx += more.nnx
     pairing.ambiguous += more.ambiguous

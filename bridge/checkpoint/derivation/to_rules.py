@@ -7,12 +7,15 @@ Knows links and rules; knows nothing of modules or arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from bridge._errors import BridgeError, show_path
 from bridge._types import Location
+from bridge.checkpoint.derivation.rework import Rework
 from bridge.checkpoint.rules.apply import Rule, Rules
 from bridge.checkpoint.rules.patterns import INDEX, ONE, Pattern, escape, escape_template
+from bridge.checkpoint.rules.rearrange import Axis, Rearrangement
 from bridge.tracing.pairs import Link, is_whole, permutation, raw_axis
 from bridge.tracing.trace import Part
 
@@ -31,15 +34,23 @@ class UnsayableRuleError(BridgeError, ValueError):
         )
 
 
-def rules_of(links: Sequence[Link], dropped: Iterable[Location] = (), fresh: Iterable[Location] = ()) -> Rules:
+def rules_of(
+    links: Sequence[Link],
+    dropped: Iterable[Location] = (),
+    fresh: Iterable[Location] = (),
+    taken: Iterable[Location] = (),
+) -> Rules:
     """The rules that lead from Linen's leaves to those of NNX: one for each module that keeps its variables' names.
+
+    Args:
+      taken: Linen's variables that other rules, which come before, are for.
 
     Raises:
       UnsayableRuleError: there are none.
     """
     dropped = tuple(dropped)
-    groups = _components(links)
-    everything = [*dict.fromkeys(link.linen.part.location for link in links), *dropped]
+    groups = components(links)
+    everything = [*dict.fromkeys(link.linen.part.location for link in links), *dropped, *taken]
     modules = _renamed_modules(groups, everything)
     rules = [_moved(ours, theirs) for ours, theirs in modules.items()]
     single = [group for group in groups if group[0].linen.part.location[:-1] not in modules]
@@ -49,7 +60,7 @@ def rules_of(links: Sequence[Link], dropped: Iterable[Location] = (), fresh: Ite
     return Rules(rules, default="error", name="the derived rules")
 
 
-def _components(links: Sequence[Link]) -> list[list[Link]]:
+def components(links: Sequence[Link]) -> list[list[Link]]:
     """Links that have a variable in common, directly or through others."""
     groups: dict[tuple[str, Location], list[Link]] = {}
     for link in links:
@@ -78,7 +89,7 @@ def _renamed_modules(groups: Sequence[list[Link]], everything: Iterable[Location
             linked.add(location)
             targets[location[:-1]].add(theirs.location[:-1] if keeps else None)
     for location in everything:
-        if location not in linked:  # dropped
+        if location not in linked:  # dropped, or another rule's
             targets[location[:-1]].add(None)
     renamed: dict[Location, Location] = {}
     for module, found in targets.items():
@@ -114,6 +125,50 @@ def _rule(group: list[Link], everything: Sequence[Location]) -> Rule:
         nnx = [part.location for part in theirs]
         raise UnsayableRuleError(linen, nnx)
     return rule
+
+
+def reworked_rule(group: list[Link], rework: Rework, everything: Sequence[Location]) -> Rule:
+    """The rule for variables that become one, or that one becomes, if each layer's numbers stand otherwise in it.
+
+    Raises:
+      UnsayableRuleError: there is none.
+    """
+    ours, theirs = group[0].linen.part, group[0].nnx.part
+    rule = _rule(group, everything)
+    if rule.concat is not None:
+        raise UnsayableRuleError([ours.location], [theirs.location])
+    axes, options = rework.rearrangement, rework.options()
+    if axes is None or not (ours.axes or theirs.axes):
+        return replace(rule, **options)
+    stacks = [f"layer{number}" for number in range(max(len(ours.axes), len(theirs.axes)))]
+    if rule.stack is not None:
+        rule = replace(rule, stack=0)
+    if rule.unstack is not None:
+        rule = replace(rule, unstack=0)
+    before = _with_stacks(axes.before, ours.axes or (0,), stacks)
+    after = _with_stacks(axes.after, theirs.axes or (0,), stacks)
+    lengths = dict(axes.lengths)
+    whole = Rearrangement(before, after, lengths, axes.order)
+    return replace(rule, transpose=None, **{**options, "rearrange": str(whole)})
+
+
+def _with_stacks(axes: Sequence[Axis], places: Sequence[int], names: Sequence[str]) -> tuple[Axis, ...]:
+    result = list(axes)
+    for place, name in zip(reversed(places), reversed(names), strict=True):
+        result.insert(place, (name,))
+    return tuple(result)
+
+
+def fused_rule(many: Sequence[Part], one: Part, rework: Rework, towards_many: bool) -> Rule:
+    """The rule that makes one variable of several, along their first axis, or several of one."""
+    sources = [_pattern(part.location) for part in many]
+    rule = Rule(
+        [sources[part] for part in rework.parts] if len(sources) > 1 else sources[0],
+        _template(one.location),
+        concat=0 if len(sources) > 1 else None,
+        **rework.options(),
+    )
+    return rule.inverse() if towards_many else rule
 
 
 def _joining(group: list[Link], target: Part) -> Rule:

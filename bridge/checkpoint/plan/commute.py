@@ -27,7 +27,7 @@ from bridge.checkpoint.plan.slots import SlotError, follow, read_of
 from bridge.checkpoint.tree import layout, opt_state
 from bridge.checkpoint.tree.canonical import Key, Role
 from bridge.checkpoint.tree.layout import Leaf
-from bridge.checkpoint.tree.ops import Block, Cast, Fill, Join, Op, OpError, Pick, Read, Region, Reshape, Transpose
+from bridge.checkpoint.tree.ops import Add, Block, Cast, Fill, Join, Op, OpError, Pick, Read, Region, Reshape, Transpose
 
 # Updates in float64 that differ by more than this part of the largest one differ by more than rounding: states that an
 # optimizer keeps in float32 whatever its params are move them by 1e-7, a weight decay of 1e-5 by more than this.
@@ -37,14 +37,14 @@ _MOST_ELEMENTS = 1 << 23
 
 
 def stacks(ops: Iterable[Op]) -> bool:
-    """Whether any leaf is put together from several, cut out of one, or reshaped: what optimizers may not commute with.
+    """Whether any leaf is put together, cut out, reshaped or moved by a constant: what optimizers may not commute with.
 
     >>> kernel = Read(("kernel",), (3, 4), "float32")
     >>> stacks([kernel, Transpose(kernel, (1, 0))]), stacks([kernel, Pick(kernel, 0, 1)])
     (False, True)
     """
     parts = itertools.chain.from_iterable(map(_walk, ops))
-    return any(isinstance(part, Join | Pick | Block | Reshape) for part in parts)
+    return any(isinstance(part, Add | Join | Pick | Block | Reshape) for part in parts)
 
 
 def warning_without_tx() -> str:
@@ -54,9 +54,10 @@ def warning_without_tx() -> str:
     True
     """
     return (
-        "params are stacked, joined or cut, and the optimizer state with them. Optimizers that treat each tensor as a "
-        "whole (adafactor, lamb, lars, fromage, sm3, novograd, muon; masks that ask for ndim) go on otherwise than "
-        "before, and elementwise ones (sgd, adam, adamw, lion, ...) do not. Give tx=... to have yours tried."
+        "params are stacked, joined, cut or shifted, and the optimizer state with them. Optimizers that treat each "
+        "tensor as a whole (adafactor, lamb, lars, fromage, sm3, novograd, muon; masks that ask for ndim), or ask how "
+        "large a shifted param is (weight decay), go on otherwise than before, and elementwise ones (sgd, adam, adamw, "
+        "lion, ...) do not. Give tx=... to have yours tried."
     )
 
 
@@ -311,6 +312,8 @@ def _rebuilt(op: Op, size: Callable[[int], int]) -> Op:
             return Fill(np.broadcast_to(np.float32(0.5), tuple(map(size, op.shape))))
         case Cast():
             return _rebuilt(op.of, size)
+        case Add():
+            return Add(_rebuilt(op.of, size), op.amount)
         case Join():
             return Join(tuple(_rebuilt(part, size) for part in op.parts), op.axis, op.stack)
         case Transpose():

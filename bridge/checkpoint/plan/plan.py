@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from bridge._errors import show_path
 from bridge._types import Path
-from bridge.checkpoint.derivation.derive import Derived
+from bridge.checkpoint.derivation.derived import Derived
 from bridge.checkpoint.options import ConversionOptions, LeafRules
 from bridge.checkpoint.plan.draft import Draft, Request
 from bridge.checkpoint.plan.followers import take_followers
@@ -43,6 +43,7 @@ class Plan:
       notes: what was taken to be so, and why.
       source_layout, target_layout: Linen's or NNX's.
       memo: what the target should note about itself.
+      unproven: why nothing has shown that the rules are right, if they were derived; "" otherwise.
     """
 
     source: Tree
@@ -55,6 +56,7 @@ class Plan:
     source_layout: Kind = Kind.UNKNOWN
     target_layout: Kind = Kind.UNKNOWN
     memo: Note = field(default_factory=Note)
+    unproven: str = ""
 
     @property
     def lost(self) -> dict[Path, str]:
@@ -89,6 +91,7 @@ class Plan:
             [{"source": list(path), "why": why, "asked": path in self.asked} for path, why in self.dropped.items()],
             list(self.warnings),
             list(self.notes),
+            self.unproven,
         )
 
     def summary(self) -> str:
@@ -104,7 +107,7 @@ class ConversionReport:
       source_layout, target_layout: in words.
       rows: as `Plan.rows`.
       dropped: source, why, asked (whether a rule or an option says so).
-      warnings, notes: as in `Plan`.
+      warnings, notes, unproven: as in `Plan`.
     """
 
     source_layout: str
@@ -113,6 +116,7 @@ class ConversionReport:
     dropped: list[dict[str, Any]]
     warnings: list[str]
     notes: list[str]
+    unproven: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -124,7 +128,7 @@ class ConversionReport:
         changed = sum(bool(row["op"]) for row in self.rows)
         return (
             f"{self.source_layout} -> {self.target_layout}: {len(self.rows)} leaves, {self.nbytes} bytes, "
-            f"{changed} of them reworked, {len(self.dropped)} dropped"
+            f"{changed} of them reworked, {len(self.dropped)} dropped{', NOT PROVEN' if self.unproven else ''}"
         )
 
     def __str__(self) -> str:
@@ -134,6 +138,8 @@ class ConversionReport:
             how = row["op"] or ", ".join(map(show_path, row["sources"]))
             lines.append(f"{how} -> {show_path(row['target'])}  {row['dtype']}{row['shape']}")
         lines += [f"{show_path(row['source'])} is dropped: {row['why']}" for row in self.dropped]
+        if self.unproven:
+            lines.append(f"nothing has shown that these rules are right: {self.unproven}")
         return "\n".join([*lines, *self.warnings, *self.notes])
 
 
@@ -153,6 +159,7 @@ def make_plan(
     nested: bool | None = None,
     empty: str | None = None,
     known: Known | None = None,
+    unproven: bool = False,
 ) -> Plan:
     """How a tree in Linen's or NNX's layout becomes one in the other's, or in the same under other names.
 
@@ -160,7 +167,7 @@ def make_plan(
       tree: the source, without values.
       layout: the source's layout; detected by default.
       metadata: what is stored beside the source; a note of an earlier conversion makes the way back exact.
-      to, rules, target, rng, tx, nested, empty, known: as in `ConversionOptions`. Of rules whatever has
+      to, rules, target, rng, tx, nested, empty, known, unproven: as in `ConversionOptions`. Of rules whatever has
         `apply(leaves) -> RuleResult` will do; they act on the variables.
 
     Returns:
@@ -174,6 +181,7 @@ def make_plan(
       CollectionClashError: two variables get one place.
       SlotError, OptStateOrderError: the optimizer's state cannot follow its params.
       RulesError: the rules do not fit.
+      UnprovenRulesError: the rules were derived and are not proven, without `unproven`.
 
     >>> from bridge.checkpoint.tree.layout import Leaf
     >>> leaf = Leaf(("params", "Dense_0", "kernel"), (2, 3), "float32", 24)
@@ -182,7 +190,15 @@ def make_plan(
     {('Dense_0', 'kernel', 'value'): 'params/Dense_0/kernel'}
     """
     options = ConversionOptions(
-        to=to, rules=rules, target=target, rng=rng, tx=tx, nested=nested, empty=empty, known=known
+        to=to,
+        rules=rules,
+        target=target,
+        rng=rng,
+        tx=tx,
+        nested=nested,
+        empty=empty,
+        known=known,
+        unproven=unproven,
     )
     return plan_of(tree, options, layout, metadata)
 
@@ -197,6 +213,7 @@ def plan_of(
     >>> plan_of(Tree({leaf.path: leaf}), ConversionOptions(to="nnx")).summary()
     'Linen variables -> nnx.State: 1 leaves, 24 bytes, 0 of them reworked, 0 dropped'
     """
+    unproven = options.doubt
     request = _request(tree, options, layout or tree.layout, read_note(metadata or {}))
     draft = Draft(request)
     take_variables(draft)
@@ -220,6 +237,7 @@ def plan_of(
         source_layout=request.source.form.kind,
         target_layout=form.kind,
         memo=note_of(draft, form, result),
+        unproven=unproven,
     )
 
 

@@ -1,7 +1,8 @@
 """Optimizer slots and averages follow their variables: made by the same expressions, from leaves of their own.
 
 Law: a slot whose param is only renamed is copied, whatever its shape; a slot of the shape of its param is cast, cut,
-stacked, joined and transposed as the param is; of any other there is no telling, and that is an error.
+stacked, joined and transposed as the param is; of any other there is no telling, and that is an error. A constant that
+is added to a param is added to its averages, and not to what an optimizer keeps of its gradients.
 A param that is dropped takes its slots along.
 Knows keys and expressions; knows nothing of layouts, files or optimizers.
 """
@@ -18,7 +19,7 @@ from bridge._errors import BridgeError, show_path
 from bridge._types import Location, Path
 from bridge.checkpoint.tree.canonical import Key, Role
 from bridge.checkpoint.tree.layout import Leaf
-from bridge.checkpoint.tree.ops import Cast, Fill, Op, OpError, Read
+from bridge.checkpoint.tree.ops import Cast, Fill, Op, OpError, Read, without_added
 
 
 class SlotError(BridgeError, ValueError):
@@ -124,6 +125,8 @@ def _follow_one(
     variable_forms: Mapping[Location, Leaf],
 ) -> None:
     """Put the slot of one new variable into the result: made as the variable is, from the slots of the old ones."""
+    if group.role is Role.OPTIMIZER:
+        op = without_added(op)
     sources = list(dict.fromkeys(op.sources()))
     absent = [old for old in sources if old not in group.leaves]
     if absent == sources and group.masked.keys() >= set(sources):

@@ -14,7 +14,9 @@ A rule has `from` and `to`, or `from` and `drop = true`, or `from` and `keep = t
 `optional = true`: it may match nothing. What is done to the values, in this order whatever order it is written in:
   concat = AXIS      `from` is a list of patterns, one for each part; the parts are equal, or `sizes` says how large
   stack = AXIS       the leaves that differ in the one group which `to` leaves out, a number 0, 1, ...: a new axis
-  transpose = AXES   reshape = SIZES (one may be -1)   cast = "bfloat16"
+  rearrange = "in (part dim) -> in (dim part)"   axes by name: see rearrange.py; `lengths = {part = 3}`, and `order =
+                     {part = [2, 0, 1]}` for another order along one of them
+  transpose = AXES   reshape = SIZES (one may be -1)   add = 1.0 (undone up to rounding)   cast = "bfloat16"
   unstack = AXIS     one leaf for each index along it, which goes; `{i}` in `to` is the index
   split = AXIS       `to` is a list of templates, one for each part; equal ones, or of `sizes`
 `new = {value = 0.0, shape = [4], dtype = "float32"}` makes a leaf at the location `to`; `new = "target"` takes those
@@ -36,14 +38,19 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-import jax.numpy as jnp
-import numpy as np
-
 from bridge._errors import listed, near_misses, show_path
 from bridge._types import Location
 from bridge.checkpoint.rules.patterns import MANY, ONE, Match, Pattern, PatternError, escape, escape_template
+from bridge.checkpoint.rules.rework import filled, reworked, split, unstacked
 from bridge.checkpoint.rules.rule import TOML_NAMES, Problem, Rule, RulesError, field_lines, to_toml
-from bridge.checkpoint.tree.ops import Block, Cast, Fill, Join, Op, OpError, Read, Reshape, Transpose, unstack
+from bridge.checkpoint.tree.layout import describe
+from bridge.checkpoint.tree.ops import (
+    Join,
+    Op,
+    OpError,
+    Read,
+    values_of,
+)
 
 # difflib compares each rule that matches nothing with each path; past this many pairs a hint costs seconds.
 _MOST_COMPARISONS = 20_000
@@ -66,6 +73,7 @@ class Rules:
     default: Literal["keep", "error"] = "keep"
     name: str = field(default="the rules", compare=False)
     undoes: Rules | None = field(default=None, compare=False, repr=False)  #: of which these are the inverse
+    unproven: str = field(default="", compare=False, repr=False)  #: derived, and why that is not proven; "" if it is
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -118,7 +126,7 @@ class Rules:
         'error'
         """
         optional = [replace(rule, optional=True) for rule in later.rules]
-        return Rules([*self.rules, *optional], later.default, self.name)
+        return Rules([*self.rules, *optional], later.default, self.name, unproven=self.unproven or later.unproven)
 
     def inverse(self) -> Rules:
         """The rules that lead back, the most literal ones first: one file serves both directions.
@@ -140,11 +148,57 @@ class Rules:
                 problems.append(Problem("a rule that can be undone", error.problem, number, str(rule)))
         if problems:
             raise RulesError(problems, f"{self.name}, inverted")
-        return Rules(sorted(back, key=_vagueness), self.default, f"{self.name}, inverted", undoes=self)
+        return Rules(sorted(back, key=_vagueness), self.default, f"{self.name}, inverted", self, self.unproven)
 
     def apply(self, leaves: Mapping[Location, Op], target: Iterable[Location] | None = None) -> RuleResult:
         """See `apply_rules`."""
         return apply_rules(self, leaves, target)
+
+    def convert(self, values: Mapping[Location, Any]) -> dict[Location, Any]:
+        """What becomes of values: arrays, or what a transformation of JAX puts in their place, so that gradients flow.
+
+        Args:
+          values: by location, all of a collection or none of it; not changed.
+
+        Returns:
+          What the rules make, without what they take from a target model.
+
+        Raises:
+          RulesError: the rules do not fit.
+
+        >>> rules = Rules([Rule("params/a/kernel", "params/b/kernel", transpose=[1, 0])])
+        >>> rules.convert({("params", "a", "kernel"): np.ones((2, 3))})[("params", "b", "kernel")].shape
+        (3, 2)
+        """
+        return values_of(self.apply(reads_of(values)).made, values)
+
+    def pairs(self, values: Mapping[Location, Any] | None = None) -> list[tuple[Location, Location]]:
+        """(location before, location after) of each value and what is made of it.
+
+        Args:
+          values: by location, abstract or not; patterns need them to know what there is.
+
+        Raises:
+          RulesError: the rules do not fit, or have patterns and there are no values.
+
+        >>> rules = Rules.from_rename({"Dense_0": "hidden"})
+        >>> rules.pairs({("params", "Dense_0", "bias"): np.ones(2)})
+        [(('params', 'Dense_0', 'bias'), ('params', 'hidden', 'bias'))]
+        """
+        if values is not None:
+            return pairs_of(self.apply(reads_of(values)).made)
+        pairs: list[tuple[Location, Location]] = []
+        for number, rule in enumerate(self.rules, start=1):
+            if rule.new is not None or rule.drop:
+                continue
+            before = [pattern.literal for pattern in rule.patterns]
+            if None in before or any(template.indexed for template in rule.templates):
+                found = "a pattern, and no values to look it up in: give pairs(values)"
+                raise RulesError([Problem("literal locations", found, number, str(rule))], self.name)
+            match = rule.patterns[0].match(before[0])
+            after = before if rule.keep else [template.fill(match) for template in rule.templates]
+            pairs += itertools.product(before, after)
+        return pairs
 
     def to_toml(self) -> str:
         """As a file that `read_rules` takes.
@@ -176,6 +230,19 @@ class RuleResult:
     made: dict[Location, Op] = field(default_factory=dict)
     dropped: dict[Location, str] = field(default_factory=dict)
     new: tuple[Location, ...] = ()
+
+
+def reads_of(values: Mapping[Location, Any]) -> dict[Location, Op]:
+    """Each value as the leaf that it is, for `apply`."""
+    return {location: Read(location, *describe(value)) for location, value in values.items()}
+
+
+def pairs_of(made: Mapping[Location, Op]) -> list[tuple[Location, Location]]:
+    """(source, target) of what is made of what."""
+    pairs: list[tuple[Location, Location]] = []
+    for target, op in made.items():
+        pairs += [(source, target) for source in dict.fromkeys(op.sources())]
+    return pairs
 
 
 def read_rules(path: str | FilePath) -> Rules:
@@ -343,12 +410,12 @@ class _Run:
             self.result.dropped.update({leaf.location: f"rule {number} drops it" for leaf in taken})
             return
         for first, op in _combined(rule, taken):
-            op = _reworked(rule, op)
+            op = reworked(rule, op)
             if rule.keep:
                 self.outputs.append((first.order, number, first.location, op))
                 continue
-            for index, layer in enumerate(_unstacked(rule, op)):
-                for template, part in zip(rule.templates, _split(rule, layer), strict=True):
+            for index, layer in enumerate(unstacked(rule, op)):
+                for template, part in zip(rule.templates, split(rule, layer), strict=True):
                     self.outputs.append((first.order, number, template.fill(first.match, index), part))
 
     def place(self) -> None:
@@ -379,7 +446,7 @@ class _Run:
                 self.complain(number, "a location that nothing else makes", other)
             elif isinstance(rule.new, Mapping):
                 self.made_by[location] = number
-                made[location] = _filled(rule.new)
+                made[location] = filled(rule.new)
             elif target is None and location is None:
                 self.complain(number, "a target model, in which the pattern is looked for", "none")
             else:
@@ -498,36 +565,3 @@ def _concatenated(rule: Rule, parts: Mapping[int, _Taken]) -> Op:
         wanted = f"sizes = {list(rule.sizes)}" if rule.sizes else "equal parts, where the rule says no sizes"
         raise PatternError(f"{show_path(ordered[0].location)} and the others have sizes {sizes}: not {wanted}")
     return whole
-
-
-def _reworked(rule: Rule, op: Op) -> Op:
-    if rule.transpose is not None:
-        op = Transpose(op, tuple(rule.transpose))
-    if rule.reshape is not None:
-        op = Reshape(op, tuple(rule.reshape))
-    return op if rule.cast is None or op.dtype == str(jnp.dtype(rule.cast)) else Cast(op, rule.cast)
-
-
-def _unstacked(rule: Rule, op: Op) -> Sequence[Op]:
-    if rule.unstack is None:
-        return [op]
-    if not -len(op.shape) <= rule.unstack < len(op.shape):
-        raise PatternError(f"{show_path(next(op.sources()))} of shape {op.shape}: no axis {rule.unstack}")
-    return unstack(op, rule.unstack)
-
-
-def _split(rule: Rule, op: Op) -> list[Op]:
-    if rule.split is None:
-        return [op]
-    count, rank = len(rule.templates), len(op.shape)
-    length = op.shape[rule.split] if -rank <= rule.split < rank else 0
-    sizes = rule.sizes or [length // count] * count
-    if sum(sizes) != length or not length:
-        parts = f"sizes = {list(rule.sizes)}" if rule.sizes else f"{count} equal parts"
-        raise PatternError(f"{show_path(next(op.sources()))} of shape {op.shape} along axis {rule.split}: not {parts}")
-    starts = [sum(sizes[:part]) for part in range(count)]
-    return [Block(op, rule.split, start, start + size) for start, size in zip(starts, sizes, strict=True)]
-
-
-def _filled(new: Mapping[str, Any]) -> Fill:
-    return Fill(np.full(tuple(new["shape"]), new["value"], jnp.dtype(new["dtype"])))

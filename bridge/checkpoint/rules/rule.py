@@ -16,6 +16,7 @@ import numpy as np
 
 from bridge._errors import BridgeError
 from bridge.checkpoint.rules.patterns import Pattern, PatternError, Spec, Template, invert
+from bridge.checkpoint.rules.rearrange import Rearrangement
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Rule:
     stack: int | None = None
     transpose: Sequence[int] | None = None
     reshape: Sequence[int] | None = None
+    rearrange: str | None = None
+    lengths: Mapping[str, int] | None = None
+    order: Mapping[str, Sequence[int]] | None = None
+    add: float | None = None
     cast: str | None = None
     unstack: int | None = None
     split: int | None = None
@@ -73,6 +78,7 @@ class Rule:
     patterns: tuple[Pattern, ...] = field(init=False, compare=False, repr=False)
     templates: tuple[Template, ...] = field(init=False, compare=False, repr=False)
     index_group: int | None = field(init=False, compare=False, repr=False, default=None)
+    rearrangement: Rearrangement | None = field(init=False, compare=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         try:
@@ -90,6 +96,7 @@ class Rule:
             _check_wildcards(self)
             _check_groups(self)
             _check_sizes(self)
+            _check_rearrange(self)
         except PatternError as error:
             raise RulesError([Problem("a rule that can be used", error.problem, about=str(self))], "a rule") from None
 
@@ -117,19 +124,24 @@ class Rule:
         if self.transpose is not None:
             axes = [axis % len(self.transpose) for axis in self.transpose]
             transpose = tuple(int(axis) for axis in np.argsort(axes))
+        changes: dict[str, Any] = {"transpose": transpose, "add": None if self.add is None else -self.add}
+        if self.rearrangement is not None:
+            back = self.rearrangement.inverse()
+            order = {name: list(indices) for name, indices in back.order.items()}
+            changes |= {"rearrange": str(back), "lengths": self.lengths, "order": order or None}
         if self.keep:
-            return replace(self, transpose=transpose)
+            return replace(self, **changes)
         sources, targets = self._inverted()
         return Rule(
             sources if self.split is not None else sources[0],
             targets if self.concat is not None else targets[0],
             concat=self.split,
             stack=self.unstack,
-            transpose=transpose,
             unstack=self.stack,
             split=self.concat,
             sizes=self.sizes,
             optional=self.optional,
+            **changes,
         )
 
     def _inverted(self) -> tuple[list[list[str]], list[list[str]]]:
@@ -152,7 +164,8 @@ _BOOLS, _AXES, _NUMBERS = (
     ("concat", "stack", "unstack", "split"),
     ("transpose", "reshape"),
 )
-_VALUES = (*_AXES, "transpose", "reshape", "cast", "sizes")
+_ON_ONE = ("transpose", "reshape", "rearrange", "lengths", "order", "add", "cast")
+_VALUES = (*_AXES, *_ON_ONE, "sizes")
 TOML_NAMES = {"source": "from", "target": "to"}
 
 
@@ -171,6 +184,13 @@ def _check_types(rule: Rule) -> None:
         value = getattr(rule, name)
         if value is not None and not (isinstance(value, list | tuple) and value and all(map(_is_int, value))):
             raise PatternError(f"{name} = {value!r}, which is no list of whole numbers")
+    for name in ("lengths", "order"):
+        if not isinstance(getattr(rule, name), Mapping | None):
+            raise PatternError(f"{name} = {getattr(rule, name)!r}, which is no table of names")
+    if not isinstance(rule.rearrange, str | None):
+        raise PatternError(f"rearrange = {rule.rearrange!r}, which is no text")
+    if not isinstance(rule.add, int | float | None) or isinstance(rule.add, bool):
+        raise PatternError(f"add = {rule.add!r}, which is no number")
     if rule.cast is not None:
         _dtype(rule.cast)
 
@@ -193,7 +213,7 @@ def _check_kind(rule: Rule) -> None:
         if (value is not None) != needed:
             what = "has no" if needed else "has a"
             raise PatternError(f"a rule with {kind!r} {what} {name!r}")
-    allowed = {"to": _VALUES, "keep": ("transpose", "reshape", "cast")}.get(kind, ())
+    allowed = {"to": _VALUES, "keep": _ON_ONE}.get(kind, ())
     if odd := [name for name in _VALUES if getattr(rule, name) is not None and name not in allowed]:
         raise PatternError(f"{odd[0]!r} in a rule with {kind!r}, which has no use for it")
 
@@ -257,6 +277,16 @@ def _check_sizes(rule: Rule) -> None:
     if counts != [len(rule.sizes)] or min(rule.sizes) < 1:
         parts = " and ".join(map(str, counts)) or "no"
         raise PatternError(f"sizes = {list(rule.sizes)}, for {parts} parts of one 'concat' or 'split'")
+
+
+def _check_rearrange(rule: Rule) -> None:
+    if rule.rearrange is None:
+        if rule.lengths is not None or rule.order is not None:
+            raise PatternError("'lengths' or 'order' without 'rearrange', whose axes they are about")
+        return
+    if rule.transpose is not None or rule.reshape is not None:
+        raise PatternError("'rearrange' beside 'transpose' or 'reshape': it can say what they say")
+    object.__setattr__(rule, "rearrangement", Rearrangement.parse(rule.rearrange, rule.lengths, rule.order))
 
 
 def field_lines(rule: Rule) -> list[str]:

@@ -10,7 +10,7 @@ Knows arrays and paths; knows nothing of files, layouts or models.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -354,6 +354,48 @@ class Cast(OfOne):
         return f"cast to {self.dtype}"
 
 
+@dataclass(frozen=True)
+class Add(OfOne):
+    """A constant more everywhere: a norm that multiplies by `1 + scale` keeps `scale`, another the whole factor.
+
+    >>> Add(Read(("scale",), (4,), "float32"), 1.0).value(lambda path, region: np.zeros(4, "float32"))
+    array([1., 1., 1., 1.], dtype=float32)
+    """
+
+    of: Op
+    amount: float
+    shape: Shape = field(init=False)
+    dtype: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        is_number = self.of.dtype != "str" and not self.of.dtype.startswith("key<")
+        if not is_number or not jnp.issubdtype(jnp.dtype(self.of.dtype), jnp.inexact):
+            raise OpError(self, "floating numbers", self.of.dtype)
+        _set(self, shape=self.of.shape, dtype=self.of.dtype)
+
+    def value(self, read: Reader, region: Region | None = None) -> Any:
+        value = self.of.value(read, region)
+        return value + np.asarray(self.amount, value.dtype)
+
+    def _word(self) -> str:
+        return f"{self.amount:+g} on each number"
+
+
+def without_added(op: Op) -> Op:
+    """The same without constants: what becomes of a derivative, to which a constant makes no difference.
+
+    >>> str(without_added(Transpose(Add(Read(("a",), (1, 2), "float32"), 1.0), (1, 0))))
+    'transpose [1, 0] of a'
+    """
+    if isinstance(op, Add):
+        return without_added(op.of)
+    if isinstance(op, OfOne):
+        return replace(op, of=without_added(op.of))  # type: ignore[type-var]  # each subclass is a dataclass
+    if isinstance(op, Join):
+        return Join(tuple(map(without_added, op.parts)), op.axis, op.stack)
+    return op
+
+
 def unstack(of: Op, axis: int) -> tuple[Op, ...]:
     """The slices of `of` along `axis`: what `Join(..., stack=True)` was made from.
 
@@ -363,6 +405,21 @@ def unstack(of: Op, axis: int) -> tuple[Op, ...]:
     if not -len(of.shape) <= axis < len(of.shape):
         raise OpError(of, f"an axis {axis} to take apart", f"shape {of.shape}")
     return tuple(Pick(of, axis, index) for index in range(of.shape[axis]))
+
+
+def values_of(ops: Mapping[Path, Op], leaves: Mapping[Path, Any]) -> dict[Path, Any]:
+    """What expressions make of arrays on host or device, or of values under a transformation of JAX.
+
+    >>> values_of({("b",): Transpose(Read(("a",), (1, 2), "int64"), (1, 0))}, {("a",): np.array([[1, 2]])})[
+    ...     ("b",)
+    ... ].shape
+    (2, 1)
+    """
+
+    def read(path: Path, region: Region | None) -> Any:
+        return leaves[path] if region is None else leaves[path][region]
+
+    return {path: op.value(read) for path, op in ops.items()}
 
 
 def _axis(op: Op, axis: int, rank: int) -> int:

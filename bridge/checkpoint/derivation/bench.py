@@ -1,0 +1,310 @@
+"""Two models side by side: run on the same random numbers, compiled once, with their gradients, for any mapping.
+
+Law: what is called the same was run and compared, outputs and gradients, on every number that a variable may have;
+nothing of the caller's is read or changed but the structure of the models.
+Knows modules, mappings and numbers; knows nothing of how mappings are found.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+import nnx_core as nnx
+from bridge._errors import VariablesMismatchError, show_path
+from bridge._types import Location, Shape
+from bridge.equivalence.compiled import Compiled
+from bridge.equivalence.drawing import Draw, with_other_key
+from bridge.equivalence.numbers import Difference, difference, on_host, same_bits
+from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, streams_of
+from bridge.tracing.trace import Method, is_array
+
+#: Rounding moves two programs apart by a few times what one number's last bit does to either of them.
+_NOISE = 32.0
+_HALF_EPS = {6.4e-2: 2.0**-8, 8e-3: 2.0**-11}
+_MOST_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Point:
+    """Numbers to run both models on: Linen's variables, and arguments. `salt` weighs the outputs."""
+
+    values: Values
+    inputs: Any
+    salt: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a model gave: its output, and the gradients of a random sum over it, by location; none if it has none."""
+
+    output: Any
+    gradients: Mapping[Location, Any]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How far apart the models are under one mapping.
+
+    Attributes:
+      outputs: path of an output -> difference.
+      gradients: Linen's location -> difference of the gradients with respect to it.
+      misfit: what cannot be compared, or "".
+      noise: path of an output, or location -> what rounding alone does there, where that was asked.
+    """
+
+    outputs: Mapping[str, Difference]
+    gradients: Mapping[Location, Difference]
+    misfit: str = ""
+    noise: Mapping[Any, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> float:
+        """The largest difference over its tolerance."""
+        if self.misfit:
+            return math.inf
+        ratios = [self.ratio(key, off) for part in (self.outputs, self.gradients) for key, off in part.items()]
+        return max(ratios, default=0.0)
+
+    @property
+    def worst_output(self) -> float:
+        """The same of the outputs alone."""
+        return math.inf if self.misfit else max((off.ratio for off in self.outputs.values()), default=0.0)
+
+    @property
+    def bit_equal(self) -> bool:
+        """Whether all outputs have the same bits."""
+        return not self.misfit and all(off.bit_equal for off in self.outputs.values())
+
+    def ratio(self, key: Any, off: Difference) -> float:
+        """Over the tolerance. A gradient that is nothing but rounding (a bias before a norm) may be off by rounding."""
+        floor = self.noise.get(key, 0.0)
+        return off.ratio if off.absolute > floor else min(off.ratio, 1.0)
+
+    def describe(self) -> list[str]:
+        """The worst outputs and gradients, in words."""
+        if self.misfit:
+            return [self.misfit]
+        lines: list[str] = []
+        for what, part in (("output", self.outputs), ("gradient of ", self.gradients)):
+            bad = sorted(part.items(), key=lambda item: -self.ratio(*item))
+            for key, off in bad[:_MOST_SHOWN]:
+                if self.ratio(key, off) > 1:
+                    name = key if isinstance(key, str) else show_path(key)
+                    lines.append(
+                        f"{what}{name}: off by {off.absolute:.3g}, of {off.scale:.3g}; up to {off.tolerance:.3g}"
+                    )
+        return lines
+
+
+class Bench:
+    """Two models, each compiled once with its gradients.
+
+    Attributes:
+      without_gradients: why no gradients are compared, or "".
+    """
+
+    def __init__(
+        self,
+        linen_module: nn.Module,
+        nnx_module: nnx.Module | Callable[[nnx.Rngs], nnx.Module],
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        rngs: Any = None,
+        method: Method | tuple[Method, Method] = "__call__",
+    ):
+        methods = method if isinstance(method, tuple) else (method, method)
+        self._inputs = (tuple(inputs), dict(kwargs))
+        own = jax.tree.map(Draw(0).array, self._inputs)
+        theirs = linen_call(linen_module, methods[0], rngs, *own)
+        ours = nnx_call(module_of(nnx_module), methods[1])
+        self._initial = theirs.initial()
+        self._own = ours.variables
+        self._keys = streams_of(rngs)
+        self.without_gradients = ""
+        self._runs = (theirs.run, ours.run)
+        self._linen, self._nnx = Compiled(_with_gradients(theirs.run)), Compiled(_with_gradients(ours.run))
+
+    @property
+    def tolerance(self) -> float:
+        """The smallest there can be, as the programs compute in half precision somewhere."""
+        return max(self._linen.tolerance, self._nnx.tolerance)
+
+    @functools.cache  # noqa: B019  a bench lives as long as one derivation
+    def point(self, seed: int) -> Point:
+        """Random numbers. Arrays of the caller's are as they are for the first seed, and varied for the others."""
+        draw = Draw(seed)
+
+        def argument(x: Any) -> Any:
+            varied = seed and is_array(x) and not isinstance(x, jax.ShapeDtypeStruct)
+            if varied and jnp.issubdtype(x.dtype, jnp.floating):
+                return draw.near(x)
+            return draw.array(x)
+
+        inputs = jax.tree.map(argument, self._inputs)
+        values = {at: draw.near(x) for at, x in sorted(self._initial.items())}
+        return Point(values, inputs, seed)
+
+    @functools.cache  # noqa: B019  likewise
+    def expected(self, seed: int) -> Run:
+        """What Linen's model gives on the numbers of a seed."""
+        return self.linen(self.point(seed))
+
+    def linen(self, point: Point) -> Run:
+        """What Linen's model gives."""
+        return self._run(0, point.values, self._keys, point)
+
+    def nnx(self, point: Point, rules: Any) -> Run:
+        """What the NNX model gives, on what the rules make of Linen's values.
+
+        Raises:
+          VariablesMismatchError: they make what the model has no place for.
+        """
+        return self._run(1, self.converted(point, rules), None, point)
+
+    def converted(self, point: Point, rules: Any) -> Values:
+        """The NNX model's values."""
+        draw = Draw(point.salt)
+        own = {at: jax.tree.map(draw.array, x) for at, x in sorted(self._own.items())}
+        made = rules.convert(point.values)
+        unexpected = [at for at in made if at not in own]
+        shapes: list[tuple[Location, Shape, Shape]] = []
+        for at, x in made.items():
+            if at in own and np.shape(x) != np.shape(own[at]):
+                shapes.append((at, np.shape(own[at]), np.shape(x)))
+        if unexpected or shapes:
+            raise VariablesMismatchError((), unexpected, shapes, source="the rules' outcome", target="the NNX model")
+        return own | made
+
+    def _run(self, side: int, values: Values, keys: Any, point: Point) -> Run:
+        compiled = self._nnx if side else self._linen
+        salt = np.uint32(point.salt)
+        try:
+            return Run(*compiled(values, keys, *point.inputs, salt))
+        except Exception as error:
+            if self.without_gradients:
+                raise
+            # A loop of unknown length has outputs and no gradients: then outputs alone are compared, and that is said.
+            self.without_gradients = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            self._linen, self._nnx = (Compiled(_without_gradients(run)) for run in self._runs)
+            return self._run(side, values, keys, point)
+
+    def compare(self, point: Point, rules: Any, expected: Run | None = None) -> Evidence:
+        """How far apart the models are. `expected` is what Linen's gave on these numbers."""
+        expected = self.linen(point) if expected is None else expected
+        actual = self.nnx(point, rules)
+        outputs, misfit = _outputs_compared(actual.output, expected.output, self.tolerance)
+        gradients: dict[Location, Difference] = {}
+        if not misfit and not self.without_gradients:
+            back = _pulled_back(rules, point.values, actual.gradients)
+            for at, wanted in expected.gradients.items():
+                gradients[at] = difference(back[at], wanted, self.tolerance)
+        evidence = Evidence(outputs, gradients, misfit)
+        if not misfit and evidence.worst > 1 and evidence.worst_output <= 1:
+            return Evidence(outputs, gradients, misfit, self._noise(point, expected))
+        return evidence
+
+    def _noise(self, point: Point, expected: Run) -> dict[Any, float]:
+        """What the last bit of every number does to Linen's own gradients."""
+        eps = _HALF_EPS.get(self.tolerance, 2.0**-23)
+        random = np.random.default_rng(point.salt)
+
+        def moved(x: Any) -> Any:
+            if not (is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)):
+                return x
+            x = np.asarray(x)
+            return (x * (1 + eps * random.choice((-1.0, 1.0), x.shape))).astype(x.dtype)
+
+        other = self.linen(
+            Point(jax.tree.map(moved, dict(point.values)), jax.tree.map(moved, point.inputs), point.salt)
+        )
+        noise: dict[Any, float] = {}
+        for at, wanted in expected.gradients.items():
+            noise[at] = _NOISE * difference(other.gradients[at], wanted).absolute
+        return noise
+
+    def which_is_random(self, point: Point, rules: Any) -> str | None:
+        """Whether other keys make other outputs: 'Linen', 'NNX' or None."""
+        keys = {name: jax.random.fold_in(key, 1) for name, key in self._keys.items()}
+        if not same_bits(self._run(0, point.values, keys, point).output, self.linen(point).output):
+            return "Linen"
+        values = self.converted(point, rules)
+        others = {location: with_other_key(x) for location, x in values.items()}
+        one, other = (self._run(1, its, None, point).output for its in (values, others))
+        return None if same_bits(one, other) else "NNX"
+
+
+def _with_gradients(run: Callable[..., Any]) -> Callable[..., Any]:
+    def both(values: Values, keys: Any, args: Any, kwargs: Any, salt: Any) -> tuple[Any, Any]:
+        floating = {at: x for at, x in values.items() if is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)}
+
+        def loss(floating: Values) -> tuple[Any, Any]:
+            output = run({**values, **floating}, keys, args, kwargs)
+            return _weighed(output, salt), output
+
+        gradients, output = jax.grad(loss, has_aux=True)(floating)
+        return output, gradients
+
+    return both
+
+
+def _without_gradients(run: Callable[..., Any]) -> Callable[..., Any]:
+    def output(values: Values, keys: Any, args: Any, kwargs: Any, salt: Any) -> tuple[Any, Any]:
+        return run(values, keys, args, kwargs), {}
+
+    return output
+
+
+def _weighed(output: Any, salt: Any) -> Any:
+    """A sum over all elements, each with a weight of its own in [-1, 1]: the same in both models, bit for bit."""
+    total = jnp.float32(0)
+    for number, x in enumerate(jax.tree.leaves(output)):
+        if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.inexact):
+            continue
+        bits = jax.lax.iota(jnp.uint32, max(x.size, 1))[: x.size] * jnp.uint32(2654435761)
+        bits += (jnp.uint32(number) + jnp.asarray(salt, jnp.uint32) * 97 + 1) * jnp.uint32(40503)
+        for shift, factor in ((16, 2246822519), (13, 3266489917)):
+            bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+        weights = ((bits >> 8).astype(jnp.float32) / 2.0**23 - 1).reshape(x.shape)
+        parts = (x.real, x.imag) if jnp.issubdtype(x.dtype, jnp.complexfloating) else (x,)
+        for turn, part in enumerate(parts):
+            total += jnp.sum(
+                part.astype(jnp.float32) * (weights if not turn else weights[..., ::-1] if x.ndim else weights)
+            )
+    return total
+
+
+def _pulled_back(rules: Any, values: Values, gradients: Values) -> dict[Location, Any]:
+    """Gradients with respect to NNX's values as those with respect to Linen's."""
+    floating = {at: x for at, x in values.items() if is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)}
+
+    def convert(floating: Values) -> Values:
+        made = rules.convert({**values, **floating})
+        return {at: jnp.asarray(made[at]) for at in gradients if at in made}
+
+    made, pull = jax.vjp(convert, floating)
+    return pull({at: jnp.asarray(gradients[at], x.dtype) for at, x in made.items()})[0]
+
+
+def _outputs_compared(actual: Any, expected: Any, least: float) -> tuple[dict[str, Difference], str]:
+    ours, theirs = _named(actual), _named(expected)
+    forms = [", ".join(f"{x.dtype}{list(x.shape)}" for _, x in side) for side in (ours, theirs)]
+    if [x.shape for _, x in ours] != [x.shape for _, x in theirs] or not ours:
+        return {}, f"outputs: expected {forms[1] or 'arrays'}, found {forms[0] or 'nothing'}"
+    if not any(np.isfinite(x).any() for _, x in theirs if x.dtype.kind != "O"):
+        return {}, "outputs: expected finite numbers, found none: nothing can be compared"
+    pairs = zip(ours, theirs, strict=True)
+    return {path: difference(a, b, least) for (path, a), (_, b) in pairs}, ""
+
+
+def _named(tree: Any) -> list[tuple[str, np.ndarray]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path), on_host(x)) for path, x in leaves]

@@ -102,6 +102,16 @@ class Parting:
     cause: Cause
     text: str
 
+    @property
+    def place(self) -> str:
+        """Both paths, once if they are one, and the cause.
+
+        >>> Parting("Dense_0", "hidden", "dtype", "...").place, Parting("", "", "mode", "...").place
+        ('Dense_0 | hidden: dtype', '(whole): mode')
+        """
+        names = dict.fromkeys((self.a or _WHOLE, self.b or _WHOLE))
+        return f"{' | '.join(names)}: {self.cause}"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -144,7 +154,8 @@ class Report:
         if not self.findings:
             return "not equal: nothing was compared"
         exactly = "every bit" if self.bit_equal else "to what their dtypes allow"
-        return f"equal, {exactly}: {len(self.findings)} compared"
+        left_out = f", {len(self.not_compared)} left out" if self.not_compared else ""
+        return f"equal, {exactly}: {len(self.findings)} compared{left_out}"
 
     @property
     def origin(self) -> str:
@@ -197,7 +208,7 @@ class Report:
         """
         paragraphs = {"Compared": [f"a: {self.a}", f"b: {self.b}"]}
         if self.first is not None:
-            paragraphs["Where they first part"] = [_place(self.first), self.first.text]
+            paragraphs["Where they first part"] = [self.first.place, self.first.text]
         if self.not_compared:
             paragraphs["Not compared"] = list(self.not_compared)
         whole = Page(self.headline, self.equal, paragraphs, _plot(self.rows), self.tables(whole=True), [self.origin])
@@ -207,7 +218,7 @@ class Report:
         """The verdict first, where they part, the rows that matter, and what was left out."""
         lines = [self.headline, f"  a: {self.a}", f"  b: {self.b}"]
         if self.first is not None:
-            lines += [f"they first part at {_place(self.first)}", textwrap.indent(self.first.text, "  ")]
+            lines += [f"they first part at {self.first.place}", textwrap.indent(self.first.text, "  ")]
         lines += map(str, self.tables())
         if self.not_compared:
             lines += ["not compared:", *(f"  {text}" for text in self.not_compared)]
@@ -298,11 +309,12 @@ def _layers(layers: Sequence[Row], most: int | None) -> Table:
 
 
 def _that_matter(layers: Sequence[Row]) -> list[int]:
-    """Those wrong by themselves or without a counterpart; the last before the first, and the first that it feeds."""
+    """Those wrong by themselves or without a counterpart; the last before the first of them, and the first it feeds."""
     wrong = [n for n, layer in enumerate(layers) if layer.verdict in ("wrong", "unpaired")]
     fed = [n for n, layer in enumerate(layers) if layer.verdict == "fed wrong"]
-    parting = min([*wrong, *fed], default=0)
-    return sorted({*wrong, *fed[:1], *range(max(0, parting - 1), parting)})
+    parting = min(wrong or fed, default=0)  # what stands around a wrong layer is fed wrong before that one runs
+    after = [n for n in fed if n > parting or not wrong]
+    return sorted({*wrong, *after[:1], *range(max(0, parting - 1), parting)})
 
 
 def _plot(layers: Sequence[Row]) -> Plot | None:
@@ -333,11 +345,6 @@ _MOST_ROWS = 12
 _WHOLE = "(whole)"
 _SIZES = ("off by", "relative", "ulp", "allowed")
 _SIDES = ("parameters", "input", "output", "alone")
-
-
-def _place(first: Parting) -> str:
-    names = dict.fromkeys((first.a or _WHOLE, first.b or _WHOLE))
-    return f"{' | '.join(names)}: {first.cause}"
 
 
 def _draw(finding: Finding) -> str:

@@ -1,0 +1,191 @@
+"""`linen-nnx compare`: whether two models compute the same, and where they part.
+
+Law: exits with 0 only if all that was compared is equal, and 3 if something is not; what was left out is printed; an
+option that cannot be honoured is wrong usage. Changes no model and no checkpoint; writes the page alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bridge.cli.models import transformation
+from bridge.cli.show import console, plain, print_json, table
+from bridge.cli.words import load_attribute, parse_input, parse_keyword, users_code
+
+if TYPE_CHECKING:
+    from bridge.cli.sides import Sides, Source
+    from bridge.equivalence.report import Report
+    from bridge.equivalence.tables import Table
+
+_NOT_EQUAL = 3
+
+
+def compare(
+    linen: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The Linen module.")] = "",
+    nnx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The NNX module; it takes Linen's values.")] = "",
+    a: Annotated[str, typer.Option("--a", metavar="PKG.MOD:ATTR", help="Any model, or a function.")] = "",
+    b: Annotated[str, typer.Option("--b", metavar="PKG.MOD:ATTR", help="Another.")] = "",
+    inputs: Annotated[list[str], typer.Option("--input", help="f32[2,28,28,1], i32[2,16], or a file batch.npz.")] = [],  # noqa: B006
+    keywords: Annotated[list[str], typer.Option("--keyword", help="A keyword of both, as train=False.")] = [],  # noqa: B006
+    method: Annotated[list[str], typer.Option(help="What is called instead of __call__; twice: of a, of b.")] = [],  # noqa: B006
+    checkpoint: Annotated[Path | None, typer.Option(help="Values of the Linen module; random ones without.")] = None,
+    rules: Annotated[Path | None, typer.Option(help="TOML: from Linen's names to NNX's; derived without.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many draws of random inputs.")] = 2,
+    steps: Annotated[int, typer.Option(min=0, help="How many training steps to compare.")] = 0,
+    tx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The optax transformation of the steps.")] = "",
+    loss: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="A function of the output, of a scalar.")] = "",
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page; must not exist.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the verdict alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+) -> None:
+    """Run two models on the same values and inputs. Exit codes: 0 equal, 1 an error, 2 wrong usage, 3 not equal."""
+    from bridge.cli.sides import Source, any_two, linen_and_nnx
+
+    _require_two(linen, nnx, a, b)
+    if html is not None:
+        _require_place(html)
+    options = {"seeds": tuple(range(seeds)), **_training(steps, tx, loss)}
+    source = Source(*_call(inputs, keywords), _methods(method), checkpoint, rules)
+    with _doing("making both models", quiet=quiet or as_json):
+        sides = linen_and_nnx(linen, nnx, source) if linen else any_two(a, b, source)
+    with _doing("comparing", quiet=quiet or as_json):
+        report = _compared(sides, source, options)
+    if html is not None:
+        report.save_html(html)
+    code = 0 if report.equal else _NOT_EQUAL
+    if as_json:
+        page = None if html is None else str(html)
+        print_json({**report.as_dict(), "values": list(sides.notes), "html": page, "exit_code": code})
+    else:
+        _print(report, sides.notes, html, quiet=quiet)
+    raise typer.Exit(code)
+
+
+# ---- what was asked ----------------------------------------------------------------------------------------
+
+
+def _require_two(linen: str, nnx: str, a: str, b: str) -> None:
+    given = tuple(name for name, text in (("--linen", linen), ("--nnx", nnx), ("--a", a), ("--b", b)) if text)
+    if given not in (("--linen", "--nnx"), ("--a", "--b")):
+        found = " and ".join(given) or "none"
+        raise typer.BadParameter(f"two models are compared: --linen and --nnx, or --a and --b; given: {found}")
+
+
+def _require_place(html: Path) -> None:
+    from bridge.equivalence.page import PageExistsError, PageWriteError, require_place
+
+    try:
+        require_place(html)
+    except (PageExistsError, PageWriteError) as error:
+        raise typer.BadParameter(f"--html: {error}") from None
+
+
+def _training(steps: int, tx: str, loss: str) -> dict[str, Any]:
+    if bool(steps) != bool(tx):
+        raise typer.BadParameter("--steps and --tx go together: so many steps, with that transformation")
+    options: dict[str, Any] = {"steps": steps, "tx": transformation(tx)}
+    if loss:
+        options["loss"] = load_attribute(loss)
+        if not callable(options["loss"]):
+            raise typer.BadParameter(f"{loss!r} is no function of the output")
+    return options
+
+
+def _call(inputs: Sequence[str], keywords: Sequence[str]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Positional arguments and keywords of both calls."""
+    import inspect
+
+    from bridge.equivalence.compare import compare as run
+    from bridge.equivalence.inputs import inputs_of
+
+    if not inputs:
+        raise typer.BadParameter("--input is needed: what both models are called with, such as f32[2,28,28,1]")
+    call = inputs_of([_input(text) for text in inputs], dict(map(parse_keyword, keywords)))
+    taken = [name for name in call.kwargs if name in inspect.signature(run).parameters]
+    if taken:
+        raise typer.BadParameter(f"--keyword {taken[0]}=...: compare has an option of that name; wrap the models")
+    return call.args, call.kwargs
+
+
+def _input(text: str) -> Any:
+    import jax
+
+    if text.endswith(".npz"):
+        return Path(text)
+    x = parse_input(text)
+    if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+        raise typer.BadParameter(f"{text!r}: JAX has no {x.dtype} unless it is told: set JAX_ENABLE_X64=1")
+    return x
+
+
+def _methods(names: Sequence[str]) -> tuple[str, str]:
+    match names:
+        case []:
+            return "__call__", "__call__"
+        case [one]:
+            return one, one
+        case [one, other]:
+            return one, other
+    raise typer.BadParameter("--method is given once for both models, or twice: of a, of b")
+
+
+# ---- comparing and showing ---------------------------------------------------------------------------------
+
+
+def _compared(sides: Sides, source: Source, options: dict[str, Any]) -> Report:
+    from bridge.equivalence.compare import compare as run
+
+    a, b = sides.a.subject, sides.b.subject
+    with users_code("the models cannot be compared with these inputs"):
+        return run(a, b, *source.inputs, rules=sides.rules, method=source.methods, **options, **source.keywords)
+
+
+@contextmanager
+def _doing(what: str, *, quiet: bool) -> Iterator[None]:
+    """Says what is going on, on stderr, if that is a terminal."""
+    from rich.console import Console
+
+    screen = Console(stderr=True)
+    if quiet or not screen.is_terminal:
+        yield
+        return
+    with screen.status(what):
+        yield
+
+
+def _print(report: Report, notes: Sequence[str], html: Path | None, *, quiet: bool) -> None:
+    tables = report.tables()
+    cells = [cell for each in tables for row in each.rows for cell in row]
+    screen = console(2 * max(map(len, cells), default=0))
+    color = "bold green" if report.equal else "bold red"
+    screen.print(plain(report.headline), style=color)
+    if quiet:
+        return
+    for line in (f"a: {report.a}", f"b: {report.b}", *notes):
+        screen.print(plain(line), soft_wrap=True)
+    if report.first is not None:
+        screen.print(plain(f"they first part at {report.first.place}"), style=color, soft_wrap=True)
+        screen.print(plain(report.first.text), soft_wrap=True)
+    for each in tables:
+        _print_table(screen, each)
+    for text in report.not_compared:
+        screen.print(plain(f"not compared: {text}"), soft_wrap=True)
+    screen.print(plain(report.origin), soft_wrap=True)
+    if html is not None:
+        screen.print(plain(f"page: {html}"), soft_wrap=True)
+
+
+def _print_table(screen: Any, each: Table) -> None:
+    if each.rows:
+        shown = table(*each.headings, right=tuple(each.right))
+        shown.title, shown.title_justify = each.title, "left"
+        for number, row in enumerate(each.rows):
+            shown.add_row(*map(plain, row), style="red" if number in each.bad else None)
+        screen.print(shown)
+    if each.note:
+        screen.print(plain(each.note if each.rows else f"{each.title}: {each.note}"), soft_wrap=True)

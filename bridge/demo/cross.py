@@ -26,13 +26,16 @@ from bridge import checkpoint
 from bridge.demo import linen_model, native_model
 from bridge.demo.native_model import RENAME, DigitsNet
 from bridge.demo.task import DROPOUT_RATE, Batch, Digits, cross_entropy
+from bridge.equivalence.compare import compare
 from bridge.equivalence.numbers import Difference, difference
+from bridge.equivalence.report import Report
 
 Tensors = dict[tuple[str, ...], np.ndarray]
 
 TO_NNX = "ToNNX(Linen)"
 NATIVE = "native nnx_core"
 TO_LINEN = "ToLinen(native)"
+RULES = checkpoint.Rules.from_rename(RENAME)
 
 
 _MISSING = Difference(math.inf, 0.0, None, 0.0, False, "on one side alone")
@@ -75,7 +78,7 @@ def wrapped(directory: Path, dropout_rate: float = DROPOUT_RATE) -> nnx.Module:
 def native(directory: Path, dropout_rate: float = DROPOUT_RATE) -> nnx.Module:
     """The same network written in nnx_core, its values read from the checkpoint."""
     model = DigitsNet(dropout_rate, rngs=nnx.Rngs(0))
-    checkpoint.load_into(model, directory, checkpoint.Rules.from_rename(RENAME))
+    checkpoint.load_into(model, directory, RULES)
     return model
 
 
@@ -138,6 +141,16 @@ def measure_nnx(
     return Measured(name, np.asarray(logits), tensors(nnx.to_pure_dict(found), rename))
 
 
+def compare_layers(
+    a: tuple[nn.Module, Any], ways: Mapping[str, tuple[Any, Any]], images: np.ndarray
+) -> dict[str, Report]:
+    """Each of `ways`, {name: (model, rules or None)}, against the Linen model `a`, layer by layer, in train mode.
+
+    `images` are `float32[batch, 8, 8, 1]`. Dropout must be off: its masks are no two models' own.
+    """
+    return {name: compare(a, model, images, rules=rules, train=True) for name, (model, rules) in ways.items()}
+
+
 # ---------------------------------------------------------------------------------------- training goes on
 
 
@@ -171,7 +184,7 @@ def continue_native(directory: Path, tx: optax.GradientTransformation, steps: It
     """Train on from the checkpoint in native nnx_core, optimizer state and step included, dropout off."""
     model = DigitsNet(dropout_rate=0.0, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    checkpoint.load_into(model, directory, checkpoint.Rules.from_rename(RENAME), optimizer=optimizer)
+    checkpoint.load_into(model, directory, RULES, optimizer=optimizer)
     losses = [float(native_model.train_step(model, optimizer, images, labels)) for images, labels in steps]
     trained = nnx.to_pure_dict(nnx.state(optimizer))
     return Continued(

@@ -35,6 +35,7 @@ def show(console: Console, comparison: Comparison) -> None:
     console.print(_crossing(comparison))
     console.print(_gradients(comparison))
     console.print(SAME_ARITHMETIC, style="dim", highlight=False)
+    console.print(_layers(comparison))
     console.print(_training_on(comparison))
     console.print(STEP_DTYPE, style="dim", highlight=False)
 
@@ -81,6 +82,16 @@ def _gradients(comparison: Comparison) -> Table:
     for path, gradient in sorted(comparison.linen.gradients.items()):
         gaps = (_mark(column[path]) for column in columns)
         table.add_row("/".join(path), f"{np.abs(gradient).max():.1e}", *gaps)
+    return table
+
+
+def _layers(comparison: Comparison) -> Table:
+    table = _table("Layer by layer against Linen, by bridge.equivalence.compare: train mode, dropout off")
+    for heading in ("model", "layers", "verdict"):
+        table.add_column(heading, justify="right" if heading == "layers" else "left")
+    for name, report in comparison.reports.items():
+        color = "green" if report.equal else "bold red"
+        table.add_row(name, str(len(report.rows)), f"[{color}]{escape(report.headline)}[/]")
     return table
 
 

@@ -6,7 +6,7 @@ option that cannot be honoured is wrong usage. Changes no model and no checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ from bridge.cli.words import load_attribute, parse_input, parse_keyword, users_c
 
 if TYPE_CHECKING:
     from bridge.cli.sides import Sides, Source
+    from bridge.equivalence.inputs import Inputs
     from bridge.equivalence.report import Report
     from bridge.equivalence.tables import Table
 
@@ -35,10 +36,10 @@ def compare(
     method: Annotated[list[str], typer.Option(help="What is called instead of __call__; twice: of a, of b.")] = [],  # noqa: B006
     checkpoint: Annotated[Path | None, typer.Option(help="Values of the Linen module; random ones without.")] = None,
     rules: Annotated[Path | None, typer.Option(help="TOML: from Linen's names to NNX's; derived without.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many draws of random inputs.")] = 2,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many draws of random inputs; 2 by default.")] = None,
     steps: Annotated[int, typer.Option(min=0, help="How many training steps to compare.")] = 0,
     tx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The optax transformation of the steps.")] = "",
-    loss: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="A function of the output, of a scalar.")] = "",
+    loss: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="Trained on: (output, inputs) -> scalar.")] = "",
     html: Annotated[Path | None, typer.Option(help="Write the report as a page; must not exist.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the verdict alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
@@ -49,10 +50,13 @@ def compare(
     _require_two(linen, nnx, a, b)
     if html is not None:
         _require_place(html)
-    options = {"seeds": tuple(range(seeds)), **_training(steps, tx, loss)}
-    source = Source(*_call(inputs, keywords), _methods(method), checkpoint, rules)
+    call = _call(inputs, keywords)
+    options = {"seeds": _seeds(seeds, call), **_training(steps, tx, loss)}
+    source = Source(call.args, call.kwargs, _methods(method), checkpoint, rules)
     with _doing("making both models", quiet=quiet or as_json):
         sides = linen_and_nnx(linen, nnx, source) if linen else any_two(a, b, source)
+    if method and not any(side.is_linen or side.is_nnx for side in (sides.a, sides.b)):
+        raise typer.BadParameter("--method is for models: both are functions")
     with _doing("comparing", quiet=quiet or as_json):
         report = _compared(sides, source, options)
     if html is not None:
@@ -88,6 +92,8 @@ def _require_place(html: Path) -> None:
 def _training(steps: int, tx: str, loss: str) -> dict[str, Any]:
     if bool(steps) != bool(tx):
         raise typer.BadParameter("--steps and --tx go together: so many steps, with that transformation")
+    if loss and not steps:
+        raise typer.BadParameter("--loss is for --steps: the loss that is trained on")
     options: dict[str, Any] = {"steps": steps, "tx": transformation(tx)}
     if loss:
         options["loss"] = load_attribute(loss)
@@ -96,7 +102,13 @@ def _training(steps: int, tx: str, loss: str) -> dict[str, Any]:
     return options
 
 
-def _call(inputs: Sequence[str], keywords: Sequence[str]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+def _seeds(count: int | None, call: Inputs) -> tuple[int, ...]:
+    if count is not None and not call.is_drawn:
+        raise typer.BadParameter("--seeds: no input is drawn at random, all of them are arrays of a file")
+    return tuple(range(2 if count is None else count))
+
+
+def _call(inputs: Sequence[str], keywords: Sequence[str]) -> Inputs:
     """Positional arguments and keywords of both calls."""
     import inspect
 
@@ -109,7 +121,7 @@ def _call(inputs: Sequence[str], keywords: Sequence[str]) -> tuple[Sequence[Any]
     taken = [name for name in call.kwargs if name in inspect.signature(run).parameters]
     if taken:
         raise typer.BadParameter(f"--keyword {taken[0]}=...: compare has an option of that name; wrap the models")
-    return call.args, call.kwargs
+    return call
 
 
 def _input(text: str) -> Any:

@@ -112,6 +112,7 @@ def tx():
 
 TEXT = "no model"
 PAIR = ("--linen", f"{HERE}:Dense", "--nnx", f"{HERE}:Native", "--input", "f32[8,5]")
+TRAINED = ("--steps", "3", "--tx", f"{HERE}:tx")
 WRONG = ("--linen", f"{HERE}:Dense", "--nnx", f"{HERE}:Wrong", "--input", "f32[8,5]")
 
 
@@ -237,6 +238,9 @@ def test_a_batch_file_is_an_input(run, tmp_path):
     np.savez(tmp_path / "batch.npz", np.random.default_rng(0).normal(size=(4, 5)).astype("float32"))
     words = ("--linen", f"{HERE}:Dense", "--nnx", f"{HERE}:Native", "--input", tmp_path / "batch.npz")
     assert run("compare", *words, "--quiet")[0] == 0
+    code, _, err = run("compare", *words, "--seeds", "3")
+    assert code == 2
+    assert "--seeds: no input is drawn at random" in " ".join(err.replace("│", " ").split())
     code, _, err = run("compare", *words[:-1], tmp_path / "absent.npz")
     assert code == 1
     assert "absent.npz" in err
@@ -277,7 +281,7 @@ to = "params/norm/scale"
 
 
 def test_training_steps(run):
-    code, out, _ = run("compare", *PAIR, "--steps", 3, "--tx", f"{HERE}:tx", "--json")
+    code, out, _ = run("compare", *PAIR, *TRAINED, "--json")
     kinds = {finding["what"] for finding in json.loads(out)["findings"]}
     assert code == 0
     assert {"loss", "trained parameter", "optimizer state"} <= kinds
@@ -315,7 +319,12 @@ USAGE = {
     "steps alone": ((*PAIR, "--steps", "2"), "--steps and --tx go together"),
     "tx alone": ((*PAIR, "--tx", f"{HERE}:tx"), "--steps and --tx go together"),
     "no tx": ((*PAIR, "--steps", "2", "--tx", f"{HERE}:TEXT"), "is no optax transformation"),
-    "no loss": ((*PAIR, "--loss", f"{HERE}:TEXT"), "is no function of the output"),
+    "no loss": (
+        (*PAIR, "--steps", "2", "--tx", f"{HERE}:tx", "--loss", f"{HERE}:TEXT"),
+        "is no function of the output",
+    ),
+    "loss alone": ((*PAIR, "--loss", f"{HERE}:twice"), "--loss is for --steps"),
+    "method of functions": ((*two("twice", "thrice"), "--method", "encode"), "--method is for models"),
     "no seeds": ((*PAIR, "--seeds", "0"), "--seeds"),
     "keyword": ((*PAIR, "--keyword", "train"), "'train' is no keyword argument"),
     "taken": ((*PAIR, "--keyword", "steps=3"), "compare has an option of that name"),

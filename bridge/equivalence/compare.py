@@ -186,17 +186,14 @@ class Comparison:
             self.findings.leave_out("state: state=False")
         self._compare_parameters()
         runs = Run(self.a, "a", gradients), Run(self.b, "b", gradients)
-        unused: set[str] | None = None
         for seed in self.seeds:
             args, kwargs = self.inputs.drawn(seed)
             one = runs[0](self.a.values, self.keys, args, kwargs)
             two = runs[1](self.b.values, self.keys, args, kwargs)
             self.findings.least = min(runs[0].tolerance, runs[1].tolerance)
             self._compare_outcomes(one, two, seed, runs, gradients=gradients, state=state)
-            zero = _without_gradient(one, "a") | _without_gradient(two, "b")
-            unused = zero if unused is None else unused & zero
             self._look_at(seed, args, kwargs)
-        self._compare_presence(unused or set())
+        self._compare_presence(runs)
         if self.keys is not None:
             self._compare_other_keys(runs)
 
@@ -214,12 +211,12 @@ class Comparison:
                 text = ", ".join(filter(None, ("before the call", match.text)))
                 self.findings.compare("state", path, other, match.x_a, match.x_b, text=text)
 
-    def _compare_presence(self, unused: set[str]) -> None:
+    def _compare_presence(self, runs: tuple[Run, Run]) -> None:
         """What one of two layers has and the other has not; what no output depends on makes no difference."""
-        for side, only, other in (("a", self.pairs.only_a, "b"), ("b", self.pairs.only_b, "a")):
+        for run, only, other in ((runs[0], self.pairs.only_a, "b"), (runs[1], self.pairs.only_b, "a")):
             for at in only:
-                path = show_path(at)
-                if f"{side} {path}" in unused:
+                path, side = show_path(at), run.which
+                if self._is_unused(run, at):
                     self.findings.leave_out(f"{path}: only in {side}, and no output depends on it")
                     continue
                 paths = (path, "") if side == "a" else ("", path)
@@ -228,6 +225,14 @@ class Comparison:
         for side, unpaired in (("a", self.pairs.unpaired_a), ("b", self.pairs.unpaired_b)):
             for at in unpaired:
                 self.findings.leave_out(f"{show_path(at)} of {side}, and its gradient: no counterpart was found")
+
+    def _is_unused(self, run: Run, at: Location) -> bool:
+        """Whether the outputs are the same, bit by bit, with another value there."""
+        args, kwargs = self.inputs.drawn(self.seeds[0])
+        values = run.subject.values
+        moved = jax.tree.map(lambda x: x if is_key(x) else x + jax.numpy.ones_like(x), values[at])
+        outcomes = [run(changed, self.keys, args, kwargs) for changed in (values, {**values, at: moved})]
+        return same_bits(*(list(outcome.outputs.values()) for outcome in outcomes))
 
     # ---- one seed ----
 
@@ -329,9 +334,9 @@ class Comparison:
 
     def _draws(self, subject: Subject, which: str, seen: _Seen) -> bool:
         """Whether other keys lead to other outputs."""
-        if self.keys is None and subject.api == "linen":
-            return False  # it ran without any
-        names = self.keys or {"params": None}
+        if not subject.has_chance(subject.values, self.keys, seen.args, seen.kwargs):
+            return False
+        names = [*(self.keys or ()), "params", "default"]
         run = Run(subject, which, with_gradients=False)
         outputs = []
         for number in (0, 1):
@@ -458,12 +463,6 @@ def _same(findings: Findings, match: Match) -> bool:
 
 def _named(names: Sequence[str]) -> str:
     return ", ".join(name or "one value" for name in names) or "nothing"
-
-
-def _without_gradient(outcome: Outcome, side: str) -> set[str]:
-    """Parameters that no output depends on."""
-    gradients = outcome.gradients or {}
-    return {f"{side} {show_path(at)}" for at, x in gradients.items() if not jax.numpy.any(x)}
 
 
 def _is_hollow(x: Any) -> bool:

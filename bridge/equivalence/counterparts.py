@@ -10,6 +10,8 @@ Knows variables and units; knows nothing of calls, outputs or reports.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,21 +90,46 @@ def counterparts(
     if rules is not None:
         return _by_rules(a, b, rules, units)
     common = a.values.keys() & b.values.keys()
-    if 2 * len(common) > max(len(a.values), len(b.values)) or not (a.values and b.values):
-        return _by_names(a.values, b.values)
+    if 2 * len(common) >= max(len(a.values), len(b.values)) or not (a.values and b.values):
+        return _by_names(a, b)
     return _by_units(a, b, units(a), units(b))
 
 
 # ---- by names ----
 
 
-def _by_names(a: Values, b: Values) -> Counterparts:
+def _by_names(a: Subject, b: Subject) -> Counterparts:
     def matches(ours: Values, theirs: Values) -> Iterator[Match]:
         for at in sorted(ours.keys() & theirs.keys()):
             yield Match(at, at, ours[at], theirs[at])
 
-    only_a, only_b = _without(a, b), _without(b, a)
-    return Counterparts(matches, matches, only_a, only_b)
+    only_a, only_b = _without(a.values, b.values), _without(b.values, a.values)
+    if "function" in (a.api, b.api):
+        return Counterparts(matches, matches, (), (), only_a, only_b)
+    return Counterparts(matches, matches, only_a, only_b, exchanged=tuple(_exchanged_names(a.values, b.values)))
+
+
+def _exchanged_names(a: Values, b: Values) -> Iterator[LayerPair]:
+    """Layers that differ, and hold what others of the same names and shapes hold in the other model."""
+    layers: dict[Path, list[Location]] = {}
+    for at in sorted(a.keys() & b.keys()):
+        layers.setdefault(at[1:-1], []).append(at)
+    wrong: dict[Hashable, list[Path]] = {}
+    for path, own in layers.items():
+        if not _equal([a[at] for at in own], [b[at] for at in own]):
+            form = tuple((at[0], at[-1], jnp.shape(a[at]) if is_array(a[at]) else ()) for at in own)
+            wrong.setdefault(form, []).append(path)
+    for paths in wrong.values():
+        if len(paths) > _MOST_EXCHANGED:
+            continue
+        for path, other in itertools.permutations(paths, 2):
+            if _equal([a[at] for at in layers[path]], [b[at] for at in layers[other]]):
+                yield LayerPair(path, (), other, ())
+
+
+def _equal(xs: Sequence[Any], ys: Sequence[Any]) -> bool:
+    arrays = [(x, y) for x, y in zip(xs, ys, strict=True) if is_array(x) and is_array(y)]
+    return all(difference(y, x).equal for x, y in arrays)
 
 
 def _without(values: Iterable[Location], others: Iterable[Location]) -> tuple[Location, ...]:
@@ -191,7 +218,7 @@ def _layers_of(pairs: Iterable[tuple[Location, Location]], a: list[Unit], b: lis
 
 def _by_units(a: Subject, b: Subject, units_a: list[Unit], units_b: list[Unit]) -> Counterparts:
     pairing = pair(units_a, units_b)
-    leftover = list(_rest(pairing))
+    leftover = list(_rest(pairing, a.values, b.values))
     owners_a, owners_b = _owners(units_a), _owners(units_b)
     links, exchanged = _by_numbers([*pairing.links, *leftover], a.values, b.values, owners_a, owners_b)
 
@@ -233,19 +260,42 @@ def _has_partner(unit: Unit, linked: set[Location]) -> bool:
     return unit.family is not None and any(slot.part.location in linked for slot in unit.slots.values())
 
 
-def _rest(pairing: Pairing) -> Iterator[Link]:
-    """What is alike in class alone, in the order of calls: a layer whose bias is missing, or of another shape."""
+def _rest(pairing: Pairing, a: Values, b: Values) -> Iterator[Link]:
+    """What is left, of one class: by equal paths, by equal numbers, or else in the order of calls if as many.
+
+    So a layer whose bias is missing, or of another shape, has a counterpart, and one beside layers that nobody uses.
+    """
     groups: dict[Any, tuple[list[Unit], list[Unit]]] = {}
     for side, units in enumerate((pairing.linen, pairing.nnx)):
         for unit in units:
             if unit.family is not None and not unit.sizes and unit.order is not None:
                 groups.setdefault(unit.family, ([], []))[side].append(unit)
     for linen, nnx in groups.values():
-        if len(linen) != len(nnx):
-            continue
-        for ours, theirs in zip(linen, nnx, strict=True):
-            for name in ours.slots.keys() & theirs.slots.keys():
-                yield Link(ours.slots[name], (), theirs.slots[name], (), "by class and order alone")
+        for is_same in (_at_one_path, functools.partial(_of_equal_numbers, a, b)):
+            for ours in list(linen):
+                partners = [theirs for theirs in nnx if is_same(ours, theirs)]
+                if len(partners) == 1:
+                    yield from _by_slots(ours, partners[0])
+                    linen.remove(ours)
+                    nnx.remove(partners[0])
+        if len(linen) == len(nnx):
+            for ours, theirs in zip(linen, nnx, strict=True):
+                yield from _by_slots(ours, theirs)
+
+
+def _by_slots(ours: Unit, theirs: Unit) -> Iterator[Link]:
+    for name in ours.slots.keys() & theirs.slots.keys():
+        yield Link(ours.slots[name], (), theirs.slots[name], (), "by class alone")
+
+
+def _at_one_path(ours: Unit, theirs: Unit) -> bool:
+    return ours.path == theirs.path
+
+
+def _of_equal_numbers(a: Values, b: Values, ours: Unit, theirs: Unit) -> bool:
+    links = list(_by_slots(ours, theirs))
+    has_all = len(links) == len(ours.slots) == len(theirs.slots)
+    return has_all and all(_same(link, link, a, b) for link in links)
 
 
 def _block(slot: Slot, index: Index, x: Any) -> Any:
@@ -338,4 +388,4 @@ def _same(link: Link, other: Link, a: Values, b: Values) -> bool:
     if at not in a or there not in b:
         return True
     x, y = _block(link.linen, link.linen_index, a[at]), _block(other.nnx, other.nnx_index, b[there])
-    return not (is_array(x) and is_array(y)) or difference(y, x).equal
+    return _equal([x], [y])

@@ -170,7 +170,7 @@ def fields_of(layer: Any) -> dict[str, Any]:
         if x is None or isinstance(x, bool | int | float | str):
             options[name] = x
         elif isinstance(x, tuple | list) and all(isinstance(item, int | str) for item in x):
-            options[name] = tuple(x)
+            options[name] = x[0] if len(x) == 1 else tuple(x)
         elif isinstance(x, type | np.dtype) and name.endswith("dtype"):
             options[name] = jnp.dtype(x).name
         elif inspect.isfunction(x) or isinstance(x, jax.custom_jvp):

@@ -24,7 +24,7 @@ from bridge._types import Location, Path
 from bridge.checkpoint.derivation.bench import Bench
 from bridge.checkpoint.derivation.derived import Derived, Unsure
 from bridge.checkpoint.derivation.forward import RandomCallError
-from bridge.checkpoint.derivation.proposal import Fusion, Proposal, base_of, fusions_of
+from bridge.checkpoint.derivation.proposal import FUSED, RESHAPED, Fusion, Proposal, base_of, fusions_of
 from bridge.checkpoint.derivation.search import Search, proven, undecided
 from bridge.tracing.data_flow import DataFlow
 from bridge.tracing.pairs import Doubt, Instance, Pairing, Tie, pair
@@ -83,9 +83,10 @@ class UnsureDerivationWarning(UserWarning):
 
     def __init__(self, unsure: Sequence[Unsure], why: str):
         self.unsure = tuple(unsure)
-        groups = "\n".join(f"  {group}" for group in self.unsure[:_MOST_LINES])
+        groups = "".join(f"\n  {group}" for group in self.unsure[:_MOST_LINES])
+        what = "layers of one class and the same shapes could be swapped:" if groups else "the mapping is not proven"
         super().__init__(
-            f"layers of one class and the same shapes could be swapped:\n{groups}\n  not confirmed: {why}\n"
+            f"{what}{groups}\n  not confirmed: {why}\n"
             "Run compare_forward, or derive(..., check=True), or say what is what: derive(..., rename=...)."
         )
 
@@ -263,6 +264,7 @@ def derive(
         nnx_flow = DataFlow(ours, nnx_call(model, methods[1]), None, inputs, kwargs)
         return _groups(tie for tie in ties if not (linen_flow.in_order(*tie.linen) and nnx_flow.in_order(*tie.nnx)))
 
+    hand_out = False
     try:
         if check is False:
             raise _NotRun("check=False")
@@ -283,7 +285,8 @@ def derive(
                 units = [*paired.left[0]], [*paired.left[1]]
                 raise _with_note(DerivationError(*units), str(failed)) from failed
             raise
-    if derived.unsure:
+        hand_out = True
+    if derived.unsure or hand_out:
         warnings.warn(UnsureDerivationWarning(derived.unsure, derived.unproven), stacklevel=2)
     return derived
 
@@ -384,8 +387,13 @@ def _paired(
         kept += _locations(inside)
     _add(pairing, pair(linen, ours))
     left = (tuple(pairing.linen), tuple(pairing.nnx))
-    fusions, rest_of_linen, rest_of_nnx = fusions_of(*left)
-    if rest_of_linen or rest_of_nnx or pairing.ambiguous:
+    fusions, *rest = fusions_of(*left, FUSED)
+    if fusions:  # the layers beside the fused ones may be as many on both sides now
+        pairing.linen, pairing.nnx = [], []
+        _add(pairing, pair(*rest))
+    more, *rest = fusions_of(pairing.linen, pairing.nnx, RESHAPED)
+    fusions += more
+    if any(rest) or pairing.ambiguous:
         raise DerivationError(*left, pairing.ambiguous)
     return _Paired(pairing, tuple(fusions), tuple(dropped), tuple(kept), left if fusions else None)
 

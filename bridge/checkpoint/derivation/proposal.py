@@ -22,7 +22,8 @@ from bridge.tracing.trace import Part, Unit
 #: (number of the group, of NNX's layer in it, of the variable in that).
 Spot = tuple[int, int, int]
 
-_MOST_PARTS = 4
+#: How many layers one may be: gates, or query, key and value; or one of another shape.
+FUSED, RESHAPED = (2, 3, 4), (1,)
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ class Fusion:
 
     @property
     def reworks(self) -> tuple[Rework, ...]:
-        """What it could be."""
-        return reworks(self.many[0].shape, self.one.shape, len(self.many), False)
+        """What it could be; as it is, if nothing speaks against that."""
+        others = reworks(self.many[0].shape, self.one.shape, len(self.many), False)
+        is_same = len(self.many) == 1 and self.many[0].shape == self.one.shape
+        return (Rework(), *others) if is_same else others
 
     def reworked(self, rework: Rework) -> Reworked:
         """As a rule."""
@@ -137,21 +140,29 @@ def _words(rework: Rework) -> str:
 # ---- what has no partner of its own ----
 
 
-def fusions_of(linen: Sequence[Unit], nnx: Sequence[Unit]) -> tuple[list[Fusion], list[Unit], list[Unit]]:
-    """Units that could be several of the other model's, or others in shape alone; and what is left of both sides."""
+def fusions_of(
+    linen: Sequence[Unit], nnx: Sequence[Unit], counts: Sequence[int]
+) -> tuple[list[Fusion], list[Unit], list[Unit]]:
+    """Units that could be several of the other model's, or others in shape alone; and what is left of both sides.
+
+    Args:
+      counts: how many may be one.
+    """
     fusions: list[Fusion] = []
     for linen_is_many in (True, False):
         many, ones = (linen, nnx) if linen_is_many else (nnx, linen)
-        many, ones, more = _fused(list(many), list(ones), linen_is_many)
+        many, ones, more = _fused(list(many), list(ones), linen_is_many, counts)
         fusions += more
         linen, nnx = (many, ones) if linen_is_many else (ones, many)
     return fusions, list(linen), list(nnx)
 
 
-def _fused(many: list[Unit], ones: list[Unit], linen_is_many: bool) -> tuple[list[Unit], list[Unit], list[Fusion]]:
+def _fused(
+    many: list[Unit], ones: list[Unit], linen_is_many: bool, counts: Sequence[int]
+) -> tuple[list[Unit], list[Unit], list[Fusion]]:
     fusions: list[Fusion] = []
     for one in list(ones):
-        for parts in _candidates(many):
+        for parts in _candidates(many, counts):
             matched = _matched(parts, one, linen_is_many)
             if matched is not None:
                 fusions += matched
@@ -161,9 +172,9 @@ def _fused(many: list[Unit], ones: list[Unit], linen_is_many: bool) -> tuple[lis
     return many, ones, fusions
 
 
-def _candidates(units: Sequence[Unit]) -> Iterator[list[Unit]]:
-    """Neighbours in the order of calls, under one parent, with the same variables; fewer first."""
-    for count in range(1, _MOST_PARTS + 1):
+def _candidates(units: Sequence[Unit], counts: Sequence[int]) -> Iterator[list[Unit]]:
+    """Neighbours in the order of calls, under one parent, with the same variables."""
+    for count in counts:
         for start in range(len(units) - count + 1):
             parts = list(units[start : start + count])
             forms = [_form(unit) for unit in parts]

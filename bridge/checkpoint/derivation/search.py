@@ -32,10 +32,15 @@ from bridge.tracing.trace import Slot, is_array
 
 SEEDS = (0, 1, 2)
 _MOST_RUNS = 96
+_MOST_TOWERS = 16
 _FAR = 10.0  # models that differ by rounding do so by a like amount whichever of two layers is which
 _ROUNDING = 1e-2  # a sum in another order is off by as much of the tolerance: (a + b) + c and (c + b) + a
 _ALIKE = 1e-3  # of gradients, relative to the larger one
 _FEATURES = 6
+
+
+#: Two layers of a group: its number, and theirs in it.
+Exchange = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,9 @@ class Search:
         if self.bench.without_gradients:
             return None
         tried: set[str] = set()
-        for modes in self._modes():
+        for proposal in self._proposals():
             if self.runs >= _MOST_RUNS:
                 return None
-            proposal = self._read(modes)
-            if proposal is None:
-                continue
             changes = sorted(map(str, proposal.reworks.items()))
             key = str((proposal.orders, changes, [str(rework) for _, rework in proposal.fusions]))
             if key in tried:
@@ -106,6 +108,26 @@ class Search:
             if proof is not None:
                 return proposal, proof
         return None
+
+    def _proposals(self) -> Iterator[Proposal]:
+        """What the gradients tell where something is hidden; and exchanged towers, whose gradients may be zero then."""
+        for number, modes in enumerate(self._modes()):
+            proposal = self._read(modes)
+            if proposal is not None:
+                yield proposal
+                if not number:
+                    yield from self._towers()
+            if self.runs >= _MOST_RUNS:
+                return
+
+    def _towers(self) -> Iterator[Proposal]:
+        """Whole subtrees exchanged, as with the same numbers in both nothing may be left of an output."""
+        exchanges: list[Exchange] = []
+        for number, group in enumerate(self.base.groups):
+            if group.by_order:
+                exchanges += [(number, *two) for two in itertools.combinations(range(len(group.pairs)), 2)]
+        for tower in itertools.islice(_towers(self.base, exchanges), _MOST_TOWERS):
+            yield _exchanged(self.base, tower)
 
     def _modes(self) -> Iterator[tuple[Mode, ...]]:
         """What may be unknown at once: the order alone, one more thing, two more."""
@@ -338,7 +360,7 @@ def undecided(bench: Bench, proposal: Proposal, proof: Proof) -> list[list[tuple
     hidden = Search(bench, proposal)._hidden(())
     point = replace(bench.point(0), values=hidden)
     gradients = bench.linen(point).gradients
-    suspects: list[tuple[int, int, int]] = []
+    suspects: list[Exchange] = []
     for number, group in enumerate(proposal.groups):
         pairs.append([])
         if not group.by_order or len(group.pairs) == 1:
@@ -366,19 +388,21 @@ def _layers_alike(one: Sequence[Any], other: Sequence[Any]) -> bool:
     return all(_near(np.asarray(a), np.asarray(b)) for a, b in pairs)
 
 
-def _towers(proposal: Proposal, suspects: Sequence[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """Exchanges of whole subtrees: those whose layers stand below the same two modules of Linen."""
-    by_modules: dict[Any, list[tuple[int, int, int]]] = {}
+def _towers(proposal: Proposal, suspects: Sequence[Exchange]) -> Iterator[list[Exchange]]:
+    """Exchanges of whole subtrees: those whose layers stand below the same two modules of Linen, or of NNX."""
+    by_modules: dict[Any, list[Exchange]] = {}
     for number, one, other in suspects:
-        order = proposal.orders[number]
-        paths = [proposal.groups[number].pairs[order[n]][0][0].path for n in (one, other)]
-        common = next((n for n, (a, b) in enumerate(zip(*paths, strict=False)) if a != b), None)
-        if common is not None and paths[0][common + 1 :] == paths[1][common + 1 :]:
-            by_modules.setdefault((paths[0][: common + 1], paths[1][common]), []).append((number, one, other))
+        pairs, order = proposal.groups[number].pairs, proposal.orders[number]
+        for side, (first, second) in enumerate(((order[one], order[other]), (one, other))):
+            paths = [pairs[n][side][0].path for n in (first, second)]
+            common = next((n for n, (a, b) in enumerate(zip(*paths, strict=False)) if a != b), None)
+            if common is not None and paths[0][common + 1 :] == paths[1][common + 1 :]:
+                key = (side, paths[0][: common + 1], paths[1][common])
+                by_modules.setdefault(key, []).append((number, one, other))
     yield from (tower for tower in by_modules.values() if len(tower) > 1)
 
 
-def _exchanged(proposal: Proposal, exchanges: Sequence[tuple[int, int, int]]) -> Proposal:
+def _exchanged(proposal: Proposal, exchanges: Sequence[Exchange]) -> Proposal:
     orders = [list(order) for order in proposal.orders]
     for number, one, other in exchanges:
         orders[number][one], orders[number][other] = orders[number][other], orders[number][one]

@@ -16,17 +16,17 @@ import jax
 
 import nnx_core as nnx
 from bridge._errors import BridgeError, show_path
-from bridge._types import Location, Path
+from bridge._types import Location
 from bridge.equivalence.causes import Case, parting
 from bridge.equivalence.counterparts import Counterparts, Match, counterparts
 from bridge.equivalence.findings import Findings, largest
 from bridge.equivalence.inputs import Inputs, inputs_of
-from bridge.equivalence.layers import pair_calls, path_pairs
-from bridge.equivalence.numbers import Difference, is_key, same_bits
+from bridge.equivalence.inspection import Inspection, layer_of
+from bridge.equivalence.layers import path_pairs
+from bridge.equivalence.numbers import is_key, same_bits
 from bridge.equivalence.outcome import Outcome, Run
-from bridge.equivalence.recording import record
 from bridge.equivalence.report import Finding, Parting, Report
-from bridge.equivalence.rows import Evidence, evidence, to_feed
+from bridge.equivalence.rows import Evidence
 from bridge.equivalence.subjects import ComparisonError, Keys, Subject, ValueRules, subject_of
 from bridge.equivalence.training import train
 from bridge.tracing.trace import Method, Unit
@@ -363,10 +363,13 @@ class Comparison:
         Raises:
           ComparisonError: nothing was compared.
         """
-        rows = self._rows() if layers else []
-        if not layers:
+        rows: list[Evidence] = []
+        if layers and self._seen is not None:
+            seen = self._seen
+            inspection = Inspection(self.a, self.b, self.pairs, self.keys, seen.seed, seen.args, seen.kwargs)
+            rows = inspection.rows(self.findings)
+        else:
             self.findings.leave_out("layers: layers=False")
-        self._compare_layer_dtypes(rows)
         found = self.findings.all
         if not found:
             raise ComparisonError(
@@ -388,49 +391,6 @@ class Comparison:
             {name: importlib.metadata.version(name) for name in ("jax", "flax")},
         )
 
-    def _rows(self) -> list[Evidence]:
-        seen = self._seen
-        if seen is None or "function" in (self.a.api, self.b.api):
-            self.findings.leave_out("layers: a function has none")
-            return []
-        given = (self.keys, seen.args, seen.kwargs)
-        try:
-            ours = record(self.a, self.a.values, *given)
-            theirs = record(self.b, self.b.values, *given)
-        except Exception as error:  # noqa: BLE001  the model does run, compiled: all that is lost is where they part
-            self.findings.leave_out(f"layers: the models do not run without jit: {type(error).__name__}: {error}")
-            return []
-        pairs = pair_calls(self.pairs, ours, theirs)
-        fed = []
-        if any(not finding.equal for finding in self.findings.all):
-            try:
-                fed = record(self.b, self.b.values, *given, to_feed(pairs))
-            except Exception as error:  # noqa: BLE001  as above
-                self.findings.leave_out(f"layers of b, fed a's inputs: {type(error).__name__}: {error}")
-        return evidence(pairs, ours, theirs, fed, self.findings, self._parameters_by_layer(ours))
-
-    def _parameters_by_layer(self, events: Sequence[Any]) -> dict[Path, Difference]:
-        paths = {event.path for event in events}
-        worst: dict[Path, Difference] = {}
-        for match in self.pairs.values(self.a.values, self.b.values):
-            layer = layer_of(match.a, paths)
-            for x, y in zip(jax.tree.leaves(match.x_a), jax.tree.leaves(match.x_b), strict=False):
-                off = self.findings.difference(x, y)
-                if layer not in worst or (not off.equal, off.ratio) > (not worst[layer].equal, worst[layer].ratio):
-                    worst[layer] = off
-        return worst
-
-    def _compare_layer_dtypes(self, rows: Sequence[Evidence]) -> None:
-        """A layer in another dtype, which the outputs may not show."""
-        for row in rows:
-            if row.pair is None or row.row.parameters is None:
-                continue
-            both = zip(row.pair.a.outputs(), row.pair.b.outputs(), strict=False)
-            for x, y in both:
-                if x.dtype != y.dtype and x.shape == y.shape:
-                    text = f"the layer returns {y.dtype}, expected {x.dtype}"
-                    self.findings.add(Finding("structure", row.row.a, row.row.b, None, False, text=text))
-
     def _parting(self, rows: Sequence[Evidence]) -> Parting:
         seen = self._seen
         assert seen is not None
@@ -441,14 +401,6 @@ class Comparison:
         paths = {row.pair.a.event.path for row in rows if row.pair is not None}
         layers = {show_path(at): layer_of(at, paths) for at in self.a.values}
         return parting(Case(self.findings.all, rows, self.pairs.exchanged, draws, layers))
-
-
-def layer_of(at: Location, paths: set[Path]) -> Path:
-    """The innermost layer that was called and has a variable at this location."""
-    path = at[1:-1]
-    while path and path not in paths:
-        path = path[:-1]
-    return path
 
 
 def _nothing(ours: Any, theirs: Any) -> Sequence[Match]:

@@ -100,13 +100,21 @@ def counterparts(
 
 def _by_names(a: Subject, b: Subject) -> Counterparts:
     def matches(ours: Values, theirs: Values) -> Iterator[Match]:
-        for at in sorted(ours.keys() & theirs.keys()):
+        for at in sorted((ours.keys() & theirs.keys()) - other):
             yield Match(at, at, ours[at], theirs[at])
 
+    # Of another shape it is laid out otherwise, or the layer is another one: the outputs tell.
+    other = {at for at in a.values.keys() & b.values.keys() if _shape(a.values[at]) != _shape(b.values[at])}
     only_a, only_b = _without(a.values, b.values), _without(b.values, a.values)
     if "function" in (a.api, b.api):
         return Counterparts(matches, matches, (), (), only_a, only_b)
-    return Counterparts(matches, matches, only_a, only_b, exchanged=tuple(_exchanged_names(a.values, b.values)))
+    unpaired = tuple(sorted(other))
+    exchanged = tuple(_exchanged_names(a.values, b.values))
+    return Counterparts(matches, matches, only_a, only_b, unpaired, unpaired, exchanged=exchanged)
+
+
+def _shape(x: Any) -> Any:
+    return tuple(x.shape) if is_array(x) else None
 
 
 def _exchanged_names(a: Values, b: Values) -> Iterator[LayerPair]:
@@ -117,7 +125,7 @@ def _exchanged_names(a: Values, b: Values) -> Iterator[LayerPair]:
     wrong: dict[Hashable, list[Path]] = {}
     for path, own in layers.items():
         if not _equal([a[at] for at in own], [b[at] for at in own]):
-            form = tuple((at[0], at[-1], jnp.shape(a[at]) if is_array(a[at]) else ()) for at in own)
+            form = tuple((at[0], at[-1], _shape(a[at])) for at in own)
             wrong.setdefault(form, []).append(path)
     for paths in wrong.values():
         if len(paths) > _MOST_EXCHANGED:
@@ -129,7 +137,7 @@ def _exchanged_names(a: Values, b: Values) -> Iterator[LayerPair]:
 
 def _equal(xs: Sequence[Any], ys: Sequence[Any]) -> bool:
     arrays = [(x, y) for x, y in zip(xs, ys, strict=True) if is_array(x) and is_array(y)]
-    return all(difference(y, x).equal for x, y in arrays)
+    return all(x.shape == y.shape and difference(y, x).equal for x, y in arrays)
 
 
 def _without(values: Iterable[Location], others: Iterable[Location]) -> tuple[Location, ...]:
@@ -144,7 +152,7 @@ def _by_rules(a: Subject, b: Subject, rules: ValueRules, units: Callable[[Subjec
     sources, targets = {linen for linen, _ in pairs}, {nnx for _, nnx in pairs}
     forward = sources <= a.values.keys() and targets <= b.values.keys()
     if not forward and not (sources <= b.values.keys() and targets <= a.values.keys()):
-        missing = [at for at in sources if at not in a.values] or [at for at in targets if at not in b.values]
+        missing = sorted(sources - a.values.keys()) or sorted(targets - b.values.keys())
         raise ComparisonError(
             "the rules are not of these two models",
             "rules whose pairs of locations are Linen's and the NNX model's",
@@ -285,7 +293,8 @@ def _rest(pairing: Pairing, a: Values, b: Values) -> Iterator[Link]:
 
 def _by_slots(ours: Unit, theirs: Unit) -> Iterator[Link]:
     for name in ours.slots.keys() & theirs.slots.keys():
-        yield Link(ours.slots[name], (), theirs.slots[name], (), "by class alone")
+        if ours.slots[name].shape == theirs.slots[name].shape:
+            yield Link(ours.slots[name], (), theirs.slots[name], (), "by class alone")
 
 
 def _at_one_path(ours: Unit, theirs: Unit) -> bool:

@@ -58,6 +58,17 @@ def test_an_option_that_differs_is_named():
     assert "epsilon 0.01 in a, 1e-06 in b" in report.first.text
 
 
+def test_an_epsilon_that_these_inputs_do_not_show():
+    report = compare(linen(epsilon=1.1e-6), native(), X, **CHEAP)
+    assert parted(report) == ("ln", "c", "computation")
+    [wrong] = [finding for finding in report.findings if not finding.equal]
+    assert (wrong.path, wrong.other, wrong.text) == ("ln", "c", "of the layer, fed a thousandth of its input")
+    [row] = [row for row in report.rows if row.verdict == "wrong"]
+    assert row.output.equal
+    assert not row.alone.equal
+    assert "epsilon 1.1e-06 in a, 1e-06 in b" in report.first.text
+
+
 def test_code_between_layers_is_said_of_the_module_around():
     report = compare(linen(), native(activation=jax.nn.sigmoid), X, **CHEAP)
     assert parted(report) == ("", "", "computation")

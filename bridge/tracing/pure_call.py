@@ -75,7 +75,16 @@ def linen_call(module: nn.Module, method: Method, rngs: Any, args: Any, kwargs: 
         return module.apply(variables, *args, **kwargs, method=function, mutable=mutable, rngs=keys)[0]
 
     traced, arrays = parted(init, args, kwargs)
-    return Call(flat(jax.eval_shape(traced, arrays)), run, lambda: flat(jax.jit(traced)(arrays)))
+
+    def initial() -> Values:
+        return flat(jax.jit(traced).lower(arrays).compile(quick_options())(arrays))
+
+    return Call(flat(jax.eval_shape(traced, arrays)), run, initial)
+
+
+def quick_options() -> dict[str, Any] | None:
+    """For `compile`, of a program that runs a few times: on a CPU, optimizing it takes most of the time by far."""
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
 
 def nnx_call(module: nnx.Module, method: Method) -> Call:

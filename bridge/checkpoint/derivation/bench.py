@@ -24,13 +24,14 @@ from bridge._types import Location, Shape
 from bridge.equivalence.compiled import Compiled
 from bridge.equivalence.drawing import Draw, with_other_key
 from bridge.equivalence.numbers import Difference, difference, on_host, same_bits
-from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, streams_of
+from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, quick_options, streams_of
 from bridge.tracing.trace import Method, is_array
 
 #: Rounding moves two programs apart by a few times what one number's last bit does to either of them.
 _NOISE = 32.0
 _HALF_EPS = {6.4e-2: 2.0**-8, 8e-3: 2.0**-11}
 _MOST_SHOWN = 5
+_LARGE = 16 << 20  # bytes of variables from which on optimizing a program pays
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ class Bench:
         self._keys = streams_of(rngs)
         self.without_gradients = ""
         self._runs = (theirs.run, ours.run)
-        self._linen, self._nnx = Compiled(_with_gradients(theirs.run)), Compiled(_with_gradients(ours.run))
+        size = sum(getattr(x, "nbytes", 0) for x in self._initial.values())
+        self._options = quick_options() if size < _LARGE else None
+        self._linen, self._nnx = (Compiled(_with_gradients(run), self._options) for run in self._runs)
 
     @property
     def tolerance(self) -> float:
@@ -194,7 +197,7 @@ class Bench:
                 raise
             # A loop of unknown length has outputs and no gradients: then outputs alone are compared, and that is said.
             self.without_gradients = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            self._linen, self._nnx = (Compiled(_without_gradients(run)) for run in self._runs)
+            self._linen, self._nnx = (Compiled(_without_gradients(run), self._options) for run in self._runs)
             return self._run(side, values, keys, point)
 
     def compare(self, point: Point, rules: Any, expected: Run | None = None) -> Evidence:

@@ -279,7 +279,7 @@ def derive(
             advice = "Give inputs that both models run on here, without drawing random numbers."
             raise UnprovenDerivationError(derived, "the models were not compared", [str(reason)], advice) from reason
     except UnprovenDerivationError as failed:
-        derived = failed.derived
+        derived = failed.derived if failed.derived.unsure else replace(failed.derived, unsure=unsure())
         if not unproven:
             if paired.left:
                 units = [*paired.left[0]], [*paired.left[1]]
@@ -317,11 +317,11 @@ def _proven(base: Proposal, make_bench: Callable[[], Bench], always: bool) -> De
         other = Search(bench, base).find()
         if other is None:
             lines = evidence.describe()
-            derived = replace(base.derived, unproven="the models do not compute the same: " + "; ".join(lines))
-            advice = "If the models are the same one, say what is what: derive(..., rename={Linen path: NNX path})."
-            if base.dropped or base.fresh:
-                advice += "\nVariables are dropped or fresh: outputs that depend on them differ."
             why = "the models do not compute the same under any mapping that was tried"
+            if base.dropped or base.fresh:
+                why += " (outputs that depend on variables that are dropped or fresh differ)"
+            derived = replace(base.derived, unproven=f"{why}: {'; '.join(lines)}")
+            advice = "If the models are the same one, say what is what: derive(..., rename={Linen path: NNX path})."
             raise UnprovenDerivationError(derived, why, lines, advice)
         proposal, proof = other
     ties = undecided(bench, proposal, proof)

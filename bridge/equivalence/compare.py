@@ -165,9 +165,9 @@ class Comparison:
     def _paired(self, rules: ValueRules | None) -> Counterparts:
         try:
             return counterparts(self.a, self.b, rules, self._units_of)
-        except ComparisonError:
-            raise
-        except Exception as error:  # noqa: BLE001  whether the models run is seen when they are run
+        except Exception as error:
+            if isinstance(error, ComparisonError) or (rules is not None and isinstance(error, BridgeError)):
+                raise
             self.findings.leave_out(f"parameters and gradients: layers cannot be traced: {error}")
             nothing: Callable[..., Sequence[Match]] = _nothing
             return Counterparts(nothing, nothing, (), (), tuple(self.a.values), tuple(self.b.values), ())

@@ -148,7 +148,8 @@ def _without(values: Iterable[Location], others: Iterable[Location]) -> tuple[Lo
 
 
 def _by_rules(a: Subject, b: Subject, rules: ValueRules, units: Callable[[Subject], list[Unit]]) -> Counterparts:
-    pairs = rules.pairs()
+    linen = b if b.api == "linen" != a.api else a
+    pairs = rules.pairs(linen.values)  # rules may be patterns, which take what there is
     sources, targets = {linen for linen, _ in pairs}, {nnx for _, nnx in pairs}
     forward = sources <= a.values.keys() and targets <= b.values.keys()
     if not forward and not (sources <= b.values.keys() and targets <= a.values.keys()):

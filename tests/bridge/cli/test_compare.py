@@ -255,7 +255,11 @@ def test_the_values_of_a_checkpoint(run, tmp_path):
     words = ("--linen", f"{RUN}:Net", "--nnx", f"{RUN}:Native", "--input", "8,5", "--checkpoint", path)
     for rules in ((), ("--rules", tmp_path / "rules.toml")):
         code, out, _ = run("compare", *words, *rules, "--json")
-        assert (code, json.loads(out)["values"][0]) == (0, f"values: those of {path}")
+        found = json.loads(out)
+        assert (code, found["values"][0]) == (0, f"values: those of {path}")
+        kinds = [finding["what"] for finding in found["findings"]]
+        assert kinds.count("parameter") >= 6, "of rules with patterns too"
+        assert kinds.count("gradient") >= 6
     code, out, err = run("compare", *words[:-1], tmp_path / "absent")
     assert (code, out) == (1, "")
     assert err.startswith("error: ")

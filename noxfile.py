@@ -101,6 +101,6 @@ def lowest() -> list[str]:
     """`name==version` for every `name>=version` that users install: not test, lint or docs."""
     project = nox.project.load_toml("pyproject.toml")["project"]
     extras = project["optional-dependencies"]
-    ranges = [*project["dependencies"], *extras["orbax"], *extras["demo"], *extras["treescope"]]
+    ranges = [*project["dependencies"], *extras["orbax"], *extras["demo"], *extras["plot"], *extras["treescope"]]
     matches = [re.match(r"([\w-]+)>=([\d.]+)", entry) for entry in ranges]
     return [f"{found[1]}=={found[2]}" for found in matches if found]

@@ -324,7 +324,9 @@ def test_without_reason_finds_the_bare_entry():
     assert without_reason(text, "k") == ['  "c#",']
 
 
-@pytest.mark.parametrize("key", ["dependencies", "orbax", "demo", "test", "models", "lint", "docs", "dev", "ignore"])
+@pytest.mark.parametrize(
+    "key", ["dependencies", "orbax", "plot", "demo", "test", "models", "lint", "docs", "dev", "ignore"]
+)
 def test_every_dependency_and_ignored_rule_has_a_reason(key):
     assert without_reason((ROOT / "pyproject.toml").read_text(), key) == []
 

@@ -1,7 +1,7 @@
 """The command `linen-nnx`: arguments in, functions of `bridge` called, tables out.
 
 Law: a BridgeError is shown as its text, without a traceback; exit codes are 0 done, 1 an error of `bridge` or something
-would be lost, 2 wrong usage, 3 verification failed, 130 Ctrl-C; nothing that was read is changed.
+would be lost, 2 wrong usage, 3 verification failed or models differ, 130 Ctrl-C; nothing that was read is changed.
 Knows which commands there are; what they do is in the rooms below, imported when one runs.
 """
 
@@ -15,8 +15,9 @@ from typing import Annotated
 import typer
 
 from bridge._errors import BridgeError, MissingDependencyError
-from bridge.cli.compare import diff, verify
+from bridge.cli.compare import compare
 from bridge.cli.convert import convert
+from bridge.cli.diff import diff, verify
 from bridge.cli.inspect import inspect
 from bridge.cli.show import print_json
 
@@ -29,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, convert, diff, verify):
+for command in (inspect, convert, compare, diff, verify):
     app.command()(command)
 
 

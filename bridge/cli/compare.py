@@ -1,122 +1,203 @@
-"""`linen-nnx diff` and `linen-nnx verify`: whether checkpoints hold what they should.
+"""`linen-nnx compare`: whether two models compute the same, and where they part.
 
-Law: reads only. `diff` exits with 1 if anything differs, `verify` with 3 if the checkpoint is not as it was written.
+Law: exits with 0 only if all that was compared is equal, and 3 if something is not; what was left out is printed; an
+option that cannot be honoured is wrong usage. Changes no model and no checkpoint; writes the page alone.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bridge._errors import show_path
-from bridge.cli.show import console, human_bytes, plain, print_json, progress_bar, table
-from bridge.cli.words import parse_bytes
+from bridge.cli.models import transformation
+from bridge.cli.show import console, plain, print_json, table
+from bridge.cli.words import load_attribute, parse_input, parse_keyword, users_code
 
 if TYPE_CHECKING:
-    from bridge.checkpoint.comparison import Difference, DiffReport
+    from bridge.cli.sides import Sides, Source
+    from bridge.equivalence.inputs import Inputs
+    from bridge.equivalence.report import Report
+    from bridge.equivalence.tables import Table
 
-_DIFFERENT = 1
-_Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-_MaxMemory = Annotated[int, typer.Option(parser=parse_bytes, metavar="BYTES", help="Leaves in memory at once.")]
+_NOT_EQUAL = 3
 
 
-def diff(
-    a: Annotated[Path, typer.Argument(help="One checkpoint, of any format and layout.")],
-    b: Annotated[Path, typer.Argument(help="The other.")],
-    atol: Annotated[float, typer.Option(min=0, help="How far floating point numbers may be apart.")] = 0.0,
-    rtol: Annotated[float, typer.Option(min=0, help="The same, relative to B's number.")] = 0.0,
-    raw: Annotated[bool, typer.Option("--raw", help="Compare the paths as they are stored.")] = False,
-    rules: Annotated[Path | None, typer.Option(help="TOML: from Linen's names to NNX's.")] = None,
-    max_memory: _MaxMemory = "2GiB",  # type: ignore[assignment]  # typer parses it
-    quiet: _Quiet = False,
-    as_json: _Json = False,
+def compare(
+    linen: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The Linen module.")] = "",
+    nnx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The NNX module; it takes Linen's values.")] = "",
+    a: Annotated[str, typer.Option("--a", metavar="PKG.MOD:ATTR", help="Any model, or a function.")] = "",
+    b: Annotated[str, typer.Option("--b", metavar="PKG.MOD:ATTR", help="Another.")] = "",
+    inputs: Annotated[list[str], typer.Option("--input", help="f32[2,28,28,1], i32[2,16], or a file batch.npz.")] = [],  # noqa: B006
+    keywords: Annotated[list[str], typer.Option("--keyword", help="A keyword of both, as train=False.")] = [],  # noqa: B006
+    method: Annotated[list[str], typer.Option(help="What is called instead of __call__; twice: of a, of b.")] = [],  # noqa: B006
+    checkpoint: Annotated[Path | None, typer.Option(help="Values of the Linen module; random ones without.")] = None,
+    rules: Annotated[Path | None, typer.Option(help="TOML: from Linen's names to NNX's; derived without.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many draws of random inputs; 2 by default.")] = None,
+    steps: Annotated[int, typer.Option(min=0, help="How many training steps to compare.")] = 0,
+    tx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The optax transformation of the steps.")] = "",
+    loss: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="Trained on: (output, inputs) -> scalar.")] = "",
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page; must not exist.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the verdict alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
-    """Compare two checkpoints leaf by leaf. A Linen checkpoint and its NNX conversion compare equal."""
-    from bridge.checkpoint.comparison import diff as compare
-    from bridge.checkpoint.rules.apply import read_rules
-    from bridge.checkpoint.stream import share_freed_memory
+    """Run two models on the same values and inputs. Exit codes: 0 equal, 1 an error, 2 wrong usage, 3 not equal."""
+    from bridge.cli.sides import Source, any_two, linen_and_nnx
 
-    share_freed_memory()
-    read = None if rules is None else read_rules(rules)
-    with progress_bar(quiet=quiet or as_json) as progress:
-        report = compare(a, b, atol=atol, rtol=rtol, raw=raw, rules=read, max_memory=max_memory, progress=progress)
+    _require_two(linen, nnx, a, b)
+    if html is not None:
+        _require_place(html)
+    call = _call(inputs, keywords)
+    options = {"seeds": _seeds(seeds, call), **_training(steps, tx, loss)}
+    source = Source(call.args, call.kwargs, _methods(method), checkpoint, rules)
+    with _doing("making both models", quiet=quiet or as_json):
+        sides = linen_and_nnx(linen, nnx, source) if linen else any_two(a, b, source)
+    if method and not any(side.is_linen or side.is_nnx for side in (sides.a, sides.b)):
+        raise typer.BadParameter("--method is for models: both are functions")
+    with _doing("comparing", quiet=quiet or as_json):
+        report = _compared(sides, source, options)
+    if html is not None:
+        report.save_html(html)
+    code = 0 if report.equal else _NOT_EQUAL
     if as_json:
-        print_json(_diff_document(report))
+        page = None if html is None else str(html)
+        print_json({**report.as_dict(), "values": list(sides.notes), "html": page, "exit_code": code})
     else:
-        _print_diff(report)
-    raise typer.Exit(0 if report.same else _DIFFERENT)
+        _print(report, sides.notes, html, quiet=quiet)
+    raise typer.Exit(code)
 
 
-def verify(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that `linen-nnx convert` wrote.")],
-    step: Annotated[int | None, typer.Option(help="The step; the latest by default.")] = None,
-    item: Annotated[str | None, typer.Option(help="The item of a composite checkpoint.")] = None,
-    max_memory: _MaxMemory = "2GiB",  # type: ignore[assignment]  # typer parses it
-    quiet: _Quiet = False,
-    as_json: _Json = False,
-) -> None:
-    """Read every leaf again and compare it with the hash that was stored when it was written."""
-    from bridge.checkpoint.stream import share_freed_memory
-    from bridge.checkpoint.verification import verify as check
-
-    share_freed_memory()
-    with progress_bar(quiet=quiet or as_json) as progress:
-        report = check(checkpoint, step=step, item=item, max_memory=max_memory, progress=progress)
-    if as_json:
-        found = {"path": report.path, "format": report.format, "leaves": report.leaves, "nbytes": report.nbytes}
-        print_json(found | {"verified": True, "exit_code": 0})
-    else:
-        typer.echo(f"verified: {report.leaves} leaves, {human_bytes(report.nbytes)}, as they were written")
+# ---- what was asked ----------------------------------------------------------------------------------------
 
 
-# --- differences --------------------------------------------------------------------------------------------
+def _require_two(linen: str, nnx: str, a: str, b: str) -> None:
+    given = tuple(name for name, text in (("--linen", linen), ("--nnx", nnx), ("--a", a), ("--b", b)) if text)
+    if given not in (("--linen", "--nnx"), ("--a", "--b")):
+        found = " and ".join(given) or "none"
+        raise typer.BadParameter(f"two models are compared: --linen and --nnx, or --a and --b; given: {found}")
 
 
-def _print_diff(report: DiffReport) -> None:
-    screen = console(max((len(show_path(row.path)) for row in report.differences), default=0))
-    screen.print(plain(f"a: {report.a}\nb: {report.b}\ncompared {report.how}"), soft_wrap=True)
-    if report.differences:
-        listed = table("path", "what", "a", "b", "elements", "max abs", "first", right=("elements", "max abs"))
-        for row in report.differences:
-            listed.add_row(*map(plain, _diff_row(row)))
-        screen.print(listed)
-    verdict = f"{len(report.differences)} differences" if report.differences else "no difference"
-    screen.print(f"{verdict}; {report.compared} leaves in both, {human_bytes(report.nbytes)}")
-    if {"only in a", "only in b"} <= {row.what for row in report.differences}:
-        screen.print("If one names things otherwise: --rules FILE (convert --save-rules FILE writes derived ones).")
+def _require_place(html: Path) -> None:
+    from bridge.equivalence.page import PageExistsError, PageWriteError, require_place
+
+    try:
+        require_place(html)
+    except (PageExistsError, PageWriteError) as error:
+        raise typer.BadParameter(f"--html: {error}") from None
 
 
-def _diff_row(row: Difference) -> tuple[object, ...]:
-    if row.what != "values":
-        return show_path(row.path), row.what, row.a, row.b, "", "", ""
-    first = "" if row.first is None else list(row.first)
-    return show_path(row.path), row.what, row.a, row.b, row.count, f"{row.max_abs:.3g}", first
+def _training(steps: int, tx: str, loss: str) -> dict[str, Any]:
+    if bool(steps) != bool(tx):
+        raise typer.BadParameter("--steps and --tx go together: so many steps, with that transformation")
+    if loss and not steps:
+        raise typer.BadParameter("--loss is for --steps: the loss that is trained on")
+    options: dict[str, Any] = {"steps": steps, "tx": transformation(tx)}
+    if loss:
+        options["loss"] = load_attribute(loss)
+        if not callable(options["loss"]):
+            raise typer.BadParameter(f"{loss!r} is no function of the output")
+    return options
 
 
-def _diff_document(report: DiffReport) -> dict[str, Any]:
-    rows = [
-        {
-            "path": list(row.path),
-            "what": row.what,
-            "a": row.a,
-            "b": row.b,
-            "count": row.count,
-            "max_abs": row.max_abs if math.isfinite(row.max_abs) else None,  # JSON has no infinity
-            "first": None if row.first is None else list(row.first),
-        }
-        for row in report.differences
-    ]
-    return {
-        "a": report.a,
-        "b": report.b,
-        "how": report.how,
-        "same": report.same,
-        "compared": report.compared,
-        "nbytes": report.nbytes,
-        "differences": rows,
-        "exit_code": 0 if report.same else _DIFFERENT,
-    }
+def _seeds(count: int | None, call: Inputs) -> tuple[int, ...]:
+    if count is not None and not call.is_drawn:
+        raise typer.BadParameter("--seeds: no input is drawn at random, all of them are arrays of a file")
+    return tuple(range(2 if count is None else count))
+
+
+def _call(inputs: Sequence[str], keywords: Sequence[str]) -> Inputs:
+    """Positional arguments and keywords of both calls."""
+    import inspect
+
+    from bridge.equivalence.compare import compare as run
+    from bridge.equivalence.inputs import inputs_of
+
+    if not inputs:
+        raise typer.BadParameter("--input is needed: what both models are called with, such as f32[2,28,28,1]")
+    call = inputs_of([_input(text) for text in inputs], dict(map(parse_keyword, keywords)))
+    taken = [name for name in call.kwargs if name in inspect.signature(run).parameters]
+    if taken:
+        raise typer.BadParameter(f"--keyword {taken[0]}=...: compare has an option of that name; wrap the models")
+    return call
+
+
+def _input(text: str) -> Any:
+    import jax
+
+    if text.endswith(".npz"):
+        return Path(text)
+    x = parse_input(text)
+    if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+        raise typer.BadParameter(f"{text!r}: JAX has no {x.dtype} unless it is told: set JAX_ENABLE_X64=1")
+    return x
+
+
+def _methods(names: Sequence[str]) -> tuple[str, str]:
+    match names:
+        case []:
+            return "__call__", "__call__"
+        case [one]:
+            return one, one
+        case [one, other]:
+            return one, other
+    raise typer.BadParameter("--method is given once for both models, or twice: of a, of b")
+
+
+# ---- comparing and showing ---------------------------------------------------------------------------------
+
+
+def _compared(sides: Sides, source: Source, options: dict[str, Any]) -> Report:
+    from bridge.equivalence.compare import compare as run
+
+    a, b = sides.a.subject, sides.b.subject
+    with users_code("the models cannot be compared with these inputs"):
+        return run(a, b, *source.inputs, rules=sides.rules, method=source.methods, **options, **source.keywords)
+
+
+@contextmanager
+def _doing(what: str, *, quiet: bool) -> Iterator[None]:
+    """Says what is going on, on stderr, if that is a terminal."""
+    from rich.console import Console
+
+    screen = Console(stderr=True)
+    if quiet or not screen.is_terminal:
+        yield
+        return
+    with screen.status(what):
+        yield
+
+
+def _print(report: Report, notes: Sequence[str], html: Path | None, *, quiet: bool) -> None:
+    tables = report.tables()
+    cells = [cell for each in tables for row in each.rows for cell in row]
+    screen = console(2 * max(map(len, cells), default=0))
+    color = "bold green" if report.equal else "bold red"
+    screen.print(plain(report.headline), style=color)
+    if quiet:
+        return
+    for line in (f"a: {report.a}", f"b: {report.b}", *notes):
+        screen.print(plain(line), soft_wrap=True)
+    if report.first is not None:
+        screen.print(plain(f"they first part at {report.first.place}"), style=color, soft_wrap=True)
+        screen.print(plain(report.first.text), soft_wrap=True)
+    for each in tables:
+        _print_table(screen, each)
+    for text in report.not_compared:
+        screen.print(plain(f"not compared: {text}"), soft_wrap=True)
+    screen.print(plain(report.origin), soft_wrap=True)
+    if html is not None:
+        screen.print(plain(f"page: {html}"), soft_wrap=True)
+
+
+def _print_table(screen: Any, each: Table) -> None:
+    if each.rows:
+        shown = table(*each.headings, right=tuple(each.right))
+        shown.title, shown.title_justify = each.title, "left"
+        for number, row in enumerate(each.rows):
+            shown.add_row(*map(plain, row), style="red" if number in each.bad else None)
+        screen.print(shown)
+    if each.note:
+        screen.print(plain(each.note if each.rows else f"{each.title}: {each.note}"), soft_wrap=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bridge.checkpoint.conversion import Conversion, ConvertReport
     from bridge.checkpoint.options import ConversionOptions
 
-_LOSSY, _INTERRUPTED = 1, 130
+_LOSSY, _UNPROVEN, _INTERRUPTED = 1, 4, 130
 
 
 class To(enum.StrEnum):
@@ -86,18 +86,22 @@ def convert(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed run has left.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, from metadata only.")] = False,
     lossy: Annotated[bool, typer.Option("--lossy", help="Go on although something is lost or changed.")] = False,
+    unproven: Annotated[bool, typer.Option("--unproven", help="Take derived rules that no run has proven.")] = False,
     verify_forward: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="Called last, with SRC and DST.")] = "",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result again.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
-    """Convert a checkpoint between Linen's and NNX's layout. Exit codes: 0 clean, 1 lossy or failed, 3 not verified."""
+    """Convert a checkpoint between Linen's and NNX's layout.
+
+    Exit codes: 0 clean, 1 lossy or failed, 2 wrong usage, 3 not verified, 4 written by rules that are not proven.
+    """
     from bridge.checkpoint.options import ConversionOptions
     from bridge.checkpoint.stream import share_freed_memory
     from bridge.checkpoint.tree.layout import Kind
 
     share_freed_memory()
-    models = read_models(to.value, rules, inverse, linen, nnx, inputs, keywords)
+    models = read_models(to.value, rules, inverse, linen, nnx, inputs, keywords, unproven)
     if save_rules is not None:
         write_rules(models.derived, save_rules)
     options = ConversionOptions(
@@ -116,15 +120,15 @@ def convert(
         verify=not no_verify,
         check=check_of(verify_forward),
         lossy=lossy,
+        unproven=unproven,
     )
-    losses = _convert(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json)
-    raise typer.Exit(_LOSSY if losses else 0)
+    raise typer.Exit(_convert(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json))
 
 
 def _convert(
     source: Path, target: Path, options: ConversionOptions, models: Models, *, dry_run: bool, quiet: bool, as_json: bool
-) -> list[str]:
-    """Plan, show, and unless it is a dry run write; the losses that nobody allowed."""
+) -> int:
+    """Plan, show, and unless it is a dry run write; the exit code."""
     from bridge.checkpoint.conversion import plan_conversion, source_of
 
     with closing(source_of(source, options)) as opened:
@@ -141,7 +145,7 @@ def _convert(
             print_json(shown.document(report))
         elif report is not None and not quiet:
             shown.after(report)
-    return losses
+    return shown.exit_code
 
 
 def _run(conversion: Conversion, target: Path, *, quiet: bool) -> ConvertReport:
@@ -163,6 +167,7 @@ class _Show:
         self.conversion, self.plan, self.dry_run = conversion, conversion.plan, dry_run
         self.target, self.losses = target, losses
         self.rows = self.plan.rows()
+        self.exit_code = _LOSSY if losses else _UNPROVEN if self.plan.unproven else 0
 
     def before(self) -> None:
         """Source and target; for a dry run the table too, since it is all there is to see."""
@@ -179,6 +184,8 @@ class _Show:
         remarks = [f"dropped: {show_path(path)}: {why}" for path, why in self.plan.dropped.items()]
         remarks += [f"warning: {text}" for text in self.plan.warnings]
         remarks += [f"note: {text}" for text in self.plan.notes]
+        if self.plan.unproven:
+            remarks.append(f"NOT PROVEN: {self.plan.unproven}")
         for text in remarks:
             screen.print(plain(text), soft_wrap=True)
         screen.print(plain(self.plan.summary()), soft_wrap=True)
@@ -190,6 +197,8 @@ class _Show:
         resumed = f", {report.resumed} leaves from an earlier run" if report.resumed else ""
         done = "written and verified" if report.verified else "written"
         typer.echo(f"{done}: {report.target} in {report.seconds:.1f} s, {speed}/s{resumed}")
+        if report.unproven:
+            typer.echo("NOT PROVEN: before you use it, compare both models: linen-nnx compare --checkpoint")
 
     def document(self, report: ConvertReport | None) -> dict[str, Any]:
         """The same, and every row, as JSON types."""
@@ -213,8 +222,9 @@ class _Show:
             "warnings": list(self.plan.warnings),
             "notes": list(self.plan.notes),
             "losses": self.losses,
+            "unproven": self.plan.unproven,
             "result": result,
-            "exit_code": _LOSSY if self.losses else 0,
+            "exit_code": self.exit_code,
         }
 
 

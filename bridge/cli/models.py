@@ -1,4 +1,4 @@
-"""What `linen-nnx convert` is told of models: rules, the two modules, the optimizer, a check of the user's.
+"""What a command is told of models: rules, the two modules, the optimizer, a check of the user's.
 
 Law: what is wrong usage is told as that, before a checkpoint is opened; the user's code fails without a traceback.
 Knows words and models; what is made of them is the business of `bridge.checkpoint`.
@@ -6,6 +6,8 @@ Knows words and models; what is made of them is the business of `bridge.checkpoi
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +39,14 @@ class Models:
 
 
 def read_models(
-    to: str, rules: Path | None, inverse: bool, linen: str, nnx: str, inputs: list[str], keywords: list[str]
+    to: str,
+    rules: Path | None,
+    inverse: bool,
+    linen: str,
+    nnx: str,
+    inputs: list[str],
+    keywords: list[str],
+    unproven: bool = False,
 ) -> Models:
     """What the options of the same names say; `to` is 'nnx' or 'linen'."""
     from bridge.checkpoint.rules.apply import read_rules
@@ -47,16 +56,19 @@ def read_models(
         raise typer.BadParameter("--linen needs --nnx and at least one --input: rules are derived from both models")
     if (inputs or keywords) and not linen:
         raise typer.BadParameter("--input and --keyword are for --linen and --nnx: both are called with them")
+    if unproven and not linen:
+        raise typer.BadParameter("--unproven is for rules that are derived, from --linen, --nnx and --input")
     if inverse and rules is None:
         raise typer.BadParameter("--inverse needs --rules: it turns them round")
     written = None if rules is None else read_rules(rules)
     if written is not None and inverse:
         written = written.inverse()
-    model = _nnx_model(nnx) if nnx else None
+    model = nnx_module(nnx, abstract=True) if nnx else None
     known = of_object(model).known if to == "linen" and model is not None else None
     if not linen:
         return Models(written, known, model)
-    derived = _derived(linen, model, [parse_input(text) for text in inputs], dict(map(parse_keyword, keywords)))
+    call = [parse_input(text) for text in inputs], dict(map(parse_keyword, keywords))
+    derived = derived_rules(linen_module(linen), model, *call, unproven=unproven)
     direction = derived if to == "nnx" else derived.inverse()
     return Models(direction if written is None else written.then(direction.rules()), known, model, derived)
 
@@ -74,40 +86,59 @@ def write_rules(derived: Derived | None, file: Path) -> None:
         raise typer.BadParameter(f"--save-rules: {error}") from None
 
 
-def _derived(linen: str, model: Any, inputs: list[Any], keywords: dict[str, Any]) -> Derived:
+def derived_rules(
+    linen: Any,
+    nnx: Any,
+    inputs: Sequence[Any],
+    keywords: Mapping[str, Any],
+    *,
+    method: Any = "__call__",
+    unproven: bool = False,
+) -> Derived:
+    """What `derive` makes of both modules; `unproven` rules are marked as such, which takes the place of a warning."""
+    from bridge.checkpoint.derivation.derive import UnsureDerivationWarning, derive
+
+    with users_code("the models cannot be called with these inputs"), warnings.catch_warnings():
+        if unproven:
+            warnings.simplefilter("ignore", UnsureDerivationWarning)
+        return derive(linen, nnx, *inputs, method=method, unproven=unproven, **keywords)
+
+
+def linen_module(reference: str) -> Any:
+    """The Linen module that a reference names, or that what it names makes of nothing."""
     from flax import linen as nn
 
-    from bridge.checkpoint.derivation.derive import derive
-
-    module = load_attribute(linen)
+    module = load_attribute(reference)
     if callable(module) and not isinstance(module, nn.Module):
-        with users_code(f"{linen!r} is no Linen module and cannot be called without arguments"):
+        with users_code(f"{reference!r} is no Linen module and cannot be called without arguments"):
             module = module()
     if not isinstance(module, nn.Module):
-        raise typer.BadParameter(f"{linen!r} is no Linen module, and no function that makes one")
-    with users_code("the models cannot be called with these inputs"):
-        return derive(module, model, *inputs, **keywords)
+        raise typer.BadParameter(f"{reference!r} is no Linen module, and no function that makes one")
+    return module
 
 
-def _nnx_model(reference: str) -> Any:
-    """The NNX module that `--nnx` names, abstract if it is made here: a class or a function that takes `rngs`."""
-    import inspect
-
+def nnx_module(reference: str, *, abstract: bool) -> Any:
+    """The NNX module that a reference names, or that a class or a function (of `rngs`, or nothing) makes."""
     import nnx_core
 
     found = load_attribute(reference)
     if callable(found) and not isinstance(found, nnx_core.Module):
-        make = found
-
-        def module() -> Any:
-            takes_rngs = "rngs" in inspect.signature(make).parameters
-            return make(rngs=nnx_core.Rngs(0)) if takes_rngs else make()
-
-        with users_code(f"{reference!r} cannot be made, abstractly, from `rngs` or from nothing"):
-            found = nnx_core.eval_shape(module)
+        how = ", abstractly," if abstract else ""
+        with users_code(f"{reference!r} cannot be made{how} from `rngs` or from nothing"):
+            found = nnx_core.eval_shape(lambda: made_of_rngs(found)) if abstract else made_of_rngs(found)
     if not isinstance(found, nnx_core.Module):
         raise typer.BadParameter(f"{reference!r} is no NNX module, and no class or function (of rngs) that makes one")
     return found
+
+
+def made_of_rngs(make: Callable[..., Any]) -> Any:
+    """What a class or a function makes, which takes `rngs` or nothing."""
+    import inspect
+
+    import nnx_core
+
+    takes_rngs = "rngs" in inspect.signature(make).parameters
+    return make(rngs=nnx_core.Rngs(0)) if takes_rngs else make()
 
 
 def target_of(model: Any, tx: Any, rng: str | int, source: Tree) -> Any:

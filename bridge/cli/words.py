@@ -23,6 +23,12 @@ from bridge._errors import BridgeError
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}B": size for unit, size in _UNITS.items() if unit not in ("", "B")}
 _UNITS |= {f"{unit}iB": 2 ** (10 * power) for power, unit in enumerate("KMGT", start=1)}
+_BRACKETED = re.compile(r"(\w+)\[([^\]]*)\]")
+_INTEGERS = {"i": "int", "s": "int", "u": "uint"}
+# As JAX prints types in its programs.
+_DTYPES = {"bf16": "bfloat16", "pred": "bool", "c64": "complex64", "c128": "complex128"}
+_DTYPES |= {f"f{bits}": f"float{bits}" for bits in (16, 32, 64)}
+_DTYPES |= {f"{sign}{bits}": f"{name}{bits}" for sign, name in _INTEGERS.items() for bits in (8, 16, 32, 64)}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:i?B)?)", re.IGNORECASE)
 
 
@@ -41,21 +47,28 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_input(text: str) -> Any:
-    """An abstract array from `2,28,28,1:float32`; float32 without a type, a scalar without numbers.
+    """An abstract array from `f32[2,28,28,1]` or `2,28,28,1:float32`; float32 without a type, a scalar without numbers.
 
-    >>> parse_input("2,28,28,1:bfloat16")
-    ShapeDtypeStruct(shape=(2, 28, 28, 1), dtype=bfloat16)
+    >>> parse_input("bf16[2,28,28,1]"), parse_input("4").shape
+    (ShapeDtypeStruct(shape=(2, 28, 28, 1), dtype=bfloat16), (4,))
+    >>> parse_input("2,3:int32") == parse_input("i32[2,3]")
+    True
     """
     import jax
 
-    shape, _, dtype = text.partition(":")
+    bracketed = _BRACKETED.fullmatch(text.strip())
+    if bracketed is None:
+        shape, _, dtype = text.partition(":")
+    else:
+        shape, dtype = bracketed[2], _DTYPES.get(bracketed[1], bracketed[1])  # to numpy, "i8" is of eight bytes
     try:
         sizes = tuple(int(size) for size in shape.split(",") if size.strip())
         if any(size < 0 for size in sizes):
             raise ValueError("a negative size")
         return jax.ShapeDtypeStruct(sizes, jax.numpy.dtype(dtype or "float32"))
     except (ValueError, TypeError) as error:
-        raise typer.BadParameter(f"{text!r} is not an input, such as 2,28,28,1:float32 ({error})") from None
+        such_as = "such as f32[2,28,28,1] or 2,28,28,1:float32"
+        raise typer.BadParameter(f"{text!r} is not an input, {such_as} ({error})") from None
 
 
 def parse_keyword(text: str) -> tuple[str, Any]:

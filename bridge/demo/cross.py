@@ -8,6 +8,7 @@ Knows the models and the bridge; knows nothing of tables, files or exit codes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,48 +26,27 @@ from bridge import checkpoint
 from bridge.demo import linen_model, native_model
 from bridge.demo.native_model import RENAME, DigitsNet
 from bridge.demo.task import DROPOUT_RATE, Batch, Digits, cross_entropy
+from bridge.equivalence.compare import compare
+from bridge.equivalence.numbers import Difference, difference
+from bridge.equivalence.report import Report
 
 Tensors = dict[tuple[str, ...], np.ndarray]
 
 TO_NNX = "ToNNX(Linen)"
 NATIVE = "native nnx_core"
 TO_LINEN = "ToLinen(native)"
+RULES = checkpoint.Rules.from_rename(RENAME)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far two arrays are apart: the largest absolute difference, and whether every bit is the same."""
-
-    largest: float
-    bit_equal: bool
-
-    def __str__(self) -> str:
-        return "0.0" if self.bit_equal else f"{self.largest:.1e}"
-
-
-def difference(found: np.ndarray, expected: np.ndarray) -> Difference:
-    """Compare two arrays; another shape or dtype, or a NaN on one side, is infinitely far."""
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return Difference(float("inf"), False)
-    if found.tobytes() == expected.tobytes():
-        return Difference(0.0, True)
-    gap = np.abs(found.astype(np.float64) - expected.astype(np.float64))
-    return Difference(float(np.where(np.isnan(gap), np.inf, gap).max()), False)
+_MISSING = Difference(math.inf, 0.0, None, 0.0, False, "on one side alone")
 
 
 def differences(found: Tensors, expected: Tensors) -> dict[tuple[str, ...], Difference]:
     """Compare two trees path by path; a path that only one of them has is infinitely far."""
-    missing = Difference(float("inf"), False)
     return {
-        path: difference(found[path], expected[path]) if path in found and path in expected else missing
+        path: difference(found[path], expected[path]) if path in found and path in expected else _MISSING
         for path in sorted(found.keys() | expected.keys())
     }
-
-
-def worst(all_differences: Iterable[Difference]) -> Difference:
-    """The one difference that stands for many."""
-    every = list(all_differences)
-    return Difference(max((d.largest for d in every), default=0.0), all(d.bit_equal for d in every))
 
 
 def tensors(tree: Any, rename: Mapping[str, str] | None = None) -> Tensors:
@@ -98,7 +78,7 @@ def wrapped(directory: Path, dropout_rate: float = DROPOUT_RATE) -> nnx.Module:
 def native(directory: Path, dropout_rate: float = DROPOUT_RATE) -> nnx.Module:
     """The same network written in nnx_core, its values read from the checkpoint."""
     model = DigitsNet(dropout_rate, rngs=nnx.Rngs(0))
-    checkpoint.load_into(model, directory, checkpoint.Rules.from_rename(RENAME))
+    checkpoint.load_into(model, directory, RULES)
     return model
 
 
@@ -161,6 +141,16 @@ def measure_nnx(
     return Measured(name, np.asarray(logits), tensors(nnx.to_pure_dict(found), rename))
 
 
+def compare_layers(
+    a: tuple[nn.Module, Any], ways: Mapping[str, tuple[Any, Any]], images: np.ndarray
+) -> dict[str, Report]:
+    """Each of `ways`, {name: (model, rules or None)}, against the Linen model `a`, layer by layer, in train mode.
+
+    `images` are `float32[batch, 8, 8, 1]`. Dropout must be off: its masks are no two models' own.
+    """
+    return {name: compare(a, model, images, rules=rules, train=True) for name, (model, rules) in ways.items()}
+
+
 # ---------------------------------------------------------------------------------------- training goes on
 
 
@@ -194,7 +184,7 @@ def continue_native(directory: Path, tx: optax.GradientTransformation, steps: It
     """Train on from the checkpoint in native nnx_core, optimizer state and step included, dropout off."""
     model = DigitsNet(dropout_rate=0.0, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    checkpoint.load_into(model, directory, checkpoint.Rules.from_rename(RENAME), optimizer=optimizer)
+    checkpoint.load_into(model, directory, RULES, optimizer=optimizer)
     losses = [float(native_model.train_step(model, optimizer, images, labels)) for images, labels in steps]
     trained = nnx.to_pure_dict(nnx.state(optimizer))
     return Continued(

@@ -13,8 +13,8 @@ from typing import Any
 
 from bridge._errors import BridgeError
 
-CHECKPOINT, FIGURE, RECORD = "checkpoint", "demo.png", "demo.json"
-_OURS = ((CHECKPOINT,), (FIGURE,), (RECORD,))
+CHECKPOINT, FIGURE, PAGE, RECORD = "checkpoint", "demo.png", "compare.html", "demo.json"
+_NAMES = (CHECKPOINT, FIGURE, PAGE, RECORD)
 _AUTHOR = "linen-nnx demo"
 
 
@@ -38,7 +38,7 @@ def prepare(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise OutDirError(out, "a file")
     ours = _recorded(out)
-    for name in (CHECKPOINT, FIGURE, RECORD):
+    for name in _NAMES:
         for file in _files(out / name):
             if file not in ours:
                 raise OutDirError(file, "a file that no earlier demo recorded")
@@ -53,7 +53,7 @@ def prepare(out: Path) -> None:
 
 def record(out: Path, content: dict[str, Any]) -> None:
     """Write `demo.json`: `content`, and the list of all files that the demo has written so far."""
-    written = {file for name in (CHECKPOINT, FIGURE) for file in _files(out / name)} | {out / RECORD}
+    written = {file for name in _NAMES for file in _files(out / name)} | {out / RECORD}
     files = sorted(file.relative_to(out).as_posix() for file in written)
     (out / RECORD).write_text(json.dumps({"by": _AUTHOR, **content, "files": files}, indent=1) + "\n")
 
@@ -76,4 +76,4 @@ def _recorded(out: Path) -> set[Path]:
     if not isinstance(content, dict) or content.get("by") != _AUTHOR:
         raise OutDirError(out / RECORD, "a file that is no record of a demo")
     named = [Path(name) for name in content.get("files", [])]
-    return {out / p for p in named if ".." not in p.parts and p.parts[:1] in _OURS}
+    return {out / p for p in named if ".." not in p.parts and p.parts and p.parts[0] in _NAMES}

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from bridge.demo.cross import Difference, worst
-from bridge.demo.verdict import Check, Comparison
+from bridge.demo.verdict import Check, Comparison, shown, worst
+from bridge.equivalence.numbers import Difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +35,7 @@ def show(console: Console, comparison: Comparison) -> None:
     console.print(_crossing(comparison))
     console.print(_gradients(comparison))
     console.print(SAME_ARITHMETIC, style="dim", highlight=False)
+    console.print(_layers(comparison))
     console.print(_training_on(comparison))
     console.print(STEP_DTYPE, style="dim", highlight=False)
 
@@ -50,7 +52,8 @@ def show_verdict(console: Console, all_checks: Sequence[Check]) -> None:
 
 
 def _mark(gap: Difference) -> str:
-    return f"[green]{gap}[/green]" if gap.bit_equal else f"[bold red]{gap}[/bold red]"
+    color = "green" if gap.bit_equal else "bold red"
+    return f"[{color}]{escape(shown(gap))}[/]"
 
 
 def _table(title: str) -> Table:
@@ -82,13 +85,23 @@ def _gradients(comparison: Comparison) -> Table:
     return table
 
 
+def _layers(comparison: Comparison) -> Table:
+    table = _table("Layer by layer against Linen, by bridge.equivalence.compare: train mode, dropout off")
+    for heading in ("model", "layers", "verdict"):
+        table.add_column(heading, justify="right" if heading == "layers" else "left")
+    for name, report in comparison.reports.items():
+        color = "green" if report.equal else "bold red"
+        table.add_row(name, str(len(report.rows)), f"[{color}]{escape(report.headline)}[/]")
+    return table
+
+
 def _training_on(comparison: Comparison) -> Table:
     ours, theirs = comparison.native_continued, comparison.linen_continued
     table = _table(f"{len(theirs.losses)} more steps from checkpoint and its optimizer state")
     for heading in ("figure", theirs.name, ours.name, "max|diff|"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
-    shown = sorted({0, len(theirs.losses) // 2, len(theirs.losses) - 1})
-    for at in shown:
+    told = sorted({0, len(theirs.losses) // 2, len(theirs.losses) - 1})
+    for at in told:
         table.add_row(f"loss, step {at + 1}", f"{theirs.losses[at]:.9f}", f"{ours.losses[at]:.9f}", "")
     counts = [str(len(side.losses)) for side in (theirs, ours)]
     table.add_row("losses, all steps", *counts, _mark(comparison.losses()))
@@ -121,7 +134,7 @@ def draw(path: Path, training_losses: Sequence[float], comparison: Comparison) -
         axes.set(xlabel="step", ylabel="loss")
         axes.legend(fontsize="small")
     training.set_title("Training, checkpoint, training on")
-    onward.set_title(f"{len(theirs.losses)} steps on: max|diff| {comparison.losses()}")
+    onward.set_title(f"{len(theirs.losses)} steps on: max|diff| {shown(comparison.losses())}")
     onward.xaxis.get_major_locator().set_params(integer=True)
     _draw_layers(layers, comparison)
     figure.savefig(path, dpi=130)
@@ -135,7 +148,7 @@ def _draw_layers(axes: Axes, comparison: Comparison) -> None:
     offsets = np.linspace(-0.24, 0.24, len(series))
     highest = _ONE_ULP
     for (label, gaps), offset, marker in zip(series, offsets, "osD^", strict=True):
-        heights = [min(gaps[path].largest, 1e3) if path in gaps else 1e3 for path in paths]
+        heights = [min(gaps[path].absolute, 1e3) if path in gaps else 1e3 for path in paths]
         highest = max(highest, *heights)
         axes.plot(np.arange(len(paths)) + offset, heights, marker, markersize=5, label=label)
     axes.axhline(_ONE_ULP, color="0.5", linestyle=":", linewidth=1)

@@ -53,7 +53,7 @@ def _run(out: Path, seed: int, quiet: bool, epochs: int) -> int:
     import jax
     from rich.console import Console
 
-    from bridge.demo import outdir, report, task, verdict
+    from bridge.demo import cross, outdir, report, task, verdict
 
     console, loud = Console(), Console(quiet=quiet)
     outdir.prepare(out)
@@ -62,12 +62,13 @@ def _run(out: Path, seed: int, quiet: bool, epochs: int) -> int:
         losses, comparison = _compute(loud, task.load(), out, seed, epochs)
     all_checks = verdict.checks(comparison)
     report.draw(out / outdir.FIGURE, losses, comparison)
+    comparison.reports[cross.NATIVE].save_html(out / outdir.PAGE)
     off = [str(check) for check in all_checks if not check.holds]
     figures = {check.name: check.found for check in all_checks}
     outdir.record(out, {"seed": seed, "epochs": epochs, "figures": figures, "off": off})
     report.show(loud, comparison)
     loud.print(
-        f"Written to {out}: {outdir.CHECKPOINT}/, {outdir.FIGURE}, {outdir.RECORD}",
+        f"Written to {out}: {outdir.CHECKPOINT}/, {outdir.FIGURE}, {outdir.PAGE}, {outdir.RECORD}",
         markup=False,
         highlight=False,
     )
@@ -100,12 +101,19 @@ def _compute(console: Console, digits: Digits, out: Path, seed: int, epochs: int
                 cross.TO_LINEN, lambda rate: cross.native_in_linen(directory, rate), digits, cross.RENAME
             ),
         )
+    with console.status("comparing them layer by layer"):
+        ways = {
+            cross.TO_NNX: (cross.wrapped(directory, 0.0), None),
+            cross.NATIVE: (cross.native(directory, 0.0), cross.RULES),
+            cross.TO_LINEN: (cross.native_in_linen(directory, 0.0), None),
+        }
+        reports = cross.compare_layers(in_memory(0.0), ways, digits.test_images[:BATCH_SIZE])
     with console.status(f"training on for {STEPS_AFTER} steps, in Linen and in NNX"):
         more = list(task.batches(digits, size=BATCH_SIZE, steps=STEPS_AFTER, seed=seed + 1))
         restored = linen_model.restore(directory, trained)
         linen_continued = cross.continue_linen(restored, more)
         native_continued = cross.continue_native(directory, tx, more)
-    return losses, Comparison(digits.test_labels, linen, others, linen_continued, native_continued)
+    return losses, Comparison(digits.test_labels, linen, others, linen_continued, native_continued, reports)
 
 
 def _train(

@@ -1,19 +1,21 @@
 """What must hold, and whether it does.
 
-Law: a figure passes only if it is what was demanded; there is no tolerance. Both sides are the same
+Law: a figure passes only if it is what was demanded. What was compiled whole has no tolerance: both sides are the same
 arithmetic, compiled by the same XLA for the same CPU, so a difference of any size is a defect.
 Knows figures; knows nothing of models or of how they are shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from bridge.demo.cross import Continued, Difference, Measured, difference, differences
+from bridge.demo.cross import Continued, Measured, differences
 from bridge.demo.task import accuracy
+from bridge.equivalence.numbers import Difference, difference
+from bridge.equivalence.report import Report
 
 LEAST_ACCURACY = 0.95
 
@@ -33,13 +35,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every figure of the demo: Linen, its rivals, and both continued trainings."""
+    """Every figure of the demo: Linen, its rivals, both continued trainings, each rival layer by layer."""
 
     labels: np.ndarray
     linen: Measured
     others: tuple[Measured, ...]
     linen_continued: Continued
     native_continued: Continued
+    reports: Mapping[str, Report]
 
     def accuracy(self, side: Measured) -> float:
         return accuracy(side.logits, self.labels)
@@ -65,7 +68,8 @@ class Comparison:
 
 def checks(comparison: Comparison) -> list[Check]:
     """Every demand on the comparison, in the order in which it is shown."""
-    return [*_on_learning(comparison), *_on_crossing(comparison), *_on_training_on(comparison)]
+    learned, crossed = _on_learning(comparison), _on_crossing(comparison)
+    return [*learned, *crossed, *_on_layers(comparison), *_on_training_on(comparison)]
 
 
 def _on_learning(comparison: Comparison) -> Iterator[Check]:
@@ -88,6 +92,13 @@ def _on_crossing(comparison: Comparison) -> Iterator[Check]:
             yield _zero(f"{side.name}: gradient of {'/'.join(path)}", gap)
 
 
+def _on_layers(comparison: Comparison) -> Iterator[Check]:
+    """Compiled one by one, layers are not the program that was compiled whole: their bits may differ."""
+    for name, report in comparison.reports.items():
+        found = report.headline if report.first is None else f"{report.headline}; first at {report.first.place}"
+        yield Check(f"{name}: layer by layer", found, "equal", report.equal)
+
+
 def _on_training_on(comparison: Comparison) -> Iterator[Check]:
     ours, theirs = comparison.native_continued, comparison.linen_continued
     steps = len(theirs.losses)
@@ -104,4 +115,18 @@ def _on_training_on(comparison: Comparison) -> Iterator[Check]:
 
 
 def _zero(name: str, gap: Difference) -> Check:
-    return Check(f"{name}: max |difference| from Linen", str(gap), "exactly 0.0", gap.bit_equal)
+    return Check(f"{name}: max |difference| from Linen", shown(gap), "exactly 0.0", gap.bit_equal)
+
+
+def shown(gap: Difference) -> str:
+    """The largest difference; `0.0` is every bit equal, and what is of another dtype or shape is told.
+
+    >>> shown(difference(np.float32([1, 2]), np.float32([1, 2]))), shown(difference(np.float32(0.0), np.float32(-0.0)))
+    ('0.0', '0.0e+00')
+    """
+    return "0.0" if gap.bit_equal else gap.forms or f"{gap.absolute:.1e}"
+
+
+def worst(gaps: Iterable[Difference]) -> Difference:
+    """The one difference that stands for many: the farthest, and of those as far one with other bits."""
+    return max(gaps, key=lambda gap: (gap.absolute, not gap.bit_equal))

@@ -227,7 +227,8 @@ def test_json_is_one_document(linen, rules, tmp_path, run):
         found = json.loads(out)
         assert (code, err, found["exit_code"], found["dry_run"]) == (0, "", 0, dry)
         assert set(found) == {
-            *("source", "target", "dry_run", "leaves", "dropped", "warnings", "notes", "losses", "result", "exit_code")
+            *("source", "target", "dry_run", "leaves", "dropped", "warnings", "notes", "losses", "unproven", "result"),
+            "exit_code",
         }
         assert found["source"]["format"] == "orbax"
         assert found["source"]["layout"] == "Linen TrainState"
@@ -297,7 +298,55 @@ def test_random_streams_are_dropped_kept_or_made_anew(tmp_path, run):
     assert not np.array_equal(jax.random.key_data(anew[key]), jax.random.key_data(before[key]))
 
 
+# ---- what no run has proven --------------------------------------------------------------------------------
+
+
+class Other(checkpoint_run.Native):
+    """With another activation: every name and shape fits."""
+
+    def __call__(self, x):
+        return self.readout(nnx.tanh(self.middle(self.first(x))))
+
+
+UNPROVEN = ("--to", "nnx", "--linen", f"{HERE}:Net", "--nnx", f"{__name__}:Other", "--input", "8,5")
+
+
+def test_a_mapping_that_is_not_proven_is_refused(linen, tmp_path, run):
+    code, out, err = run("convert", linen, tmp_path / "out", *UNPROVEN)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: the mapping is not proven: ")
+    assert "--unproven" in err
+    assert not (tmp_path / "out").exists()
+    code, out, _ = run("convert", linen, tmp_path / "out", *UNPROVEN, "--json")
+    assert (code, json.loads(out)["error"], json.loads(out)["exit_code"]) == (1, "UnprovenDerivationError", 1)
+
+
+def test_an_unproven_mapping_that_was_asked_for_says_so_everywhere(linen, tmp_path, run):
+    words = (*UNPROVEN, "--unproven")
+    code, out, err = run("convert", linen, tmp_path / "dry", *words, "--dry-run")
+    assert (code, err, (tmp_path / "dry").exists()) == (4, "", False)
+    assert "\nNOT PROVEN: the models do not compute the same" in out
+    rules = tmp_path / "rules.toml"
+    code, out, err = run("convert", linen, tmp_path / "out", *words, "--save-rules", rules)
+    assert (code, err) == (4, "")
+    assert out.splitlines()[-1].startswith("NOT PROVEN: before you use it, compare both models")
+    assert "# not proven: the models do not compute the same" in rules.read_text()
+    assert (tmp_path / "out").exists()
+    code, out, _ = run("convert", linen, tmp_path / "json", *words, "--json")
+    found = json.loads(out)
+    assert (code, found["exit_code"], found["result"]["verified"]) == (4, 4, True)
+    assert found["unproven"].startswith("the models do not compute the same")
+    assert run("convert", linen, tmp_path / "quiet", *words, "--quiet")[0] == 4
+
+
+def test_a_proven_mapping_is_exit_code_0_with_unproven_too(linen, tmp_path, run):
+    words = ("--to", "nnx", "--linen", f"{HERE}:Net", "--nnx", f"{HERE}:Native", "--input", "8,5", "--unproven")
+    code, out, _ = run("convert", linen, tmp_path / "out", *words, "--json")
+    assert (code, json.loads(out)["unproven"], json.loads(out)["exit_code"]) == (0, "", 0)
+
+
 USAGE = {
+    "nothing to prove": (("--to", "nnx", "--unproven"), "--unproven is for rules that are derived"),
     "no --to": ((), "--to"),
     "no such layout": (("--to", "torch"), "torch"),
     "no such format": (("--to", "nnx", "--format", "npz"), "npz"),

@@ -19,7 +19,9 @@ from rich.console import Console
 
 from bridge import cli
 from bridge._errors import MissingDependencyError
-from bridge.demo import cross, linen_model, outdir, report, run, verdict
+from bridge.demo import linen_model, outdir, report, run, verdict
+from bridge.equivalence.numbers import difference
+from bridge.equivalence.report import Parting
 
 REPOSITORY = Path(__file__).parents[3]
 EPOCHS = 3  # enough for 95 %, a quarter of the demo's own
@@ -98,14 +100,17 @@ def assert_main_job(out, status, printed):
     assert "ToNNX(Linen)" in printed
     assert "native nnx_core" in printed
     assert "ToLinen(native)" in printed
-    assert "All 81 figures hold." in printed
+    assert "All 84 figures hold." in printed
     assert "training in Linen" not in printed, "a progress bar without a terminal"
     assert _pixels(out / "demo.png").shape[1] > 1000
     written = json.loads((out / "demo.json").read_text())
     assert written["off"] == []
-    assert len(written["figures"]) == 81
+    assert len(written["figures"]) == 84
     assert float(written["figures"]["Linen: test accuracy"].rstrip("%")) > 95
     assert (out / "checkpoint").is_dir()
+    page = (out / "compare.html").read_text()
+    assert "<svg" in page
+    assert "conv1" in page
 
 
 def test_every_figure_holds(computed):
@@ -154,6 +159,29 @@ def test_one_ulp_in_any_figure_is_off_and_named(computed):
         assert found == [f"native nnx_core: {name}: max |difference| from Linen"]
     late = dataclasses.replace(good, native_continued=dataclasses.replace(ours, step=ours.step + 1))
     assert _off(late) == ["native nnx_core: step after 20 more steps"]
+
+
+def test_every_way_was_compared_layer_by_layer(computed):
+    _, _, comparison = computed
+    assert list(comparison.reports) == ["ToNNX(Linen)", "native nnx_core", "ToLinen(native)"]
+    for compared in comparison.reports.values():
+        kinds = {finding.what for finding in compared.findings}
+        assert kinds >= {"output", "gradient", "parameter", "state"}
+        assert len(compared.rows) >= 7
+        assert {row.verdict for row in compared.rows} == {"equal"}
+
+
+def test_a_layer_that_is_off_is_named(computed):
+    _, _, good = computed
+    native = good.reports["native nnx_core"]
+    findings = (dataclasses.replace(native.findings[0], equal=False), *native.findings[1:])
+    first = Parting("Conv_1", "conv2", "computation", "strides")
+    bad = dataclasses.replace(
+        good, reports={"native nnx_core": dataclasses.replace(native, findings=findings, first=first)}
+    )
+    assert _off(bad) == ["native nnx_core: layer by layer"]
+    (said,) = [str(check) for check in verdict.checks(bad) if not check.holds]
+    assert "first at Conv_1 | conv2: computation, demanded equal" in said
 
 
 def test_a_missing_gradient_is_off(computed):
@@ -214,14 +242,14 @@ def test_the_figure_and_tables_show_a_difference(computed, tmp_path):
         (np.float32([1, 2.5]), np.float32([1, 2]), "5.0e-01"),
         (np.float32([0.0]), np.float32([-0.0]), "0.0e+00"),
         (np.float32([np.nan]), np.float32([1]), "inf"),
-        (np.float32([1, 2]), np.float32([[1, 2]]), "inf"),
-        (np.float32([1]), np.float64([1]), "inf"),
+        (np.float32([1, 2]), np.float32([[1, 2]]), "float32[2], expected float32[1, 2]"),
+        (np.float32([1]), np.float64([1]), "float32[1], expected float64[1]"),
         (np.uint32([3]), np.uint32([4]), "1.0e+00"),
     ],
 )
 def test_difference_is_zero_only_if_every_bit_is_equal(found, expected, shown):
-    gap = cross.difference(found, expected)
-    assert (str(gap), gap.bit_equal) == (shown, shown == "0.0")
+    gap = difference(found, expected)
+    assert (verdict.shown(gap), gap.bit_equal) == (shown, shown == "0.0")
 
 
 class TestOutDir:
@@ -230,6 +258,7 @@ class TestOutDir:
         (out / "checkpoint" / "d").mkdir(parents=True)
         (out / "checkpoint" / "d" / "data").write_text("1")
         (out / "demo.png").write_text("png")
+        (out / "compare.html").write_text("page")
         outdir.record(out, {"seed": 0})
 
     def test_a_second_run_replaces_what_the_first_wrote_and_nothing_else(self, tmp_path):
@@ -249,7 +278,7 @@ class TestOutDir:
             outdir.prepare(tmp_path)
         assert sorted(tmp_path.rglob("*")) == before
 
-    @pytest.mark.parametrize("name", ["checkpoint/x", "demo.png"])
+    @pytest.mark.parametrize("name", ["checkpoint/x", "demo.png", "compare.html"])
     def test_names_of_ours_that_are_not_ours(self, tmp_path, name):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")

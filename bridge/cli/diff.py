@@ -1,0 +1,122 @@
+"""`linen-nnx diff` and `linen-nnx verify`: whether checkpoints hold what they should.
+
+Law: reads only. `diff` exits with 1 if anything differs, `verify` with 3 if the checkpoint is not as it was written.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bridge._errors import show_path
+from bridge.cli.show import console, human_bytes, plain, print_json, progress_bar, table
+from bridge.cli.words import parse_bytes
+
+if TYPE_CHECKING:
+    from bridge.checkpoint.comparison import Difference, DiffReport
+
+_DIFFERENT = 1
+_Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+_MaxMemory = Annotated[int, typer.Option(parser=parse_bytes, metavar="BYTES", help="Leaves in memory at once.")]
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(help="One checkpoint, of any format and layout.")],
+    b: Annotated[Path, typer.Argument(help="The other.")],
+    atol: Annotated[float, typer.Option(min=0, help="How far floating point numbers may be apart.")] = 0.0,
+    rtol: Annotated[float, typer.Option(min=0, help="The same, relative to B's number.")] = 0.0,
+    raw: Annotated[bool, typer.Option("--raw", help="Compare the paths as they are stored.")] = False,
+    rules: Annotated[Path | None, typer.Option(help="TOML: from Linen's names to NNX's.")] = None,
+    max_memory: _MaxMemory = "2GiB",  # type: ignore[assignment]  # typer parses it
+    quiet: _Quiet = False,
+    as_json: _Json = False,
+) -> None:
+    """Compare two checkpoints leaf by leaf. A Linen checkpoint and its NNX conversion compare equal."""
+    from bridge.checkpoint.comparison import diff as compare
+    from bridge.checkpoint.rules.apply import read_rules
+    from bridge.checkpoint.stream import share_freed_memory
+
+    share_freed_memory()
+    read = None if rules is None else read_rules(rules)
+    with progress_bar(quiet=quiet or as_json) as progress:
+        report = compare(a, b, atol=atol, rtol=rtol, raw=raw, rules=read, max_memory=max_memory, progress=progress)
+    if as_json:
+        print_json(_diff_document(report))
+    else:
+        _print_diff(report)
+    raise typer.Exit(0 if report.same else _DIFFERENT)
+
+
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that `linen-nnx convert` wrote.")],
+    step: Annotated[int | None, typer.Option(help="The step; the latest by default.")] = None,
+    item: Annotated[str | None, typer.Option(help="The item of a composite checkpoint.")] = None,
+    max_memory: _MaxMemory = "2GiB",  # type: ignore[assignment]  # typer parses it
+    quiet: _Quiet = False,
+    as_json: _Json = False,
+) -> None:
+    """Read every leaf again and compare it with the hash that was stored when it was written."""
+    from bridge.checkpoint.stream import share_freed_memory
+    from bridge.checkpoint.verification import verify as check
+
+    share_freed_memory()
+    with progress_bar(quiet=quiet or as_json) as progress:
+        report = check(checkpoint, step=step, item=item, max_memory=max_memory, progress=progress)
+    if as_json:
+        found = {"path": report.path, "format": report.format, "leaves": report.leaves, "nbytes": report.nbytes}
+        print_json(found | {"verified": True, "exit_code": 0})
+    else:
+        typer.echo(f"verified: {report.leaves} leaves, {human_bytes(report.nbytes)}, as they were written")
+
+
+# --- differences --------------------------------------------------------------------------------------------
+
+
+def _print_diff(report: DiffReport) -> None:
+    screen = console(max((len(show_path(row.path)) for row in report.differences), default=0))
+    screen.print(plain(f"a: {report.a}\nb: {report.b}\ncompared {report.how}"), soft_wrap=True)
+    if report.differences:
+        listed = table("path", "what", "a", "b", "elements", "max abs", "first", right=("elements", "max abs"))
+        for row in report.differences:
+            listed.add_row(*map(plain, _diff_row(row)))
+        screen.print(listed)
+    verdict = f"{len(report.differences)} differences" if report.differences else "no difference"
+    screen.print(f"{verdict}; {report.compared} leaves in both, {human_bytes(report.nbytes)}")
+    if {"only in a", "only in b"} <= {row.what for row in report.differences}:
+        screen.print("If one names things otherwise: --rules FILE (convert --save-rules FILE writes derived ones).")
+
+
+def _diff_row(row: Difference) -> tuple[object, ...]:
+    if row.what != "values":
+        return show_path(row.path), row.what, row.a, row.b, "", "", ""
+    first = "" if row.first is None else list(row.first)
+    return show_path(row.path), row.what, row.a, row.b, row.count, f"{row.max_abs:.3g}", first
+
+
+def _diff_document(report: DiffReport) -> dict[str, Any]:
+    rows = [
+        {
+            "path": list(row.path),
+            "what": row.what,
+            "a": row.a,
+            "b": row.b,
+            "count": row.count,
+            "max_abs": row.max_abs if math.isfinite(row.max_abs) else None,  # JSON has no infinity
+            "first": None if row.first is None else list(row.first),
+        }
+        for row in report.differences
+    ]
+    return {
+        "a": report.a,
+        "b": report.b,
+        "how": report.how,
+        "same": report.same,
+        "compared": report.compared,
+        "nbytes": report.nbytes,
+        "differences": rows,
+        "exit_code": 0 if report.same else _DIFFERENT,
+    }

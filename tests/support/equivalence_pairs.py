@@ -1,6 +1,6 @@
-"""All pairs of equal models, and all faults planted into them: the table that `bridge.equivalence` is judged by.
+"""All pairs of equal models, and all faults planted into them: what `bridge.equivalence` is judged by.
 
-Law: names are unique; a pair or a fault that is not in this table is not tested. One file a family in `pairs/`.
+Law: names are unique; what is not in this table is not tested. One file a family in `pairs/`.
 """
 
 from tests.support.pairs import feedforward, language, lifted, recurrent, values, vision

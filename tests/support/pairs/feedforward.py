@@ -1,4 +1,4 @@
-"""Pairs of feed-forward models, and the faults planted into them: MLPs, norms, gates, adapters, experts, towers.
+"""Pairs of feed-forward models, and faults planted: MLPs, norms, gates, adapters, experts, towers.
 
 Knows models; knows nothing of how they are compared.
 """
@@ -17,7 +17,7 @@ from bridge.variables.load import variables_of
 from tests.support.arrays import noise
 from tests.support.pairs.pair import Fault, Pair, Sides, drawn, native, rules, twins, wrapped
 
-# ---- an MLP: Dense, LayerNorm, gelu; compact in Linen, with names of its own in NNX ----
+# ---- an MLP: Dense, LayerNorm, gelu; compact in Linen, with names of its own in NNX --------------
 
 
 class LinenFeedForward(nn.Module):
@@ -104,14 +104,15 @@ def _between_functions(_: Any = None) -> Sides:
         for name in ("LinenFeedForward_0", "LinenFeedForward_1"):
             block = params[name]
             mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-            norm = (x - mean) / jnp.sqrt(var + 1e-5) * block["LayerNorm_0"]["scale"] + block["LayerNorm_0"]["bias"]
+            norm = (x - mean) / jnp.sqrt(var + 1e-5)
+            norm = norm * block["LayerNorm_0"]["scale"] + block["LayerNorm_0"]["bias"]
             x = x + dense(block["Dense_1"], jax.nn.gelu(dense(block["Dense_0"], norm)))
         return dense(params["Dense_1"], x)
 
     return Sides(functools.partial(module.apply, {"params": params}), by_hand, inputs)
 
 
-# ---- gates: SwiGLU, fused in NNX ----
+# ---- gates: SwiGLU, fused in NNX -----------------------------------------------------------------
 
 
 class LinenGated(nn.Module):
@@ -142,7 +143,7 @@ _FUSED_GATE = tuple(
 )
 
 
-# ---- LoRA ----
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 
 class LinenLoRA(nn.Module):
@@ -168,7 +169,7 @@ class Adapted(nnx.Module):
         return self.head(jnp.tanh(self.adapted(x)))
 
 
-# ---- weights that are normalized ----
+# ---- weights that are normalized -----------------------------------------------------------------
 
 
 class LinenWeightNormed(nn.Module):
@@ -189,7 +190,8 @@ class WeightNormed(nnx.Module):
 class LinenSpectral(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        return nn.Dense(3, name="head")(nn.relu(nn.SpectralNorm(nn.Dense(5), name="normed")(x, update_stats=train)))
+        x = nn.SpectralNorm(nn.Dense(5), name="normed")(x, update_stats=train)
+        return nn.Dense(3, name="head")(nn.relu(x))
 
 
 class Spectral(nnx.Module):
@@ -213,12 +215,11 @@ class SpectralWithoutUpdate(Spectral):
 
 
 def _spectral(name: str) -> Rule:
-    return Rule(
-        ["batch_stats", "normed", f"Dense_0/kernel/{name}"], ["batch_stats", "normed", "batch_stats", "kernel", name]
-    )
+    place = ["batch_stats", "normed"]
+    return Rule([*place, f"Dense_0/kernel/{name}"], [*place, "batch_stats", "kernel", name])
 
 
-# ---- a mixture of experts: stacked in Linen, a list in NNX ----
+# ---- a mixture of experts: stacked in Linen, a list in NNX ---------------------------------------
 
 
 class LinenMoE(nn.Module):
@@ -237,7 +238,8 @@ class LinenMoE(nn.Module):
 
 class Expert(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.up, self.down = (nnx.Linear(*sizes, use_bias=False, rngs=rngs) for sizes in ((4, 6), (6, 4)))
+        self.up = nnx.Linear(4, 6, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(6, 4, use_bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(nnx.relu(self.up(x)))
@@ -269,7 +271,7 @@ class MoEOffByOne(MoE):
         return y, chosen + 1
 
 
-# ---- two towers ----
+# ---- two towers ----------------------------------------------------------------------------------
 
 
 class LinenTower(nn.Module):
@@ -328,51 +330,39 @@ PAIRS = (
     twins("mlp", LinenMLP, MLP, _x, *_MLP, layers=_MLP_LAYERS),
     twins("mlp without rules", LinenMLP, MLP, _x, *_MLP, layers=_MLP_LAYERS, given=False),
     Pair("mlp against its ToNNX", _against_to_nnx, {name: name for name in _MLP_LAYERS}),
-    Pair("native mlp against its ToLinen", _against_to_linen, {name: name for name in _MLP_LAYERS.values()}),
+    Pair(
+        "native mlp against its ToLinen", _against_to_linen,
+        {name: name for name in _MLP_LAYERS.values()},
+    ),
     Pair("two functions", _between_functions),
     twins("gated, fused in nnx", LinenGated, Gated, _x, *_FUSED_GATE, layers={"out": "out"}),
     twins(
-        "LoRA",
-        LinenAdapted,
-        Adapted,
-        _x,
-        ("adapted/base", "adapted"),
-        Rule("params/adapted/(lora_.)", r"params/adapted/lora/\1"),
-        layers={"head": "head"},
+        "LoRA", LinenAdapted, Adapted, _x, ("adapted/base", "adapted"),
+        Rule("params/adapted/(lora_.)", r"params/adapted/lora/\1"), layers={"head": "head"},
     ),
     twins(
-        "weight norm",
-        LinenWeightNormed,
-        WeightNormed,
-        _x,
+        "weight norm", LinenWeightNormed, WeightNormed, _x,
         Rule(["params", "normed", "Dense_0/kernel/scale"], "params/normed/scales/kernel"),
-        ("Dense_0", "normed/layer_instance"),
-        layers={"normed": "normed", "head": "head"},
+        ("Dense_0", "normed/layer_instance"), layers={"normed": "normed", "head": "head"},
     ),
     twins(
-        "spectral norm",
-        LinenSpectral,
-        Spectral,
-        _x,
-        *map(_spectral, ("u", "sigma")),
-        ("Dense_0", "normed/layer_instance"),
-        layers={"normed": "normed", "head": "head"},
+        "spectral norm", LinenSpectral, Spectral, _x, *map(_spectral, ("u", "sigma")),
+        ("Dense_0", "normed/layer_instance"), layers={"normed": "normed", "head": "head"},
         train=True,
     ),
     twins(
-        "mixture of experts, unrolled in nnx",
-        LinenMoE,
-        MoE,
-        _x,
+        "mixture of experts, unrolled in nnx", LinenMoE, MoE, _x,
         Rule("params/wi", "params/experts/{i}/up/kernel", unstack=0),
-        Rule("params/wo", "params/experts/{i}/down/kernel", unstack=0),
-        layers={"router": "router"},
+        Rule("params/wo", "params/experts/{i}/down/kernel", unstack=0), layers={"router": "router"},
     ),
-    twins("two towers", LinenTowers, Towers, _pair_of_x, layers={"left/up": "left/up", "right/down": "right/down"}),
-)
+    twins(
+        "two towers", LinenTowers, Towers, _pair_of_x,
+        layers={"left/up": "left/up", "right/down": "right/down"},
+    ),
+)  # fmt: skip
 
 
-# ---- faults ----
+# ---- faults --------------------------------------------------------------------------------------
 
 
 def _one_element(model: MLP) -> None:
@@ -467,45 +457,90 @@ _FF0, _FF1 = "LinenFeedForward_0", "LinenFeedForward_1"
 
 FAULTS = (
     Fault(
-        "a wrong weight, one element", "mlp", f"{_FF0}/Dense_0", "blocks/0/up", "parameters", _one_element,
-        finding="parameter", behind=(f"{_FF0}/Dense_1", *_BEHIND_BLOCK_0),
+        "a wrong weight, one element", "mlp", f"{_FF0}/Dense_0", "blocks/0/up", "parameters",
+        _one_element, finding="parameter", behind=(f"{_FF0}/Dense_1", *_BEHIND_BLOCK_0),
     ),
     Fault(
-        "a wrong weight, without rules", "mlp without rules", f"{_FF0}/Dense_0", "blocks/0/up", "parameters",
-        _one_element, behind=_BEHIND_BLOCK_0,
+        "a wrong weight, without rules", "mlp without rules", f"{_FF0}/Dense_0", "blocks/0/up",
+        "parameters", _one_element, behind=_BEHIND_BLOCK_0,
     ),
-    Fault("a missing bias", "mlp", f"{_FF1}/Dense_1", "blocks/1/down", "parameters", _without_bias, behind=("Dense_1",)),
-    Fault("a transposed block of a kernel", "two towers", "left/down", "left/down", "parameters", _transposed,
-          behind=("head",)),
-    Fault("another epsilon", "mlp", f"{_FF1}/LayerNorm_0", "blocks/1/norm", "computation", _epsilon,
-          behind=(f"{_FF1}/Dense_0", f"{_FF1}/Dense_1", "Dense_1")),
+    Fault(
+        "a missing bias", "mlp", f"{_FF1}/Dense_1", "blocks/1/down", "parameters", _without_bias,
+        behind=("Dense_1",),
+    ),
+    Fault(
+        "a transposed block of a kernel", "two towers", "left/down", "left/down", "parameters",
+        _transposed, behind=("head",),
+    ),
+    Fault(
+        "another epsilon", "mlp", f"{_FF1}/LayerNorm_0", "blocks/1/norm", "computation", _epsilon,
+        behind=(f"{_FF1}/Dense_0", f"{_FF1}/Dense_1", "Dense_1"),
+    ),
     Fault("gelu, exact", "mlp", _FF0, "blocks/0", "computation", _exact_gelu, also=(_FF1,)),
-    Fault("a norm in half precision", "mlp", f"{_FF1}/LayerNorm_0", "blocks/1/norm", "dtype", _norm_in_half),
-    Fault("exchanged layers", "mlp", f"{_FF0}/LayerNorm_0", "blocks/0/norm", "parameters order", _exchanged_blocks,
-          also=(f"{_FF0}/Dense_0", f"{_FF0}/Dense_1", f"{_FF1}/LayerNorm_0", f"{_FF1}/Dense_0", f"{_FF1}/Dense_1"),
-          behind=("Dense_1",)),
-    Fault("layers called in another order", "mlp", "", "", "order", model=MLPInOtherOrder, behind=("Dense_1",)),
-    Fault("exchanged towers", "two towers", "left/up", "left/up", "parameters order", _exchanged_towers,
-          also=("left/down", "right/up", "right/down"), behind=("head",)),
-    Fault("exchanged inputs", "two towers", "", "", "computation order", model=TowersOfEachOther,
-          behind=("left/up", "right/up", "head")),
-    Fault("stop_gradient: only gradients differ", "two towers", "left", "left", "computation",
-          model=TowersOfWhichOneIsStopped, finding="gradient"),
-    Fault("a missing residual", "mlp", "", "", "computation", model=UnscaledMLP, behind=("Dense_1",)),
+    Fault(
+        "a norm in half precision", "mlp", f"{_FF1}/LayerNorm_0", "blocks/1/norm", "dtype",
+        _norm_in_half,
+    ),
+    Fault(
+        "exchanged layers", "mlp", f"{_FF0}/LayerNorm_0", "blocks/0/norm", "parameters order",
+        _exchanged_blocks,
+        also=(
+            f"{_FF0}/Dense_0", f"{_FF0}/Dense_1", f"{_FF1}/LayerNorm_0", f"{_FF1}/Dense_0",
+            f"{_FF1}/Dense_1",
+        ),
+        behind=("Dense_1",),
+    ),
+    Fault(
+        "layers called in another order", "mlp", "", "", "order", model=MLPInOtherOrder,
+        behind=("Dense_1",),
+    ),
+    Fault(
+        "exchanged towers", "two towers", "left/up", "left/up", "parameters order",
+        _exchanged_towers, also=("left/down", "right/up", "right/down"), behind=("head",),
+    ),
+    Fault(
+        "exchanged inputs", "two towers", "", "", "computation order", model=TowersOfEachOther,
+        behind=("left/up", "right/up", "head"),
+    ),
+    Fault(
+        "stop_gradient: only gradients differ", "two towers", "left", "left", "computation",
+        model=TowersOfWhichOneIsStopped, finding="gradient",
+    ),
+    Fault(
+        "a missing residual", "mlp", "", "", "computation", model=UnscaledMLP, behind=("Dense_1",),
+    ),
     Fault("an output in another dtype", "mlp", "", "", "dtype", model=HalfHead),
-    Fault("gate and value exchanged", "gated, fused in nnx", "", "", "computation order", model=GatedTheOtherWay,
-          behind=("out",)),
-    Fault("ranks of LoRA exchanged on one side", "LoRA", "adapted", "adapted", "parameters", _low_rank_order,
-          behind=("head",)),
-    Fault("epsilon of a weight norm", "weight norm", "normed", "normed", "computation", _no_scale, behind=("head",)),
-    Fault("a state that is not updated", "spectral norm", "normed", "normed", "state", model=SpectralWithoutUpdate,
-          finding="state"),
+    Fault(
+        "gate and value exchanged", "gated, fused in nnx", "", "", "computation order",
+        model=GatedTheOtherWay, behind=("out",),
+    ),
+    Fault(
+        "ranks of LoRA exchanged on one side", "LoRA", "adapted", "adapted", "parameters",
+        _low_rank_order, behind=("head",),
+    ),
+    Fault(
+        "epsilon of a weight norm", "weight norm", "normed", "normed", "computation", _no_scale,
+        behind=("head",),
+    ),
+    Fault(
+        "a state that is not updated", "spectral norm", "normed", "normed", "state",
+        model=SpectralWithoutUpdate, finding="state",
+    ),
     Fault("another function", "two functions", "", "", "computation", _wrong_function),
-    Fault("a wrong weight in a ToNNX", "mlp against its ToNNX", f"{_FF1}/Dense_0", f"{_FF1}/Dense_0", "parameters",
-          _wrong_wrapped, behind=(f"{_FF1}/Dense_1", "Dense_1")),
-    Fault("exchanged experts", "mixture of experts, unrolled in nnx", "", "", "parameters order", _exchanged_experts),
-    Fault("experts without their gate", "mixture of experts, unrolled in nnx", "", "", "computation",
-          model=MoEWithoutGate),
-    Fault("an integer output off by one", "mixture of experts, unrolled in nnx", "", "", "computation",
-          model=MoEOffByOne),
+    Fault(
+        "a wrong weight in a ToNNX", "mlp against its ToNNX", f"{_FF1}/Dense_0", f"{_FF1}/Dense_0",
+        "parameters", _wrong_wrapped, behind=(f"{_FF1}/Dense_1", "Dense_1"),
+    ),
+    Fault(
+        "exchanged experts", "mixture of experts, unrolled in nnx", "", "", "parameters order",
+        _exchanged_experts,
+    ),
+    Fault(
+        "experts without their gate", "mixture of experts, unrolled in nnx", "", "", "computation",
+        model=MoEWithoutGate,
+    ),
+    Fault(
+        "an integer output off by one", "mixture of experts, unrolled in nnx", "", "",
+        "computation", model=MoEOffByOne,
+    ),
 )  # fmt: skip

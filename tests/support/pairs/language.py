@@ -1,4 +1,4 @@
-"""Pairs of models of text, and the faults planted into them: GPT, decoding with a cache, encoder and decoder, fused qkv.
+"""Pairs of models of text, and faults planted: GPT, a cache, encoder and decoder, fused qkv.
 
 Knows models; knows nothing of how they are compared.
 """
@@ -19,7 +19,7 @@ from tests.support.pairs.pair import Fault, Pair, Sides, drawn, native, rules, t
 
 WIDTH, HEADS = 8, 2
 
-# ---- a block: pre-norm, attention, MLP ----
+# ---- a block: pre-norm, attention, MLP -----------------------------------------------------------
 
 
 class LinenBlock(nn.Module):
@@ -64,7 +64,7 @@ class UnmaskedBlock(Block):
         return super().__call__(x)
 
 
-# ---- GPT ----
+# ---- GPT -----------------------------------------------------------------------------------------
 
 
 class LinenGPT(nn.Module):
@@ -110,7 +110,8 @@ class GPTOfPadding(GPT):
     """The mask also hides the id 0: wrong in the rows that have one."""
 
     def mask(self, ids: jax.Array) -> jax.Array:
-        return nnx.combine_masks(nnx.make_causal_mask(ids), nnx.make_attention_mask(ids > 0, ids > 0))
+        padding = nnx.make_attention_mask(ids > 0, ids > 0)
+        return nnx.combine_masks(nnx.make_causal_mask(ids), padding)
 
 
 def _ids() -> tuple[jax.Array]:
@@ -121,7 +122,12 @@ def _ids() -> tuple[jax.Array]:
 
 
 _GPT = ((r"h_(\d+)", r"h/\1"),)
-_GPT_LAYERS = {"wte": "wte", "h_0": "h/0", "h_1/attention/value": "h/1/attention/value", "h_1/up": "h/1/up"}
+_GPT_LAYERS = {
+    "wte": "wte",
+    "h_0": "h/0",
+    "h_1/attention/value": "h/1/attention/value",
+    "h_1/up": "h/1/up",
+}
 
 
 def _gpt_against_to_nnx(_: Any = None) -> Sides:
@@ -130,7 +136,7 @@ def _gpt_against_to_nnx(_: Any = None) -> Sides:
     return Sides((module, variables), wrapped(module, variables, *inputs), inputs)
 
 
-# ---- decoding ----
+# ---- decoding ------------------------------------------------------------------------------------
 
 
 class LinenDecoder(nn.Module):
@@ -162,10 +168,11 @@ def _decoding(make: Any = None) -> Sides:
         cache[name] = noise(n, *cache[name].shape).at[:, 2:].set(0)
     cache["cache_index"] = jnp.asarray(2, jnp.int32)
     how = rules()
-    return Sides((module, variables), native(make or Decoder, how, variables), inputs, {"rules": how})
+    model = native(make or Decoder, how, variables)
+    return Sides((module, variables), model, inputs, {"rules": how})
 
 
-# ---- encoder and decoder ----
+# ---- encoder and decoder -------------------------------------------------------------------------
 
 
 class LinenTranslator(nn.Module):
@@ -207,7 +214,7 @@ def _two_texts() -> tuple[jax.Array, jax.Array]:
     return tuple(jax.device_put(draw.integers(0, 9, (2, n), np.int32)) for n in (4, 3))
 
 
-# ---- query, key and value in one kernel ----
+# ---- query, key and value in one kernel ----------------------------------------------------------
 
 
 class LinenSeparate(nn.Module):
@@ -226,7 +233,8 @@ class LinenWithSeparate(nn.Module):
 
 class Fused(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.qkv, self.out = nnx.Linear(WIDTH, 3 * WIDTH, rngs=rngs), nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.qkv = nnx.Linear(WIDTH, 3 * WIDTH, rngs=rngs)
+        self.out = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
         self.scale = WIDTH**-0.5
 
     def heads(self, x: jax.Array) -> Any:
@@ -265,10 +273,12 @@ class WithFused(nnx.Module):
         return self.head(x + self.attention(x))
 
 
-_QKV = tuple(
-    Rule([f"params/attention/{name}/{leaf}" for name in "qkv"], f"params/attention/qkv/{leaf}", concat=-1)
-    for leaf in ("kernel", "bias")
-)
+def _fused(leaf: str) -> Rule:
+    parts = [f"params/attention/{name}/{leaf}" for name in "qkv"]
+    return Rule(parts, f"params/attention/qkv/{leaf}", concat=-1)
+
+
+_QKV = tuple(map(_fused, ("kernel", "bias")))
 
 
 def _tokens() -> tuple[jax.Array]:
@@ -277,17 +287,29 @@ def _tokens() -> tuple[jax.Array]:
 
 PAIRS = (
     twins("gpt", LinenGPT, GPT, _ids, *_GPT, layers=_GPT_LAYERS),
-    twins("gpt, trained for two steps", LinenGPT, GPT, _ids, *_GPT, layers=_GPT_LAYERS, steps=2, tx=optax.adam(1e-2)),
-    Pair("gpt against its ToNNX", _gpt_against_to_nnx, {"h_1/attention/value": "h_1/attention/value"}),
-    Pair("decoding with a cache", _decoding, {"attention/query": "attention/query", "head": "head"}),
-    twins("encoder and decoder, tied embedding", LinenTranslator, Translator, _two_texts,
-          layers={"encoder/up": "encoder/up", "cross/key": "cross/key"}),
-    twins("query, key and value fused in nnx", LinenWithSeparate, WithFused, _tokens, *_QKV,
-          layers={"attention/out": "attention/out", "head": "head"}),
+    twins(
+        "gpt, trained for two steps", LinenGPT, GPT, _ids, *_GPT, layers=_GPT_LAYERS, steps=2,
+        tx=optax.adam(1e-2),
+    ),
+    Pair(
+        "gpt against its ToNNX", _gpt_against_to_nnx,
+        {"h_1/attention/value": "h_1/attention/value"},
+    ),
+    Pair(
+        "decoding with a cache", _decoding, {"attention/query": "attention/query", "head": "head"},
+    ),
+    twins(
+        "encoder and decoder, tied embedding", LinenTranslator, Translator, _two_texts,
+        layers={"encoder/up": "encoder/up", "cross/key": "cross/key"},
+    ),
+    twins(
+        "query, key and value fused in nnx", LinenWithSeparate, WithFused, _tokens, *_QKV,
+        layers={"attention/out": "attention/out", "head": "head"},
+    ),
 )  # fmt: skip
 
 
-# ---- faults ----
+# ---- faults --------------------------------------------------------------------------------------
 
 
 def _q_and_k(model: GPT) -> None:
@@ -351,42 +373,85 @@ class UntiedTranslator(Translator):
 _BEHIND_H0 = ("h_1/norm1", "h_1/attention", "h_1/up", "norm", "head")
 
 FAULTS = (
-    Fault("query and key exchanged", "gpt", "h_0/attention/query", "h/0/attention/query", "parameters order",
-          _q_and_k, also=("h_0/attention/key",)),
-    Fault("heads of the value exchanged", "gpt", "h_1/attention/value", "h/1/attention/value", "parameters",
-          _exchanged_heads, behind=("h_1/attention/out", "h_1/up", "norm", "head")),
-    Fault("attention without its scale", "gpt", "h_1/attention", "h/1/attention", "computation", _unscaled,
-          behind=("h_1/attention/out", "norm", "head")),
-    Fault("another scale", "query, key and value fused in nnx", "attention", "attention", "computation", _scale,
-          behind=("attention/out", "head")),
-    Fault("q and k in another order of the fused kernel", "query, key and value fused in nnx", "attention",
-          "attention", "computation order",
-          model=functools.partial(WithFused, kind=FusedInAnotherOrder), behind=("attention/out", "head")),
-    Fault("float16 overflows", "query, key and value fused in nnx", "attention", "attention", "computation dtype",
-          model=functools.partial(WithFused, kind=FusedInHalf), behind=("attention/out", "head")),
-    Fault("positions begin at one", "gpt", "", "", "computation", model=GPTFromOne, behind=("wpe", "h_0/norm1", "head")),
-    Fault("a mask that hides id 0, in one row", "gpt", "", "", "computation", model=GPTOfPadding,
-          behind=("h_0", "h_0/attention", "head")),
-    Fault("no mask in the first block", "gpt", "h_0", "h/0", "computation",
-          model=functools.partial(GPT, first=UnmaskedBlock), behind=("h_0/attention", *_BEHIND_H0)),
-    Fault("a norm behind instead of before", "gpt", "h_0", "h/0", "computation order",
-          model=functools.partial(GPT, first=PostNormBlock), behind=_BEHIND_H0),
-    Fault("a block without its second residual", "gpt", "h_1", "h/1", "computation",
-          model=functools.partial(GPT, second=BlockWithoutResidual), behind=("norm", "head")),
-    Fault("exchanged blocks", "gpt", "h_0/norm1", "h/0/norm1", "parameters order", _exchanged_blocks,
-          also=("h_0/attention/query", "h_0/attention/key", "h_0/attention/value", "h_0/attention/out", "h_0/norm2",
-                "h_0/up", "h_0/down", "h_1/norm1", "h_1/attention/query", "h_1/attention/key",
-                "h_1/attention/value", "h_1/attention/out", "h_1/norm2", "h_1/up", "h_1/down"),
-          behind=("norm", "head")),
-    Fault("one id of an embedding", "gpt", "wte", "wte", "parameters", _one_id,
-          behind=("h_0", "h_1", "head")),
-    Fault("a cache that is one token behind", "decoding with a cache", "attention", "attention", "parameters state",
-          _wrong_cache, behind=("head",)),
-    Fault("a cache with other keys", "decoding with a cache", "attention", "attention", "parameters state",
-          _stale_cache, behind=("head",)),
-    Fault("a cache that is not written", "decoding with a cache", "", "", "state", model=ForgetfulDecoder,
-          finding="state"),
-    Fault("cross attention to itself", "encoder and decoder, tied embedding", "", "", "computation order",
-          model=TranslatorToItself, behind=("cross",)),
-    Fault("scaled logits", "encoder and decoder, tied embedding", "", "", "computation", model=UntiedTranslator),
+    Fault(
+        "query and key exchanged", "gpt", "h_0/attention/query", "h/0/attention/query",
+        "parameters order", _q_and_k, also=("h_0/attention/key",),
+    ),
+    Fault(
+        "heads of the value exchanged", "gpt", "h_1/attention/value", "h/1/attention/value",
+        "parameters", _exchanged_heads, behind=("h_1/attention/out", "h_1/up", "norm", "head"),
+    ),
+    Fault(
+        "attention without its scale", "gpt", "h_1/attention", "h/1/attention", "computation",
+        _unscaled, behind=("h_1/attention/out", "norm", "head"),
+    ),
+    Fault(
+        "another scale", "query, key and value fused in nnx", "attention", "attention",
+        "computation", _scale, behind=("attention/out", "head"),
+    ),
+    Fault(
+        "q and k in another order of the fused kernel", "query, key and value fused in nnx",
+        "attention", "attention", "computation order",
+        model=functools.partial(WithFused, kind=FusedInAnotherOrder),
+        behind=("attention/out", "head"),
+    ),
+    Fault(
+        "float16 overflows", "query, key and value fused in nnx", "attention", "attention",
+        "computation dtype", model=functools.partial(WithFused, kind=FusedInHalf),
+        behind=("attention/out", "head"),
+    ),
+    Fault(
+        "positions begin at one", "gpt", "", "", "computation", model=GPTFromOne,
+        behind=("wpe", "h_0/norm1", "head"),
+    ),
+    Fault(
+        "a mask that hides id 0, in one row", "gpt", "", "", "computation", model=GPTOfPadding,
+        behind=("h_0", "h_0/attention", "head"),
+    ),
+    Fault(
+        "no mask in the first block", "gpt", "h_0", "h/0", "computation",
+        model=functools.partial(GPT, first=UnmaskedBlock), behind=("h_0/attention", *_BEHIND_H0),
+    ),
+    Fault(
+        "a norm behind instead of before", "gpt", "h_0", "h/0", "computation order",
+        model=functools.partial(GPT, first=PostNormBlock), behind=_BEHIND_H0,
+    ),
+    Fault(
+        "a block without its second residual", "gpt", "h_1", "h/1", "computation",
+        model=functools.partial(GPT, second=BlockWithoutResidual), behind=("norm", "head"),
+    ),
+    Fault(
+        "exchanged blocks", "gpt", "h_0/norm1", "h/0/norm1", "parameters order", _exchanged_blocks,
+        also=(
+            "h_0/attention/query", "h_0/attention/key", "h_0/attention/value", "h_0/attention/out",
+            "h_0/norm2", "h_0/up", "h_0/down", "h_1/norm1", "h_1/attention/query",
+            "h_1/attention/key", "h_1/attention/value", "h_1/attention/out", "h_1/norm2", "h_1/up",
+            "h_1/down",
+        ),
+        behind=("norm", "head"),
+    ),
+    Fault(
+        "one id of an embedding", "gpt", "wte", "wte", "parameters", _one_id,
+        behind=("h_0", "h_1", "head"),
+    ),
+    Fault(
+        "a cache that is one token behind", "decoding with a cache", "attention", "attention",
+        "parameters state", _wrong_cache, behind=("head",),
+    ),
+    Fault(
+        "a cache with other keys", "decoding with a cache", "attention", "attention",
+        "parameters state", _stale_cache, behind=("head",),
+    ),
+    Fault(
+        "a cache that is not written", "decoding with a cache", "", "", "state",
+        model=ForgetfulDecoder, finding="state",
+    ),
+    Fault(
+        "cross attention to itself", "encoder and decoder, tied embedding", "", "",
+        "computation order", model=TranslatorToItself, behind=("cross",),
+    ),
+    Fault(
+        "scaled logits", "encoder and decoder, tied embedding", "", "", "computation",
+        model=UntiedTranslator,
+    ),
 )  # fmt: skip

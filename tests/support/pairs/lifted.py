@@ -1,4 +1,4 @@
-"""Pairs of models under transforms, and the faults planted into them: scan, vmap, remat, branches, shared layers.
+"""Pairs of models under transforms, and faults planted: scan, vmap, remat, branches, shared layers.
 
 Knows models; knows nothing of how they are compared.
 """
@@ -17,7 +17,7 @@ from tests.support.pairs.pair import Fault, Pair, Sides, drawn, twins, wrapped
 
 LAYERS, WIDTH = 3, 4
 
-# ---- one layer, stacked by scan or written out ----
+# ---- one layer, stacked by scan or written out ---------------------------------------------------
 
 
 class LinenLayer(nn.Module):
@@ -35,7 +35,12 @@ class LinenStack(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         layer = nn.remat(LinenLayer) if self.remat else LinenLayer
-        scanned = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+        scanned = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=LAYERS,
+        )
         x, _ = scanned(name="layers")(x, None)
         return nn.Dense(2, name="head")(x)
 
@@ -102,7 +107,7 @@ def _stack_against_to_nnx(_: Any = None) -> Sides:
     return Sides((module, variables), wrapped(module, variables, *inputs), inputs)
 
 
-# ---- an ensemble ----
+# ---- an ensemble ---------------------------------------------------------------------------------
 
 
 class LinenMember(nn.Module):
@@ -115,7 +120,11 @@ class LinenEnsemble(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         mapped = nn.vmap(
-            LinenMember, in_axes=None, axis_size=3, variable_axes={"params": 0}, split_rngs={"params": True}
+            LinenMember,
+            in_axes=None,
+            axis_size=3,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
         )
         return mapped(name="members")(x).mean(0)
 
@@ -141,7 +150,7 @@ class EnsembleOfMedian(Ensemble):
         return jnp.median(nnx.vmap(_call, in_axes=(0, None))(self.members, x), axis=0)
 
 
-# ---- a layer that is called twice, one that never is, and a branch that is not taken ----
+# ---- a layer that is called twice, one that never is, and a branch that is not taken -------------
 
 
 class LinenShared(nn.Module):
@@ -156,7 +165,8 @@ class LinenShared(nn.Module):
 
 class Shared(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.shared, self.norm = nnx.Linear(WIDTH, WIDTH, rngs=rngs), nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.shared = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.head, self.unused = nnx.Linear(WIDTH, 2, rngs=rngs), nnx.Param(jnp.ones(3))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -208,7 +218,7 @@ class BranchesTheOtherWay(Branches):
         return self.head(y)
 
 
-# ---- dropout ----
+# ---- dropout -------------------------------------------------------------------------------------
 
 
 class LinenDropped(nn.Module):
@@ -264,23 +274,45 @@ _UNSTACK = (Rule("params/layers/**", "params/layers/{i}/**", unstack=0),)
 _STACK = (Rule(r"params/layers_(\d+)/**", "params/layers/**", stack=0),)
 
 PAIRS = (
-    twins("scanned layers", LinenStack, Stack, _x, layers={"layers/mix": "layers/mix", "head": "head"}),
+    twins(
+        "scanned layers", LinenStack, Stack, _x,
+        layers={"layers/mix": "layers/mix", "head": "head"},
+    ),
     Pair("scanned layers against their ToNNX", _stack_against_to_nnx, {"layers/mix": "layers/mix"}),
-    twins("scanned in linen, written out in nnx", LinenStack, Unrolled, _x, *_UNSTACK, layers={"head": "head"}),
-    twins("written out in linen, scanned in nnx", LinenUnrolled, Stack, _x, *_STACK, layers={"head": "head"}),
-    twins("written out in both", LinenUnrolled, Unrolled, _x, (r"layers_(\d+)", r"layers/\1"),
-          layers={"layers_2/norm": "layers/2/norm"}),
-    twins("scanned, and computed again", lambda: LinenStack(remat=True), lambda rngs: Stack(rngs, remat=True), _x,
-          layers={"head": "head"}),
+    twins(
+        "scanned in linen, written out in nnx", LinenStack, Unrolled, _x, *_UNSTACK,
+        layers={"head": "head"},
+    ),
+    twins(
+        "written out in linen, scanned in nnx", LinenUnrolled, Stack, _x, *_STACK,
+        layers={"head": "head"},
+    ),
+    twins(
+        "written out in both", LinenUnrolled, Unrolled, _x, (r"layers_(\d+)", r"layers/\1"),
+        layers={"layers_2/norm": "layers/2/norm"},
+    ),
+    twins(
+        "scanned, and computed again", lambda: LinenStack(remat=True),
+        lambda rngs: Stack(rngs, remat=True), _x, layers={"head": "head"},
+    ),
     twins("ensemble", LinenEnsemble, Ensemble, _x, layers={"members/out": "members/out"}),
-    twins("a layer called twice", LinenShared, Shared, _x, layers={"shared": "shared", "norm": "norm"}),
-    twins("a branch that is not taken", LinenBranches, Branches, _x, layers={"stem": "stem", "head": "head"}),
-    twins("dropout with a key as input", LinenDropped, Dropped, _x_and_key, layers={"dropout": "dropout"}),
+    twins(
+        "a layer called twice", LinenShared, Shared, _x,
+        layers={"shared": "shared", "norm": "norm"},
+    ),
+    twins(
+        "a branch that is not taken", LinenBranches, Branches, _x,
+        layers={"stem": "stem", "head": "head"},
+    ),
+    twins(
+        "dropout with a key as input", LinenDropped, Dropped, _x_and_key,
+        layers={"dropout": "dropout"},
+    ),
     Pair("dropout with the same streams", _dropout_in_parity, {"Dropout_0": "Dropout_0"}),
 )  # fmt: skip
 
 
-# ---- faults ----
+# ---- faults --------------------------------------------------------------------------------------
 
 
 def _second_of_the_stack(model: Stack) -> None:
@@ -316,32 +348,61 @@ def _never_taken(model: Branches) -> None:
 
 
 FAULTS = (
-    Fault("one layer of a stack", "scanned layers", "layers/mix", "layers/mix", "parameters", _second_of_the_stack,
-          finding="parameter", behind=("head",)),
-    Fault("layers of a stack exchanged", "scanned layers", "layers/norm", "layers/norm", "parameters order",
-          _order_of_the_stack, also=("layers/mix",), behind=("head",)),
-    Fault("a stack in reverse", "scanned layers", "", "", "computation order",
-          model=lambda rngs: Stack(rngs, reverse=True), behind=("head",)),
-    Fault("epsilon of one layer that is written out", "written out in both", "layers_2/norm", "layers/2/norm",
-          "computation", _one_written_out, behind=("layers_2/mix", "head")),
-    Fault("epsilon of one layer, where linen scans", "scanned in linen, written out in nnx", "layers/norm",
-          "layers/2/norm", "computation", _one_written_out, behind=("head",)),
-    Fault("a layer left out", "written out in both", "layers_2", "", "structure order computation",
-          model=UnrolledOnce, behind=("head",)),
-    Fault("one member of an ensemble", "ensemble", "members/hidden", "members/hidden", "parameters", _one_member,
-          behind=("members/out",)),
+    Fault(
+        "one layer of a stack", "scanned layers", "layers/mix", "layers/mix", "parameters",
+        _second_of_the_stack, finding="parameter", behind=("head",),
+    ),
+    Fault(
+        "layers of a stack exchanged", "scanned layers", "layers/norm", "layers/norm",
+        "parameters order", _order_of_the_stack, also=("layers/mix",), behind=("head",),
+    ),
+    Fault(
+        "a stack in reverse", "scanned layers", "", "", "computation order",
+        model=lambda rngs: Stack(rngs, reverse=True), behind=("head",),
+    ),
+    Fault(
+        "epsilon of one layer that is written out", "written out in both", "layers_2/norm",
+        "layers/2/norm", "computation", _one_written_out, behind=("layers_2/mix", "head"),
+    ),
+    Fault(
+        "epsilon of one layer, where linen scans", "scanned in linen, written out in nnx",
+        "layers/norm", "layers/2/norm", "computation", _one_written_out, behind=("head",),
+    ),
+    Fault(
+        "a layer left out", "written out in both", "layers_2", "", "structure order computation",
+        model=UnrolledOnce, behind=("head",),
+    ),
+    Fault(
+        "one member of an ensemble", "ensemble", "members/hidden", "members/hidden", "parameters",
+        _one_member, behind=("members/out",),
+    ),
     Fault("another mean of an ensemble", "ensemble", "", "", "computation", model=EnsembleOfMedian),
-    Fault("a second call left out", "a layer called twice", "shared", "shared", "structure order computation",
-          model=SharedOnce, behind=("head",)),
-    Fault("an unused parameter", "a layer called twice", "", "", "parameters", _unused, finding="parameter"),
-    Fault("branches exchanged", "a branch that is not taken", "", "", "computation order structure",
-          model=BranchesTheOtherWay, behind=("head",)),
-    Fault("a parameter of the branch not taken", "a branch that is not taken", "seldom", "seldom", "parameters",
-          _never_taken, finding="parameter"),
-    Fault("another dropout rate", "dropout with a key as input", "dropout", "dropout", "computation random",
-          _another_rate, behind=("head",)),
-    Fault("dropout in the wrong mode", "dropout with a key as input", "dropout", "dropout", "mode",
-          model=NotDropped, behind=("head",)),
-    Fault("another key", "dropout with a key as input", "", "", "random computation", model=DroppedOtherwise,
-          behind=("head",)),
+    Fault(
+        "a second call left out", "a layer called twice", "shared", "shared",
+        "structure order computation", model=SharedOnce, behind=("head",),
+    ),
+    Fault(
+        "an unused parameter", "a layer called twice", "", "", "parameters", _unused,
+        finding="parameter",
+    ),
+    Fault(
+        "branches exchanged", "a branch that is not taken", "", "", "computation order structure",
+        model=BranchesTheOtherWay, behind=("head",),
+    ),
+    Fault(
+        "a parameter of the branch not taken", "a branch that is not taken", "seldom", "seldom",
+        "parameters", _never_taken, finding="parameter",
+    ),
+    Fault(
+        "another dropout rate", "dropout with a key as input", "dropout", "dropout",
+        "computation random", _another_rate, behind=("head",),
+    ),
+    Fault(
+        "dropout in the wrong mode", "dropout with a key as input", "dropout", "dropout", "mode",
+        model=NotDropped, behind=("head",),
+    ),
+    Fault(
+        "another key", "dropout with a key as input", "", "", "random computation",
+        model=DroppedOtherwise, behind=("head",),
+    ),
 )  # fmt: skip

@@ -1,7 +1,8 @@
-"""What a pair of equal models is, and a fault planted into one: what `bridge.equivalence` is judged by.
+"""What a pair of equal models is, and a fault planted into one of them.
 
-Law: both sides of a pair were written by hand from one description, or one wraps the other; every variable is random,
-so that nothing that was swapped or forgotten hides; values cross by rules of the bridge alone.
+Law: both sides of a pair were written by hand from one description, or one wraps the other; every
+variable is random, so that nothing that was swapped or forgotten hides; values cross by rules
+of the bridge alone.
 Knows `compare` by its signature; knows nothing of how it works. The models stand beside this file.
 """
 
@@ -60,7 +61,7 @@ class Fault:
     """A pair of which the second model was made wrong.
 
     Attributes:
-      plant: changes the native model in place, or returns another; None: `model` is wrong by itself.
+      plant: changes the native model in place, or returns another.
       model: in place of the pair's factory of the native model.
       a, b: paths of the layer that is wrong; "" for the model as a whole, where no layer of it is.
       causes: the causes that are right to name.
@@ -91,11 +92,11 @@ class Fault:
         return sides
 
 
-# ---- values ------------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------
 
 
 def drawn(module: Any, *inputs: Any, seed: int = 3, **kwargs: Any) -> dict[str, Any]:
-    """Linen's variables with random contents of sensible sizes; caches and counters are as `init` leaves them."""
+    """Linen's variables with random contents of sensible sizes; caches and counters at zero."""
     streams = {name: key(n) for n, name in enumerate(("params", "dropout", "noise"))}
     shapes = jax.eval_shape(lambda *inputs: module.init(streams, *inputs, **kwargs), *inputs)
     draw = np.random.default_rng(seed)
@@ -117,7 +118,7 @@ def _random(draw: np.random.Generator, at: Location, x: Any) -> jax.Array:
 
 
 def rules(*table: tuple[Any, Any] | Rule) -> Rules:
-    r"""`("Dense_0", "first")` renames what is below; a Rule stands for itself; the rest keeps its name."""
+    r"""`("Dense_0", "first")` renames what is below; a Rule stands for itself."""
     return Rules([row if isinstance(row, Rule) else renamed(*row) for row in table])
 
 
@@ -179,7 +180,7 @@ def wrapped(module: Any, variables: Mapping[str, Any], *inputs: Any, **kwargs: A
     return model
 
 
-# ---- ways to make a pair ------------------------------------------------------------------------------------
+# ---- ways to make a pair -------------------------------------------------------------------------
 
 
 def twins(
@@ -208,6 +209,7 @@ def twins(
         called = {k: v for k, v in options.items() if k in ("train", "method")}
         variables = drawn(module, *arguments, **called | dict(init or {}))
         model = native(factory or make, how, variables)
-        return Sides((module, variables), model, arguments, dict(options) | ({"rules": how} if given else {}))
+        extra = {"rules": how} if given else {}
+        return Sides((module, variables), model, arguments, dict(options) | extra)
 
     return Pair(name, sides, layers or {})

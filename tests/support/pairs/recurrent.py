@@ -16,9 +16,9 @@ from tests.support.arrays import noise
 from tests.support.pairs.pair import Fault, twins
 
 IN, STATE = 3, 4
-_PLAIN = nn.initializers.normal()  # the default of recurrent kernels needs a decomposition: slow, and overwritten
+_PLAIN = nn.initializers.normal()  # the default of recurrent kernels needs a decomposition: slow
 
-# ---- LSTM ----
+# ---- LSTM ----------------------------------------------------------------------------------------
 
 
 class LinenLSTM(nn.Module):
@@ -53,7 +53,7 @@ _LSTM = (
 )
 
 
-# ---- GRU, its gates fused in NNX ----
+# ---- GRU, its gates fused in NNX -----------------------------------------------------------------
 
 
 class LinenGRU(nn.Module):
@@ -100,7 +100,7 @@ _GRU = (
 )
 
 
-# ---- both directions ----
+# ---- both directions -----------------------------------------------------------------------------
 
 
 class LinenBoth(nn.Module):
@@ -137,16 +137,21 @@ def _x_of_lengths() -> tuple[jax.Array, jax.Array]:
 
 
 PAIRS = (
-    twins("lstm", LinenLSTM, LSTM, _x, *_LSTM, layers={"stem": "stem", "rnn": "rnn", "head": "head"}),
-    twins("gru, its gates fused in nnx", LinenGRU, GRU, _x_of_lengths, *_GRU, layers={"rnn": "rnn", "head": "head"}),
     twins(
-        "both directions", LinenBoth, Both, _x, *_direction("forth", "forward"), *_direction("back", "backward"),
-        layers={"both": "both", "head": "head"},
+        "lstm", LinenLSTM, LSTM, _x, *_LSTM, layers={"stem": "stem", "rnn": "rnn", "head": "head"},
+    ),
+    twins(
+        "gru, its gates fused in nnx", LinenGRU, GRU, _x_of_lengths, *_GRU,
+        layers={"rnn": "rnn", "head": "head"},
+    ),
+    twins(
+        "both directions", LinenBoth, Both, _x, *_direction("forth", "forward"),
+        *_direction("back", "backward"), layers={"both": "both", "head": "head"},
     ),
 )  # fmt: skip
 
 
-# ---- faults ----
+# ---- faults --------------------------------------------------------------------------------------
 
 
 def _reversed(model: LSTM) -> None:
@@ -185,21 +190,43 @@ def _merged_the_other_way(model: Both) -> None:
 
 
 FAULTS = (
-    Fault("a scan in reverse", "lstm", "rnn", "rnn", "computation order", _reversed, behind=("head",)),
-    Fault("another initial carry", "lstm", "rnn", "rnn", "computation", model=LSTMFromOnes, behind=("head",)),
-    Fault("another function of gates", "lstm", "cell", "rnn/cell", "computation", _gate_function, behind=("head",)),
-    Fault("input and forget gate exchanged", "lstm", "cell/ii", "rnn/cell/ii", "parameters order", _gates_of_lstm,
-          also=("cell/if",), behind=("head",)),
-    Fault("a bias added to the forget gate", "lstm", "cell/hf", "rnn/cell/hf", "parameters", _forgets_its_bias,
-          behind=("head",)),
-    Fault("another order of fused gates", "gru, its gates fused in nnx", "cell", "rnn/cell", "parameters",
-          _order_of_gates, behind=("head",)),
-    Fault("lengths that are not used", "gru, its gates fused in nnx", "rnn", "rnn", "computation",
-          model=GRUToTheEnd, behind=("head",)),
-    Fault("swapped outputs", "gru, its gates fused in nnx", "", "", "computation order structure shape",
-          model=GRUOfSwappedOutputs),
-    Fault("directions exchanged", "both directions", "forth", "both/forward_rnn/cell", "parameters order",
-          _exchanged_directions, also=("back",), behind=("head",)),
-    Fault("directions put together the other way", "both directions", "both", "both", "computation order",
-          _merged_the_other_way, behind=("head",)),
+    Fault(
+        "a scan in reverse", "lstm", "rnn", "rnn", "computation order", _reversed, behind=("head",),
+    ),
+    Fault(
+        "another initial carry", "lstm", "rnn", "rnn", "computation", model=LSTMFromOnes,
+        behind=("head",),
+    ),
+    Fault(
+        "another function of gates", "lstm", "cell", "rnn/cell", "computation", _gate_function,
+        behind=("head",),
+    ),
+    Fault(
+        "input and forget gate exchanged", "lstm", "cell/ii", "rnn/cell/ii", "parameters order",
+        _gates_of_lstm, also=("cell/if",), behind=("head",),
+    ),
+    Fault(
+        "a bias added to the forget gate", "lstm", "cell/hf", "rnn/cell/hf", "parameters",
+        _forgets_its_bias, behind=("head",),
+    ),
+    Fault(
+        "another order of fused gates", "gru, its gates fused in nnx", "cell", "rnn/cell",
+        "parameters", _order_of_gates, behind=("head",),
+    ),
+    Fault(
+        "lengths that are not used", "gru, its gates fused in nnx", "rnn", "rnn", "computation",
+        model=GRUToTheEnd, behind=("head",),
+    ),
+    Fault(
+        "swapped outputs", "gru, its gates fused in nnx", "", "",
+        "computation order structure shape", model=GRUOfSwappedOutputs,
+    ),
+    Fault(
+        "directions exchanged", "both directions", "forth", "both/forward_rnn/cell",
+        "parameters order", _exchanged_directions, also=("back",), behind=("head",),
+    ),
+    Fault(
+        "directions put together the other way", "both directions", "both", "both",
+        "computation order", _merged_the_other_way, behind=("head",),
+    ),
 )  # fmt: skip

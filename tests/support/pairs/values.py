@@ -1,4 +1,4 @@
-"""Pairs of models of unusual values, and the faults planted into them: dtypes, complex numbers, NaN, several outputs.
+"""Pairs of models of unusual values, and faults planted: dtypes, complex, NaN, several outputs.
 
 Knows models; knows nothing of how they are compared.
 """
@@ -16,7 +16,7 @@ from tests.support.pairs.pair import Fault, Pair, Sides, drawn, native, rules, t
 
 BF16 = jnp.dtype("bfloat16")
 
-# ---- computed in bfloat16, kept in float32 ----
+# ---- computed in bfloat16, kept in float32 -------------------------------------------------------
 
 
 class LinenMixed(nn.Module):
@@ -36,7 +36,7 @@ class Mixed(nnx.Module):
         return self.down(nnx.relu(self.norm(self.up(x))))
 
 
-# ---- complex numbers ----
+# ---- complex numbers -----------------------------------------------------------------------------
 
 
 class LinenComplex(nn.Module):
@@ -57,7 +57,7 @@ class Complex(nnx.Module):
         return self.head(jnp.abs(self.turn(x) * self.phase))
 
 
-# ---- a variational autoencoder: several outputs, by name; what it sows; integers ----
+# ---- a variational autoencoder: several outputs, by name; what it sows; integers -----------------
 
 
 class LinenVAE(nn.Module):
@@ -115,7 +115,7 @@ class VAEFromTheOtherLatent(VAE):
         return {"decoded": decoded, "latent": (mean, log_variance), "code": jnp.argmax(h, axis=-1)}
 
 
-# ---- not finite ----
+# ---- not finite ----------------------------------------------------------------------------------
 
 
 class LinenInfinite(nn.Module):
@@ -155,7 +155,7 @@ def _x_with_zeros() -> tuple[jax.Array]:
     return (noise(1, 4, 4).at[0].set(0),)
 
 
-# ---- a counter that changes what is computed ----
+# ---- a counter that changes what is computed -----------------------------------------------------
 
 
 class LinenWarm(nn.Module):
@@ -188,7 +188,7 @@ class WarmInOneStep(Warm):
         return 1 + 2 * self.calls[...]
 
 
-# ---- a gate that opens for few inputs only ----
+# ---- a gate that opens for few inputs only -------------------------------------------------------
 
 
 class LinenThreshold(nn.Module):
@@ -213,7 +213,7 @@ class ThresholdForSomeInputs(Threshold):
         return jnp.where(x[:, :1] > 1.5, y + 1, y)
 
 
-# ---- a method that is no call ----
+# ---- a method that is no call --------------------------------------------------------------------
 
 
 class LinenTwoMethods(nn.Module):
@@ -255,15 +255,23 @@ def _form_of_x() -> tuple[Any]:
 PAIRS = (
     twins("bfloat16 on float32", LinenMixed, Mixed, _x, layers={"norm": "norm"}),
     twins("complex", LinenComplex, Complex, _x, layers={"turn": "turn", "head": "head"}),
-    twins("several outputs, and what is sown", LinenVAE, VAE, _x, layers={"mean": "mean", "decode": "decode"}),
-    twins("not finite on both sides", LinenInfinite, Infinite, _x_with_zeros, layers={"second": "second"}),
+    twins(
+        "several outputs, and what is sown", LinenVAE, VAE, _x,
+        layers={"mean": "mean", "decode": "decode"},
+    ),
+    twins(
+        "not finite on both sides", LinenInfinite, Infinite, _x_with_zeros,
+        layers={"second": "second"},
+    ),
     twins("a counter", LinenWarm, Warm, _x, layers={"dense": "dense"}, steps=3, tx=optax.sgd(0.1)),
-    twins("inputs by their shape", LinenThreshold, Threshold, _form_of_x, layers={"dense": "dense"}),
+    twins(
+        "inputs by their shape", LinenThreshold, Threshold, _form_of_x, layers={"dense": "dense"},
+    ),
     Pair("other methods than the call", _methods, {"encoder": "encoder"}),
-)
+)  # fmt: skip
 
 
-# ---- faults ----
+# ---- faults --------------------------------------------------------------------------------------
 
 
 def _norm_in_half(model: Mixed) -> None:
@@ -292,21 +300,45 @@ def _far_away(model: TwoMethods) -> None:
 FAULTS = (
     Fault("a norm in bfloat16", "bfloat16 on float32", "norm", "norm", "dtype", _norm_in_half),
     Fault("a product in float32", "bfloat16 on float32", "up", "up", "dtype", _full_precision),
-    Fault("parameters of another dtype", "bfloat16 on float32", "up", "up", "dtype parameters", _half_weights,
-          also=("norm", "down"), finding="parameter"),
-    Fault("a complex parameter", "complex", "", "", "parameters", _conjugated, finding="parameter", behind=("head",)),
-    Fault("outputs exchanged in a dict", "several outputs, and what is sown", "", "", "computation order",
-          model=VAEOfExchangedLatents),
-    Fault("another value is sown", "several outputs, and what is sown", "", "", "state", model=VAEThatSowsLess,
-          finding="state"),
-    Fault("an output that is not there", "several outputs, and what is sown", "", "", "structure",
-          model=VAEWithoutCode, finding="structure"),
-    Fault("a decoder that gets the other latent", "several outputs, and what is sown", "", "", "computation order",
-          model=VAEFromTheOtherLatent, behind=("decode",)),
-    Fault("a zero in place of an infinity", "not finite on both sides", "", "", "computation", model=InfiniteButOne),
+    Fault(
+        "parameters of another dtype", "bfloat16 on float32", "up", "up", "dtype parameters",
+        _half_weights, also=("norm", "down"), finding="parameter",
+    ),
+    Fault(
+        "a complex parameter", "complex", "", "", "parameters", _conjugated, finding="parameter",
+        behind=("head",),
+    ),
+    Fault(
+        "outputs exchanged in a dict", "several outputs, and what is sown", "", "",
+        "computation order", model=VAEOfExchangedLatents,
+    ),
+    Fault(
+        "another value is sown", "several outputs, and what is sown", "", "", "state",
+        model=VAEThatSowsLess, finding="state",
+    ),
+    Fault(
+        "an output that is not there", "several outputs, and what is sown", "", "", "structure",
+        model=VAEWithoutCode, finding="structure",
+    ),
+    Fault(
+        "a decoder that gets the other latent", "several outputs, and what is sown", "", "",
+        "computation order", model=VAEFromTheOtherLatent, behind=("decode",),
+    ),
+    Fault(
+        "a zero in place of an infinity", "not finite on both sides", "", "", "computation",
+        model=InfiniteButOne,
+    ),
     Fault("one NaN", "not finite on both sides", "", "", "computation", model=OneNaN),
-    Fault("wrong from the second step on", "a counter", "", "", "training", model=WarmInOneStep, finding="loss"),
-    Fault("wrong for a few inputs", "inputs by their shape", "", "", "computation", model=ThresholdForSomeInputs),
-    Fault("a wrong bias behind another method", "other methods than the call", "encoder", "encoder", "parameters",
-          _far_away),
+    Fault(
+        "wrong from the second step on", "a counter", "", "", "training", model=WarmInOneStep,
+        finding="loss",
+    ),
+    Fault(
+        "wrong for a few inputs", "inputs by their shape", "", "", "computation",
+        model=ThresholdForSomeInputs,
+    ),
+    Fault(
+        "a wrong bias behind another method", "other methods than the call", "encoder", "encoder",
+        "parameters", _far_away,
+    ),
 )  # fmt: skip

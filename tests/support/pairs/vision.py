@@ -15,7 +15,7 @@ from tests.support.arrays import noise
 from tests.support.pairs.language import Block, LinenBlock
 from tests.support.pairs.pair import Fault, Pair, Sides, drawn, twins, wrapped
 
-# ---- a CNN with statistics ----
+# ---- a CNN with statistics -----------------------------------------------------------------------
 
 
 class LinenCNN(nn.Module):
@@ -65,10 +65,11 @@ def _images() -> tuple[jax.Array]:
 def _cnn_against_to_nnx(_: Any = None) -> Sides:
     module, inputs = LinenCNN(), _images()
     variables = drawn(module, *inputs, train=True)
-    return Sides((module, variables), wrapped(module, variables, *inputs, train=True), inputs, {"train": True})
+    model = wrapped(module, variables, *inputs, train=True)
+    return Sides((module, variables), model, inputs, {"train": True})
 
 
-# ---- a ViT ----
+# ---- a ViT ---------------------------------------------------------------------------------------
 
 
 class LinenViT(nn.Module):
@@ -106,7 +107,7 @@ class ViTWithoutToken(ViT):
         return self.head(self.norm(self.block(x))[:, -1])
 
 
-# ---- a U-Net ----
+# ---- a U-Net -------------------------------------------------------------------------------------
 
 
 class LinenUNet(nn.Module):
@@ -154,15 +155,19 @@ PAIRS = (
     twins("cnn, training", LinenCNN, CNN, _images, layers=_CNN, train=True),
     twins("cnn, evaluating", LinenCNN, CNN, _images, layers=_CNN, train=False),
     twins(
-        "cnn, trained for two steps", LinenCNN, CNN, _images, layers=_CNN, train=True, steps=2, tx=optax.sgd(0.1, 0.9)
+        "cnn, trained for two steps", LinenCNN, CNN, _images, layers=_CNN, train=True, steps=2,
+        tx=optax.sgd(0.1, 0.9),
     ),
     Pair("cnn against its ToNNX, training", _cnn_against_to_nnx, _CNN),
-    twins("vit", LinenViT, ViT, _images, layers={"block/attention/query": "block/attention/query", "norm": "norm"}),
+    twins(
+        "vit", LinenViT, ViT, _images,
+        layers={"block/attention/query": "block/attention/query", "norm": "norm"},
+    ),
     twins("unet", LinenUNet, UNet, _images, layers={"up": "up", "norm_middle": "norm_middle"}),
-)
+)  # fmt: skip
 
 
-# ---- faults ----
+# ---- faults --------------------------------------------------------------------------------------
 
 
 def _valid(model: CNN) -> None:
@@ -238,29 +243,63 @@ _EVAL, _TRAIN, _U = "cnn, evaluating", "cnn, training", "unet"
 
 FAULTS = (
     Fault("another padding, another shape", _EVAL, "conv1", "conv1", "shape computation", _valid),
-    Fault("another padding, same shape", _EVAL, "conv1", "conv1", "computation", _circular,
-          behind=("norm1", "conv2", "norm2", "head")),
+    Fault(
+        "another padding, same shape", _EVAL, "conv1", "conv1", "computation", _circular,
+        behind=("norm1", "conv2", "norm2", "head"),
+    ),
     Fault("another momentum", _TRAIN, "norm1", "norm1", "state", _momentum, finding="state"),
-    Fault("stale statistics", _EVAL, "norm2", "norm2", "parameters state", _stale, finding="parameter",
-          behind=("head",)),
-    Fault("statistics of n - 1 samples", _EVAL, "norm2", "norm2", "parameters state", _biased_variance,
-          finding="parameter", behind=("head",)),
-    Fault("a kernel with its two window axes swapped", _EVAL, "conv2", "conv2", "parameters", _swapped_axes,
-          behind=("norm2", "head")),
-    Fault("a kernel with its channels swapped", _TRAIN, "conv2", "conv2", "parameters", _swapped_channels,
-          behind=("norm2", "head")),
-    Fault("scale and bias exchanged", _TRAIN, "norm1", "norm1", "parameters", _exchanged_scale_and_bias,
-          behind=("conv2", "norm2", "head")),
+    Fault(
+        "stale statistics", _EVAL, "norm2", "norm2", "parameters state", _stale,
+        finding="parameter", behind=("head",),
+    ),
+    Fault(
+        "statistics of n - 1 samples", _EVAL, "norm2", "norm2", "parameters state",
+        _biased_variance, finding="parameter", behind=("head",),
+    ),
+    Fault(
+        "a kernel with its two window axes swapped", _EVAL, "conv2", "conv2", "parameters",
+        _swapped_axes, behind=("norm2", "head"),
+    ),
+    Fault(
+        "a kernel with its channels swapped", _TRAIN, "conv2", "conv2", "parameters",
+        _swapped_channels, behind=("norm2", "head"),
+    ),
+    Fault(
+        "scale and bias exchanged", _TRAIN, "norm1", "norm1", "parameters",
+        _exchanged_scale_and_bias, behind=("conv2", "norm2", "head"),
+    ),
     Fault("a norm in float16", _EVAL, "norm1", "norm1", "dtype", _norm_in_half),
-    Fault("the running average while training", _TRAIN, "norm2", "norm2", "mode", model=CNNThatStaysInEval,
-          behind=("head",)),
-    Fault("another pooling at the end", _EVAL, "", "", "computation", model=MaxPooledCNN, behind=("head",)),
-    Fault("a kernel without gradient", _EVAL, "conv2", "conv2", "computation", model=CNNOfWhichOneConvIsStopped,
-          finding="gradient"),
-    Fault("the head reads another token", "vit", "", "", "computation", model=ViTWithoutToken, behind=("head",)),
-    Fault("dilation", _U, "middle", "middle", "computation", _dilated, behind=("norm_middle", "up", "out")),
-    Fault("another number of groups", _U, "norm_middle", "norm_middle", "computation", _groups, behind=("up", "out")),
+    Fault(
+        "the running average while training", _TRAIN, "norm2", "norm2", "mode",
+        model=CNNThatStaysInEval, behind=("head",),
+    ),
+    Fault(
+        "another pooling at the end", _EVAL, "", "", "computation", model=MaxPooledCNN,
+        behind=("head",),
+    ),
+    Fault(
+        "a kernel without gradient", _EVAL, "conv2", "conv2", "computation",
+        model=CNNOfWhichOneConvIsStopped, finding="gradient",
+    ),
+    Fault(
+        "the head reads another token", "vit", "", "", "computation", model=ViTWithoutToken,
+        behind=("head",),
+    ),
+    Fault(
+        "dilation", _U, "middle", "middle", "computation", _dilated,
+        behind=("norm_middle", "up", "out"),
+    ),
+    Fault(
+        "another number of groups", _U, "norm_middle", "norm_middle", "computation", _groups,
+        behind=("up", "out"),
+    ),
     Fault("a flipped kernel", _U, "up", "up", "parameters", _flipped, behind=("out",)),
-    Fault("a skip on the other side", _U, "", "", "computation order", model=UNetOfOtherOrder, behind=("out",)),
-    Fault("another pooling inside", _U, "", "", "computation", model=MaxPooledUNet, behind=("middle", "up", "out")),
+    Fault(
+        "a skip on the other side", _U, "", "", "computation order", model=UNetOfOtherOrder,
+        behind=("out",),
+    ),
+    Fault(
+        "another pooling inside", _U, "", "", "computation", model=MaxPooledUNet,
+        behind=("middle", "up", "out"),
+    ),
 )  # fmt: skip

@@ -19,11 +19,13 @@ _REST = set()
 
 
 def names():
+    parameters = []
     for name in FAULTS:
         marks = [pytest.mark.grid] if name in _REST else []
         if name in _NOT_YET:
             marks.append(pytest.mark.xfail(strict=True, reason=_NOT_YET[name]))
-        yield pytest.param(name, marks=marks)
+        parameters.append(pytest.param(name, marks=marks))
+    return parameters
 
 
 def at(path):
@@ -31,14 +33,15 @@ def at(path):
     return "" if path == "(root)" else path
 
 
-def is_there(path, layer, cause):
-    """Whether `path` is the layer, or, where its variables are to blame, one of them."""
+def is_there(path, layer, finding):
+    """Whether `path` is the layer or, where one of its variables shows the fault, that variable."""
     path = at(path)
     if path == layer:
         return True
-    if cause not in ("parameters", "state", "training"):
+    collection, _, variable = path.partition("/")
+    if finding == "output" or not variable:
         return False
-    return path.startswith(f"{layer}/") if layer else "/" not in path
+    return variable.startswith(f"{layer}/") if layer else "/" not in variable
 
 
 def around(paths):
@@ -56,8 +59,9 @@ def test_fault_is_found_and_located(name):
     assert not report.equal, text
     first = report.first
     assert first is not None, text
-    assert is_there(first.a, fault.a, first.cause), text
-    assert is_there(first.b, fault.b, first.cause), text
+    shown_by = "parameter" if first.cause == "parameters" else fault.finding
+    assert is_there(first.a, fault.a, shown_by), text
+    assert is_there(first.b, fault.b, shown_by), text
     assert first.cause in fault.causes.split(), text
     wrong_findings = {finding.what for finding in report.findings if not finding.equal}
     assert fault.finding in wrong_findings, text
@@ -66,7 +70,8 @@ def test_fault_is_found_and_located(name):
     assert by_themselves <= planted | around(planted), text
     fed = {row.a for row in report.rows if row.verdict == "fed wrong"}
     assert set(fault.behind) <= fed, (set(fault.behind) - fed, text)
-    assert not fed & planted - {""}, text
+    if first.cause != "order":  # what is called too early is right by itself
+        assert not fed & planted - {""}, text
 
 
 def test_there_are_forty_faults_of_every_kind():

@@ -491,7 +491,7 @@ FAULTS = (
         behind=("Dense_1",),
     ),
     Fault(
-        "layers called in another order", "mlp", "", "", "order", model=MLPInOtherOrder,
+        "layers called in another order", "mlp", _FF0, "blocks/0", "order", model=MLPInOtherOrder,
         behind=("Dense_1",),
     ),
     Fault(

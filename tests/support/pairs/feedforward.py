@@ -12,6 +12,7 @@ from flax import linen as nn
 
 import nnx_core as nnx
 from bridge import ToLinen
+from bridge.checkpoint.derivation.derive import derive
 from bridge.checkpoint.rules.rule import Rule
 from bridge.variables.load import variables_of
 from tests.support.arrays import noise
@@ -89,6 +90,14 @@ def _against_to_linen(make: Any = None) -> Sides:
     model = native(MLP, rules(*_MLP), drawn(LinenMLP(), *inputs))
     variables = variables_of(model)
     return Sides(model, (ToLinen(make or MLP), variables), inputs)
+
+
+def _with_derived_rules(make: Any = None) -> Sides:
+    """The rules are those that `derive` finds, and proves, from the two models."""
+    module, inputs = LinenMLP(), _x()
+    variables = drawn(module, *inputs)
+    how = derive(module, MLP, *inputs)
+    return Sides((module, variables), native(make or MLP, how, variables), inputs, {"rules": how})
 
 
 def _between_functions(_: Any = None) -> Sides:
@@ -329,6 +338,7 @@ def _pair_of_x() -> tuple[jax.Array, jax.Array]:
 PAIRS = (
     twins("mlp", LinenMLP, MLP, _x, *_MLP, layers=_MLP_LAYERS),
     twins("mlp without rules", LinenMLP, MLP, _x, *_MLP, layers=_MLP_LAYERS, given=False),
+    Pair("mlp with derived rules", _with_derived_rules, _MLP_LAYERS),
     Pair("mlp against its ToNNX", _against_to_nnx, {name: name for name in _MLP_LAYERS}),
     Pair(
         "native mlp against its ToLinen", _against_to_linen,

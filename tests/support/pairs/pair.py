@@ -16,9 +16,8 @@ import numpy as np
 
 import nnx_core as nnx
 from bridge import ToNNX
-from bridge.checkpoint.rules.apply import Rules, apply_rules
+from bridge.checkpoint.rules.apply import Rules
 from bridge.checkpoint.rules.rule import Rule
-from bridge.checkpoint.tree.ops import Read
 from bridge.variables.kinds import collection_of
 from bridge.variables.load import load_variables
 from bridge.variables.mapping import leaves, tree_of
@@ -49,11 +48,13 @@ class Pair:
     Attributes:
       sides: (factory of the native model, or None for the right one) -> what to compare.
       layers: path in a -> path in b of layers that must be among the rows, paired.
+      left_out: words in what `report.not_compared` may list; nothing else may be left out.
     """
 
     name: str
     sides: Callable[..., Sides]
     layers: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,19 +127,12 @@ def renamed(source: str, target: str) -> Rule:
     return Rule(["*", *source.split("/"), "**"], ["*", *target.split("/"), "**"])
 
 
-def converted(how: Rules, variables: Mapping[str, Any]) -> dict[Location, Any]:
-    """Linen's values by the locations of NNX."""
-    values = dict(leaves(variables))
-
-    def read(path: Any, region: Any = None) -> Any:
-        whole = np.asarray(values[path])
-        return whole if region is None else whole[region]
-
-    reads = {at: Read(at, tuple(x.shape), str(x.dtype)) for at, x in values.items()}
-    return {at: op.value(read) for at, op in apply_rules(how, reads).made.items()}
+def converted(how: Any, variables: Mapping[str, Any]) -> dict[Location, Any]:
+    """Linen's values by the locations of NNX; `how` is Rules, or what `derive` returns."""
+    return how.convert(dict(leaves(variables)))
 
 
-def native(make: Callable[[nnx.Rngs], Any], how: Rules, variables: Mapping[str, Any]) -> Any:
+def native(make: Callable[[nnx.Rngs], Any], how: Any, variables: Mapping[str, Any]) -> Any:
     """The native model with Linen's values; every one of them, and no other."""
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     values = converted(how, variables)
@@ -192,6 +186,7 @@ def twins(
     layers: Mapping[str, str] | None = None,
     init: Mapping[str, Any] | None = None,
     given: bool = True,
+    left_out: tuple[str, ...] = (),
     **options: Any,
 ) -> Pair:
     """Linen against a native twin.
@@ -212,4 +207,4 @@ def twins(
         extra = {"rules": how} if given else {}
         return Sides((module, variables), model, arguments, dict(options) | extra)
 
-    return Pair(name, sides, layers or {})
+    return Pair(name, sides, layers or {}, left_out)

@@ -250,11 +250,11 @@ FAULTS = (
     Fault("another momentum", _TRAIN, "norm1", "norm1", "state", _momentum, finding="state"),
     Fault(
         "stale statistics", _EVAL, "norm2", "norm2", "parameters state", _stale,
-        finding="parameter", behind=("head",),
+        finding="state", behind=("head",),
     ),
     Fault(
         "statistics of n - 1 samples", _EVAL, "norm2", "norm2", "parameters state",
-        _biased_variance, finding="parameter", behind=("head",),
+        _biased_variance, finding="state", behind=("head",),
     ),
     Fault(
         "a kernel with its two window axes swapped", _EVAL, "conv2", "conv2", "parameters",

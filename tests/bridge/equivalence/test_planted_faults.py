@@ -38,7 +38,7 @@ def is_there(path, layer, finding):
     path = at(path)
     if path == layer:
         return True
-    collection, _, variable = path.partition("/")
+    _, _, variable = path.partition("/")
     if finding == "output" or not variable:
         return False
     return variable.startswith(f"{layer}/") if layer else "/" not in variable

@@ -344,7 +344,7 @@ PAIRS = (
         "native mlp against its ToLinen", _against_to_linen,
         {name: name for name in _MLP_LAYERS.values()},
     ),
-    Pair("two functions", _between_functions),
+    Pair("two functions", _between_functions, left_out=("a function has none",)),
     twins("gated, fused in nnx", LinenGated, Gated, _x, *_FUSED_GATE, layers={"out": "out"}),
     twins(
         "LoRA", LinenAdapted, Adapted, _x, ("adapted/base", "adapted"),
@@ -495,8 +495,8 @@ FAULTS = (
         "exchanged layers", "mlp", f"{_FF0}/LayerNorm_0", "blocks/0/norm", "parameters order",
         _exchanged_blocks,
         also=(
-            f"{_FF0}/Dense_0", f"{_FF0}/Dense_1", f"{_FF1}/LayerNorm_0", f"{_FF1}/Dense_0",
-            f"{_FF1}/Dense_1",
+             f"{_FF0}/Dense_0", f"{_FF0}/Dense_1", f"{_FF1}/LayerNorm_0", f"{_FF1}/Dense_0",
+            f"{_FF1}/Dense_1", ,
         ),
         behind=("Dense_1",),
     ),

@@ -288,8 +288,8 @@ def _tokens() -> tuple[jax.Array]:
 PAIRS = (
     twins("gpt", LinenGPT, GPT, _ids, *_GPT, layers=_GPT_LAYERS),
     twins(
-        "gpt, trained for two steps", LinenGPT, GPT, _ids, *_GPT, layers=_GPT_LAYERS, steps=2,
-        tx=optax.adam(1e-2),
+        "gpt, trained for two steps", LinenGPT, GPT, _ids, *_GPT, layers=_GPT_LAYERS,
+        left_out=("rounding",), steps=2, tx=optax.adam(1e-2),
     ),
     Pair(
         "gpt against its ToNNX", _gpt_against_to_nnx,
@@ -423,10 +423,10 @@ FAULTS = (
     Fault(
         "exchanged blocks", "gpt", "h_0/norm1", "h/0/norm1", "parameters order", _exchanged_blocks,
         also=(
-            "h_0/attention/query", "h_0/attention/key", "h_0/attention/value", "h_0/attention/out",
-            "h_0/norm2", "h_0/up", "h_0/down", "h_1/norm1", "h_1/attention/query",
-            "h_1/attention/key", "h_1/attention/value", "h_1/attention/out", "h_1/norm2", "h_1/up",
-            "h_1/down",
+             "h_0/attention/query", "h_0/attention/key", "h_0/attention/value",
+            "h_0/attention/out", "h_0/norm2", "h_0/up", "h_0/down", "h_1/norm1",
+            "h_1/attention/query", "h_1/attention/key", "h_1/attention/value", "h_1/attention/out",
+            "h_1/norm2", "h_1/up", "h_1/down", ,
         ),
         behind=("norm", "head"),
     ),

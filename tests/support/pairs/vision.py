@@ -155,8 +155,8 @@ PAIRS = (
     twins("cnn, training", LinenCNN, CNN, _images, layers=_CNN, train=True),
     twins("cnn, evaluating", LinenCNN, CNN, _images, layers=_CNN, train=False),
     twins(
-        "cnn, trained for two steps", LinenCNN, CNN, _images, layers=_CNN, train=True, steps=2,
-        tx=optax.sgd(0.1, 0.9),
+        "cnn, trained for two steps", LinenCNN, CNN, _images, layers=_CNN, train=True,
+        left_out=("rounding",), steps=2, tx=optax.sgd(0.1, 0.9),
     ),
     Pair("cnn against its ToNNX, training", _cnn_against_to_nnx, _CNN),
     twins(
@@ -249,8 +249,8 @@ FAULTS = (
     ),
     Fault("another momentum", _TRAIN, "norm1", "norm1", "state", _momentum, finding="state"),
     Fault(
-        "stale statistics", _EVAL, "norm2", "norm2", "parameters state", _stale,
-        finding="state", behind=("head",),
+        "stale statistics", _EVAL, "norm2", "norm2", "parameters state", _stale, finding="state",
+        behind=("head",),
     ),
     Fault(
         "statistics of n - 1 samples", _EVAL, "norm2", "norm2", "parameters state",

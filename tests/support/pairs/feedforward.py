@@ -495,8 +495,8 @@ FAULTS = (
         "exchanged layers", "mlp", f"{_FF0}/LayerNorm_0", "blocks/0/norm", "parameters order",
         _exchanged_blocks,
         also=(
-             f"{_FF0}/Dense_0", f"{_FF0}/Dense_1", f"{_FF1}/LayerNorm_0", f"{_FF1}/Dense_0",
-            f"{_FF1}/Dense_1", ,
+            f"{_FF0}/Dense_0", f"{_FF0}/Dense_1", f"{_FF1}/LayerNorm_0", f"{_FF1}/Dense_0",
+            f"{_FF1}/Dense_1",
         ),
         behind=("Dense_1",),
     ),

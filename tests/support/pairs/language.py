@@ -426,7 +426,7 @@ FAULTS = (
              "h_0/attention/query", "h_0/attention/key", "h_0/attention/value",
             "h_0/attention/out", "h_0/norm2", "h_0/up", "h_0/down", "h_1/norm1",
             "h_1/attention/query", "h_1/attention/key", "h_1/attention/value", "h_1/attention/out",
-            "h_1/norm2", "h_1/up", "h_1/down", ,
+            "h_1/norm2", "h_1/up", "h_1/down",
         ),
         behind=("norm", "head"),
     ),

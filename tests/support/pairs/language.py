@@ -443,7 +443,7 @@ FAULTS = (
         "parameters state", _stale_cache, behind=("head",),
     ),
     Fault(
-        "a cache that is not written", "decoding with a cache", "", "", "state",
+        "a cache that is not written", "decoding with a cache", "attention", "attention", "state",
         model=ForgetfulDecoder, finding="state",
     ),
     Fault(

@@ -194,7 +194,7 @@ FAULTS = (
         "a scan in reverse", "lstm", "rnn", "rnn", "computation order", _reversed, behind=("head",),
     ),
     Fault(
-        "another initial carry", "lstm", "rnn", "rnn", "computation", model=LSTMFromOnes,
+        "another initial carry", "lstm", "", "", "computation", model=LSTMFromOnes,
         behind=("head",),
     ),
     Fault(
@@ -214,7 +214,7 @@ FAULTS = (
         "parameters", _order_of_gates, behind=("head",),
     ),
     Fault(
-        "lengths that are not used", "gru, its gates fused in nnx", "rnn", "rnn", "computation",
+        "lengths that are not used", "gru, its gates fused in nnx", "", "", "computation",
         model=GRUToTheEnd, behind=("head",),
     ),
     Fault(

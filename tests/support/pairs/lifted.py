@@ -369,7 +369,7 @@ FAULTS = (
         "layers/norm", "layers/2/norm", "computation", _one_written_out, behind=("head",),
     ),
     Fault(
-        "a layer left out", "written out in both", "layers_2", "", "structure order computation",
+        "a layer left out", "written out in both", "", "", "structure order computation",
         model=UnrolledOnce, behind=("head",),
     ),
     Fault(
@@ -378,8 +378,8 @@ FAULTS = (
     ),
     Fault("another mean of an ensemble", "ensemble", "", "", "computation", model=EnsembleOfMedian),
     Fault(
-        "a second call left out", "a layer called twice", "shared", "shared",
-        "structure order computation", model=SharedOnce, behind=("head",),
+        "a second call left out", "a layer called twice", "", "", "structure order computation",
+        model=SharedOnce, behind=("head",),
     ),
     Fault(
         "an unused parameter", "a layer called twice", "", "", "parameters", _unused,

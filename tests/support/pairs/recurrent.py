@@ -211,7 +211,7 @@ FAULTS = (
     ),
     Fault(
         "another order of fused gates", "gru, its gates fused in nnx", "cell", "rnn/cell",
-        "parameters", _order_of_gates, behind=("head",),
+        "parameters", _order_of_gates, also=("cell/ir", "cell/iz", "cell/in"), behind=("head",),
     ),
     Fault(
         "lengths that are not used", "gru, its gates fused in nnx", "", "", "computation",
@@ -223,7 +223,8 @@ FAULTS = (
     ),
     Fault(
         "directions exchanged", "both directions", "forth", "both/forward_rnn/cell",
-        "parameters order", _exchanged_directions, also=("back",), behind=("head",),
+        "parameters order", _exchanged_directions,
+        also=("forth/i", "forth/h", "back", "back/i", "back/h"), behind=("head",),
     ),
     Fault(
         "directions put together the other way", "both directions", "both", "both",

@@ -301,7 +301,10 @@ def _far_away(model: TwoMethods) -> None:
 
 
 FAULTS = (
-    Fault("a norm in bfloat16", "bfloat16 on float32", "norm", "norm", "dtype", _norm_in_half),
+    Fault(
+        "a norm in bfloat16", "bfloat16 on float32", "norm", "norm", "dtype", _norm_in_half,
+        finding="structure",
+    ),
     Fault("a product in float32", "bfloat16 on float32", "up", "up", "dtype", _full_precision),
     Fault(
         "parameters of another dtype", "bfloat16 on float32", "up", "up", "dtype parameters",

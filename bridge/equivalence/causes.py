@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from bridge._types import Path
 from bridge.equivalence.counterparts import LayerPair
-from bridge.equivalence.numbers import Difference
+from bridge.equivalence.numbers import Difference, difference
 from bridge.equivalence.recording import Event
 from bridge.equivalence.report import Cause, Finding, Parting
 from bridge.equivalence.rows import Evidence, show
@@ -40,7 +42,7 @@ class Case:
 def parting(case: Case) -> Parting:
     """Where and why they first part."""
     first = _parting(case)
-    a, b = ("" if path == show(()) else path for path in (first.a, first.b))
+    a, b = ("" if path == show(()) or path.startswith("inputs/") else path for path in (first.a, first.b))
     return Parting(a, b, first.cause, first.text)
 
 
@@ -64,7 +66,7 @@ def _of_outputs(case: Case, wrong: Sequence[Finding]) -> Parting:
         return _random(case)
     parameters = [finding for finding in wrong if finding.what == "parameter"]
     if parameters:
-        return _of_parameter(case, parameters[0])
+        return _of_parameter(case, _first(case, parameters))
     return _of_one(case, wrong)
 
 
@@ -101,16 +103,14 @@ def _of_layer(case: Case, evidence: Evidence) -> Parting:
     numbers = f"its output differs by {_numbers(row.alone or row.output)} on equal input"
     if None not in (ours.trains, theirs.trains) and ours.trains is not theirs.trains:
         return _mode(row.a, row.b, ours, theirs)
-    own = row.parameters if is_leaf else None
+    own = row.parameters
     if own is not None and not _is_equal(own):
         return _of_parameter(case, _finding_in(case, ours.path))
-    if is_leaf and case.draws[0] != case.draws[1] and "Dropout" in row.kind:
-        return _mode(row.a, row.b, ours, theirs)
     off = row.alone or row.output
     if off is not None and off.forms:
         cause: Cause = "dtype" if off.absolute < float("inf") else "shape"
         return Parting(row.a, row.b, cause, f"it returns {off.forms} (b, a). {_advice(cause)}")
-    if own is None and is_leaf and all(case.draws):
+    if own is None and is_leaf and any(case.draws):
         return _random(case, row.a, row.b)
     options = f": {row.text}" if row.text else ""
     what = "the layer computes something else" if is_leaf else "its own code, behind the last layer, does so"
@@ -133,8 +133,9 @@ def _between(case: Case, evidence: Evidence) -> Parting:
     if case.exchanged:
         return _exchanged(case.exchanged)
     a, b = (show(event.parent.path) if event.parent is not None else "" for event in (ours, theirs))
-    if _called_otherwise(case.rows, evidence):
-        text = f"{evidence.row.a} and {evidence.row.b} are called in another place: expected the order of a's calls."
+    other = _called_otherwise(case.rows, evidence)
+    if other is not None:
+        text = f"expected {evidence.row.a} before or after {other.row.a} as in a; b calls the two in the other order."
         return Parting(evidence.row.a, evidence.row.b, "order", f"{text} {_advice('order')}")
     options = f" ({evidence.row.text})" if evidence.row.text else ""
     numbers = _numbers(evidence.natural)
@@ -147,16 +148,27 @@ def _between(case: Case, evidence: Evidence) -> Parting:
     return Parting(a, b, "computation", f"{text} {_advice('computation')}")
 
 
-def _called_otherwise(rows: Sequence[Evidence], evidence: Evidence) -> bool:
-    """Whether the calls around this one come in another order in b."""
-    pairs = [row.pair for row in rows if row.pair is not None]
+def _called_otherwise(rows: Sequence[Evidence], evidence: Evidence) -> Evidence | None:
+    """The layer that b calls in the place of this one: on the other side of it, and with what one of the two is fed."""
     assert evidence.pair is not None
     ours, theirs = evidence.pair.a.event, evidence.pair.b.event
-    for pair in pairs:
-        one, other = pair.a.event, pair.b.event
-        if one.parent is ours.parent and (one.begin < ours.begin) != (other.begin < theirs.begin) and one is not ours:
-            return True
-    return False
+    for other in rows:
+        if other.pair is None or other is evidence:
+            continue
+        its, there = other.pair.a.event, other.pair.b.event
+        is_moved = its.parent is ours.parent and (its.begin < ours.begin) != (there.begin < theirs.begin)
+        if is_moved and (_are_same(other.natural_inputs, evidence) or _are_same(evidence.natural_inputs, other)):
+            return other
+    return None
+
+
+def _are_same(fed: Sequence[np.ndarray], evidence: Evidence) -> bool:
+    """Whether b would feed what a feeds the layer of another row."""
+    assert evidence.pair is not None
+    wanted = evidence.pair.a.inputs()
+    return (
+        bool(fed) and len(fed) == len(wanted) and all(difference(x, y).equal for x, y in zip(fed, wanted, strict=True))
+    )
 
 
 # ---- something differs, and outputs do not, or nobody has looked at layers ----
@@ -174,7 +186,10 @@ def _of_one(case: Case, wrong: Sequence[Finding]) -> Parting:
         "trained parameter": "training",
         "optimizer state": "training",
     }
-    finding = min(wrong, key=lambda finding: list(causes).index(finding.what))
+    kind = min((finding.what for finding in wrong), key=list(causes).index)
+    finding = _first(case, [finding for finding in wrong if finding.what == kind])
+    if finding.what == "gradient":
+        finding = _last(case, [finding for finding in wrong if finding.what == "gradient"])
     if finding.what == "parameter":
         return _of_parameter(case, finding)
     cause, off = causes[finding.what], finding.difference
@@ -192,6 +207,25 @@ def _of_one(case: Case, wrong: Sequence[Finding]) -> Parting:
     also = f", {finding.text}" if finding.text else ""
     what = f"{finding.what}{where}: differs by {_numbers(off)}{also}{options}"
     return Parting(finding.path, finding.other, cause, f"{what}. {_advice(cause)}")
+
+
+def _first(case: Case, wrong: Sequence[Finding]) -> Finding:
+    """The one of the layer that is called first."""
+    return min(wrong, key=lambda finding: _when(case, finding, len(case.rows)))
+
+
+def _last(case: Case, wrong: Sequence[Finding]) -> Finding:
+    """The one of the layer that is called last: gradients go backwards, so there it begins."""
+    return max(wrong, key=lambda finding: _when(case, finding, -1))
+
+
+def _when(case: Case, finding: Finding, otherwise: int) -> int:
+    """The number of the layer's row."""
+    layer = case.layers.get(finding.path)
+    for number, evidence in enumerate(case.rows):
+        if evidence.pair is not None and evidence.pair.a.event.path == layer and layer:
+            return number
+    return otherwise
 
 
 def _row_of(case: Case, finding: Finding) -> Evidence | None:
@@ -238,9 +272,7 @@ def _mode(a: str, b: str, ours: Event, theirs: Event) -> Parting:
 
 def _random(case: Case, a: str = "", b: str = "") -> Parting:
     if all(case.draws):
-        text = (
-            "both models draw random numbers, and not the same ones: layers of the two APIs fold other names into keys."
-        )
+        text = "both models draw random numbers, and not the same ones: each API folds its own names into keys."
         return Parting(a, b, "random", f"{text} {_advice('random')}")
     which = "a" if case.draws[0] else "b"
     return Parting(a, b, "mode", f"{which} draws random numbers and the other does not. {_advice('mode')}")

@@ -16,17 +16,17 @@ import jax
 
 import nnx_core as nnx
 from bridge._errors import BridgeError, show_path
-from bridge._types import Location, Path
+from bridge._types import Location
 from bridge.equivalence.causes import Case, parting
 from bridge.equivalence.counterparts import Counterparts, Match, counterparts
 from bridge.equivalence.findings import Findings, largest
 from bridge.equivalence.inputs import Inputs, inputs_of
-from bridge.equivalence.layers import pair_calls, path_pairs
-from bridge.equivalence.numbers import Difference, is_key, same_bits
+from bridge.equivalence.inspection import Inspection, layer_of
+from bridge.equivalence.layers import path_pairs
+from bridge.equivalence.numbers import is_key, same_bits
 from bridge.equivalence.outcome import Outcome, Run
-from bridge.equivalence.recording import record
 from bridge.equivalence.report import Finding, Parting, Report
-from bridge.equivalence.rows import Evidence, evidence, to_feed
+from bridge.equivalence.rows import Evidence
 from bridge.equivalence.subjects import ComparisonError, Keys, Subject, ValueRules, subject_of
 from bridge.equivalence.training import train
 from bridge.tracing.trace import Method, Unit
@@ -167,10 +167,13 @@ class Comparison:
             return counterparts(self.a, self.b, rules, self._units_of)
         except ComparisonError:
             raise
-        except Exception as error:  # noqa: BLE001  whether the models run is seen when they are run
-            self.findings.leave_out(f"parameters and gradients: layers cannot be traced: {error}")
-            nothing: Callable[..., Sequence[Match]] = _nothing
-            return Counterparts(nothing, nothing, (), (), tuple(self.a.values), tuple(self.b.values), ())
+        except Exception as error:
+            raise ComparisonError(
+                "which layers are which cannot be found out",
+                "two models that can be traced abstractly, and rules that fit them",
+                f"{type(error).__name__}: {error}",
+                "Give rules= that say what is what.",
+            ) from error
 
     def _units_of(self, subject: Subject) -> list[Unit]:
         args, kwargs = self.inputs.args, dict(self.inputs.kwargs)
@@ -186,17 +189,14 @@ class Comparison:
             self.findings.leave_out("state: state=False")
         self._compare_parameters()
         runs = Run(self.a, "a", gradients), Run(self.b, "b", gradients)
-        unused: set[str] | None = None
         for seed in self.seeds:
             args, kwargs = self.inputs.drawn(seed)
             one = runs[0](self.a.values, self.keys, args, kwargs)
             two = runs[1](self.b.values, self.keys, args, kwargs)
             self.findings.least = min(runs[0].tolerance, runs[1].tolerance)
             self._compare_outcomes(one, two, seed, runs, gradients=gradients, state=state)
-            zero = _without_gradient(one, "a") | _without_gradient(two, "b")
-            unused = zero if unused is None else unused & zero
             self._look_at(seed, args, kwargs)
-        self._compare_presence(unused or set())
+        self._compare_presence(runs)
         if self.keys is not None:
             self._compare_other_keys(runs)
 
@@ -214,12 +214,12 @@ class Comparison:
                 text = ", ".join(filter(None, ("before the call", match.text)))
                 self.findings.compare("state", path, other, match.x_a, match.x_b, text=text)
 
-    def _compare_presence(self, unused: set[str]) -> None:
+    def _compare_presence(self, runs: tuple[Run, Run]) -> None:
         """What one of two layers has and the other has not; what no output depends on makes no difference."""
-        for side, only, other in (("a", self.pairs.only_a, "b"), ("b", self.pairs.only_b, "a")):
+        for run, only, other in ((runs[0], self.pairs.only_a, "b"), (runs[1], self.pairs.only_b, "a")):
             for at in only:
-                path = show_path(at)
-                if f"{side} {path}" in unused:
+                path, side = show_path(at), run.which
+                if self._is_unused(run, at):
                     self.findings.leave_out(f"{path}: only in {side}, and no output depends on it")
                     continue
                 paths = (path, "") if side == "a" else ("", path)
@@ -229,13 +229,24 @@ class Comparison:
             for at in unpaired:
                 self.findings.leave_out(f"{show_path(at)} of {side}, and its gradient: no counterpart was found")
 
+    def _is_unused(self, run: Run, at: Location) -> bool:
+        """Whether the outputs are the same, bit by bit, with another value there."""
+        args, kwargs = self.inputs.drawn(self.seeds[0])
+        values = run.subject.values
+        moved = jax.tree.map(lambda x: x if is_key(x) else x + jax.numpy.ones_like(x), values[at])
+        outcomes = [run(changed, self.keys, args, kwargs) for changed in (values, {**values, at: moved})]
+        return same_bits(*(list(outcome.outputs.values()) for outcome in outcomes))
+
     # ---- one seed ----
 
     def _compare_outcomes(
         self, one: Outcome, two: Outcome, seed: int, runs: tuple[Run, Run], *, gradients: bool, state: bool
     ) -> None:
         self._compare_outputs(one, two, seed)
-        if gradients:
+        shapes = [[getattr(x, "shape", ()) for x in outcome.outputs.values()] for outcome in (one, two)]
+        if gradients and shapes[0] != shapes[1]:
+            self.findings.leave_out("gradients: of other outputs in a than in b")
+        elif gradients:
             self._compare_gradients(one, two, seed, runs)
         if state:
             self._compare_state(one, two, seed)
@@ -248,9 +259,14 @@ class Comparison:
             self.findings.add(Finding("structure", "", "", None, False, seed, None, text))
         if not ours and not theirs:
             self.findings.leave_out("outputs: the call returns none")
-        if len(ours) != len(theirs):
-            return
-        for (path, x), (other, y) in zip(ours, theirs, strict=True):
+        common = [name for name in names if name in two.outputs]
+        if names != others and common:  # what is missing on one side must not shift the rest
+            pairs = [(name, one.outputs[name], name, two.outputs[name]) for name in common]
+        elif len(ours) == len(theirs):
+            pairs = [(path, x, other, y) for (path, x), (other, y) in zip(ours, theirs, strict=True)]
+        else:
+            pairs = []
+        for path, x, other, y in pairs:
             self.findings.compare("output", path, other, x, y, seed=seed)
             if _is_hollow(x) and _is_hollow(y):
                 text = f"output {path}".rstrip()
@@ -296,10 +312,11 @@ class Comparison:
 
     def _compare_new(self, ours: Mapping[Location, Any], theirs: Mapping[Location, Any], seed: int) -> None:
         """What a call has made: sown values, caches; under the name, in the counterpart of its module."""
-        paths = path_pairs(self.pairs, (at[1:-1] for at in ours), (at[1:-1] for at in theirs))
+        kinds = [{at[1:-1]: object for at in side} for side in (ours, theirs)]
+        paths = path_pairs(self.pairs, *kinds)
         left = dict(theirs)
         for at, x in sorted(ours.items()):
-            candidates = [(at[0], *path, at[-1]) for path in paths.get(at[1:-1], [])]
+            candidates = [(at[0], *paths[at[1:-1]], at[-1])] if at[1:-1] in paths else []
             candidates += [other for other in left if (other[0], other[-1]) == (at[0], at[-1])]
             partner = next((other for other in candidates if other in left), None)
             if partner is None:
@@ -329,9 +346,9 @@ class Comparison:
 
     def _draws(self, subject: Subject, which: str, seen: _Seen) -> bool:
         """Whether other keys lead to other outputs."""
-        if self.keys is None and subject.api == "linen":
-            return False  # it ran without any
-        names = self.keys or {"params": None}
+        if not subject.has_chance(subject.values, self.keys, seen.args, seen.kwargs):
+            return False
+        names = [*(self.keys or ()), "params", "default"]
         run = Run(subject, which, with_gradients=False)
         outputs = []
         for number in (0, 1):
@@ -358,10 +375,13 @@ class Comparison:
         Raises:
           ComparisonError: nothing was compared.
         """
-        rows = self._rows() if layers else []
-        if not layers:
+        rows: list[Evidence] = []
+        if layers and self._seen is not None:
+            seen = self._seen
+            inspection = Inspection(self.a, self.b, self.pairs, self.keys, seen.seed, seen.args, seen.kwargs)
+            rows = inspection.rows(self.findings)
+        else:
             self.findings.leave_out("layers: layers=False")
-        self._compare_layer_dtypes(rows)
         found = self.findings.all
         if not found:
             raise ComparisonError(
@@ -383,49 +403,6 @@ class Comparison:
             {name: importlib.metadata.version(name) for name in ("jax", "flax")},
         )
 
-    def _rows(self) -> list[Evidence]:
-        seen = self._seen
-        if seen is None or "function" in (self.a.api, self.b.api):
-            self.findings.leave_out("layers: a function has none")
-            return []
-        given = (self.keys, seen.args, seen.kwargs)
-        try:
-            ours = record(self.a, self.a.values, *given)
-            theirs = record(self.b, self.b.values, *given)
-        except Exception as error:  # noqa: BLE001  the model does run, compiled: all that is lost is where they part
-            self.findings.leave_out(f"layers: the models do not run without jit: {type(error).__name__}: {error}")
-            return []
-        pairs = pair_calls(self.pairs, ours, theirs)
-        fed = []
-        if any(not finding.equal for finding in self.findings.all):
-            try:
-                fed = record(self.b, self.b.values, *given, to_feed(pairs))
-            except Exception as error:  # noqa: BLE001  as above
-                self.findings.leave_out(f"layers of b, fed a's inputs: {type(error).__name__}: {error}")
-        return evidence(pairs, ours, theirs, fed, self.findings, self._parameters_by_layer(ours))
-
-    def _parameters_by_layer(self, events: Sequence[Any]) -> dict[Path, Difference]:
-        paths = {event.path for event in events}
-        worst: dict[Path, Difference] = {}
-        for match in self.pairs.values(self.a.values, self.b.values):
-            layer = layer_of(match.a, paths)
-            for x, y in zip(jax.tree.leaves(match.x_a), jax.tree.leaves(match.x_b), strict=False):
-                off = self.findings.difference(x, y)
-                if layer not in worst or (not off.equal, off.ratio) > (not worst[layer].equal, worst[layer].ratio):
-                    worst[layer] = off
-        return worst
-
-    def _compare_layer_dtypes(self, rows: Sequence[Evidence]) -> None:
-        """A layer in another dtype, which the outputs may not show."""
-        for row in rows:
-            if row.pair is None or row.row.parameters is None:
-                continue
-            both = zip(row.pair.a.outputs(), row.pair.b.outputs(), strict=False)
-            for x, y in both:
-                if x.dtype != y.dtype and x.shape == y.shape:
-                    text = f"the layer returns {y.dtype}, expected {x.dtype}"
-                    self.findings.add(Finding("structure", row.row.a, row.row.b, None, False, text=text))
-
     def _parting(self, rows: Sequence[Evidence]) -> Parting:
         seen = self._seen
         assert seen is not None
@@ -438,18 +415,6 @@ class Comparison:
         return parting(Case(self.findings.all, rows, self.pairs.exchanged, draws, layers))
 
 
-def layer_of(at: Location, paths: set[Path]) -> Path:
-    """The innermost layer that was called and has a variable at this location."""
-    path = at[1:-1]
-    while path and path not in paths:
-        path = path[:-1]
-    return path
-
-
-def _nothing(ours: Any, theirs: Any) -> Sequence[Match]:
-    return ()
-
-
 def _same(findings: Findings, match: Match) -> bool:
     leaves = list(zip(jax.tree.leaves(match.x_a), jax.tree.leaves(match.x_b), strict=False))
     offs = [findings.difference(x, y) for x, y in leaves if hasattr(x, "dtype") and hasattr(y, "dtype")]
@@ -458,12 +423,6 @@ def _same(findings: Findings, match: Match) -> bool:
 
 def _named(names: Sequence[str]) -> str:
     return ", ".join(name or "one value" for name in names) or "nothing"
-
-
-def _without_gradient(outcome: Outcome, side: str) -> set[str]:
-    """Parameters that no output depends on."""
-    gradients = outcome.gradients or {}
-    return {f"{side} {show_path(at)}" for at, x in gradients.items() if not jax.numpy.any(x)}
 
 
 def _is_hollow(x: Any) -> bool:

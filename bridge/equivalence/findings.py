@@ -45,13 +45,9 @@ class Findings:
 
     def add(self, finding: Finding) -> None:
         """Keep it, unless there is a worse one."""
-        key = (
-            finding.what,
-            finding.path,
-            finding.other,
-            finding.step,
-            finding.text if finding.difference is None else "",
-        )
+        # Of an optimizer's state the text says which slot of the parameter's; elsewhere, which block is the worst.
+        has_own = finding.difference is None or finding.what == "optimizer state"
+        key = (finding.what, finding.path, finding.other, finding.step, finding.text if has_own else "")
         before = self._worst.get(key)
         if before is None or _badness(finding) > _badness(before):
             self._worst[key] = finding

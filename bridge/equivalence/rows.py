@@ -8,7 +8,7 @@ Knows pairs of calls and numbers; knows nothing of causes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from bridge.equivalence.layers import Pair, Turn
 from bridge.equivalence.numbers import Difference
 from bridge.equivalence.recording import Event, Place, fields_of
 from bridge.equivalence.report import Row, Verdict
+from bridge.tracing.trace import family_of
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Evidence:
     Attributes:
       pair: the two calls; None for one that has no counterpart.
       natural: how far from a's input is what b itself would have fed the layer, had all layers before it been fed a's.
+      natural_inputs: that.
     """
 
     row: Row
     pair: Pair | None
     natural: Difference | None = None
+    natural_inputs: Sequence[np.ndarray] = ()
 
 
 def to_feed(pairs: Iterable[Pair]) -> dict[Place, list[np.ndarray]]:
@@ -57,13 +60,60 @@ def evidence(
       fed: the calls of b in a run in which its layers were fed a's inputs; empty if there was none.
       parameters: path of a layer in a -> the worst difference of its own variables.
     """
-    by_place = {event.place: event for event in fed if event.is_fed}
+    by_place = {event.place: event for event in fed}
     rows = [(pair.a.event.begin, _paired(pair, by_place, findings, parameters)) for pair in pairs]
-    known = {id(pair.a.event) for pair in pairs} | {id(pair.b.event) for pair in pairs}
+    known = _with_those_around([pair.a.event for pair in pairs] + [pair.b.event for pair in pairs])
     rows += [(event.begin, _alone(event, "a")) for event in _unpaired(a, known)]
     last = max((event.begin for event in a), default=0)
     rows += [(last + 1 + event.begin, _alone(event, "b")) for event in _unpaired(b, known)]
-    return [row for _, row in sorted(rows, key=lambda item: item[0])]
+    return _innermost([row for _, row in sorted(rows, key=lambda item: item[0])])
+
+
+def _innermost(rows: list[Evidence]) -> list[Evidence]:
+    """With the verdict on modules: wrong is one whose own code is, and not one in which a wrong layer is."""
+    own_code, holders = _with_wrong_code(rows), _with_wrong_layers(rows)
+    result: list[Evidence] = []
+    for evidence in rows:
+        row, here = evidence.row, id(evidence.pair.a.event) if evidence.pair is not None else 0
+        if here in own_code and row.verdict != "equal":
+            row = replace(row, verdict="wrong", text=_joined(row.text, "its own code, between layers"))
+        elif here in holders and row.verdict == "wrong":
+            row = replace(row, verdict="fed wrong", text=_joined(row.text, "a layer inside of it is wrong"))
+        result.append(replace(evidence, row=row))
+    return result
+
+
+def _with_wrong_layers(rows: Iterable[Evidence]) -> set[int]:
+    """Ids of the calls in which there is a layer that is wrong."""
+    holders: set[int] = set()
+    for evidence in rows:
+        above = evidence.pair.a.event.parent if evidence.pair is not None and evidence.row.verdict == "wrong" else None
+        while above is not None:
+            holders.add(id(above))
+            above = above.parent
+    return holders
+
+
+def _with_wrong_code(rows: Iterable[Evidence]) -> set[int]:
+    """Ids of the calls that would feed a layer something else before any layer in them is wrong."""
+    first: dict[int, tuple[int, bool]] = {}
+    for evidence in rows:
+        if evidence.pair is None or evidence.pair.a.event.parent is None:
+            continue
+        event, natural = evidence.pair.a.event, evidence.natural
+        if natural is not None and not (natural.equal and not natural.forms):
+            moment = (event.begin, True)
+            first[id(event.parent)] = min(first.get(id(event.parent), moment), moment)
+        above = event.parent if evidence.row.verdict == "wrong" else None
+        while above is not None:
+            moment = (event.end, False)
+            first[id(above)] = min(first.get(id(above), moment), moment)
+            above = above.parent
+    return {parent for parent, (_, is_between) in first.items() if is_between}
+
+
+def _joined(*texts: str) -> str:
+    return "; ".join(filter(None, texts))
 
 
 def _paired(
@@ -74,9 +124,15 @@ def _paired(
     output, output_text = apart(pair.a.outputs(), pair.b.outputs(), findings)
     replayed = fed.get(theirs.place)
     alone = natural = None
+    natural_inputs: list[np.ndarray] = []
     if replayed is not None:
-        alone, _ = apart(pair.a.outputs(), Turn(replayed).outputs(), findings)
-        natural, _ = apart(pair.a.inputs(), Turn(replayed).inputs(), findings)
+        returned, _ = apart(pair.a.outputs(), Turn(replayed).outputs(), findings)
+        alone = returned if replayed.is_fed else None
+        natural_inputs = Turn(replayed).inputs()
+        natural, count = apart(pair.a.inputs(), natural_inputs, findings)
+        if len(natural_inputs) != len(pair.a.inputs()) and returned is not None and not returned.equal:
+            # A mask that one side has and the other has not, say.
+            natural = Difference(np.inf, 0.0, None, 0.0, False, count)
     texts = [given_text and f"input: {given_text}", output_text and f"output: {output_text}", _options(ours, theirs)]
     row = Row(
         a=show(ours.path),
@@ -89,9 +145,9 @@ def _paired(
         alone=alone,
         parameters=parameters.get(ours.path),
         verdict=_verdict(given, output, alone),
-        text="; ".join(filter(None, texts)),
+        text=_joined(*texts),
     )
-    return Evidence(row, pair, natural)
+    return Evidence(row, pair, natural, natural_inputs)
 
 
 def _verdict(given: Difference | None, output: Difference | None, alone: Difference | None) -> Verdict:
@@ -99,12 +155,37 @@ def _verdict(given: Difference | None, output: Difference | None, alone: Differe
         return "equal"
     if alone is not None:
         return "fed wrong" if alone.equal and not alone.forms else "wrong"
-    return "fed wrong" if given is not None and not given.equal else "wrong"
+    return "fed wrong" if given is not None and (not given.equal or given.forms) else "wrong"
+
+
+def _with_those_around(events: Iterable[Event]) -> set[int]:
+    """Of calls that have a counterpart, and of the modules that they are in: these are there, one way or another."""
+    known: set[int] = set()
+    for event in events:
+        here: Event | None = event
+        while here is not None and id(here) not in known:
+            known.add(id(here))
+            here = here.parent
+    return known
 
 
 def _unpaired(events: Iterable[Event], known: set[int]) -> list[Event]:
-    """Calls without a counterpart; of helpers (`initialize_carry`) only one API may tell."""
-    return [event for event in events if id(event) not in known and event.method == "__call__"]
+    """Calls without a counterpart that are worth a row.
+
+    Not those of helpers (`initialize_carry`), of which one API may not tell; nor of what a layer of the library, which
+    has a counterpart itself, is made of: the gates of a cell are fused in one API.
+    """
+    calls = [event for event in events if id(event) not in known and event.method == "__call__"]
+    return [event for event in calls if not _is_part(event, known)]
+
+
+def _is_part(event: Event, known: set[int]) -> bool:
+    above = event.parent
+    while above is not None:
+        if id(above) in known and family_of(above.kind) is not None:
+            return True
+        above = above.parent
+    return False
 
 
 def _alone(event: Event, side: str) -> Evidence:

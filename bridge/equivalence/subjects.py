@@ -7,22 +7,24 @@ Knows modules of both kinds; knows nothing of the other model or of what is comp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import jax
 import jax.numpy as jnp
 from flax import core
 from flax import linen as nn
 from flax.core import meta
 
 import nnx_core as nnx
-from bridge._errors import BridgeError
+from bridge._errors import BridgeError, show_path
 from bridge._types import Location, Path
 from bridge.equivalence.numbers import is_key
 from bridge.linen_in_nnx.wrapper import ToNNX
 from bridge.nnx_in_linen.wrapper import ToLinen
-from bridge.tracing.trace import TRANSIENT, Method, Unit, is_array, trace_linen_on, trace_nnx
+from bridge.tracing.trace import TRANSIENT, Method, Unit, is_array, parted, trace_linen_on, trace_nnx
 from bridge.variables.mapping import EMPTY, leaves, location_of, tree_of
 from nnx_core.graph.watched import plain_class
 from nnx_core.inspect.census import census
@@ -48,8 +50,8 @@ class ValueRules(Protocol):
     def convert(self, values: Values) -> dict[Location, Any]:
         """The NNX model's values from Linen's; JAX can trace it."""
 
-    def pairs(self) -> list[tuple[Location, Location]]:
-        """(Linen location, NNX location): what is made of what."""
+    def pairs(self, values: Values | None = None) -> list[tuple[Location, Location]]:
+        """(Linen location, NNX location): what is made of what, of these values of Linen's if it depends on them."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,16 @@ class Subject:
     listened: Callable[[Values, Keys, Any, Any, Listener], tuple[Any, Values]]
     units: Callable[[Keys, Any, Any], list[Unit]]
 
+    def has_chance(self, values: Values, keys: Keys, args: Any, kwargs: Any) -> bool:
+        """Whether the call's program draws random numbers; what they are used for is another question."""
+        program = jax.make_jaxpr(lambda arrays: _arrays_of(call(arrays)))
+        call, arrays = parted(self.run, dict(values), keys, args, kwargs)
+        return re.search(r"\b(random_bits|threefry2x32|rng_bit_generator)\b", str(program(arrays))) is not None
+
+
+def _arrays_of(tree: Any) -> list[Any]:
+    return [x for x in jax.tree.leaves(tree) if is_array(x)]
+
 
 def subject_of(x: Any, method: Method, which: str) -> Subject:
     """What was given as `a` or `b`, as `which` says.
@@ -105,9 +117,9 @@ def subject_of(x: Any, method: Method, which: str) -> Subject:
         module, variables = x
         if not isinstance(variables, Mapping) or not all(isinstance(tree, Mapping) for tree in variables.values()):
             raise _unusable(which, f"variables of type {type(variables).__name__}")
-        return _linen(module, variables, method)
+        return _concrete(_linen(module, variables, method), which)
     if isinstance(x, nnx.Module):
-        return _nnx(x, method)
+        return _concrete(_nnx(x, method), which)
     if isinstance(x, nn.Module):
         raise _unusable(which, f"the Linen module {type(x).__name__} without its variables")
     if callable(x) and not isinstance(x, type):
@@ -115,12 +127,19 @@ def subject_of(x: Any, method: Method, which: str) -> Subject:
     raise _unusable(which, f"the class {x.__name__}" if isinstance(x, type) else type(x).__name__)
 
 
+def _concrete(subject: Subject, which: str) -> Subject:
+    for at, x in subject.values.items():
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x)):
+            raise _unusable(which, f"the abstract variable {show_path(at)}")
+    return subject
+
+
 def _unusable(which: str, found: str) -> ComparisonError:
     return ComparisonError(
         f"{which} cannot be compared",
         "(linen_module, {collection: variables}), a ToNNX or another NNX module, (ToLinen, variables), or a function",
         found,
-        "Give a Linen module as the tuple (module, variables); of a class, make the module first.",
+        "Give a Linen module as the tuple (module, variables); of a class, make the module first, with real numbers.",
     )
 
 
@@ -251,9 +270,10 @@ def _with_value(x: Any, value: Any) -> Any:
 
 
 def _reseed(model: nnx.Module, keys: Mapping[str, Any]) -> None:
-    """Every stream gets the key of its name, or that of `params`, where Linen looks too."""
+    """Every stream gets the key of its name, or that of `params`, where Linen looks too, or the only one there is."""
     tags = {x.tag for _, x in nnx.iter_graph(model) if isinstance(x, nnx.RngStream)}
-    chosen = {tag: keys.get(tag, keys.get("params")) for tag in tags}
+    other = keys.get("params", next(iter(keys.values())) if len(keys) == 1 else None)
+    chosen = {tag: keys.get(tag, other) for tag in tags}
     known = {tag: key for tag, key in chosen.items() if key is not None}
     nnx.reseed(model, policy="match_shape", **known)
 

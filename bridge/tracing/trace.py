@@ -156,6 +156,29 @@ def trace_linen(module: nn.Module, method: Method, rngs: Any, args: Any, kwargs:
     return _units(parts, log, _linen_slots)
 
 
+def trace_linen_on(
+    module: nn.Module, method: Method, values: Mapping[Location, Any], streams: Any, args: Any, kwargs: Any
+) -> list[Unit]:
+    """The units of a Linen module that has these variables, in the order in which `module.apply` calls them.
+
+    >>> values = {("params", name): jax.ShapeDtypeStruct((3,), "float32") for name in ("scale", "bias")}
+    >>> x = jax.ShapeDtypeStruct((1, 3), "float32")
+    >>> [unit.kind for unit in trace_linen_on(nn.LayerNorm(), "__call__", values, None, (x,), {})]
+    ['LayerNorm']
+    """
+    call = getattr(type(module), method) if isinstance(method, str) else method
+    log = _Log()
+    probes = {at: _Probe(value) for at, value in values.items()}
+
+    def run(probes: Any, args: Any, kwargs: Any) -> None:
+        mutable = core.DenyList(("params", *TRANSIENT))
+        module.apply(tree_of(probes.items()), *args, method=call, mutable=mutable, rngs=streams, **kwargs)
+
+    with nn.intercept_methods(_listener(log, _removed_from_box)):
+        _abstractly(run, probes, args, kwargs)
+    return _units([_part(at, value, log) for at, value in values.items()], log, _linen_slots)
+
+
 def _axes_removed(
     module: nn.Module, call: Any, streams: Any, values: Mapping[Location, Any], args: Any, kwargs: Any
 ) -> dict[tuple[Path, Location], Any]:

@@ -100,6 +100,16 @@ class Recorder:
         path = (*self.infos[index].path, *path)
         return ObjectInfo(path, kind, next((info.id for info in self.infos if info.path == path), 0))
 
+    @contextlib.contextmanager
+    def watching(self, root: Any) -> Iterator[None]:
+        """In here, calls of the objects of `root` are recorded; `root` is a copy, whose classes stay watched."""
+        self._watch(root)
+        _running[self.token] = self
+        try:
+            yield
+        finally:
+            del _running[self.token]
+
     def run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Call the method `name` of the first of `args` with the others; nothing is computed."""
         packed = Packed.of(args, kwargs, from_shapes=True)
@@ -108,12 +118,8 @@ class Recorder:
             (root, *rest), keywords = packed.unpack(arrays)
             # Of the class as it is before it is watched: this call has a row already.
             method = getattr(type(root), name)
-            self._watch(root)
-            _running[self.token] = self
-            try:
+            with self.watching(root):
                 self.record(0, name, method, (root, *rest), keywords)
-            finally:
-                del _running[self.token]
             self._trace_alone()  # in here, where an array that a closure holds is still good
 
         jax.eval_shape(call, packed.arrays)

@@ -1,0 +1,138 @@
+"""What was compared, and how it came out: the worst of all seeds for each thing.
+
+Law: a tolerance comes from the table of tolerances. It is relative to the largest element of what is compared; where
+that is no more than the rounding of larger numbers beside it (a gradient that is zero but for rounding), to these.
+Knows arrays and reports; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bridge._errors import show_path
+from bridge.equivalence.counterparts import Match
+from bridge.equivalence.numbers import Difference, difference, on_host
+from bridge.equivalence.report import Finding, What
+from bridge.equivalence.tolerance import TOLERANCES, tolerance_of
+from bridge.tracing.trace import is_array
+
+
+@dataclass
+class Findings:
+    """Findings, the worst for each thing; and what could not be compared.
+
+    Attributes:
+      least: the smallest tolerance, relative to the scale, as something was computed in half precision on both sides.
+    """
+
+    least: float = 0.0
+    not_compared: dict[str, None] = field(default_factory=dict)
+    _worst: dict[tuple[Any, ...], Finding] = field(default_factory=dict)
+
+    @property
+    def all(self) -> tuple[Finding, ...]:
+        return tuple(self._worst.values())
+
+    def leave_out(self, text: str) -> None:
+        """Say what could not be compared, and why."""
+        self.not_compared[text] = None
+
+    def add(self, finding: Finding) -> None:
+        """Keep it, unless there is a worse one."""
+        key = (
+            finding.what,
+            finding.path,
+            finding.other,
+            finding.step,
+            finding.text if finding.difference is None else "",
+        )
+        before = self._worst.get(key)
+        if before is None or _badness(finding) > _badness(before):
+            self._worst[key] = finding
+
+    def compare(
+        self,
+        what: What,
+        path: str,
+        other: str,
+        x_a: Any,
+        x_b: Any,
+        *,
+        seed: int | None = None,
+        step: int | None = None,
+        floor: float = 0.0,
+        text: str = "",
+    ) -> None:
+        """Compare two values: arrays, or trees of arrays; what is none must be equal.
+
+        Args:
+          floor: what the difference may be in any case, absolute.
+        """
+        leaves_a, leaves_b = jax.tree.leaves(x_a), jax.tree.leaves(x_b)
+        if len(leaves_a) != len(leaves_b):
+            counts = f"{len(leaves_a)} arrays in a and {len(leaves_b)} in b"
+            self.add(Finding(what, path, other, None, False, seed, step, f"{text}{', ' if text else ''}{counts}"))
+            return
+        for one, two in zip(leaves_a, leaves_b, strict=True):
+            if not (_is_number(one) and _is_number(two)):
+                equal = bool(type(one) is type(two) and one == two)
+                self.add(Finding(what, path, other, None, equal, seed, step, text or f"{one!r} and {two!r}"))
+                continue
+            off = self.difference(one, two, floor)
+            words = ", ".join(filter(None, (text, off.forms and f"{off.forms} (b, a)")))
+            self.add(Finding(what, path, other, off, off.equal and not off.forms, seed, step, words))
+
+    def difference(self, x_a: Any, x_b: Any, floor: float = 0.0) -> Difference:
+        """How far b's value is from a's."""
+        off = difference(x_b, x_a, self.least)
+        if floor > off.tolerance and off.absolute < np.inf and is_floating(x_a):
+            return replace(off, tolerance=floor)
+        return off
+
+    def compare_all(
+        self, what: What, matches: Iterable[Match], *, seed: int | None = None, step: int | None = None
+    ) -> int:
+        """Compare pairs of values; a value's floor is the rounding of the largest of them. Returns how many."""
+        pairs = list(matches)
+        scale = largest([pair.x_a for pair in pairs])
+        for pair in pairs:
+            floor = scale * self.rounding(pair.x_a)
+            path, other = show_path(pair.a), show_path(pair.b)
+            self.compare(what, path, other, pair.x_a, pair.x_b, seed=seed, floor=floor, text=pair.text)
+
+    def rounding(self, x: Any) -> float:
+        """What the table allows beside each element, in the coarsest dtype that `x` was made in."""
+        rows = [tolerance_of(leaf.dtype.name) for leaf in jax.tree.leaves(x) if is_array(leaf)]
+        halves = [tolerance_of(name) for name in TOLERANCES]
+        rows += [row for row in halves if row is not None and row.model == self.least]
+        return max((row.atol for row in rows if row is not None), default=0.0)
+
+
+def largest(xs: Iterable[Any]) -> float:
+    """The largest finite absolute value in all of them."""
+    most = 0.0
+    for x in jax.tree.leaves(list(xs)):
+        if is_floating(x) and x.size:
+            wide = np.abs(on_host(x).astype("complex128"))
+            most = max(most, float(wide.max(where=np.isfinite(wide), initial=0.0)))
+    return most
+
+
+def is_floating(x: Any) -> bool:
+    """Whether `x` has numbers that are rounded."""
+    return is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _is_number(x: Any) -> bool:
+    return is_array(x) or isinstance(x, bool | int | float | complex)
+
+
+def _badness(finding: Finding) -> tuple[bool, float, float]:
+    off = finding.difference
+    return not finding.equal, 0.0 if off is None else off.ratio, 0.0 if off is None else off.absolute

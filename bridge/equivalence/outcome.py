@@ -1,0 +1,204 @@
+"""One run of a model: what it returns and writes, and the gradients of a loss that every output enters.
+
+Law: the loss weighs every element of every inexact output by random numbers that are the same for every model, so that
+two models with equal outputs have equal losses, and no gradient is zero because outputs cancel.
+Knows subjects and arrays; knows nothing of the other model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bridge.equivalence.compiled import Compiled
+from bridge.equivalence.numbers import is_key
+from bridge.equivalence.subjects import ComparisonError, Keys, Subject, Values
+from bridge.tracing.trace import is_array
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has shown.
+
+    Attributes:
+      outputs: path of an output -> array, or what is none.
+      written: state after the call.
+      gradients: of parameters; `input_gradients`: of inexact inputs, by path. None if there are none, see `Run.why`.
+    """
+
+    outputs: Mapping[str, Any]
+    written: Values
+    gradients: Values | None = None
+    input_gradients: Mapping[str, Any] | None = None
+
+
+@dataclass
+class _Rest:
+    """What is no array in a result, and so does not leave a compiled function: as the trace has seen it."""
+
+    treedef: Any = None
+    constants: dict[int, Any] = field(default_factory=dict)
+
+    def arrays(self, tree: Any) -> list[Any]:
+        """The arrays of a result; takes down the others."""
+        leaves, self.treedef = jax.tree.flatten(tree)
+        arrays: list[Any] = []
+        for number, x in enumerate(leaves):
+            if is_array(x) or isinstance(x, bool | int | float | complex):
+                arrays.append(x)
+            else:
+                self.constants[number] = x
+        return arrays
+
+    def tree(self, arrays: list[Any]) -> Any:
+        """The result again."""
+        rest = iter(arrays)
+        count = self.treedef.num_leaves
+        leaves = [self.constants[n] if n in self.constants else next(rest) for n in range(count)]
+        return self.treedef.unflatten(leaves)
+
+
+class Run:
+    """A subject, compiled once, for any values, keys and inputs of the same form.
+
+    Attributes:
+      why: for what was asked and cannot be had, the reason.
+      is_compiled: False for what does not run under `jit`.
+    """
+
+    def __init__(self, subject: Subject, which: str, with_gradients: bool):
+        self.subject, self.which = subject, which
+        self.why = ""
+        self.is_compiled = True
+        self._rest = _Rest()
+        self._with_gradients = with_gradients
+        self._compiled: Compiled | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """The smallest there can be, where something was computed in half precision."""
+        return self._compiled.tolerance if self._compiled is not None else 0.0
+
+    def __call__(self, values: Values, keys: Keys, args: Any, kwargs: Any) -> Outcome:
+        """Run.
+
+        Raises:
+          ComparisonError: the model does not run on these inputs.
+        """
+        if self._compiled is None and self.is_compiled:
+            self._compile(values, keys, args, kwargs)
+        if not self.is_compiled:
+            output, written = self._eagerly(values, keys, args, kwargs)
+            return Outcome(by_path(output), written)
+        assert self._compiled is not None
+        arrays, gradients = self._compiled(dict(values), keys, args, kwargs)
+        output, written = self._rest.tree(arrays)
+        if gradients is None:
+            return Outcome(by_path(output), written)
+        return Outcome(by_path(output), written, *gradients)
+
+    def without_gradients(self) -> None:
+        """From now on, no gradients."""
+        self._with_gradients, self._compiled = False, None
+
+    def _compile(self, values: Values, keys: Keys, args: Any, kwargs: Any) -> None:
+        if self._with_gradients:
+            self._compiled = Compiled(self._differentiated)
+            try:
+                self._compiled(dict(values), keys, args, kwargs)
+            except _NoGradient as error:
+                self.why = str(error)
+            except Exception as error:  # noqa: BLE001  whether the model runs is seen without gradients
+                self.why = f"{type(error).__name__}: {_first_line(error)}"
+            else:
+                return
+            self._with_gradients = False
+        self._compiled = Compiled(self._plain)
+        try:
+            self._compiled(dict(values), keys, args, kwargs)
+        except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+            # Written for real numbers: numpy, or an `if` on a value.
+            self.is_compiled = False
+        except Exception as error:
+            raise _does_not_run(self.which, self.subject, error) from error
+
+    def _eagerly(self, values: Values, keys: Keys, args: Any, kwargs: Any) -> tuple[Any, Values]:
+        try:
+            with jax.default_matmul_precision("float32"):
+                return self.subject.run(values, keys, args, kwargs)
+        except Exception as error:
+            raise _does_not_run(self.which, self.subject, error) from error
+
+    def _plain(self, values: Values, keys: Keys, args: Any, kwargs: Any) -> Any:
+        return self._rest.arrays(self.subject.run(values, keys, args, kwargs)), None
+
+    def _differentiated(self, values: Values, keys: Keys, args: Any, kwargs: Any) -> Any:
+        parameters = {at: x for at, x in values.items() if at in self.subject.parameters}
+        leaves, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
+        inputs = {_input_name(path): x for path, x in leaves if is_inexact(x)}
+
+        def loss(parameters: Values, inputs: Any) -> Any:
+            filled = [inputs.get(_input_name(path), x) for path, x in leaves]
+            own_args, own_kwargs = treedef.unflatten(filled)
+            result = self.subject.run({**values, **parameters}, keys, own_args, own_kwargs)
+            return weighed(result[0]), self._rest.arrays(result)
+
+        if not parameters and not inputs:
+            raise _NoGradient("neither a parameter nor an input is inexact")
+        (_, arrays), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(parameters, inputs)
+        return arrays, gradients
+
+
+class _NoGradient(Exception):
+    """There is nothing to differentiate, or nothing to differentiate by."""
+
+
+def weighed(output: Any) -> Any:
+    """The sum of all inexact outputs, each element times a random number that its place decides."""
+    total, count = 0.0, 0
+    for number, x in enumerate(jax.tree.leaves(output)):
+        if not is_inexact(x):
+            continue
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        weights = jax.random.normal(jax.random.key(number), x.shape) / max(1, x.size) ** 0.5
+        total = total + jnp.real(jnp.sum(x.astype(wide) * weights))
+        count += 1
+    if not count:
+        raise _NoGradient("no output is inexact")
+    return total
+
+
+def by_path(output: Any) -> dict[str, Any]:
+    """Leaves of an output by path: "" where there is only one.
+
+    >>> list(by_path({"y": 1, "state": (2, 3)}))
+    ['state/0', 'state/1', 'y']
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(output)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+
+
+def is_inexact(x: Any) -> bool:
+    """Whether `x` is an array of floating or complex numbers."""
+    return is_array(x) and not is_key(x) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _input_name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _does_not_run(which: str, subject: Subject, error: Exception) -> ComparisonError:
+    return ComparisonError(
+        f"{which} ({subject.words}) does not run on these inputs",
+        "a call that returns",
+        f"{type(error).__name__}: {_first_line(error)}",
+        "Give what the call needs: a mode flag that is open (train=False, deterministic=True, ...), rngs=, method=.",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")

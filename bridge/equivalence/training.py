@@ -1,0 +1,204 @@
+"""Both models trained for some steps: losses, parameters, and what the optimizer keeps for each of them.
+
+Law: each model is trained by its own gradients, on the same inputs and keys, from its own values. An element whose
+gradient is no more than rounding is left out, and said to be: adaptive optimizers make a step of full size of its sign.
+Knows subjects, optimizers and findings; knows nothing of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bridge._errors import show_path
+from bridge._types import Location
+from bridge.equivalence.compiled import Compiled
+from bridge.equivalence.counterparts import Counterparts, Match
+from bridge.equivalence.findings import Findings, is_floating, largest
+from bridge.equivalence.numbers import on_host, relative_tolerance
+from bridge.equivalence.subjects import ComparisonError, Keys, Subject, Values
+from bridge.tracing.trace import is_array
+from bridge.variables.mapping import tree_of
+
+
+@dataclass
+class Trained:
+    """A model in training.
+
+    Attributes:
+      values: all of its variables.
+      state: the optimizer's.
+      gradients, loss: of the last step.
+    """
+
+    subject: Subject
+    values: dict[Location, Any]
+    state: Any
+    gradients: Values = field(default_factory=dict)
+    loss: Any = None
+
+
+def train(
+    a: Subject,
+    b: Subject,
+    pairs: Counterparts,
+    findings: Findings,
+    *,
+    steps: int,
+    tx: Any,
+    loss: Callable[..., Any] | None,
+    keys: Keys,
+    args: Any,
+    kwargs: Any,
+    seed: int,
+) -> None:
+    """Train both, and add what was found after each step to `findings`.
+
+    Raises:
+      ComparisonError: a model cannot be trained.
+    """
+    optimizers = tx if isinstance(tx, tuple) and not hasattr(tx, "update") else (tx, tx)
+    models = [_start(subject, optimizer) for subject, optimizer in zip((a, b), optimizers, strict=True)]
+    runs = [_step_of(model.subject, optimizer, loss) for model, optimizer in zip(models, optimizers, strict=True)]
+    steady: dict[tuple[Location, Location], Any] = {}
+    for step in range(1, steps + 1):
+        now = None if keys is None else {name: jax.random.fold_in(key, step) for name, key in keys.items()}
+        for which, model, run in zip("ab", models, runs, strict=True):
+            _advance(which, model, run, now, args, kwargs)
+        one, two = models
+        findings.compare("loss", "", "", one.loss, two.loss, seed=seed, step=step)
+        for match in pairs.cotangents(one.gradients, two.gradients):
+            mask = _is_steady(match, findings, largest(one.gradients.values()))
+            key = (match.a, match.b)
+            steady[key] = mask & steady[key] if key in steady else mask
+    trained = [{at: model.values[at] for at in model.subject.parameters} for model in models]
+    matches = list(pairs.values(*trained))
+    _compare("trained parameter", matches, trained, steady, findings, seed, steps, models)
+    for name, slots in _slots(models, findings):
+        matches = [Match(m.a, m.b, m.x_a, m.x_b, name) for m in pairs.cotangents(*slots)]
+        _compare("optimizer state", matches, slots, {}, findings, seed, steps, models)
+
+
+def _start(subject: Subject, tx: Any) -> Trained:
+    parameters = {at: jnp.asarray(subject.values[at]) for at in sorted(subject.parameters)}
+    return Trained(subject, dict(subject.values), tx.init(_nested(parameters)))
+
+
+def _nested(values: Values) -> dict[str, Any]:
+    """As a tree that optimizers know: names below names, without the collection where there is but one."""
+    tree = tree_of(sorted(values.items()))
+    return tree.get("params", {}) if set(tree) == {"params"} else tree
+
+
+def _step_of(subject: Subject, tx: Any, loss: Callable[..., Any] | None) -> Compiled:
+    def step(values: Values, state: Any, keys: Keys, args: Any, kwargs: Any) -> Any:
+        parameters = {at: x for at, x in values.items() if at in subject.parameters}
+
+        def loss_of(parameters: Values) -> Any:
+            output, written = subject.run({**values, **parameters}, keys, args, kwargs)
+            total = _distance(output) if loss is None else loss(output, *args)
+            return total, {at: x for at, x in written.items() if at in values}
+
+        (total, written), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
+        nested = _nested(parameters)
+        updates, state = tx.update(_nested(gradients), state, nested)
+        moved = jax.tree.map(lambda x, update: (x + update).astype(x.dtype), nested, updates)
+        new = _like(parameters, moved)
+        return total, gradients, {**values, **written, **new}, state
+
+    return Compiled(step)
+
+
+def _like(parameters: Values, nested: Any) -> dict[Location, Any]:
+    """By location again."""
+    # Both are flattened in the order of their keys, and a location is its path.
+    return dict(zip(sorted(parameters), jax.tree.leaves(nested), strict=True))
+
+
+def _distance(output: Any) -> Any:
+    """The mean squared distance of all inexact outputs from random targets: bounded, whatever the model returns."""
+    total: Any = 0.0
+    for number, x in enumerate(filter(is_floating, jax.tree.leaves(output))):
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        target = jax.random.normal(jax.random.key(number), x.shape)
+        total = total + jnp.mean(jnp.abs(x.astype(wide) - target) ** 2)
+    return total
+
+
+def _advance(which: str, model: Trained, run: Compiled, keys: Keys, args: Any, kwargs: Any) -> None:
+    try:
+        model.loss, model.gradients, model.values, model.state = run(model.values, model.state, keys, args, kwargs)
+    except Exception as error:
+        raise ComparisonError(
+            f"{which} ({model.subject.words}) cannot be trained",
+            "a loss that is differentiable by its parameters, and an optimizer that takes them",
+            f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}",
+            "Give loss= and tx= that fit the model, or steps=0.",
+        ) from error
+
+
+def _is_steady(match: Match, findings: Findings, scale: float) -> Any:
+    """Where a gradient is so large that rounding does not turn it; or zero on both sides."""
+    x, y = np.abs(on_host(match.x_a)), np.abs(on_host(match.x_b))
+    if x.shape != y.shape:
+        return np.asarray(True)
+    relative = max(relative_tolerance(x.dtype.name), findings.least)
+    least = max(scale * findings.rounding(match.x_a), float(x.max(initial=0.0)) * relative**0.5)
+    return ((x > least) & (y > least)) | ((x == 0) & (y == 0))
+
+
+def _compare(
+    what: Any,
+    matches: list[Match],
+    sides: Any,
+    steady: Mapping[tuple[Location, Location], Any],
+    findings: Findings,
+    seed: int,
+    step: int,
+    models: list[Trained],
+) -> None:
+    scale = largest(sides[0].values())
+    for match in matches:
+        x, y, path = match.x_a, match.x_b, show_path(match.a)
+        mask = steady.get((match.a, match.b))
+        if mask is not None and np.shape(mask) == np.shape(x) == np.shape(y) and not mask.all():
+            left_out = int(mask.size - mask.sum())
+            findings.leave_out(f"{what} {path}: {left_out} of {mask.size} elements, whose gradients are rounding")
+            if left_out == mask.size:
+                continue
+            x, y = on_host(x)[mask], on_host(y)[mask]
+        floor = scale * findings.rounding(x)
+        findings.compare(what, path, show_path(match.b), x, y, seed=seed, step=step, floor=floor, text=match.text)
+
+
+def _slots(models: list[Trained], findings: Findings) -> Iterator[tuple[str, tuple[Values, Values]]]:
+    """What an optimizer keeps for each parameter (its moments, say), by parameter; what else it keeps is compared."""
+    sides = []
+    for model in models:
+        parameters = {at: model.values[at] for at in sorted(model.subject.parameters)}
+        treedef = jax.tree.structure(_nested(parameters))
+        sides.append((parameters, _found(model.state, treedef), treedef))
+    (ours, slots_a, _), (theirs, slots_b, _) = sides
+    if [name for name, _, _ in slots_a] != [name for name, _, _ in slots_b]:
+        findings.leave_out("optimizer state: it has another structure on each side")
+        return
+    for (name, is_slot, x), (_, _, y) in zip(slots_a, slots_b, strict=True):
+        if is_slot:
+            yield name, (_like(ours, x), _like(theirs, y))
+        elif is_array(x):
+            findings.compare("optimizer state", name, name, x, y)
+
+
+def _found(state: Any, treedef: Any) -> list[tuple[str, bool, Any]]:
+    """(path in the state, whether it has the form of the parameters, value)."""
+
+    def is_slot(x: Any) -> bool:
+        return jax.tree.structure(x) == treedef
+
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_slot)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), is_slot(x), x) for path, x in leaves]

@@ -421,7 +421,11 @@ def new_variable(kind: type[V], value: Any, metadata: dict[str, Any], trace: obj
     `trace` is `current_trace()`, for callers that make many.
     """
     variable = kind.__new__(kind)
-    _fill(variable, value, metadata, trace)
+    # As `_fill`, without its call: `merge` and the trace of every transform make one for each Variable of a model.
+    _set_raw(variable, value)
+    _set_metadata(variable, metadata)
+    _set_trace(variable, current_trace() if trace is None else trace)
+    _set_version(variable, 0)
     return variable
 
 

@@ -202,7 +202,8 @@ def after(*modules):
         importlib.import_module(module)
     from jax._src import xla_bridge
     packages = sorted({name.split(".")[0] for name in sys.modules})
-    return {"packages": packages, "backends": xla_bridge.backends_are_initialized()}
+    slow = sorted({"jax.extend", "jax.extend.core"} & set(sys.modules))  # they load Pallas
+    return {"packages": packages, "backends": xla_bridge.backends_are_initialized(), "slow": slow}
 
 stages = json.loads(sys.argv[1])
 print(json.dumps({name: after(*modules) for name, modules in stages.items()}))
@@ -235,6 +236,11 @@ def test_importing_all_of_core_leaves_flax_out(imported):
 def test_importing_brings_in_no_drawing_library(imported):
     for stage in ("inspect", "all of nnx_core"):
         assert not set(imported[stage]["packages"]) & {"rich", "treescope", "IPython"}
+
+
+def test_importing_the_core_waits_for_no_slow_part_of_jax(imported):
+    assert [imported[stage]["slow"] for stage in ("inspect", "nnx_core")] == [[], []]
+    assert imported["all of nnx_core"]["slow"]  # transforms.equations needs it: the list sees it
 
 
 @pytest.mark.parametrize("package", ["nnx_core", "all of nnx_core", "bridge"])

@@ -12,7 +12,7 @@ import jax
 from nnx_core import filters as filterlib
 from nnx_core._changes import now
 from nnx_core._errors import FilterError, Path, StateMismatchError
-from nnx_core._trace import is_handed
+from nnx_core._trace import Handed, is_handed
 from nnx_core.graph._errors import LeafCountError, PopError, ReadOnlyError
 from nnx_core.graph.cells import ArrayCell, Cell, require_writable
 from nnx_core.graph.classify import ARRAY, NUMBER, children, is_container, kind_of
@@ -162,11 +162,11 @@ def merge(
     adopted = _adopted(variables, recreate_variables if copy is None else copy)
     unpacker = Unpacker((apart(graphdef, values),), refs, templates=graphdef.templates, adopted=adopted)
     merged = unpacker.unpack(graphdef.root, None)
+    objects = refs.objects
     for index, leaf in variables.items():
-        variable = refs.objects[index]
         # What a State says of a Variable is newer than the structure.
-        if variable._var_metadata != leaf._var_metadata:
-            variable.set_metadata(leaf._var_metadata)
+        if objects[index]._var_metadata != leaf._var_metadata:
+            objects[index].set_metadata(leaf._var_metadata)
     return merged
 
 
@@ -183,7 +183,9 @@ def _adopted(variables: dict[int, Variable[Any]], copy: bool | None) -> dict[int
     """The Variables that become part of the merged graph themselves."""
     if copy is not None:
         return {} if copy else variables
-    return {index: v for index, v in variables.items() if is_handed(v._trace_state)}
+    # Of the running transform, or of another one: outside of all, which is asked for most, nothing is handed.
+    handed = {index: v for index, v in variables.items() if type(v._trace_state) is Handed}
+    return {index: v for index, v in handed.items() if is_handed(v._trace_state)}
 
 
 def _state_of(state: Any) -> Any:

@@ -106,19 +106,19 @@ class Unpacker:
 
     def build(self, d: Element, place: Place | None, owner: Owner = None) -> Any:
         """As `unpack`, from within a walk."""
-        if type(d) is Static:
-            return d.value
+        if type(d) is Node:
+            return self._node(d, place, owner) if d.id is None else self._object(d, place)
         if type(d) is VariableDef:
             return self._variable(d, place)
+        if type(d) is Static:
+            return d.value
         if type(d) is Leaf:
             loose = next(self.loose[d.group])
             return jax.new_ref(loose) if d.tag == REF_LEAF else loose
         if type(d) is ArrayDef:
             return self._array(d, place, owner)
-        if type(d) is Ref:
-            return self.refs.objects[d.id]
-        assert type(d) is Node  # there is nothing else
-        return self._node(d, place, owner) if d.id is None else self._object(d, place)
+        assert type(d) is Ref  # there is nothing else
+        return self.refs.objects[d.id]
 
     def _array(self, d: ArrayDef, place: Place | None, owner: Owner) -> Any:
         value = next(self.values[d.group])
@@ -134,23 +134,24 @@ class Unpacker:
         return value
 
     def _variable(self, d: VariableDef, place: Place | None) -> Variable[Any]:
-        value = next(self.values[d.group])
-        if d.tag == REF_VARIABLE:
+        kind, known_id, metadata, group, tag = d  # at once: a large model has thousands of these
+        value = next(self.values[group])
+        if tag == REF_VARIABLE:
             value = jax.new_ref(value)
-        if d.id in self.adopted:
-            v = self.adopted[d.id]
+        if self.adopted and known_id in self.adopted:
+            v = self.adopted[known_id]
         else:
-            v = new_variable(d.kind, value, thaw_metadata(d.metadata) if d.metadata else {}, self.trace)
+            v = new_variable(kind, value, thaw_metadata(metadata) if metadata else {}, self.trace)
         if place is None:
             self.refs.objects.append(v)  # nobody will ask for its place, or for its index
             return v
         if self.groups is not None:
-            place = Place(place.path, self.groups[d.group], place.base)
+            place = Place(place.path, self.groups[group], place.base)
             if self.describe is not None:
                 set_metadata_dict(v, self.describe(v, place.spec))
         index = self.refs.add(v, place)
         if self.watch is not None:
-            self.watch.cells.append((index, v, snapshot(value), v._var_metadata, d.group))
+            self.watch.cells.append((index, v, snapshot(value), v._var_metadata, group))
         return v
 
     def _node(self, d: Node, place: Place | None, owner: Owner) -> Any:

@@ -8,10 +8,9 @@ Knows graphs and JAX's equations; knows neither rows nor tables.
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,6 +18,9 @@ from nnx_core._depth import ROOM
 from nnx_core.graph.pack import Packer, Place, Refs
 from nnx_core.graph.structure import Element, Node, Static, nodes, static
 from nnx_core.graph.unpack import Unpacker
+
+if TYPE_CHECKING:
+    from jax.extend.core import Jaxpr
 
 _ROOT = Place((), None, 0)
 _ARRAY, _REF = object(), object()  # where an array, or a Ref, was taken out
@@ -135,7 +137,7 @@ class Equations:
       refs: which of `consts` are in a Ref: shapes, too.
     """
 
-    jaxpr: jax.extend.core.Jaxpr
+    jaxpr: "Jaxpr"
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     consts: tuple[Any, ...]
     refs: tuple[bool, ...]
@@ -161,6 +163,8 @@ class Equations:
 
     def outputs(self, inputs: Iterable[Any], closure: Iterable[Any]) -> list[jax.Array]:
         """What the call returns for these values."""
+        import jax.extend.core  # late: `import nnx_core` need not wait for it
+
         remaining = iter(closure)
         consts = []
         for x, is_ref in zip(self.consts, self.refs, strict=True):

@@ -139,6 +139,14 @@ def test_under_a_transform_and_without_jit_it_is_only_a_call():
     assert len(programs._programs) == known
 
 
+def test_a_first_question_inside_of_a_transform_spoils_nothing():
+    programs._outside.cache_clear()
+    assert_trees_close(jax.jit(lambda x: traced_anew(jnp.sinh, x))(X), jnp.sinh(X))
+    known = len(programs._programs)
+    assert_trees_close(traced_anew(jnp.sinh, X), jnp.sinh(X))
+    assert len(programs._programs) == known + 1
+
+
 def test_on_the_device_of_the_argument():
     for device in jax.devices()[:2]:
         x = jax.device_put(X, device)

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tests.fuzz import programs as p
-from tests.fuzz.compare import reachable, variables_of
-from tests.fuzz.run import Run, follow, is_float_param, number, pick, squeeze, stretch
+from tests.fuzz.compare import plain_arrays, reachable, variables_of
+from tests.fuzz.run import Run, follow, is_float_param, number, pick, put, squeeze, stretch
 
 
 class Plain(Run):
@@ -104,12 +105,25 @@ class Plain(Run):
         return self.rehearse(s, m, run)
 
     def cond(self, s: p.Cond, m: Any, x: Any) -> Any:
-        body = s.yes if x % 2 < 1 else s.no
-        return self.rehearse(s, m, lambda m: self.block(body, m, x))
+        return self.branched(s, (s.yes, s.no), 0 if x % 2 < 1 else 1, m, x)
 
     def switch(self, s: p.Switch, m: Any, x: Any) -> Any:
-        body = s.bodies[int(x) % len(s.bodies)]
-        return self.rehearse(s, m, lambda m: self.block(body, m, x))
+        return self.branched(s, s.bodies, int(x) % len(s.bodies), m, x)
+
+    def branched(self, s: Any, bodies: tuple[p.Body, ...], taken: int, m: Any, x: Any) -> Any:
+        """The branch that is taken; what another one writes becomes JAX's too: a trace does not know which it is."""
+
+        def run(m: Any) -> Any:
+            for other in (*bodies[:taken], *bodies[taken + 1 :]):
+                twin = copy.deepcopy(m)
+                self.block(other, twin, x)
+                places = zip(list(plain_arrays(m)), plain_arrays(twin), strict=True)
+                for (holder, name, array), (_, _, after) in places:
+                    if isinstance(array, np.ndarray) and not isinstance(after, np.ndarray):
+                        put(holder, name, jnp.asarray(array))
+            return self.block(bodies[taken], m, x)
+
+        return self.rehearse(s, m, run)
 
     def capture(self, s: p.Capture, m: Any, x: Any) -> Any:
         def run(m: Any) -> Any:

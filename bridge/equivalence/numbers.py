@@ -107,6 +107,11 @@ def is_key(x: Any) -> bool:
     return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def is_inexact(x: Any) -> bool:
+    """Whether `x` is an array, real or abstract, of floating or complex numbers."""
+    return hasattr(x, "shape") and hasattr(x, "dtype") and not is_key(x) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
 def same_bits(one: Any, other: Any) -> bool:
     """Whether two trees have the same leaves, in dtype, shape and bits."""
     ones, others = jax.tree.leaves(one), jax.tree.leaves(other)

@@ -1,7 +1,6 @@
 """One run of a model: what it returns and writes, and the gradients of a loss that every output enters.
 
-Law: the loss weighs every element of every inexact output by random numbers that are the same for every model, so that
-two models with equal outputs have equal losses, and no gradient is zero because outputs cancel.
+Law: neither what is returned nor what is differentiated depends on the other model.
 Knows subjects and arrays; knows nothing of the other model.
 """
 
@@ -12,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from bridge.equivalence.compiled import Compiled
-from bridge.equivalence.numbers import is_key
+from bridge.equivalence.numbers import is_inexact
 from bridge.equivalence.subjects import ComparisonError, Keys, Subject, Values
+from bridge.equivalence.weights import weighed
 from bridge.tracing.trace import is_array
 
 
@@ -145,6 +144,8 @@ class Run:
             filled = [inputs.get(_input_name(path), x) for path, x in leaves]
             own_args, own_kwargs = treedef.unflatten(filled)
             result = self.subject.run({**values, **parameters}, keys, own_args, own_kwargs)
+            if not any(map(is_inexact, jax.tree.leaves(result[0]))):
+                raise _NoGradient("no output is inexact")
             return weighed(result[0]), self._rest.arrays(result)
 
         if not parameters and not inputs:
@@ -157,21 +158,6 @@ class _NoGradient(Exception):
     """There is nothing to differentiate, or nothing to differentiate by."""
 
 
-def weighed(output: Any) -> Any:
-    """The sum of all inexact outputs, each element times a random number that its place decides."""
-    total, count = 0.0, 0
-    for number, x in enumerate(jax.tree.leaves(output)):
-        if not is_inexact(x):
-            continue
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        weights = jax.random.normal(jax.random.key(number), x.shape) / max(1, x.size) ** 0.5
-        total = total + jnp.real(jnp.sum(x.astype(wide) * weights))
-        count += 1
-    if not count:
-        raise _NoGradient("no output is inexact")
-    return total
-
-
 def by_path(output: Any) -> dict[str, Any]:
     """Leaves of an output by path: "" where there is only one.
 
@@ -180,11 +166,6 @@ def by_path(output: Any) -> dict[str, Any]:
     """
     leaves = jax.tree_util.tree_leaves_with_path(output)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
-
-
-def is_inexact(x: Any) -> bool:
-    """Whether `x` is an array of floating or complex numbers."""
-    return is_array(x) and not is_key(x) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _input_name(path: Any) -> str:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import jax
-import jax.numpy as jnp
 from flax import core
 from flax import linen as nn
 from flax.core import meta
@@ -21,7 +20,7 @@ from flax.core import meta
 import nnx_core as nnx
 from bridge._errors import BridgeError, show_path
 from bridge._types import Location, Path
-from bridge.equivalence.numbers import is_key
+from bridge.equivalence.numbers import is_inexact
 from bridge.linen_in_nnx.wrapper import ToNNX
 from bridge.nnx_in_linen.wrapper import ToLinen
 from bridge.tracing.trace import TRANSIENT, Method, Unit, is_array, parted, trace_linen_on, trace_nnx
@@ -175,7 +174,7 @@ def _linen(module: nn.Module, variables: Mapping[str, Any], method: Method) -> S
         return trace_linen_on(module, invoke, values, keys, (args, kwargs), {})
 
     values = {at: x for at, x in _flat(variables).items() if at[0] not in TRANSIENT}
-    parameters = frozenset(at for at, x in values.items() if at[0] == "params" and _is_inexact(x))
+    parameters = frozenset(at for at, x in values.items() if at[0] == "params" and is_inexact(x))
     if is_wrapper:
         words = f"ToLinen({getattr(module.nnx_class, '__name__', module.nnx_class)})"
     else:
@@ -224,7 +223,7 @@ def _nnx(module: nnx.Module, method: Method) -> Subject:
 
         return trace_nnx(merged(given, None), call, (args, kwargs), {})
 
-    parameters = [_location(path, x) for path, x in start if isinstance(x, nnx.Param) and _is_inexact(_raw(x))]
+    parameters = [_location(path, x) for path, x in start if isinstance(x, nnx.Param) and is_inexact(_raw(x))]
     name = type(module.module).__name__ if isinstance(module, ToNNX) else type(module).__name__
     words = f"ToNNX({name})" if isinstance(module, ToNNX) else f"NNX {name}"
     return Subject(words, "nnx", given, frozenset(parameters), run, listened, units)
@@ -314,7 +313,3 @@ def _function(function: Callable[..., Any]) -> Subject:
 
     name = getattr(function, "__name__", type(function).__name__)
     return Subject(f"function {name}", "function", {}, frozenset(), run, listened, units)
-
-
-def _is_inexact(x: Any) -> bool:
-    return is_array(x) and not is_key(x) and jnp.issubdtype(x.dtype, jnp.inexact)

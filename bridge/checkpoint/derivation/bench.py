@@ -23,7 +23,8 @@ from bridge._errors import VariablesMismatchError, show_path
 from bridge._types import Location, Shape
 from bridge.equivalence.compiled import Compiled
 from bridge.equivalence.drawing import Draw, with_other_key
-from bridge.equivalence.numbers import Difference, difference, on_host, same_bits
+from bridge.equivalence.numbers import Difference, difference, is_inexact, on_host, same_bits
+from bridge.equivalence.weights import weighed
 from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, quick_options, streams_of
 from bridge.tracing.trace import Method, is_array
 
@@ -247,11 +248,11 @@ class Bench:
 
 def _with_gradients(run: Callable[..., Any]) -> Callable[..., Any]:
     def both(values: Values, keys: Any, args: Any, kwargs: Any, salt: Any) -> tuple[Any, Any]:
-        floating = {at: x for at, x in values.items() if is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)}
+        floating = {at: x for at, x in values.items() if is_inexact(x)}
 
         def loss(floating: Values) -> tuple[Any, Any]:
             output = run({**values, **floating}, keys, args, kwargs)
-            return _weighed(output, salt), output
+            return weighed(output, salt), output
 
         gradients, output = jax.grad(loss, has_aux=True)(floating)
         return output, gradients
@@ -266,28 +267,9 @@ def _without_gradients(run: Callable[..., Any]) -> Callable[..., Any]:
     return output
 
 
-def _weighed(output: Any, salt: Any) -> Any:
-    """A sum over all elements, each with a weight of its own in [-1, 1]: the same in both models, bit for bit."""
-    total = jnp.float32(0)
-    for number, x in enumerate(jax.tree.leaves(output)):
-        if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.inexact):
-            continue
-        bits = jax.lax.iota(jnp.uint32, max(x.size, 1))[: x.size] * jnp.uint32(2654435761)
-        bits += (jnp.uint32(number) + jnp.asarray(salt, jnp.uint32) * 97 + 1) * jnp.uint32(40503)
-        for shift, factor in ((16, 2246822519), (13, 3266489917)):
-            bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-        weights = ((bits >> 8).astype(jnp.float32) / 2.0**23 - 1).reshape(x.shape)
-        parts = (x.real, x.imag) if jnp.issubdtype(x.dtype, jnp.complexfloating) else (x,)
-        for turn, part in enumerate(parts):
-            total += jnp.sum(
-                part.astype(jnp.float32) * (weights if not turn else weights[..., ::-1] if x.ndim else weights)
-            )
-    return total
-
-
 def _pulled_back(rules: Any, values: Values, gradients: Values) -> dict[Location, Any]:
     """Gradients with respect to NNX's values as those with respect to Linen's."""
-    floating = {at: x for at, x in values.items() if is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)}
+    floating = {at: x for at, x in values.items() if is_inexact(x)}
 
     def convert(floating: Values) -> Values:
         made = rules.convert({**values, **floating})

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
@@ -26,9 +25,9 @@ from bridge.checkpoint.derivation.derived import Proof
 from bridge.checkpoint.derivation.proposal import Fusion, Proposal, Spot
 from bridge.checkpoint.derivation.rework import Rework, reworks
 from bridge.checkpoint.derivation.to_rules import UnsayableRuleError
-from bridge.equivalence.numbers import is_key
+from bridge.equivalence.numbers import is_inexact
 from bridge.tracing.pairs import Group, Index, Link
-from bridge.tracing.trace import Slot, is_array
+from bridge.tracing.trace import Slot
 
 SEEDS = (0, 1, 2)
 _MOST_RUNS = 96
@@ -180,14 +179,14 @@ class Search:
     # ---- numbers that hide ----
 
     def _hidden(self, modes: Sequence[Mode]) -> Mapping[Location, Any]:
-        values = {at: np.array(x) if _is_numbers(x) else x for at, x in self.bench.point(0).values.items()}
+        values = {at: np.array(x) if is_inexact(x) else x for at, x in self.bench.point(0).values.items()}
         kinds: dict[int, set[str]] = {}
         for mode in modes:
             kinds.setdefault(mode.group, set()).add(mode.kind)
         firsts: dict[tuple[int, int], np.ndarray] = {}
         for (number, _, n), link in self.base.links.items():
             own = _get(values, link.linen, link.linen_index)
-            if not _is_numbers(own):
+            if not is_inexact(own):
                 continue
             if self.base.groups[number].by_order:
                 own = firsts.setdefault((number, n), own)
@@ -217,10 +216,6 @@ class Search:
         return replace(ordered, reworks=changes, fusions=fusions)
 
 
-def _is_numbers(x: Any) -> bool:
-    return is_array(x) and not is_key(x) and jnp.issubdtype(x.dtype, jnp.inexact)
-
-
 def _at(slot: Slot, index: Index) -> tuple[Any, ...]:
     """Where one layer of a stacked variable is."""
     place: list[Any] = [slice(None)] * len(slot.part.shape)
@@ -232,7 +227,7 @@ def _at(slot: Slot, index: Index) -> tuple[Any, ...]:
 
 def _get(values: Mapping[Location, Any], slot: Slot, index: Index) -> Any:
     value = values.get(slot.part.location)
-    if value is None or not _is_numbers(value):
+    if value is None or not is_inexact(value):
         return value
     layer = np.asarray(value)[_at(slot, index)]
     if slot.count == 1:
@@ -296,7 +291,7 @@ def _features(layer: Sequence[Any], by_values: bool) -> np.ndarray:
     """A few numbers that tell gradients apart."""
     features: list[float] = []
     for x in layer:
-        if x is None or not _is_numbers(x):
+        if x is None or not is_inexact(x):
             continue
         flat = np.asarray(x).astype("complex128" if np.asarray(x).dtype.kind == "c" else "float64").ravel()
         flat = np.sort(flat) if by_values else flat

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,13 @@ class Event:
     @property
     def method(self) -> str:
         return self.place[1]
+
+    def around(self) -> Iterator[Event]:
+        """The calls that it was made in, the innermost first."""
+        above = self.parent
+        while above is not None:
+            yield above
+            above = above.parent
 
     @property
     def lanes(self) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 
 from bridge._types import Path
 from bridge.equivalence.counterparts import LayerPair
+from bridge.equivalence.findings import BEFORE
 from bridge.equivalence.numbers import Difference, difference
 from bridge.equivalence.recording import Event
 from bridge.equivalence.report import Cause, Finding, Parting
@@ -212,6 +213,9 @@ def _of_one(case: Case, wrong: Sequence[Finding]) -> Parting:
         "trained parameter": "training",
         "optimizer state": "training",
     }
+    before = [finding for finding in wrong if finding.what == "state" and finding.text.startswith(BEFORE)]
+    if before and not any(finding.what == "parameter" for finding in wrong):
+        return _of_parameter(case, _first(case, before))
     kind = min((finding.what for finding in wrong), key=list(causes).index)
     finding = _first(case, [finding for finding in wrong if finding.what == kind])
     if finding.what == "gradient":
@@ -271,9 +275,13 @@ def _of_parameter(case: Case, finding: Finding) -> Parting:
         cause: Cause = "dtype" if off.absolute < float("inf") else "shape"
         return Parting(finding.path, finding.other, cause, f"{off.forms} (b, a). {_advice('parameters')}")
     numbers = "" if off is None else f"differ by {_numbers(off)}"
-    is_state = finding.what == "state"
-    text = f"the values {numbers}{f', {finding.text}' if finding.text else ''}. {_advice('parameters')}"
-    return Parting(finding.path, finding.other, "state" if is_state else "parameters", text)
+    also = f", {finding.text}" if finding.text else ""
+    row = _row_of(case, finding)
+    if finding.what == "state" and row is not None:
+        text = f"the values of {finding.path} {numbers}{also}. {_advice('state')}"
+        return Parting(row.row.a, row.row.b, "state", text)
+    text = f"the values {numbers}{also}. {_advice('parameters')}"
+    return Parting(finding.path, finding.other, "parameters" if finding.what == "parameter" else "state", text)
 
 
 def _finding_in(case: Case, path: Path) -> Finding:

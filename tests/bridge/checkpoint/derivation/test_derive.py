@@ -8,7 +8,7 @@ from flax import linen as nn
 
 import nnx_core as nnx
 from bridge import ToNNX
-from bridge.checkpoint.derivation.derive import DerivationError, derive
+from bridge.checkpoint.derivation.derive import DerivationError, UnprovenDerivationError, derive
 from bridge.demo.linen_model import Cnn
 from bridge.demo.native_model import DigitsNet
 from tests.layers import LAYERS
@@ -193,7 +193,11 @@ TOKENS = jnp.asarray(np.array([[1, 2, 3, 4, 5], [6, 5, 4, 0, 0]], "int32"))
 def test_transformer_with_tied_embedding_flags_and_two_inputs():
     scale = jnp.linspace(0.5, 1.5, 4)
     derived = check(Transformer(), NnxTransformer, TOKENS, scale, deterministic=True)
-    assert derive(Transformer(), NnxTransformer, TOKENS, scale, deterministic=False) == derived
+    with pytest.raises(UnprovenDerivationError, match="draws random numbers"):
+        derive(Transformer(), NnxTransformer, TOKENS, scale, deterministic=False)
+    noisy = derive(Transformer(), NnxTransformer, TOKENS, scale, deterministic=False, unproven=True)
+    assert noisy == derived
+    assert "draws random numbers" in noisy.unproven
     assert (
         "params/pos_embedding",
         "params/position",

@@ -42,7 +42,7 @@ class Case:
 def parting(case: Case) -> Parting:
     """Where and why they first part."""
     first = _parting(case)
-    a, b = ("" if path == show(()) else path for path in (first.a, first.b))
+    a, b = ("" if path == show(()) or path.startswith("inputs/") else path for path in (first.a, first.b))
     return Parting(a, b, first.cause, first.text)
 
 
@@ -66,7 +66,7 @@ def _of_outputs(case: Case, wrong: Sequence[Finding]) -> Parting:
         return _random(case)
     parameters = [finding for finding in wrong if finding.what == "parameter"]
     if parameters:
-        return _of_parameter(case, parameters[0])
+        return _of_parameter(case, _first(case, parameters))
     return _of_one(case, wrong)
 
 
@@ -103,7 +103,7 @@ def _of_layer(case: Case, evidence: Evidence) -> Parting:
     numbers = f"its output differs by {_numbers(row.alone or row.output)} on equal input"
     if None not in (ours.trains, theirs.trains) and ours.trains is not theirs.trains:
         return _mode(row.a, row.b, ours, theirs)
-    own = row.parameters if is_leaf else None
+    own = row.parameters
     if own is not None and not _is_equal(own):
         return _of_parameter(case, _finding_in(case, ours.path))
     off = row.alone or row.output
@@ -186,7 +186,8 @@ def _of_one(case: Case, wrong: Sequence[Finding]) -> Parting:
         "trained parameter": "training",
         "optimizer state": "training",
     }
-    finding = min(wrong, key=lambda finding: list(causes).index(finding.what))
+    kind = min((finding.what for finding in wrong), key=list(causes).index)
+    finding = _first(case, [finding for finding in wrong if finding.what == kind])
     if finding.what == "gradient":
         finding = _last(case, [finding for finding in wrong if finding.what == "gradient"])
     if finding.what == "parameter":
@@ -208,10 +209,23 @@ def _of_one(case: Case, wrong: Sequence[Finding]) -> Parting:
     return Parting(finding.path, finding.other, cause, f"{what}. {_advice(cause)}")
 
 
+def _first(case: Case, wrong: Sequence[Finding]) -> Finding:
+    """The one of the layer that is called first."""
+    return min(wrong, key=lambda finding: _when(case, finding, len(case.rows)))
+
+
 def _last(case: Case, wrong: Sequence[Finding]) -> Finding:
     """The one of the layer that is called last: gradients go backwards, so there it begins."""
-    begins = {evidence.pair.a.event.path: n for n, evidence in enumerate(case.rows) if evidence.pair is not None}
-    return max(wrong, key=lambda finding: begins.get(case.layers.get(finding.path, ("",)), -1))
+    return max(wrong, key=lambda finding: _when(case, finding, -1))
+
+
+def _when(case: Case, finding: Finding, otherwise: int) -> int:
+    """The number of the layer's row."""
+    layer = case.layers.get(finding.path)
+    for number, evidence in enumerate(case.rows):
+        if evidence.pair is not None and evidence.pair.a.event.path == layer and layer:
+            return number
+    return otherwise
 
 
 def _row_of(case: Case, finding: Finding) -> Evidence | None:

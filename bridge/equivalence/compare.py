@@ -165,12 +165,15 @@ class Comparison:
     def _paired(self, rules: ValueRules | None) -> Counterparts:
         try:
             return counterparts(self.a, self.b, rules, self._units_of)
+        except ComparisonError:
+            raise
         except Exception as error:
-            if isinstance(error, ComparisonError) or (rules is not None and isinstance(error, BridgeError)):
-                raise
-            self.findings.leave_out(f"parameters and gradients: layers cannot be traced: {error}")
-            nothing: Callable[..., Sequence[Match]] = _nothing
-            return Counterparts(nothing, nothing, (), (), tuple(self.a.values), tuple(self.b.values), ())
+            raise ComparisonError(
+                "which layers are which cannot be found out",
+                "two models that can be traced abstractly, and rules that fit them",
+                f"{type(error).__name__}: {error}",
+                "Give rules= that say what is what.",
+            ) from error
 
     def _units_of(self, subject: Subject) -> list[Unit]:
         args, kwargs = self.inputs.args, dict(self.inputs.kwargs)
@@ -240,7 +243,10 @@ class Comparison:
         self, one: Outcome, two: Outcome, seed: int, runs: tuple[Run, Run], *, gradients: bool, state: bool
     ) -> None:
         self._compare_outputs(one, two, seed)
-        if gradients:
+        shapes = [[getattr(x, "shape", ()) for x in outcome.outputs.values()] for outcome in (one, two)]
+        if gradients and shapes[0] != shapes[1]:
+            self.findings.leave_out("gradients: of other outputs in a than in b")
+        elif gradients:
             self._compare_gradients(one, two, seed, runs)
         if state:
             self._compare_state(one, two, seed)
@@ -253,9 +259,14 @@ class Comparison:
             self.findings.add(Finding("structure", "", "", None, False, seed, None, text))
         if not ours and not theirs:
             self.findings.leave_out("outputs: the call returns none")
-        if len(ours) != len(theirs):
-            return
-        for (path, x), (other, y) in zip(ours, theirs, strict=True):
+        common = [name for name in names if name in two.outputs]
+        if names != others and common:  # what is missing on one side must not shift the rest
+            pairs = [(name, one.outputs[name], name, two.outputs[name]) for name in common]
+        elif len(ours) == len(theirs):
+            pairs = [(path, x, other, y) for (path, x), (other, y) in zip(ours, theirs, strict=True)]
+        else:
+            pairs = []
+        for path, x, other, y in pairs:
             self.findings.compare("output", path, other, x, y, seed=seed)
             if _is_hollow(x) and _is_hollow(y):
                 text = f"output {path}".rstrip()
@@ -301,10 +312,11 @@ class Comparison:
 
     def _compare_new(self, ours: Mapping[Location, Any], theirs: Mapping[Location, Any], seed: int) -> None:
         """What a call has made: sown values, caches; under the name, in the counterpart of its module."""
-        paths = path_pairs(self.pairs, (at[1:-1] for at in ours), (at[1:-1] for at in theirs))
+        kinds = [{at[1:-1]: object for at in side} for side in (ours, theirs)]
+        paths = path_pairs(self.pairs, *kinds)
         left = dict(theirs)
         for at, x in sorted(ours.items()):
-            candidates = [(at[0], *path, at[-1]) for path in paths.get(at[1:-1], [])]
+            candidates = [(at[0], *paths[at[1:-1]], at[-1])] if at[1:-1] in paths else []
             candidates += [other for other in left if (other[0], other[-1]) == (at[0], at[-1])]
             partner = next((other for other in candidates if other in left), None)
             if partner is None:
@@ -401,10 +413,6 @@ class Comparison:
         paths = {row.pair.a.event.path for row in rows if row.pair is not None}
         layers = {show_path(at): layer_of(at, paths) for at in self.a.values}
         return parting(Case(self.findings.all, rows, self.pairs.exchanged, draws, layers))
-
-
-def _nothing(ours: Any, theirs: Any) -> Sequence[Match]:
-    return ()
 
 
 def _same(findings: Findings, match: Match) -> bool:

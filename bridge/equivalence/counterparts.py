@@ -11,6 +11,7 @@ Knows variables and units; knows nothing of calls, outputs or reports.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bridge._errors import BridgeError, show_path
 from bridge._types import Location, Path
 from bridge.equivalence.numbers import difference
 from bridge.equivalence.subjects import ComparisonError, Subject, ValueRules, Values
@@ -57,20 +59,22 @@ class Counterparts:
     Attributes:
       values: pairs of two models' values.
       cotangents: the same of gradients, and of whatever has the form of the parameters.
+      located: pairs of locations, None where equal paths are the same layer; at least a part of one is the other's.
       only_a, only_b: without a counterpart in a layer that has one, so that the models differ.
       unpaired_a, unpaired_b: without a counterpart, and nobody knows why.
-      layers: pairs of layers with variables; None where equal paths are the same layer.
+      layers: pairs of layers of which one is stacked, and the other is not or otherwise.
       sizes_a, sizes_b: how often transforms repeat a layer, by path.
       exchanged: pairs that the order of calls has otherwise than the numbers.
     """
 
     values: Callable[[Values, Values], Iterable[Match]]
     cotangents: Callable[[Values, Values], Iterable[Match]]
+    located: tuple[tuple[Location, Location], ...] | None = None
     only_a: tuple[Location, ...] = ()
     only_b: tuple[Location, ...] = ()
     unpaired_a: tuple[Location, ...] = ()
     unpaired_b: tuple[Location, ...] = ()
-    layers: tuple[LayerPair, ...] | None = None
+    layers: tuple[LayerPair, ...] = ()
     sizes_a: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
     sizes_b: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
     exchanged: tuple[LayerPair, ...] = ()
@@ -107,10 +111,10 @@ def _by_names(a: Subject, b: Subject) -> Counterparts:
     other = {at for at in a.values.keys() & b.values.keys() if _shape(a.values[at]) != _shape(b.values[at])}
     only_a, only_b = _without(a.values, b.values), _without(b.values, a.values)
     if "function" in (a.api, b.api):
-        return Counterparts(matches, matches, (), (), only_a, only_b)
+        return Counterparts(matches, matches, unpaired_a=only_a, unpaired_b=only_b)
     unpaired = tuple(sorted(other))
     exchanged = tuple(_exchanged_names(a.values, b.values))
-    return Counterparts(matches, matches, only_a, only_b, unpaired, unpaired, exchanged=exchanged)
+    return Counterparts(matches, matches, None, only_a, only_b, unpaired, unpaired, exchanged=exchanged)
 
 
 def _shape(x: Any) -> Any:
@@ -148,18 +152,7 @@ def _without(values: Iterable[Location], others: Iterable[Location]) -> tuple[Lo
 
 
 def _by_rules(a: Subject, b: Subject, rules: ValueRules, units: Callable[[Subject], list[Unit]]) -> Counterparts:
-    linen = b if b.api == "linen" != a.api else a
-    pairs = rules.pairs(linen.values)  # rules may be patterns, which take what there is
-    sources, targets = {linen for linen, _ in pairs}, {nnx for _, nnx in pairs}
-    forward = sources <= a.values.keys() and targets <= b.values.keys()
-    if not forward and not (sources <= b.values.keys() and targets <= a.values.keys()):
-        missing = sorted(sources - a.values.keys()) or sorted(targets - b.values.keys())
-        raise ComparisonError(
-            "the rules are not of these two models",
-            "rules whose pairs of locations are Linen's and the NNX model's",
-            f"{'/'.join(missing[0])}, which neither model has there",
-            "Derive them from these models, or write them for their variables.",
-        )
+    forward, pairs = _direction(a, b, rules)
     source = a if forward else b
     of_target = {nnx: linen for linen, nnx in reversed(pairs)}
     of_source = dict(reversed(pairs))
@@ -189,37 +182,69 @@ def _by_rules(a: Subject, b: Subject, rules: ValueRules, units: Callable[[Subjec
             if at in of_source:
                 yield match(at, of_source[at], linen[at], pulled[at])
 
-    unpaired_a = _without(a.values, sources if forward else targets)
-    unpaired_b = _without(b.values, targets if forward else sources)
-    located = pairs if forward else [(nnx, linen) for linen, nnx in pairs]
-    layers, sizes_a, sizes_b = _layers_of(located, units(a), units(b))
-    return Counterparts(values, cotangents, (), (), unpaired_a, unpaired_b, tuple(layers), sizes_a, sizes_b)
+    located = tuple(pairs) if forward else tuple((nnx, linen) for linen, nnx in pairs)
+    unpaired_a = _without(a.values, (at for at, _ in located))
+    unpaired_b = _without(b.values, (at for _, at in located))
+    layers, sizes_a, sizes_b = _restacked(located, units(a), units(b))
+    return Counterparts(values, cotangents, located, (), (), unpaired_a, unpaired_b, tuple(layers), sizes_a, sizes_b)
 
 
-def _layers_of(pairs: Iterable[tuple[Location, Location]], a: list[Unit], b: list[Unit]) -> Any:
-    """Pairs of layers by those of their variables; layers of a stack in the order of the other's calls."""
+def _direction(a: Subject, b: Subject, rules: ValueRules) -> tuple[bool, list[tuple[Location, Location]]]:
+    """Whether the rules lead from `a` to `b`, and what they pair.
+
+    Raises:
+      ComparisonError: they lead neither way.
+    """
+    both = ((True, a, b), (False, b, a))
+    reasons: list[str] = []
+    for forward, source, target in both[::-1] if (a.api, b.api) == ("nnx", "linen") else both:
+        try:
+            needs_values = bool(inspect.signature(rules.pairs).parameters)
+            pairs = rules.pairs(source.values) if needs_values else rules.pairs()
+        except BridgeError as error:
+            reasons.append(str(error))
+            continue
+        strangers = sorted({at for at, _ in pairs} - source.values.keys())
+        strangers += sorted({at for _, at in pairs} - target.values.keys())
+        if pairs and not strangers:
+            return forward, pairs
+        reasons += [f"{show_path(at)}, which is not there" for at in strangers[:1]] or ["no pair"]
+    raise ComparisonError(
+        "the rules are not of these two models",
+        "rules whose pairs of locations are Linen's and the NNX model's",
+        reasons[0],
+        "Derive them from these models, or write them for their variables.",
+    )
+
+
+def _restacked(pairs: Iterable[tuple[Location, Location]], a: list[Unit], b: list[Unit]) -> Any:
+    """Pairs of layers one of which is a stack of the other, in the order of calls; and the sizes of stacks."""
     owners_a, owners_b = _owners(a), _owners(b)
-    partners: dict[Path, dict[Path, None]] = {}
+    forth: dict[Path, dict[Path, None]] = {}
+    back: dict[Path, dict[Path, None]] = {}
     for at, there in pairs:
         ours, theirs = owners_a.get(at), owners_b.get(there)
         if ours is not None and theirs is not None:
-            partners.setdefault(ours.path, {})[theirs.path] = None
+            forth.setdefault(ours.path, {})[theirs.path] = None
+            back.setdefault(theirs.path, {})[ours.path] = None
     units_a, units_b = {unit.path: unit for unit in a}, {unit.path: unit for unit in b}
-    layers: list[LayerPair] = []
-    taken: dict[Path, int] = {}
-    for path, others in partners.items():
-        in_order = sorted(others, key=lambda other: units_b[other].order or 0)
-        is_unstacked = len(in_order) > 1 and units_a[path].sizes == (len(in_order),)
-        for number, other in enumerate(in_order):
-            index = (number,) if is_unstacked else ()
-            stack = units_b[other].sizes
-            if not units_a[path].sizes and len(stack) == 1:
-                there = (taken.setdefault(other, 0),)
-                taken[other] += 1
-            else:
-                there = ()
-            layers.append(LayerPair(path, index, other, there))
+    layers = [LayerPair(path, at, other, ()) for path, at, other in _rounds(forth, back, units_a, units_b)]
+    layers += [LayerPair(other, (), path, at) for path, at, other in _rounds(back, forth, units_b, units_a)]
     return layers, _sizes(a), _sizes(b)
+
+
+def _rounds(
+    partners: Mapping[Path, Iterable[Path]],
+    others: Mapping[Path, Iterable[Path]],
+    stacks: Mapping[Path, Unit],
+    units: Mapping[Path, Unit],
+) -> Iterator[tuple[Path, Index, Path]]:
+    """(stack, index in it, the layer that is this round) where each round is a layer with no other partner."""
+    for path, single in partners.items():
+        rounds = sorted(single, key=lambda other: units[other].order or 0)
+        is_stack = stacks[path].sizes == (len(rounds),) and not any(units[other].sizes for other in rounds)
+        if is_stack and all(list(others[other]) == [path] for other in rounds):
+            yield from ((path, (n,), other) for n, other in enumerate(rounds))
 
 
 # ---- by units ----
@@ -238,13 +263,14 @@ def _by_units(a: Subject, b: Subject, units_a: list[Unit], units_b: list[Unit]) 
                 x, y = _block(link.linen, link.linen_index, ours[at]), _block(link.nnx, link.nnx_index, theirs[there])
                 yield Match(at, there, x, y, _block_text(link))
 
-    linked_a = {link.linen.part.location for link in links}
-    linked_b = {link.nnx.part.location for link in links}
+    located = tuple(dict.fromkeys((link.linen.part.location, link.nnx.part.location) for link in links))
+    linked_a, linked_b = {at for at, _ in located}, {at for _, at in located}
     halves_a = {at for at in a.values if at in owners_a and _has_partner(owners_a[at], linked_a)}
     halves_b = {at for at in b.values if at in owners_b and _has_partner(owners_b[at], linked_b)}
     return Counterparts(
         matches,
         matches,
+        located,
         _without(halves_a, linked_a),
         _without(halves_b, linked_b),
         _without(a.values, linked_a | halves_a),
@@ -333,14 +359,20 @@ def _block_text(link: Link) -> str:
 
 
 def _layer_pairs(links: Sequence[Link], owners_a: Any, owners_b: Any) -> Iterator[LayerPair]:
+    """Pairs with an index, where the two have not the same stacks."""
     pairs: dict[LayerPair, None] = {}
     for link in links:
         ours, theirs = owners_a[link.linen.part.location], owners_b[link.nnx.part.location]
         # A variable that the rounds of a scan share has no index; another one of the layer may have.
-        whole = len(link.linen_index) == len(ours.sizes) and len(link.nnx_index) == len(theirs.sizes)
-        if whole or not any(pair.a == ours.path for pair in pairs):
+        if len(link.linen_index) == len(ours.sizes) and len(link.nnx_index) == len(theirs.sizes):
             pairs[LayerPair(ours.path, link.linen_index, theirs.path, link.nnx_index)] = None
-    yield from pairs
+    partners: dict[Path, set[Path]] = {}
+    for layers in pairs:
+        partners.setdefault(layers.a, set()).add(layers.b)
+    for layers in pairs:
+        is_indexed = layers.a_index != layers.b_index or len(partners[layers.a]) > 1
+        if is_indexed and (layers.a_index or layers.b_index):
+            yield layers
 
 
 # ---- by the numbers ----

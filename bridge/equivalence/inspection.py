@@ -56,9 +56,9 @@ class Inspection:
             findings.leave_out(f"layers: the models do not run without jit: {type(error).__name__}: {error}")
             return []
         pairs = pair_calls(self.pairs, ours, theirs)
-        is_equal = all(finding.equal for finding in findings.all)
+        is_equal = all(finding.equal for finding in findings.all) and not any(map(_differ_in_dtype, pairs))
         fed = [] if is_equal else self._fed(self.b, to_feed(pairs), findings)
-        rows = evidence(pairs, ours, theirs, fed, findings, self._parameters(ours, findings))
+        rows = evidence(pairs, ours, theirs, fed, findings, self._parameters(pairs, findings))
         _compare_dtypes(rows, findings)
         return self._probed(rows, findings) if is_equal else rows
 
@@ -73,9 +73,9 @@ class Inspection:
             findings.leave_out(f"layers of {subject.words}, each fed a given input: {text}")
             return []
 
-    def _parameters(self, events: Sequence[Event], findings: Findings) -> dict[Path, Difference]:
-        """Path of a layer in a -> the worst difference of its own variables."""
-        paths = {event.path for event in events}
+    def _parameters(self, pairs: Sequence[Pair], findings: Findings) -> dict[Path, Difference]:
+        """Path of a layer in a -> the worst difference of its own variables, and of parts without a counterpart."""
+        paths = {pair.a.event.path for pair in pairs}
         worst: dict[Path, Difference] = {}
         for match in self.pairs.values(self.a.values, self.b.values):
             layer = layer_of(match.a, paths)
@@ -133,12 +133,15 @@ def _by_place(events: Sequence[Event]) -> dict[Place, Event]:
     return {event.place: event for event in events if event.is_fed}
 
 
+def _differ_in_dtype(pair: Pair) -> bool:
+    both = zip(pair.a.outputs(), pair.b.outputs(), strict=False)
+    return any(x.dtype != y.dtype and x.shape == y.shape for x, y in both)
+
+
 def _compare_dtypes(rows: Sequence[Evidence], findings: Findings) -> None:
-    """A layer in another dtype, which the outputs may not show."""
+    """A layer that is in another dtype by itself, which the outputs may not show."""
     for row in rows:
-        if row.pair is None or row.row.parameters is None:
-            continue
-        for x, y in zip(row.pair.a.outputs(), row.pair.b.outputs(), strict=False):
-            if x.dtype != y.dtype and x.shape == y.shape:
-                text = f"the layer returns {y.dtype}, expected {x.dtype}"
-                findings.add(Finding("structure", row.row.a, row.row.b, None, False, text=text))
+        if row.pair is not None and row.row.verdict == "wrong" and _differ_in_dtype(row.pair):
+            dtypes = [", ".join(x.dtype.name for x in turn.outputs()) for turn in (row.pair.b, row.pair.a)]
+            text = f"the layer returns {dtypes[0]}, expected {dtypes[1]}"
+            findings.add(Finding("structure", row.row.a, row.row.b, None, False, text=text))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge._types import Path
+from bridge._types import Location, Path
 from bridge.equivalence.counterparts import Counterparts, LayerPair
 from bridge.equivalence.recording import Event, stacked
 from bridge.tracing.trace import family_of
@@ -51,50 +51,60 @@ class Pair:
 # ---- which layer is which ----
 
 
-def path_pairs(pairs: Counterparts, a: Iterable[Path], b: Iterable[Path]) -> dict[Path, list[Path]]:
-    """Path in `a` -> paths in `b`: of layers with variables, of what holds them, and of their neighbours without.
+def path_pairs(pairs: Counterparts, a: Mapping[Path, Any], b: Mapping[Path, Any]) -> dict[Path, Path]:
+    """Path in `a` -> path in `b`, of layers and of modules that hold the same variables, no more and no less.
+
+    Of several, one inside of the other, those of one class are the same, or else the outermost with the outermost.
 
     Args:
-      a, b: paths of all layers that were called.
+      a, b: paths of all layers, each with its class.
     """
-    ours, theirs = list(dict.fromkeys(a)), list(dict.fromkeys(b))
-    if pairs.layers is None:
-        known = set(theirs)
-        return {path: [path] for path in ours if path in known}
-    partners: dict[Path, dict[Path, None]] = {}
-    for pair in pairs.layers:
-        partners.setdefault(pair.a, {})[pair.b] = None
-    partners.setdefault((), {(): None})
-    containers = _containers(partners)
-    for path, other in containers.items():
-        partners.setdefault(path, {})[other] = None
-    return {path: list(others) for path, others in partners.items()}
+    if pairs.located is None:
+        return {path: path for path in a if path in b}
+    forth: dict[Location, set[Location]] = {}
+    back: dict[Location, set[Location]] = {}
+    for at, there in pairs.located:
+        forth.setdefault(at, set()).add(there)
+        back.setdefault(there, set()).add(at)
+    ours, theirs = _by_variables(a, forth), _by_variables(b, back)
+    result = {(): ()} if () in a and () in b else {}
+    for held, paths in ours.items():
+        image = frozenset(itertools.chain(*(forth[at] for at in held)))
+        if frozenset(itertools.chain(*(back[at] for at in image))) == held:
+            others = [path for path in theirs.get(image, ()) if path]
+            result |= _one_by_one([path for path in paths if path], others, a, b)
+    return result
 
 
-def _containers(partners: Mapping[Path, Mapping[Path, None]]) -> dict[Path, Path]:
-    """What holds the same layers on both sides; of several, one inside the other, the outermost with the outermost."""
-    below_a = _below(partners)
-    below_b = _below(itertools.chain(*partners.values()))
-    by_layers: dict[frozenset[Path], list[Path]] = {}
-    for path in sorted(below_b, key=len):
-        by_layers.setdefault(frozenset(below_b[path]), []).append(path)
-    containers: dict[Path, Path] = {}
-    taken: dict[Path, int] = {}
-    for path in sorted(below_a, key=len):
-        image = frozenset(other for layer in below_a[path] for other in partners[layer])
-        candidates = [other for other in by_layers.get(image, ()) if other not in taken]
-        if path and candidates:
-            containers[path] = candidates[0]
-            taken[candidates[0]] = 1
-    return containers
+def _by_variables(paths: Iterable[Path], known: Iterable[Location]) -> dict[frozenset[Location], list[Path]]:
+    """The variables at or below a path, of those with a counterpart -> the paths with just these."""
+    below: dict[Path, set[Location]] = {}
+    for at in known:
+        for length in range(len(at)):
+            below.setdefault(at[1:][:length], set()).add(at)
+    groups: dict[frozenset[Location], list[Path]] = {}
+    for path in sorted(paths, key=len):
+        if path in below:
+            groups.setdefault(frozenset(below[path]), []).append(path)
+    return groups
 
 
-def _below(paths: Iterable[Path]) -> dict[Path, set[Path]]:
-    below: dict[Path, set[Path]] = {}
-    for path in paths:
-        for length in range(1, len(path)):
-            below.setdefault(path[:length], set()).add(path)
-    return below
+def _one_by_one(
+    ours: Sequence[Path], theirs: Sequence[Path], a: Mapping[Path, Any], b: Mapping[Path, Any]
+) -> dict[Path, Path]:
+    chosen: dict[Path, Path] = {}
+    for is_same in (_are_of_one_class, lambda kind, other: True):
+        for path in ours:
+            free = [other for other in theirs if other not in chosen.values()]
+            other = next((other for other in free if is_same(a[path], b[other])), None)
+            if path not in chosen and other is not None:
+                chosen[path] = other
+    return chosen
+
+
+def _are_of_one_class(kind: Any, other: Any) -> bool:
+    family = family_of(kind)
+    return kind.__name__ == other.__name__ or (family is not None and family is family_of(other))
 
 
 # ---- which call is which ----
@@ -102,20 +112,18 @@ def _below(paths: Iterable[Path]) -> dict[Path, set[Path]]:
 
 def pair_calls(pairs: Counterparts, a: Sequence[Event], b: Sequence[Event]) -> list[Pair]:
     """Calls that are to do the same, in the order of `a`."""
-    paths = path_pairs(pairs, (event.path for event in a), (event.path for event in b))
+    kinds = [{event.path: event.kind for event in events} for events in (a, b)]
+    paths = path_pairs(pairs, *kinds)
     indexed: dict[Path, list[LayerPair]] = {}
-    for layer in pairs.layers or ():
+    for layer in pairs.layers:
         indexed.setdefault(layer.a, []).append(layer)
     calls_a, calls_b = _by_method(a), _by_method(b)
     result: list[Pair] = []
     for (path, method), ours in calls_a.items():
-        layers = indexed.get(path, [])
-        if _is_restacked(layers):
-            result += _expanded(layers, ours, calls_b, method, pairs)
-            continue
-        for other in paths.get(path, []):
-            theirs = calls_b.get((other, method), [])
-            both = zip(ours, theirs, strict=False)
+        if path in indexed:
+            result += _expanded(indexed[path], ours, calls_b, method, pairs)
+        elif path in paths:
+            both = zip(ours, calls_b.get((paths[path], method), []), strict=False)
             result += [Pair(Turn(x), Turn(y), n) for n, (x, y) in enumerate(both, start=1)]
     result += _without_variables(result, a, b)
     begun = {id(event): n for n, event in enumerate(a)}
@@ -127,12 +135,6 @@ def _by_method(events: Iterable[Event]) -> dict[tuple[Path, str], list[Event]]:
     for event in events:
         calls.setdefault((event.path, event.method), []).append(event)
     return calls
-
-
-def _is_restacked(layers: Sequence[LayerPair]) -> bool:
-    """Whether rounds of one side are layers, or other rounds, of the other."""
-    others = {layer.b for layer in layers}
-    return len(others) > 1 or any(layer.a_index != layer.b_index for layer in layers)
 
 
 def _expanded(

@@ -114,7 +114,7 @@ class Recording:
         return output
 
     def _take(self, tree: Any, columns: list[list[np.ndarray]]) -> None:
-        for x in filter(_is_numbers, jax.tree.leaves(tree)):
+        for x in map(_numbers, filter(is_array, jax.tree.leaves(tree))):
             column: list[np.ndarray] = []
             columns.append(column)
             if isinstance(x, jax.core.Tracer):
@@ -125,16 +125,16 @@ class Recording:
     def _fed(self, event: Event, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments with the arrays to be fed; as they are, where the two have not the same form."""
         leaves, treedef = jax.tree.flatten((args, kwargs))
-        positions = [n for n, x in enumerate(leaves) if _is_numbers(x)]
+        positions = [n for n, x in enumerate(leaves) if is_array(x)]
         values = self._feed[event.place]
         own = [leaves[n] for n in positions]
-        shapes = [np.shape(x) for x in own]
+        shapes = [np.shape(_numbers(x)) for x in own]
         # One value is none for all lanes of a vmap. JAX tells its tracers by no public name.
         mapped = any(type(x).__name__ == "BatchTracer" for x in own)
         if mapped or shapes != [np.shape(value) for value in values]:
             return args, kwargs
-        for n, x, value in zip(positions, own, values, strict=True):
-            leaves[n] = jnp.asarray(value, x.dtype)
+        for n, value in zip(positions, values, strict=True):
+            leaves[n] = _like(leaves[n], value)
         event.is_fed = True
         args, kwargs = treedef.unflatten(leaves)
         return args, kwargs
@@ -178,8 +178,14 @@ def fields_of(layer: Any) -> dict[str, Any]:
     return options
 
 
-def _is_numbers(x: Any) -> bool:
-    return is_array(x) and not is_key(x)
+def _numbers(x: Any) -> Any:
+    """Of random keys, those that they are made of."""
+    return jax.random.key_data(x) if is_key(x) else x
+
+
+def _like(x: Any, value: np.ndarray) -> Any:
+    # In the value's own dtype: a layer behind one in half precision is to be fed what it would be otherwise.
+    return jax.random.wrap_key_data(value, impl=jax.random.key_impl(x)) if is_key(x) else jnp.asarray(value)
 
 
 def _appending(column: list[np.ndarray]) -> Callable[[Any], None]:

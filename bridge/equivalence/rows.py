@@ -60,7 +60,7 @@ def evidence(
       fed: the calls of b in a run in which its layers were fed a's inputs; empty if there was none.
       parameters: path of a layer in a -> the worst difference of its own variables.
     """
-    by_place = {event.place: event for event in fed if event.is_fed}
+    by_place = {event.place: event for event in fed}
     rows = [(pair.a.event.begin, _paired(pair, by_place, findings, parameters)) for pair in pairs]
     known = _with_those_around([pair.a.event for pair in pairs] + [pair.b.event for pair in pairs])
     rows += [(event.begin, _alone(event, "a")) for event in _unpaired(a, known)]
@@ -126,9 +126,13 @@ def _paired(
     alone = natural = None
     natural_inputs: list[np.ndarray] = []
     if replayed is not None:
-        alone, _ = apart(pair.a.outputs(), Turn(replayed).outputs(), findings)
+        returned, _ = apart(pair.a.outputs(), Turn(replayed).outputs(), findings)
+        alone = returned if replayed.is_fed else None
         natural_inputs = Turn(replayed).inputs()
-        natural, _ = apart(pair.a.inputs(), natural_inputs, findings)
+        natural, count = apart(pair.a.inputs(), natural_inputs, findings)
+        if len(natural_inputs) != len(pair.a.inputs()) and returned is not None and not returned.equal:
+            # A mask that one side has and the other has not, say.
+            natural = Difference(np.inf, 0.0, None, 0.0, False, count)
     texts = [given_text and f"input: {given_text}", output_text and f"output: {output_text}", _options(ours, theirs)]
     row = Row(
         a=show(ours.path),
@@ -151,7 +155,7 @@ def _verdict(given: Difference | None, output: Difference | None, alone: Differe
         return "equal"
     if alone is not None:
         return "fed wrong" if alone.equal and not alone.forms else "wrong"
-    return "fed wrong" if given is not None and not given.equal else "wrong"
+    return "fed wrong" if given is not None and (not given.equal or given.forms) else "wrong"
 
 
 def _with_those_around(events: Iterable[Event]) -> set[int]:

@@ -50,8 +50,8 @@ class ValueRules(Protocol):
     def convert(self, values: Values) -> dict[Location, Any]:
         """The NNX model's values from Linen's; JAX can trace it."""
 
-    def pairs(self, values: Values) -> list[tuple[Location, Location]]:
-        """(Linen location, NNX location): what is made of what, of these values of Linen's."""
+    def pairs(self, values: Values | None = None) -> list[tuple[Location, Location]]:
+        """(Linen location, NNX location): what is made of what, of these values of Linen's if it depends on them."""
 
 
 @dataclass(frozen=True)

@@ -167,15 +167,21 @@ def trace_linen_on(
     ['LayerNorm']
     """
     call = getattr(type(module), method) if isinstance(method, str) else method
-    log = _Log()
-    probes = {at: _Probe(value) for at, value in values.items()}
 
-    def run(probes: Any, args: Any, kwargs: Any) -> None:
+    def run(values: Any, args: Any, kwargs: Any) -> None:
         mutable = core.DenyList(("params", *TRANSIENT))
-        module.apply(tree_of(probes.items()), *args, method=call, mutable=mutable, rngs=streams, **kwargs)
+        module.apply(tree_of(values.items()), *args, method=call, mutable=mutable, rngs=streams, **kwargs)
 
-    with nn.intercept_methods(_listener(log, _removed_from_box)):
-        _abstractly(run, probes, args, kwargs)
+    log = _Log()
+    with nn.intercept_methods(_listener(log, _rank)):
+        _abstractly(run, dict(values), args, kwargs)
+    seen, log.inside = log.inside, {}
+    if any(at in values and rank != _rank(values[at]) for (_, at), rank in seen.items()):
+        # As in `trace_linen`: once more, in boxes that are told of axes.
+        boxed = _Log()
+        with nn.intercept_methods(_listener(boxed, _removed_from_box)):
+            _abstractly(run, {at: _Probe(value) for at, value in values.items()}, args, kwargs)
+        log.inside = boxed.inside
     return _units([_part(at, value, log) for at, value in values.items()], log, _linen_slots)
 
 

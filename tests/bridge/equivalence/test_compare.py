@@ -207,6 +207,14 @@ def test_structure_dtype_and_shape_of_outputs(b, what, cause):
     assert report.first.cause == cause
 
 
+def test_an_output_that_is_missing_does_not_shift_the_others():
+    report = compare(lambda x: {"a": x, "b": x + 1}, lambda x: {"b": x + 1}, X)
+    assert unequal(report) == {("structure", "")}
+    assert report.first.cause == "structure"
+    assert "a returns a, b, b returns b" in report.first.text
+    assert report.not_compared[0] == "gradients: of other outputs in a than in b"
+
+
 def test_a_layer_in_another_dtype_is_found_though_the_next_one_casts_back():
     module, variables = linen(norm_dtype=jnp.bfloat16)
 
@@ -318,6 +326,18 @@ def test_abstract_variables_are_refused():
     model = nnx.eval_shape(lambda: NativeNet(nnx.Rngs(0)))
     with pytest.raises(ComparisonError, match=r"(?s)a cannot be compared.*the abstract variable .*params/a/bias"):
         compare(model, model, X)
+
+
+def test_layers_that_cannot_be_traced_are_an_error():
+    class Real(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(x) if float(x.sum()) > 0 else nn.Dense(2)(-x)
+
+    variables = Real().init(jax.random.key(0), jnp.ones(X.shape))
+    model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ComparisonError, match=r"(?s)which layers are which cannot be found out.*Give rules="):
+        compare((Real(), variables), model, jnp.ones(X.shape))
 
 
 def test_what_cannot_be_had_is_said():

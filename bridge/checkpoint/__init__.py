@@ -24,6 +24,7 @@ from bridge.checkpoint.derivation.derive import (
     UnprovenDerivationError,
     UnsureDerivationWarning,
     derive,
+    prove,
 )
 from bridge.checkpoint.derivation.derived import Derived, Proof
 from bridge.checkpoint.derivation.forward import ForwardMismatchError, ForwardReport, RandomCallError, compare_forward
@@ -77,7 +78,7 @@ __all__ = [
     # rules from the models themselves
     "DerivationError", "Derived", "ForwardMismatchError", "ForwardReport", "RandomCallError", "UnknownPathError",
     "Proof", "UnprovenDerivationError", "UnprovenRulesError", "UnsayableRuleError", "UnsureDerivationWarning",
-    "compare_forward", "derive",
+    "compare_forward", "derive", "prove",
     # what is on disk
     "CheckpointInfo", "Kind", "Layout", "Leaf", "LinenTrainState", "Sink", "Source", "Tree", "open_sink",
     "open_source", "read_metadata", "read_train_state", "read_tree",

@@ -1,15 +1,20 @@
 """Rules that follow from the two models themselves.
 
-Law: what is not certain is said.
+Law: what is not proven is not handed out, unless the caller says so; then it says so itself.
 Knows both models and what they compute; knows no checkpoint files.
 """
 
 from bridge.checkpoint.derivation.derive import (
     DerivationError,
-    Derived,
     UnknownPathError,
+    UnprovenDerivationError,
     UnsureDerivationWarning,
     derive,
+    prove,
 )
+from bridge.checkpoint.derivation.derived import Derived, Proof
 
-__all__ = ["DerivationError", "Derived", "UnknownPathError", "UnsureDerivationWarning", "derive"]
+__all__ = [
+    "DerivationError", "Derived", "Proof", "UnknownPathError", "UnprovenDerivationError", "UnsureDerivationWarning",
+    "derive", "prove",
+]  # fmt: skip

@@ -1,8 +1,7 @@
 """Rules that follow from the two models themselves: which Linen variable is which NNX Variable, and how it is made.
 
 Law: every variable of both models is paired exactly once, or stands in one error; nothing is guessed where two would do
-as well; `derived.inverse()` undoes `derived`, bit for bit. Both models are traced abstractly. Where the order of calls
-alone has decided, both are also run, on random values, or else the result and a warning say so.
+as well, and nothing is handed out that was not proven by running both models, unless the caller says so.
 Knows modules, through their traces; knows nothing of files, optimizers or layouts of checkpoints.
 """
 
@@ -22,7 +21,7 @@ import nnx_core as nnx
 from bridge._errors import BridgeError, near_misses, show_path
 from bridge._types import Location, Path
 from bridge.checkpoint.derivation.bench import Bench
-from bridge.checkpoint.derivation.derived import Derived, Unsure
+from bridge.checkpoint.derivation.derived import Derived, Proof, Unsure
 from bridge.checkpoint.derivation.forward import RandomCallError
 from bridge.checkpoint.derivation.proposal import FUSED, RESHAPED, Fusion, Proposal, base_of, fusions_of
 from bridge.checkpoint.derivation.search import Search, proven, undecided
@@ -95,12 +94,12 @@ class UnprovenDerivationError(BridgeError, ValueError):
     """Nothing has shown that a mapping is right, and so it is not handed out.
 
     Attributes:
-      derived: what order, shapes and names propose, unproven.
+      derived: what order, shapes and names propose, unproven; or the rules that were to be proven.
       why: what is missing.
       lines: where the models part, or what could be exchanged.
     """
 
-    def __init__(self, derived: Derived, why: str, lines: Sequence[str], advice: str):
+    def __init__(self, derived: Any, why: str, lines: Sequence[str], advice: str):
         self.derived, self.why, self.lines = derived, why, tuple(lines)
         shown = "\n".join(f"    {line}" for line in self.lines[:_MOST_LINES])
         super().__init__(
@@ -205,33 +204,38 @@ def derive(
     is called several times counts once. Layers in a stack (nn.scan, nn.vmap; nnx.scan, nnx.vmap) are the same as
     that many layers one by one. Variables of modules of the user's own may have any names, if their shapes differ.
 
-    Two branches of one shape without names, called in another order, would be taken for one another. So neighbours in
-    the order of calls are unsure unless both models' names tell them apart, or one needs the other's output in both
-    models (which a second abstract trace of each shows). What is unsure is checked: both models run once, compiled,
-    what `compare_forward` demands must hold, and the outputs must be further off with the two swapped; a swap that no
-    output shows stays unsure. Nothing else is ever computed.
+    All of that is a proposal. Both models prove it: they are run, each compiled once, on several draws of random
+    variables and inputs, and their outputs and the gradients of a random sum of these must agree. If they do not,
+    others are tried: layers, stacks and whole subtrees exchanged; kernels turned, reshaped, with blocks in another
+    order (gates, heads, channels first), fused or cut (query, key and value); norms that multiply by `1 + scale`. Runs
+    on numbers that hide the difference tell where it lies. What is handed out was proven. Layers that no output and no
+    gradient tells apart are an error, unless names do.
 
     Args:
       linen_module: unbound.
       nnx_module: real or abstract, or a function of `nnx.Rngs` that makes it, which runs abstractly. Not changed.
-      *inputs, **kwargs: of the call: arrays, `jax.ShapeDtypeStruct`s, flags.
+      *inputs, **kwargs: of the call: arrays, `jax.ShapeDtypeStruct`s, flags. Floating arrays are varied for all draws
+        but the first.
       rngs: for Linen's init, as `module.init` takes them.
       method: the name of the method to call, or a function of (module, *inputs, **kwargs); or two, Linen's first.
       rename: what is what, decided beforehand: Linen path -> NNX path of modules or variables, without the collection;
         None for what has no place in NNX. What is below one is paired with what is below the other.
       fresh: paths of NNX whose values Linen does not have: those of the model stay.
-      check: whether to run the models: True, always; False, never; None, where something is unsure, nothing is dropped
-        or fresh, the Linen variables have at most 256 MiB, and the models run here without drawing random numbers.
+      check: whether to run the models: True, always; False, never, and the result is not proven; None, unless the
+        Linen variables have more than 256 MiB.
+      unproven: hand out what could not be proven, with a warning: the result, and every report of what is done with it,
+        says so.
 
     Returns:
-      What `apply`s to the leaves of Linen, `inverse()` of which to those of NNX. Its `unsure` is what was not checked,
-      with an UnsureDerivationWarning.
+      What `apply`s to the leaves of Linen, `inverse()` of which to those of NNX, with its `proof`; or with the reason
+      why there is none in `unproven`, and in `unsure` what the order of calls alone has paired.
 
     Raises:
       DerivationError: variables without a counterpart, or with several; all of them.
+      UnprovenDerivationError: the models part, could not be run, draw random numbers (give keywords or a method without
+        dropout), or nothing tells layers apart; it shows where.
       UnknownPathError: `rename` or `fresh` names what there is not.
-      ForwardMismatchError: a check has found other outputs; it lists what is unsure.
-      RandomCallError: the same with check=True, for a call that draws random numbers.
+      RandomCallError: with check=True, for a call that draws random numbers.
 
     >>> import jax
     >>> class Net(nnx.Module):
@@ -291,6 +295,47 @@ def derive(
     return derived
 
 
+def prove(
+    linen_module: nn.Module,
+    nnx_module: nnx.Module | Callable[[nnx.Rngs], nnx.Module],
+    rules: Any,
+    *inputs: Any,
+    rngs: Any = None,
+    method: Method | tuple[Method, Method] = "__call__",
+    **kwargs: Any,
+) -> Proof:
+    """Show that rules which somebody wrote, or kept in a file, lead from one model to the same one.
+
+    Args:
+      rules: from Linen to NNX: `Rules`, or what `derive` gave, either way.
+      Others as for `derive`.
+
+    Returns:
+      The proof: outputs and gradients of both models agree on several draws of random numbers.
+
+    Raises:
+      UnprovenDerivationError: they do not, or the call draws random numbers; it shows where they part.
+      VariablesMismatchError, RulesError: the rules do not lead to the NNX model's variables.
+
+    >>> import jax
+    >>> from bridge.checkpoint.rules.apply import Rules
+    >>> x = jax.ShapeDtypeStruct((1, 2), "float32")
+    >>> theirs, ours = nn.Sequential([nn.Dense(3)]), lambda rngs: nnx.Sequential(nnx.Linear(2, 3, rngs=rngs))
+    >>> print(prove(theirs, ours, Rules.from_rename({"layers_0": "layers/0"}), x))
+    proven: 1 outputs and 2 gradients on 3 draws of random numbers agree, outputs bit for bit
+    """
+    rules = rules.inverse() if getattr(rules, "to", "nnx") == "linen" else rules
+    bench = Bench(linen_module, nnx_module, inputs, kwargs, rngs, method)
+    proof, evidence = proven(bench, rules)
+    if proof is not None:
+        return proof
+    random = bench.which_is_random(bench.point(0), rules)
+    lines = evidence.describe()
+    if random is not None:
+        lines = [str(RandomCallError(random))]
+    raise UnprovenDerivationError(rules, "the models do not compute the same under these rules", lines, "Mend them.")
+
+
 class _NotRun(Exception):
     """Why both models could not be run."""
 
@@ -304,7 +349,7 @@ def _proven(base: Proposal, make_bench: Callable[[], Bench], always: bool) -> De
     """The first proposal that both models prove, if no other is as good."""
     try:
         bench = make_bench()
-        proof, evidence = proven(bench, base)
+        proof, evidence = proven(bench, base.derived)
         random = None if proof is not None else bench.which_is_random(bench.point(0), base.derived)
         if random is not None:
             raise RandomCallError(random)

@@ -53,8 +53,8 @@ class Mode:
     amount: float = 0.0
 
 
-def proven(bench: Bench, proposal: Proposal) -> tuple[Proof | None, Evidence]:
-    """The proof, or None and the worst of what speaks against it."""
+def proven(bench: Bench, rules: Any) -> tuple[Proof | None, Evidence]:
+    """The proof that rules are right, or None; and the worst of what was seen, or what speaks against it."""
     worst: Evidence | None = None
     notes: list[str] = []
     unseen: set[Location] | None = None
@@ -62,7 +62,7 @@ def proven(bench: Bench, proposal: Proposal) -> tuple[Proof | None, Evidence]:
     for seed in SEEDS:
         point = bench.point(seed)
         expected = bench.expected(seed)
-        evidence = bench.compare(point, proposal.derived, expected)
+        evidence = bench.compare(point, rules, expected)
         if seed and "finite" in evidence.misfit:
             continue  # numbers that the model is not made for say nothing
         if evidence.worst > 1:
@@ -101,7 +101,7 @@ class Search:
                 continue
             tried.add(key)
             try:
-                proof, _ = proven(self.bench, proposal)
+                proof, _ = proven(self.bench, proposal.derived)
             except UnsayableRuleError:
                 continue
             self.runs += 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import nnx_core as nnx
-from bridge.checkpoint.derivation.derive import UnprovenDerivationError, UnsureDerivationWarning, derive
+from bridge.checkpoint.derivation.derive import UnprovenDerivationError, UnsureDerivationWarning, derive, prove
 from bridge.checkpoint.rules.apply import Rules
 from bridge.variables.mapping import tree_of
 from tests.support.derive_cases import check, located, random_variables
@@ -75,6 +75,20 @@ def test_the_proof_says_what_it_has_compared():
     assert derived.proof.worst <= 1
     assert derived.to_toml().startswith("# proven: 1 outputs and 4 gradients on 3 draws of random numbers agree, ")
     assert derived.inverse().proof is derived.proof
+
+
+def test_rules_that_somebody_wrote_are_proven_too():
+    pair = RIGHT["towers"]
+    derived = derive(pair.linen, pair.make, *pair.inputs)
+    rules = Rules.from_table(tomllib.loads(derived.to_toml()))
+    for right in (rules, derived, derived.inverse()):
+        assert str(prove(pair.linen, pair.make, right, *pair.inputs)).startswith(
+            "proven: 1 outputs and 12 gradients on 3"
+        )
+    with pytest.warns(UnsureDerivationWarning):
+        wrong = derive(pair.linen, pair.make, *pair.inputs, check=False).rules()
+    with pytest.raises(UnprovenDerivationError, match=r"(?s)under these rules.*output: off by .*gradient of params/"):
+        prove(pair.linen, pair.make, wrong, *pair.inputs)
 
 
 def test_a_loop_without_gradients_is_proven_by_its_outputs():

@@ -322,6 +322,17 @@ def test_bad_usage(arguments, options, text):
         compare(*arguments, **options)
 
 
+def test_a_mode_that_linen_wants_to_be_told():
+    class Open(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm()(x)
+
+    variables = nn.BatchNorm(use_running_average=True).init(jax.random.key(0), jnp.zeros(X.shape))
+    with pytest.raises(ComparisonError, match=r"(?s)a \(Linen Open\) does not run.*a mode flag that is open"):
+        compare((Open(), {name: {"BatchNorm_0": tree} for name, tree in variables.items()}), jnp.sin, X)
+
+
 def test_abstract_variables_are_refused():
     model = nnx.eval_shape(lambda: NativeNet(nnx.Rngs(0)))
     with pytest.raises(ComparisonError, match=r"(?s)a cannot be compared.*the abstract variable .*params/a/bias"):

@@ -203,7 +203,8 @@ def _matched(parts: Sequence[Unit], one: Unit, linen_is_many: bool) -> list[Fusi
         if not fusion.many[0].shape or not fusion.reworks:
             return None
         fusions.append(fusion)
-    return fusions
+    differ = any(len(fusion.many) > 1 or fusion.many[0].shape != fusion.one.shape for fusion in fusions)
+    return fusions if differ else None  # variables of one shape and other names are for the caller to tell
 
 
 def _fits(name: Location, other: Location, size: int, part: Part) -> bool:

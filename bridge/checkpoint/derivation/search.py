@@ -36,6 +36,7 @@ _MOST_TOWERS = 16
 _FAR = 10.0  # models that differ by rounding do so by a like amount whichever of two layers is which
 _ROUNDING = 1e-2  # a sum in another order is off by as much of the tolerance: (a + b) + c and (c + b) + a
 _ALIKE = 1e-3  # of gradients, relative to the larger one
+_NOTHING = 3e-6  # of the largest gradient: what rounding leaves where there should be zero
 _FEATURES = 6
 
 
@@ -284,9 +285,10 @@ def _matched(
     one, other = (np.array([_features(layer, by_values) for layer in side]) for side in (theirs, ours))
     if one.shape != other.shape or not one.size:
         return identity
-    scale = np.maximum(np.abs(one[:, None]), np.abs(other[None])) + 1e-30
-    largest = np.maximum(np.abs(other).max(0), 1e-30)
-    apart = (np.abs(one[:, None] - other[None]) / np.maximum(scale, 1e-4 * largest)).max(-1)
+    scale = np.maximum(np.abs(one[:, None]), np.abs(other[None]))
+    # The gradient of a key's bias is nothing but rounding: compared with itself, it would say that nothing fits.
+    floor = max(_NOTHING * float(np.abs(other).max()), 1e-30)
+    apart = (np.abs(one[:, None] - other[None]) / np.maximum(scale, floor / _ALIKE)).max(-1)
     cost = np.where(apart < _ALIKE, 0.0, apart) + 1e-6 * (1 - np.eye(len(identity)))
     rows, columns = linear_sum_assignment(np.nan_to_num(cost, nan=1e6, posinf=1e6))
     return tuple(int(columns[row]) for row in np.argsort(rows))
@@ -305,9 +307,10 @@ def _features(layer: Sequence[Any], by_values: bool) -> np.ndarray:
     return np.array(features)
 
 
-def _near(one: np.ndarray, other: np.ndarray) -> bool:
+def _near(one: np.ndarray, other: np.ndarray, floor: float = 0.0) -> bool:
     largest = max(float(np.abs(one).max(initial=0)), float(np.abs(other).max(initial=0)))
-    return one.shape == other.shape and float(np.abs(one - other).max(initial=0)) <= _ALIKE * largest
+    apart = float(np.abs(one - other).max(initial=0)) if one.shape == other.shape else np.inf
+    return apart <= max(_ALIKE * largest, floor)
 
 
 def _rework_of(link: Link, linen: Mapping[Location, Any], nnx: Mapping[Location, Any], turned: bool) -> Rework | None:
@@ -361,6 +364,8 @@ def undecided(bench: Bench, proposal: Proposal, proof: Proof) -> list[list[tuple
     point = replace(bench.point(0), values=hidden)
     gradients = bench.linen(point).gradients
     suspects: list[Exchange] = []
+    largest = [float(np.abs(np.asarray(x)).max(initial=0)) for x in gradients.values()]
+    floor = _NOTHING * max(largest, default=0.0)
     for number, group in enumerate(proposal.groups):
         pairs.append([])
         if not group.by_order or len(group.pairs) == 1:
@@ -370,10 +375,11 @@ def undecided(bench: Bench, proposal: Proposal, proof: Proof) -> list[list[tuple
         layers = [[_get(gradients, link.linen, link.linen_index) for link in own] for own in links]
         for one, other in itertools.combinations(range(len(layers)), 2):
             named = group.told_apart(order[one], order[other]) and order[one] == one and order[other] == other
-            if not named and _layers_alike(layers[one], layers[other]):
+            if not named and _layers_alike(layers[one], layers[other], floor):
                 suspects.append((number, one, other))
-    for number, one, other in suspects[:_MOST_RUNS]:
-        if not _is_worse(bench, _exchanged(proposal, [(number, one, other)]), proof):
+    for count, (number, one, other) in enumerate(suspects):
+        # Too many to be tried are not told apart either.
+        if count >= _MOST_RUNS or not _is_worse(bench, _exchanged(proposal, [(number, one, other)]), proof):
             pairs[number].append((one, other))
     decided = [suspect for suspect in suspects if suspect[1:] not in pairs[suspect[0]]]
     for tower in _towers(proposal, decided):
@@ -383,9 +389,9 @@ def undecided(bench: Bench, proposal: Proposal, proof: Proof) -> list[list[tuple
     return pairs
 
 
-def _layers_alike(one: Sequence[Any], other: Sequence[Any]) -> bool:
+def _layers_alike(one: Sequence[Any], other: Sequence[Any], floor: float) -> bool:
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    return all(_near(np.asarray(a), np.asarray(b)) for a, b in pairs)
+    return all(_near(np.asarray(a), np.asarray(b), floor) for a, b in pairs)
 
 
 def _towers(proposal: Proposal, suspects: Sequence[Exchange]) -> Iterator[list[Exchange]]:

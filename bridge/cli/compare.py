@@ -74,10 +74,10 @@ def compare(
 
 
 def _require_two(linen: str, nnx: str, a: str, b: str) -> None:
-    given = tuple(name for name, text in (("--linen", linen), ("--nnx", nnx), ("--a", a), ("--b", b)) if text)
-    if given not in (("--linen", "--nnx"), ("--a", "--b")):
-        found = " and ".join(given) or "none"
-        raise typer.BadParameter(f"two models are compared: --linen and --nnx, or --a and --b; given: {found}")
+    options = tuple(name for name, text in (("--linen", linen), ("--nnx", nnx), ("--a", a), ("--b", b)) if text)
+    if options not in (("--linen", "--nnx"), ("--a", "--b")):
+        named = " and ".join(options) or "none"
+        raise typer.BadParameter(f"two models are compared: --linen and --nnx, or --a and --b; given: {named}")
 
 
 def _require_place(html: Path) -> None:

@@ -98,23 +98,23 @@ def _side(reference: str) -> Side:
 
     import nnx_core
 
-    found = load_attribute(reference)
-    is_new = isinstance(found, type)
-    if is_new or (callable(found) and not isinstance(found, nn.Module | nnx_core.Module) and _makes(found)):
-        is_new = is_new or "rngs" in inspect.signature(found).parameters
+    model = load_attribute(reference)
+    is_new = isinstance(model, type)
+    if is_new or (callable(model) and not isinstance(model, nn.Module | nnx_core.Module) and _makes(model)):
+        is_new = is_new or "rngs" in inspect.signature(model).parameters
         with users_code(f"{reference!r} cannot be made from `rngs` or from nothing"):
-            found = made_of_rngs(found)
-    match found:
+            model = made_of_rngs(model)
+    match model:
         case nn.Module():
-            return Side(reference, found, bare=True)
+            return Side(reference, model, bare=True)
         case nnx_core.Module():
-            return Side(reference, found, bare=is_new)
+            return Side(reference, model, bare=is_new)
         case (nn.Module() as module, Mapping() as variables):
             return Side(reference, module, variables)
-    if callable(found):
-        return Side(reference, found)
+    if callable(model):
+        return Side(reference, model)
     raise typer.BadParameter(
-        f"{reference!r} is {type(found).__name__}; to be compared are Linen modules, alone or as a pair with their"
+        f"{reference!r} is {type(model).__name__}; to be compared are Linen modules, alone or as a pair with their"
         " variables, NNX modules, what makes one of these of nothing or of `rngs`, and functions of the inputs"
     )
 
@@ -257,8 +257,8 @@ def _with_values_of(one: Side, other: Side) -> Side:
         return replace(other, variables=one.variables, bare=False)
     model = nnx_core.clone(other.model)
     ours, theirs = (nnx_core.state(side, nnx_core.Not(nnx_core.RngState)) for side in (one.model, model))
-    found, expected = (dict(nnx_core.to_flat_state(state)) for state in (ours, theirs))
-    missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
+    our_paths, their_paths = (set(dict(nnx_core.to_flat_state(state))) for state in (ours, theirs))
+    missing, unexpected = their_paths - our_paths, our_paths - their_paths
     if missing or unexpected:
         raise VariablesMismatchError(missing, unexpected, source=one.name, target=other.name)
     nnx_core.update(model, ours)

@@ -153,8 +153,8 @@ class Derived:
         """
         return values_of(self.apply(reads_of(values)).made, values)
 
-    def pairs(self, _values: Mapping[Location, Any] | None = None) -> list[tuple[Location, Location]]:
-        """(Linen's location, NNX's location) of each pair, whichever way this leads, for any values; each once."""
+    def pairs(self) -> list[tuple[Location, Location]]:
+        """(Linen's location, NNX's location) of each pair, whichever way this leads; each once."""
         towards_nnx = self if self.to == "nnx" else self.inverse()
         return pairs_of(towards_nnx.made)
 

@@ -181,7 +181,15 @@ def test_a_layer_that_is_off_is_named(computed):
     )
     assert _off(bad) == ["native nnx_core: layer by layer"]
     (said,) = [str(check) for check in verdict.checks(bad) if not check.holds]
-    assert "first at Conv_1 | conv2: computation, demanded equal" in said
+    assert "first at Conv_1 | conv2: computation, demanded equal, nothing left out" in said
+
+
+def test_what_was_left_out_is_off(computed):
+    _, _, good = computed
+    native = dataclasses.replace(good.reports["native nnx_core"], not_compared=("gradients: none",))
+    bad = dataclasses.replace(good, reports={"native nnx_core": native})
+    (said,) = [str(check) for check in verdict.checks(bad) if not check.holds]
+    assert "1 left out, demanded equal, nothing left out" in said
 
 
 def test_a_missing_gradient_is_off(computed):

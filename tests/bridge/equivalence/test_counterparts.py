@@ -31,7 +31,7 @@ class Rules:
             ("params", "shift"): values["params", "bias"] * 2,
         }
 
-    def pairs(self, values):
+    def pairs(self):
         return [(("params", "kernel"), ("params", "w")), (("params", "bias"), ("params", "shift"))]
 
 
@@ -72,7 +72,7 @@ def test_rules_of_other_models_are_an_error():
 
 def test_rules_of_a_stack_pair_its_rounds():
     class Unstack:
-        def pairs(self, values):
+        def pairs(self):
             names = [(("rounds", "fc"), "layers", 3), (("heads",), "heads", 2)]
             return [
                 (("params", *group, leaf), ("params", layers, str(n), leaf))

@@ -25,6 +25,7 @@ _NOT_YET = {
     "another initial carry": _CALLER,
     "a scan in reverse": _CALLER,
     "a stack in reverse": "located in a layer, which only has its parameters at another step",
+    "a complex parameter": "located, but called a computation: the root's own parameter differs",
     "branches exchanged": "located in the layer of a branch, which is only called elsewhere",
 }
 

@@ -542,8 +542,8 @@ FAULTS = (
         "parameters", _wrong_wrapped, behind=(f"{_FF1}/Dense_1", "Dense_1"),
     ),
     Fault(
-        "exchanged experts", "mixture of experts, unrolled in nnx", "", "", "parameters order",
-        _exchanged_experts,
+        "exchanged experts", "mixture of experts, unrolled in nnx", "", "experts/0",
+        "parameters order", _exchanged_experts,
     ),
     Fault(
         "experts without their gate", "mixture of experts, unrolled in nnx", "", "", "computation",

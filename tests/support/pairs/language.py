@@ -423,10 +423,10 @@ FAULTS = (
     Fault(
         "exchanged blocks", "gpt", "h_0/norm1", "h/0/norm1", "parameters order", _exchanged_blocks,
         also=(
-             "h_0/attention/query", "h_0/attention/key", "h_0/attention/value",
-            "h_0/attention/out", "h_0/norm2", "h_0/up", "h_0/down", "h_1/norm1",
-            "h_1/attention/query", "h_1/attention/key", "h_1/attention/value", "h_1/attention/out",
-            "h_1/norm2", "h_1/up", "h_1/down",
+            "h_0/attention/query", "h_0/attention/key", "h_0/attention/value", "h_0/attention/out",
+            "h_0/norm2", "h_0/up", "h_0/down", "h_1/norm1", "h_1/attention/query",
+            "h_1/attention/key", "h_1/attention/value", "h_1/attention/out", "h_1/norm2", "h_1/up",
+            "h_1/down",
         ),
         behind=("norm", "head"),
     ),
@@ -448,7 +448,7 @@ FAULTS = (
     ),
     Fault(
         "cross attention to itself", "encoder and decoder, tied embedding", "", "",
-        "computation order", model=TranslatorToItself, behind=("cross",),
+        "computation order shape", model=TranslatorToItself, behind=("cross",),
     ),
     Fault(
         "scaled logits", "encoder and decoder, tied embedding", "", "", "computation",

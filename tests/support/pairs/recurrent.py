@@ -214,7 +214,7 @@ FAULTS = (
         "parameters", _order_of_gates, also=("cell/ir", "cell/iz", "cell/in"), behind=("head",),
     ),
     Fault(
-        "lengths that are not used", "gru, its gates fused in nnx", "", "", "computation",
+        "lengths that are not used", "gru, its gates fused in nnx", "", "", "structure shape",
         model=GRUToTheEnd, behind=("head",),
     ),
     Fault(
@@ -222,9 +222,9 @@ FAULTS = (
         "computation order structure shape", model=GRUOfSwappedOutputs,
     ),
     Fault(
-        "directions exchanged", "both directions", "forth", "both/forward_rnn/cell",
+        "directions exchanged", "both directions", "forth/i", "both/forward_rnn/cell/dense_i",
         "parameters order", _exchanged_directions,
-        also=("forth/i", "forth/h", "back", "back/i", "back/h"), behind=("head",),
+        also=("forth", "forth/h", "back", "back/i", "back/h"), behind=("head",),
     ),
     Fault(
         "directions put together the other way", "both directions", "both", "both",

@@ -5,6 +5,7 @@ Law: the exit code says whether the benchmark ran, never whether it was fast.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,11 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from benchmarks import accelerator as accelerator_benchmark
 from benchmarks import bridge as bridge_benchmark
 from benchmarks import checkpoint as checkpoint_benchmark
 from benchmarks import core as core_benchmark
 from benchmarks import dispatch as dispatch_benchmark
 from benchmarks.figures import busy, report, write_json
+from benchmarks.small_models import small_models
 from benchmarks.timing import Timing, Timings, machine
 from tests.tolerance import assert_trees_close
 
@@ -123,6 +126,56 @@ def checkpoint(
     content |= {"repeats": repeats, "machine": about, "runs": runs}
     title = f"checkpoint: {size} MiB, {leaves} leaves, --max-memory {memory} MiB"
     report(console, title, figures, content, json_file)
+
+
+@app.command()
+def accelerator(
+    minutes: Annotated[float, typer.Option(min=0, help="No part starts later than this.")] = 8.0,
+    size: Annotated[int, typer.Option(min=1, help="MiB of the checkpoint.")] = 2048,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each times every variant once.")] = 10,
+    layers: Annotated[int, typer.Option(min=1, help="Depth of the network that is timed.")] = 20,
+    only: Annotated[str, typer.Option(help="Layers of the matrix to compare, with commas between; else all.")] = "",
+    folder: Annotated[Path | None, typer.Option(help="Where the checkpoints go; a temporary folder.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
+) -> None:
+    """Equivalence, dispatch, wrappers and conversion on the backend at hand, in one JSON.
+
+    Exit code 3: something differs, or was not compared.
+    """
+    # The runs of a conversion are processes beside this one, which must leave them memory on the device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    chosen = _layer_rows(only)
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    def save(result: dict[str, Any]) -> None:
+        if json_file is not None:
+            write_json(json_file, result)
+
+    options = accelerator_benchmark.Options(60 * minutes, size << 20, repeats, layers, folder)
+    result = accelerator_benchmark.run(small_models(), chosen, options, say, save)
+    say(f"{result['backend']}, {result['device']}: {_equality(result)}; {len(result['not_run'])} not run")
+    if not result["equal"] or any(row["part"] in accelerator_benchmark.COMPARISONS for row in result["not_run"]):
+        raise typer.Exit(3)
+
+
+def _layer_rows(only: str) -> list[Any]:
+    """Rows of the one table of layers, which the tests keep."""
+    from tests.layers import LAYERS  # late: it imports every layer of both libraries
+
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    known = {layer.name: layer for layer in LAYERS}
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"no layer {', '.join(unknown)}; there are {', '.join(known)}", param_hint="--only")
+    return [known[name] for name in names] or list(LAYERS)
+
+
+def _equality(result: dict[str, Any]) -> str:
+    rows = [row for part in accelerator_benchmark.COMPARISONS for row in result[part]]
+    different = [row["name"] for row in rows if not row["equal"]]
+    return f"{len(rows)} compared, " + (f"DIFFERENT: {', '.join(different)}" if different else "all equal")
 
 
 def _agreeing_losses(depth: int) -> list[float]:

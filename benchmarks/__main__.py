@@ -5,7 +5,9 @@ Law: the exit code says whether the benchmark ran, never whether it was fast.
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from benchmarks import accelerator as accelerator_benchmark
 from benchmarks import bridge as bridge_benchmark
 from benchmarks import checkpoint as checkpoint_benchmark
 from benchmarks import core as core_benchmark
 from benchmarks import dispatch as dispatch_benchmark
 from benchmarks.figures import busy, report, write_json
-from benchmarks.timing import Timing, Timings, machine
+from benchmarks.small_models import small_models
+from benchmarks.timing import Step, Timing, Timings, interleaved, machine
 from tests.tolerance import assert_trees_close
 
 STEPS_COMPARED = 5
@@ -36,12 +40,15 @@ def _benchmarks() -> None:
 
 @app.command()
 def dispatch(
-    layers: Annotated[str, typer.Option(help="Depths to measure, with commas between.")] = "3,10,50",
+    layers: Annotated[str, typer.Option(help="Depths to measure, with commas between.")] = "10,50,200,1000",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each times every variant once.")] = 40,
     calls: Annotated[int, typer.Option(min=1, help="Training steps timed together in a round.")] = 10,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers.")] = None,
 ) -> None:
-    """Host time of one training step: nnx_core, flax.nnx, Linen, next to a bare jax.jit."""
+    """Host time of one training step: nnx_core, flax.nnx, Linen, next to a bare jax.jit; how it grows with the layers.
+
+    Beyond 200 layers only nnx_core, flax.nnx and bare jax.jit. The last rows are of a model with plain arrays.
+    """
     console = Console()
     try:
         depths = dispatch_benchmark.parse_layers(layers)
@@ -49,23 +56,20 @@ def dispatch(
         raise typer.BadParameter(str(error), param_hint="--layers") from None
     about = machine()
     with dispatch_benchmark.full_precision():
-        losses = {depth: _agreeing_losses(depth) for depth in depths}
-        measured = _measure(console, depths, repeats, calls)
+        losses, measured = _measure(console, depths, repeats, calls)
+        arrays = dispatch_benchmark.measure_arrays(rounds=repeats, calls=calls)
     goals = dispatch_benchmark.goals(measured)
-    console.print(_table(measured))
+    console.print(_table(measured, arrays))
     for row in goals:
         console.print(_goal_line(row), highlight=False)
     if (warning := busy(about)) is not None:
         console.print(warning, style="yellow", highlight=False)
     if json_file is not None:
-        content = {
-            "benchmark": "dispatch",
-            "repeats": repeats,
-            "calls": calls,
-            "machine": about,
-            "goals": goals,
-        }
-        content |= {"goals": goals, "layers": _as_json(measured, losses)}
+        rows: dict[str, Any] = {}
+        for depth, timings in measured.items():
+            rows[str(depth)] = {"losses": losses[depth], "variants": _as_json(timings)}
+        content = {"benchmark": "dispatch", "repeats": repeats, "calls": calls, "machine": about, "goals": goals}
+        content |= {"layers": rows, "plain_arrays": _as_json(arrays)}
         write_json(json_file, content)
         console.print(f"Written: {json_file}", highlight=False)
 
@@ -125,41 +129,98 @@ def checkpoint(
     report(console, title, figures, content, json_file)
 
 
-def _agreeing_losses(depth: int) -> list[float]:
+@app.command()
+def accelerator(
+    minutes: Annotated[float, typer.Option(min=0, help="No part starts later than this.")] = 8.0,
+    size: Annotated[int, typer.Option(min=1, help="MiB of the checkpoint.")] = 2048,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each times every variant once.")] = 10,
+    layers: Annotated[int, typer.Option(min=1, help="Depth of the network that is timed.")] = 20,
+    only: Annotated[str, typer.Option(help="Layers of the matrix to compare, with commas between; else all.")] = "",
+    folder: Annotated[Path | None, typer.Option(help="Where the checkpoints go; a temporary folder.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
+) -> None:
+    """Equivalence, dispatch, wrappers and conversion on the backend at hand, in one JSON.
+
+    Exit code 3: something differs, or was not compared.
+    """
+    # The runs of a conversion are processes beside this one, which must leave them memory on the device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    chosen = _layer_rows(only)
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    def save(result: dict[str, Any]) -> None:
+        if json_file is not None:
+            write_json(json_file, result)
+
+    options = accelerator_benchmark.Options(60 * minutes, size << 20, repeats, layers, folder)
+    result = accelerator_benchmark.run(small_models(), chosen, options, say, save)
+    say(f"{result['backend']}, {result['device']}: {_equality(result)}; {len(result['not_run'])} not run")
+    if not result["equal"] or any(row["part"] in accelerator_benchmark.COMPARISONS for row in result["not_run"]):
+        raise typer.Exit(3)
+
+
+def _layer_rows(only: str) -> list[Any]:
+    """Rows of the one table of layers, which the tests keep."""
+    from tests.layers import LAYERS  # late: it imports every layer of both libraries
+
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    known = {layer.name: layer for layer in LAYERS}
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"no layer {', '.join(unknown)}; there are {', '.join(known)}", param_hint="--only")
+    return [known[name] for name in names] or list(LAYERS)
+
+
+def _equality(result: dict[str, Any]) -> str:
+    rows = [row for part in accelerator_benchmark.COMPARISONS for row in result[part]]
+    different = [row["name"] for row in rows if not row["equal"]]
+    return f"{len(rows)} compared, " + (f"DIFFERENT: {', '.join(different)}" if different else "all equal")
+
+
+def _agreeing_losses(variants: Mapping[str, Step]) -> list[float]:
     """The losses of the first steps; AssertionError names the variant that does not share them."""
-    found = dispatch_benchmark.losses(dispatch_benchmark.problem(depth), STEPS_COMPARED)
-    expected = found[dispatch_benchmark.BARE]
-    assert_trees_close(
-        {name: np.float32(losses) for name, losses in found.items()},
-        {name: np.float32(expected) for name in found},
-    )
+    losses = dispatch_benchmark.losses(variants, STEPS_COMPARED)
+    expected = losses[dispatch_benchmark.BARE]
+    found = {name: np.float32(each) for name, each in losses.items()}
+    assert_trees_close(found, dict.fromkeys(found, np.float32(expected)))
     return expected
 
 
-def _measure(console: Console, depths: list[int], repeats: int, calls: int) -> dict[int, dict[str, Timings]]:
+def _measure(
+    console: Console, depths: Sequence[int], repeats: int, calls: int
+) -> tuple[dict[int, list[float]], dict[int, dict[str, Timings]]]:
+    """(losses, timings) by depth; both of the same variants, which are compiled once."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    measured = {}
+    losses, measured = {}, {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for depth in depths:
             bar = progress.add_task(f"{depth} layers", total=repeats)
-            measured[depth] = dispatch_benchmark.measure(
-                depth, rounds=repeats, calls=calls, on_round=lambda bar=bar: progress.advance(bar)
+            variants = dispatch_benchmark.start(dispatch_benchmark.problem(depth))
+            losses[depth] = _agreeing_losses(variants)
+            measured[depth] = interleaved(
+                variants,
+                rounds=repeats,
+                calls=dispatch_benchmark.calls_at(depth, calls),
+                on_round=lambda bar=bar: progress.advance(bar),
             )
-    return measured
+    return losses, measured
 
 
-def _table(measured: dict[int, dict[str, Timings]]) -> Table:
+def _table(measured: dict[int, dict[str, Timings]], arrays: dict[str, Timings]) -> Table:
     title = "One training step, medians. wall: a user's wait; host: this thread's work"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in ("layers", "variant", "wall ms", "±", "ratio", "host ms", "ratio"):
         table.add_column(heading, justify="left" if heading == "variant" else "right", no_wrap=True)
-    for depth, timings in measured.items():
+    groups = {str(depth): timings for depth, timings in measured.items()}
+    for label, timings in {**groups, f"{dispatch_benchmark.PLAIN_ARRAYS} arrays": arrays}.items():
         base = timings[dispatch_benchmark.BARE]
         for name, timing in timings.items():
             low, high = timing.wall.quartiles
             wall = (f"{1e3 * timing.wall.median:.2f}", f"{1e3 * (high - low) / 2:.2f}")
             ratios = [f"{timing.wall.ratio_to(base.wall):.2f}", f"{timing.host.ratio_to(base.host):.2f}"]
-            table.add_row(str(depth), name, *wall, ratios[0], f"{1e3 * timing.host.median:.2f}", ratios[1])
+            table.add_row(label, name, *wall, ratios[0], f"{1e3 * timing.host.median:.2f}", ratios[1])
         table.add_section()
     return table
 
@@ -172,22 +233,18 @@ def _goal_line(row: dict[str, Any]) -> str:
     return f"{start}{verdict}, host {row['host_ratio']:.2f} (wall {row['ratio']:.2f})"
 
 
-def _as_json(measured: dict[int, dict[str, Timings]], losses: dict[int, list[float]]) -> dict[str, Any]:
-    """Seconds per step by both clocks: medians, quartiles, ratios to bare; and the losses that all share."""
+def _as_json(timings: dict[str, Timings]) -> dict[str, Any]:
+    """Seconds per step by both clocks: medians, quartiles, ratios to bare."""
 
     def clock(timing: Timing, base: Timing) -> dict[str, Any]:
         ratio = timing.ratio_to(base)
         return {"median_s": timing.median, "quartiles_s": timing.quartiles, "ratio_to_bare": ratio}
 
-    rows = {}
-    for depth, timings in measured.items():
-        base = timings[dispatch_benchmark.BARE]
-        variants = {
-            name: {"wall": clock(timing.wall, base.wall), "host": clock(timing.host, base.host)}
-            for name, timing in timings.items()
-        }
-        rows[str(depth)] = {"losses": losses[depth], "variants": variants}
-    return rows
+    base = timings[dispatch_benchmark.BARE]
+    variants = {}
+    for name, timing in timings.items():
+        variants[name] = {"wall": clock(timing.wall, base.wall), "host": clock(timing.host, base.host)}
+    return variants
 
 
 if __name__ == "__main__":

@@ -83,49 +83,14 @@ def training_step(rounds: int, layers: int = LAYERS) -> list[Figure]:
     ]
 
 
-PLAIN_ARRAYS = 100
-
-
 def plain_arrays(rounds: int) -> list[Figure]:
     """Host time of a step that writes half of a hundred plain arrays on a module: beside bare jax.jit and flax.nnx."""
-    timings = interleaved(
-        {"ours": _array_step(nnx_core), "flax": _array_step(flax.nnx), "bare": _bare_array_step()},
-        rounds=rounds,
-        calls=10,
-    )
-    ours = timings["ours"].host
+    timings = dispatch.measure_arrays(rounds=rounds, calls=10)
+    ours = timings[dispatch.CORE].host
     return [
-        Figure("step with 100 plain arrays / bare jax.jit", ours.ratio_to(timings["bare"].host)),
-        Figure("step with 100 plain arrays / flax.nnx.jit", ours.ratio_to(timings["flax"].host)),
+        Figure("step with 100 plain arrays / bare jax.jit", ours.ratio_to(timings[dispatch.BARE].host)),
+        Figure("step with 100 plain arrays / flax.nnx.jit", ours.ratio_to(timings[dispatch.FLAX].host)),
     ]
-
-
-def _array_step(nnx: ModuleType) -> Callable[[], Any]:
-    class Tables(nnx.Module):
-        def __init__(self) -> None:
-            for i in range(PLAIN_ARRAYS):
-                setattr(self, f"table_{i}", jnp.full(4, float(i)))
-
-    def step(tables: Any, x: jax.Array) -> None:
-        for i in range(0, PLAIN_ARRAYS, 2):
-            read = getattr(tables, f"table_{i + 1}")
-            setattr(tables, f"table_{i}", getattr(tables, f"table_{i}") + read * x)
-
-    tables, x, run = Tables(), jnp.float32(1e-3), nnx.jit(step)
-    return lambda: run(tables, x)
-
-
-def _bare_array_step() -> Callable[[], Any]:
-    tables, x = [jnp.full(4, float(i)) for i in range(PLAIN_ARRAYS)], jnp.float32(1e-3)
-
-    @jax.jit
-    def run(tables: list[jax.Array], x: jax.Array) -> list[jax.Array]:
-        return [tables[i] + tables[i + 1] * x for i in range(0, PLAIN_ARRAYS, 2)]
-
-    def step() -> None:
-        tables[::2] = run(tables, x)
-
-    return step
 
 
 # ---- tracing -------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def report(
     console: Console, title: str, figures: Sequence[Figure], content: dict[str, Any], json_file: Path | None
 ) -> None:
     """Print the figures as a table, a warning if the machine was busy, and write `content` with them as JSON."""
-    columns = [name for name in _BESIDE if any(getattr(figure, name) is not None for figure in figures)]
+    columns = _columns(figures)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in ("figure", "found", "goal", "", *columns):
         table.add_column(heading, justify="left" if heading in ("figure", "") else "right", no_wrap=True)
@@ -55,12 +55,22 @@ def report(
     if (warning := busy(content["machine"])) is not None:
         console.print(warning, style="yellow", highlight=False)
     if json_file is not None:
-        rows = [
-            {"figure": f.name, "found": f.value, "goal": f.goal, "met": f.met}
-            | {name: getattr(f, name) for name in columns}
-            for f in figures
-        ]
-        write_json(json_file, content | {"figures": rows})
+        write_json(json_file, content | {"figures": figure_rows(figures)})
+
+
+def figure_rows(figures: Sequence[Figure]) -> list[dict[str, Any]]:
+    """The figures as JSON has them."""
+    columns = _columns(figures)
+    rows: list[dict[str, Any]] = []
+    for figure in figures:
+        row = {"figure": figure.name, "found": figure.value, "goal": figure.goal, "met": figure.met}
+        rows.append(row | {name: getattr(figure, name) for name in columns})
+    return rows
+
+
+def _columns(figures: Sequence[Figure]) -> list[str]:
+    """Those of the columns beside that any figure has."""
+    return [name for name in _BESIDE if any(getattr(figure, name) is not None for figure in figures)]
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -166,6 +166,7 @@ class Rules:
         Raises:
           RulesError: the rules do not fit.
 
+        >>> import numpy as np
         >>> rules = Rules([Rule("params/a/kernel", "params/b/kernel", transpose=[1, 0])])
         >>> rules.convert({("params", "a", "kernel"): np.ones((2, 3))})[("params", "b", "kernel")].shape
         (3, 2)
@@ -181,6 +182,7 @@ class Rules:
         Raises:
           RulesError: the rules do not fit, or have patterns and there are no values.
 
+        >>> import numpy as np
         >>> rules = Rules.from_rename({"Dense_0": "hidden"})
         >>> rules.pairs({("params", "Dense_0", "bias"): np.ones(2)})
         [(('params', 'Dense_0', 'bias'), ('params', 'hidden', 'bias'))]

@@ -14,6 +14,7 @@ import numpy as np
 
 from bridge._types import Path
 from bridge.equivalence.counterparts import LayerPair
+from bridge.equivalence.findings import BEFORE
 from bridge.equivalence.numbers import Difference, difference
 from bridge.equivalence.recording import Event
 from bridge.equivalence.report import Cause, Finding, Parting
@@ -49,6 +50,9 @@ def parting(case: Case) -> Parting:
 def _parting(case: Case) -> Parting:
     wrong = [finding for finding in case.findings if not finding.equal]
     kinds = {finding.what for finding in wrong}
+    named = [finding for finding in wrong if finding.what == "structure" and not (finding.path or finding.other)]
+    if named and "output" not in kinds:
+        return Parting("", "", "structure", f"{named[0].text}. {_advice('structure')}")
     if kinds & {"output", "structure", "random"}:
         return _of_outputs(case, wrong)
     return _of_one(case, wrong)
@@ -118,12 +122,7 @@ def _of_layer(case: Case, evidence: Evidence) -> Parting:
 
 
 def _is_inside(other: Evidence, event: Event) -> bool:
-    above = None if other.pair is None else other.pair.a.event.parent
-    while above is not None:
-        if above is event:
-            return True
-        above = above.parent
-    return False
+    return other.pair is not None and any(above is event for above in other.pair.a.event.around())
 
 
 def _between(case: Case, evidence: Evidence) -> Parting:
@@ -132,6 +131,11 @@ def _between(case: Case, evidence: Evidence) -> Parting:
     ours, theirs = pair.a.event, pair.b.event
     if case.exchanged:
         return _exchanged(case.exchanged)
+    around = _row_at(case, ours.parent)
+    if around is not None and around.row.parameters is not None and not _is_equal(around.row.parameters):
+        return _of_parameter(case, _finding_in(case, around.pair.a.event.path))
+    if around is not None and around.is_given_otherwise:
+        ours, theirs = around.pair.a.event, around.pair.b.event
     a, b = (show(event.parent.path) if event.parent is not None else "" for event in (ours, theirs))
     other = _called_otherwise(case.rows, evidence)
     if other is not None:
@@ -140,12 +144,35 @@ def _between(case: Case, evidence: Evidence) -> Parting:
     options = f" ({evidence.row.text})" if evidence.row.text else ""
     numbers = _numbers(evidence.natural)
     text = f"before {evidence.row.a}, what it is fed differs by {numbers}, though all layers before it agree{options}."
+    left_out = _left_out(case, evidence.pair.a.event)
+    if left_out is not None:
+        text = f"{left_out.row.a} is called in a, and nothing in its place in b: {text}"
+        return Parting(a, b, "structure", f"{text} {_advice('structure')}")
+    if evidence.is_given_otherwise:
+        return Parting(a, b, "structure", f"{text} {_advice('structure')}")
     if case.draws[0] != case.draws[1]:
         return Parting(a, b, "mode", f"{text} One model draws random numbers. {_advice('mode')}")
-    if evidence.natural is not None and evidence.natural.forms:
-        cause: Cause = "dtype" if evidence.natural.absolute < float("inf") else "shape"
-        return Parting(a, b, cause, f"{text} {_advice(cause)}")
-    return Parting(a, b, "computation", f"{text} {_advice('computation')}")
+    natural = evidence.natural
+    is_cast = natural is not None and bool(natural.forms) and natural.absolute < float("inf")
+    cause: Cause = "dtype" if is_cast else "computation"
+    return Parting(a, b, cause, f"{text} {_advice(cause)}")
+
+
+def _left_out(case: Case, event: Event) -> Evidence | None:
+    """The first layer, since the last one with a counterpart, that a calls before this one, and b does not."""
+
+    def is_before(other: Event) -> bool:
+        return other.parent is event.parent and other.begin < event.begin
+
+    paired = [row.pair.a.event.begin for row in case.rows if row.pair is not None and is_before(row.pair.a.event)]
+    for row in case.rows:
+        if row.event is not None and row.row.a and is_before(row.event) and row.event.begin > max(paired, default=-1):
+            return row
+    return None
+
+
+def _row_at(case: Case, event: Event | None) -> Evidence | None:
+    return next((row for row in case.rows if row.pair is not None and row.pair.a.event is event), None)
 
 
 def _called_otherwise(rows: Sequence[Evidence], evidence: Evidence) -> Evidence | None:
@@ -186,6 +213,9 @@ def _of_one(case: Case, wrong: Sequence[Finding]) -> Parting:
         "trained parameter": "training",
         "optimizer state": "training",
     }
+    before = [finding for finding in wrong if finding.what == "state" and finding.text.startswith(BEFORE)]
+    if before and not any(finding.what == "parameter" for finding in wrong):
+        return _of_parameter(case, _first(case, before))
     kind = min((finding.what for finding in wrong), key=list(causes).index)
     finding = _first(case, [finding for finding in wrong if finding.what == kind])
     if finding.what == "gradient":
@@ -245,9 +275,13 @@ def _of_parameter(case: Case, finding: Finding) -> Parting:
         cause: Cause = "dtype" if off.absolute < float("inf") else "shape"
         return Parting(finding.path, finding.other, cause, f"{off.forms} (b, a). {_advice('parameters')}")
     numbers = "" if off is None else f"differ by {_numbers(off)}"
-    is_state = finding.what == "state"
-    text = f"the values {numbers}{f', {finding.text}' if finding.text else ''}. {_advice('parameters')}"
-    return Parting(finding.path, finding.other, "state" if is_state else "parameters", text)
+    also = f", {finding.text}" if finding.text else ""
+    row = _row_of(case, finding)
+    if finding.what == "state" and row is not None:
+        text = f"the values of {finding.path} {numbers}{also}. {_advice('state')}"
+        return Parting(row.row.a, row.row.b, "state", text)
+    text = f"the values {numbers}{also}. {_advice('parameters')}"
+    return Parting(finding.path, finding.other, "parameters" if finding.what == "parameter" else "state", text)
 
 
 def _finding_in(case: Case, path: Path) -> Finding:

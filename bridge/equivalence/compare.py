@@ -19,7 +19,7 @@ from bridge._errors import BridgeError, show_path
 from bridge._types import Location
 from bridge.equivalence.causes import Case, parting
 from bridge.equivalence.counterparts import Counterparts, Match, counterparts
-from bridge.equivalence.findings import Findings, largest
+from bridge.equivalence.findings import BEFORE, Findings, largest
 from bridge.equivalence.inputs import Inputs, inputs_of
 from bridge.equivalence.inspection import Inspection, layer_of
 from bridge.equivalence.layers import path_pairs
@@ -211,7 +211,7 @@ class Comparison:
             if match.a in self.a.parameters:
                 self.findings.compare("parameter", path, other, match.x_a, match.x_b, text=match.text)
             elif not _same(self.findings, match):
-                text = ", ".join(filter(None, ("before the call", match.text)))
+                text = ", ".join(filter(None, (BEFORE, match.text)))
                 self.findings.compare("state", path, other, match.x_a, match.x_b, text=text)
 
     def _compare_presence(self, runs: tuple[Run, Run]) -> None:

@@ -22,6 +22,9 @@ from bridge.equivalence.report import Finding, What
 from bridge.equivalence.tolerance import TOLERANCES, tolerance_of
 from bridge.tracing.trace import is_array
 
+#: With this begins the text of state that differs already in the models as they are given.
+BEFORE = "before the call"
+
 
 @dataclass
 class Findings:
@@ -46,7 +49,7 @@ class Findings:
     def add(self, finding: Finding) -> None:
         """Keep it, unless there is a worse one."""
         # Of an optimizer's state the text says which slot of the parameter's; elsewhere, which block is the worst.
-        has_own = finding.difference is None or finding.what == "optimizer state"
+        has_own = finding.difference is None or finding.what == "optimizer state" or finding.text.startswith(BEFORE)
         key = (finding.what, finding.path, finding.other, finding.step, finding.text if has_own else "")
         before = self._worst.get(key)
         if before is None or _badness(finding) > _badness(before):

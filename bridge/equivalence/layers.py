@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+import nnx_core as nnx
 from bridge._types import Location, Path
 from bridge.equivalence.counterparts import Counterparts, LayerPair
 from bridge.equivalence.recording import Event, stacked
@@ -112,6 +113,7 @@ def _are_of_one_class(kind: Any, other: Any) -> bool:
 
 def pair_calls(pairs: Counterparts, a: Sequence[Event], b: Sequence[Event]) -> list[Pair]:
     """Calls that are to do the same, in the order of `a`."""
+    a, b = outside_of_wrappers(a), outside_of_wrappers(b)
     kinds = [{event.path: event.kind for event in events} for events in (a, b)]
     paths = path_pairs(pairs, *kinds)
     indexed: dict[Path, list[LayerPair]] = {}
@@ -128,6 +130,15 @@ def pair_calls(pairs: Counterparts, a: Sequence[Event], b: Sequence[Event]) -> l
     result += _without_variables(result, a, b)
     begun = {id(event): n for n, event in enumerate(a)}
     return sorted(result, key=lambda pair: (begun[id(pair.a.event)], pair.a.lane or 0))
+
+
+def outside_of_wrappers(events: Iterable[Event]) -> list[Event]:
+    """Without calls of what WeightNorm and SpectralNorm wrap: its kernel is made by them, in either API otherwise."""
+    return [event for event in events if not any(map(_makes_kernels, event.around()))]
+
+
+def _makes_kernels(event: Event) -> bool:
+    return family_of(event.kind) in (nnx.WeightNorm, nnx.SpectralNorm)
 
 
 def _by_method(events: Iterable[Event]) -> dict[tuple[Path, str], list[Event]]:

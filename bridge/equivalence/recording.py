@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class Event:
       inputs, outputs: arrays, each with one value a lane; outputs are empty for a call that was traced and never ran.
       trains: what the layer's flag said, whichever it has: None if it has none, or it is open.
       parent: the call that it was made in.
+      is_rehearsal: whether Linen only tries the body of a scan, before the scan itself.
       call: 1 for the layer's first call that ran.
       begin, end: when, counted in beginnings and ends of all calls.
       is_fed: whether it was fed what another layer was fed; `inputs` are what it would have been fed otherwise.
@@ -50,6 +51,7 @@ class Event:
     trains: bool | None
     inputs: list[list[np.ndarray]] = field(default_factory=list)
     outputs: list[list[np.ndarray]] = field(default_factory=list)
+    is_rehearsal: bool = False
     call: int = 0
     begin: int = 0
     end: int = 0
@@ -63,6 +65,13 @@ class Event:
     def method(self) -> str:
         return self.place[1]
 
+    def around(self) -> Iterator[Event]:
+        """The calls that it was made in, the innermost first."""
+        above = self.parent
+        while above is not None:
+            yield above
+            above = above.parent
+
     @property
     def lanes(self) -> int:
         """How many values each array has; one that is the same in all lanes of a vmap has one."""
@@ -70,7 +79,7 @@ class Event:
 
     @property
     def ran(self) -> bool:
-        return all(self.outputs)
+        return all(self.outputs) and not self.is_rehearsal
 
 
 def stacked(values: Sequence[np.ndarray]) -> np.ndarray:
@@ -99,7 +108,10 @@ class Recording:
         parent = self._open[-1] if self._open else None
         event = Event(place, layer.kind, layer.itself, parent, _trains(layer.itself, kwargs), begin=self._clock)
         self._clock += 1
+        event.is_rehearsal = _is_rehearsal()
         self.events.append(event)
+        if event.is_rehearsal:
+            return run(*args, **kwargs)
         self._take((args, kwargs), event.inputs)
         if place in self._feed:
             args, kwargs = self._fed(event, args, kwargs)
@@ -176,6 +188,20 @@ def fields_of(layer: Any) -> dict[str, Any]:
         elif inspect.isfunction(x) or isinstance(x, jax.custom_jvp):
             options[name] = getattr(x, "__name__", str(x))
     return options
+
+
+def _is_rehearsal() -> bool:
+    """Whether this runs in the trace in which `nn.scan` looks which outputs depend on the carry.
+
+    What has an effect there, such as a callback, would depend on it. Nothing but the call stack tells that trace.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        is_body = frame.f_code.co_name == "body_fn" and frame.f_globals.get("__name__") == "flax.core.axes_scan"
+        if is_body and frame.f_locals.get("init_mode"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _numbers(x: Any) -> Any:

@@ -29,12 +29,19 @@ class Evidence:
       pair: the two calls; None for one that has no counterpart.
       natural: how far from a's input is what b itself would have fed the layer, had all layers before it been fed a's.
       natural_inputs: that.
+      event: the call without a counterpart.
     """
 
     row: Row
     pair: Pair | None
     natural: Difference | None = None
     natural_inputs: Sequence[np.ndarray] = ()
+    event: Event | None = None
+
+    @property
+    def is_given_otherwise(self) -> bool:
+        """Whether the two calls have not as many arrays: a mask that only one side gives, say."""
+        return self.pair is not None and len(self.pair.a.inputs()) != len(self.pair.b.inputs())
 
 
 def to_feed(pairs: Iterable[Pair]) -> dict[Place, list[np.ndarray]]:
@@ -87,10 +94,8 @@ def _with_wrong_layers(rows: Iterable[Evidence]) -> set[int]:
     """Ids of the calls in which there is a layer that is wrong."""
     holders: set[int] = set()
     for evidence in rows:
-        above = evidence.pair.a.event.parent if evidence.pair is not None and evidence.row.verdict == "wrong" else None
-        while above is not None:
-            holders.add(id(above))
-            above = above.parent
+        if evidence.pair is not None and evidence.row.verdict == "wrong":
+            holders.update(map(id, evidence.pair.a.event.around()))
     return holders
 
 
@@ -98,17 +103,19 @@ def _with_wrong_code(rows: Iterable[Evidence]) -> set[int]:
     """Ids of the calls that would feed a layer something else before any layer in them is wrong."""
     first: dict[int, tuple[int, bool]] = {}
     for evidence in rows:
+        is_fed_otherwise = evidence.natural is not None and not evidence.natural.equal
+        if evidence.pair is not None and (is_fed_otherwise or evidence.is_given_otherwise):
+            first[id(evidence.pair.a.event)] = (-1, False)  # what it was fed is to blame
+    for evidence in rows:
         if evidence.pair is None or evidence.pair.a.event.parent is None:
             continue
         event, natural = evidence.pair.a.event, evidence.natural
         if natural is not None and not (natural.equal and not natural.forms):
             moment = (event.begin, True)
             first[id(event.parent)] = min(first.get(id(event.parent), moment), moment)
-        above = event.parent if evidence.row.verdict == "wrong" else None
-        while above is not None:
+        for above in event.around() if evidence.row.verdict == "wrong" else ():
             moment = (event.end, False)
             first[id(above)] = min(first.get(id(above), moment), moment)
-            above = above.parent
     return {parent for parent, (_, is_between) in first.items() if is_between}
 
 
@@ -131,8 +138,8 @@ def _paired(
         natural_inputs = Turn(replayed).inputs()
         natural, count = apart(pair.a.inputs(), natural_inputs, findings)
         if len(natural_inputs) != len(pair.a.inputs()) and returned is not None and not returned.equal:
-            # A mask that one side has and the other has not, say.
             natural = Difference(np.inf, 0.0, None, 0.0, False, count)
+    is_given_alike = len(pair.a.inputs()) == len(pair.b.inputs())
     texts = [given_text and f"input: {given_text}", output_text and f"output: {output_text}", _options(ours, theirs)]
     row = Row(
         a=show(ours.path),
@@ -144,7 +151,7 @@ def _paired(
         output=output,
         alone=alone,
         parameters=parameters.get(ours.path),
-        verdict=_verdict(given, output, alone),
+        verdict=_verdict(given, output, alone) if is_given_alike else _verdict_of_other_arguments(output),
         text=_joined(*texts),
     )
     return Evidence(row, pair, natural, natural_inputs)
@@ -156,6 +163,11 @@ def _verdict(given: Difference | None, output: Difference | None, alone: Differe
     if alone is not None:
         return "fed wrong" if alone.equal and not alone.forms else "wrong"
     return "fed wrong" if given is not None and (not given.equal or given.forms) else "wrong"
+
+
+def _verdict_of_other_arguments(output: Difference | None) -> Verdict:
+    """Of calls of which one has an array that the other has not: what is made of that is not the layer's fault."""
+    return "equal" if output is None or (output.equal and not output.forms) else "fed wrong"
 
 
 def _with_those_around(events: Iterable[Event]) -> set[int]:
@@ -180,12 +192,7 @@ def _unpaired(events: Iterable[Event], known: set[int]) -> list[Event]:
 
 
 def _is_part(event: Event, known: set[int]) -> bool:
-    above = event.parent
-    while above is not None:
-        if id(above) in known and family_of(above.kind) is not None:
-            return True
-        above = above.parent
-    return False
+    return any(id(above) in known and family_of(above.kind) is not None for above in event.around())
 
 
 def _alone(event: Event, side: str) -> Evidence:
@@ -193,7 +200,9 @@ def _alone(event: Event, side: str) -> Evidence:
     a, b = (here, "") if side == "a" else ("", here)
     call, method = event.call, event.method
     text = f"no counterpart of this call in {'b' if side == 'a' else 'a'}"
-    return Evidence(Row(a, b, event.kind.__name__, call, method, None, None, None, None, "unpaired", text), None)
+    return Evidence(
+        Row(a, b, event.kind.__name__, call, method, None, None, None, None, "unpaired", text), None, event=event
+    )
 
 
 def show(path: Path) -> str:

@@ -163,7 +163,8 @@ def _linen(module: nn.Module, variables: Mapping[str, Any], method: Method) -> S
     def listened(values: Values, keys: Keys, args: Any, kwargs: Any, listener: Listener) -> tuple[Any, Values]:
         def intercept(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             layer, name = context.module, context.method_name
-            if layer.scope is None or not _is_public(name):
+            # What a lifted transform calls is a method by name alone: `scan_body` of a cell, say.
+            if layer.scope is None or not _is_public(name) or not hasattr(type(layer), name):
                 return method(*args, **kwargs)
             called = Layer(tuple(layer.path), type(layer), layer, name)
             return listener.call(called, method, args, kwargs)

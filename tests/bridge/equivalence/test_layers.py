@@ -177,3 +177,35 @@ def test_a_branch_is_looked_into():
     assert verdicts(report)["in_branch", 2] == "equal"
     assert verdicts(report)["out", 1] == "fed wrong"
     assert report.first.text.startswith("before out")
+
+
+class Attending(nn.Module):
+    masks: bool = True
+    rounds: int = 2
+
+    @nn.compact
+    def __call__(self, x):
+        mask = nn.make_causal_mask(x[None, :, 0]) if self.masks else None
+        h = nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(x[None], mask=mask)
+        fc = nn.Dense(4, name="fc")
+        for _ in range(self.rounds):
+            h = nn.tanh(fc(h))
+        return nn.Dense(2, name="out")(h)
+
+
+def attending(**options):
+    return Attending(**options), Attending().init(jax.random.key(0), jnp.zeros(X.shape))
+
+
+def test_a_mask_that_one_side_does_not_give_is_the_callers_fault():
+    report = compare(attending(), attending(masks=False), X, **CHEAP)
+    assert (report.first.a, report.first.b) == ("", "")
+    assert verdicts(report)["attention", 1] == "fed wrong"
+    assert verdicts(report)["attention/query", 1] == "equal"
+
+
+def test_a_call_that_is_left_out_is_named():
+    report = compare(attending(), attending(rounds=1), X, **CHEAP)
+    assert (report.first.a, report.first.cause) == ("", "structure")
+    assert report.first.text.startswith("fc is called in a, and nothing in its place in b: before out")
+    assert verdicts(report)["fc", 2] == "unpaired"

@@ -12,13 +12,8 @@ from bridge.equivalence.compare import NotEquivalentError, assert_equivalent
 from tests.support.equivalence_pairs import FAULTS, PAIRS
 
 # What the engine does not find or locate yet, and why; strict, so that none stays here once it does.
-_CALLER = "the module that calls the cell of an RNN is not told from the one that holds it"
-_FED = "located, but a layer that is fed arrays of another shape or number is called wrong by itself"
 _NOT_YET = {
-    "lengths that are not used": _FED,
-    "an output that is not there": "found, but called a shape: outputs are compared by position",
-    "no mask in the first block": "located in the attention, which is only fed no mask",
-    "another initial carry": _CALLER,
+    "no mask in the first block": "located, but the row of the block says that it is fed wrong",
     "a stack in reverse": "located in a layer, which only has its parameters at another step",
     "branches exchanged": "located in the layer of a branch, which is only called elsewhere",
 }

@@ -12,20 +12,9 @@ from bridge.equivalence.compare import NotEquivalentError, assert_equivalent
 from tests.support.equivalence_pairs import FAULTS, PAIRS
 
 # What the engine does not find or locate yet, and why; strict, so that none stays here once it does.
-_CALLER = "the module that calls the cell of an RNN is not told from the one that holds it"
-_FED = "located, but a layer that is fed arrays of another shape or number is called wrong by itself"
 _NOT_YET = {
-    "cross attention to itself": _FED,
-    "lengths that are not used": _FED,
-    "epsilon of a weight norm": "located in the wrapped layer, which only has other weights",
-    "a cache that is one token behind": "located, but called a computation: the cache differs before",
-    "a cache with other keys": "located, but called a computation: the cache differs before",
-    "an output that is not there": "found, but called a shape: outputs are compared by position",
-    "no mask in the first block": "located in the attention, which is only fed no mask",
-    "another initial carry": _CALLER,
-    "a scan in reverse": _CALLER,
+    "no mask in the first block": "located, but the row of the block says that it is fed wrong",
     "a stack in reverse": "located in a layer, which only has its parameters at another step",
-    "a complex parameter": "located, but called a computation: the root's own parameter differs",
     "branches exchanged": "located in the layer of a branch, which is only called elsewhere",
 }
 

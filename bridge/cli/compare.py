@@ -6,8 +6,9 @@ option that cannot be honoured is wrong usage. Changes no model and no checkpoin
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,11 +54,11 @@ def compare(
     call = _call(inputs, keywords)
     options = {"seeds": _seeds(seeds, call), **_training(steps, tx, loss)}
     source = Source(call.args, call.kwargs, _methods(method), checkpoint, rules)
-    with _doing("making both models", quiet=quiet or as_json):
+    with _doing("making both models", quiet=quiet or as_json), _aside(as_json):
         sides = linen_and_nnx(linen, nnx, source) if linen else any_two(a, b, source)
     if method and not any(side.is_linen or side.is_nnx for side in (sides.a, sides.b)):
         raise typer.BadParameter("--method is for models: both are functions")
-    with _doing("comparing", quiet=quiet or as_json):
+    with _doing("comparing", quiet=quiet or as_json), _aside(as_json):
         report = _compared(sides, source, options)
     if html is not None:
         report.save_html(html)
@@ -155,6 +156,11 @@ def _compared(sides: Sides, source: Source, options: dict[str, Any]) -> Report:
     a, b = sides.a.subject, sides.b.subject
     with users_code("the models cannot be compared with these inputs"):
         return run(a, b, *source.inputs, rules=sides.rules, method=source.methods, **options, **source.keywords)
+
+
+def _aside(as_json: bool) -> AbstractContextManager[Any]:
+    """With `--json` stdout is for one document: what models print goes to stderr."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 @contextmanager

@@ -130,5 +130,7 @@ def users_code(doing: str) -> Iterator[None]:
         yield
     except (BridgeError, typer.BadParameter):
         raise
+    except SystemExit as error:  # of the user's, at import or in a call: it must not become our exit code
+        raise typer.BadParameter(f"{doing}: it ends the process, sys.exit({error.code!r})") from None
     except Exception as error:  # noqa: BLE001  the user's code may raise anything
         raise typer.BadParameter(f"{doing}: {type(error).__name__}: {error}") from None

@@ -8,11 +8,12 @@ Knows the other files of this room; knows no files of weights, and no rules but 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 import nnx_core as nnx
 from bridge._errors import BridgeError, show_path
@@ -23,13 +24,14 @@ from bridge.equivalence.findings import BEFORE, Findings, largest
 from bridge.equivalence.inputs import Inputs, inputs_of
 from bridge.equivalence.inspection import Inspection, layer_of
 from bridge.equivalence.layers import path_pairs
-from bridge.equivalence.numbers import is_key, same_bits
+from bridge.equivalence.numbers import is_inexact, is_key, same_bits
 from bridge.equivalence.outcome import Outcome, Run
 from bridge.equivalence.report import Finding, Parting, Report
 from bridge.equivalence.rows import Evidence
 from bridge.equivalence.subjects import ComparisonError, Keys, Subject, ValueRules, subject_of
 from bridge.equivalence.training import train
 from bridge.tracing.trace import Method, Unit
+from bridge.variables.kinds import LINEN_COLLECTIONS
 
 
 class NotEquivalentError(BridgeError, AssertionError):
@@ -107,10 +109,10 @@ def compare(
     >>> compare((linen, variables), native, x).equal
     True
     """
-    if steps and tx is None:
-        raise ComparisonError("training was asked for", "an optimizer, tx=", f"steps={steps} alone", "Pass tx=optax...")
-    if not seeds:
-        raise ComparisonError("no seed was given", "at least one", "seeds=()", "Leave seeds=(0, 1).")
+    _require_training(steps, tx)
+    _require_seeds(seeds)
+    if isinstance(method, tuple) and len(method) != 2:
+        raise ComparisonError("method=", "one for both models, or two, a's first", repr(method), "Give one or two.")
     methods = method if isinstance(method, tuple) else (method, method)
     sides = subject_of(a, methods[0], "a"), subject_of(b, methods[1], "b")
     batch = inputs_of(inputs, kwargs)
@@ -122,9 +124,30 @@ def compare(
     return comparison.report(layers=layers)
 
 
+def _require_training(steps: Any, tx: Any) -> None:
+    if not isinstance(steps, int | np.integer) or steps < 0:
+        raise ComparisonError("steps=", "a number of training steps", repr(steps), "Give steps=3, or leave it out.")
+    if steps and tx is None:
+        raise ComparisonError("training was asked for", "an optimizer, tx=", f"steps={steps} alone", "Pass tx=optax...")
+    is_one = hasattr(tx, "init") and hasattr(tx, "update")
+    optimizers = (tx,) if tx is None or is_one or not isinstance(tx, tuple) else tx
+    if len(optimizers) > 2 or not all(x is None or (hasattr(x, "init") and hasattr(x, "update")) for x in optimizers):
+        raise ComparisonError(
+            "tx=", "an optax optimizer, or two, a's first", repr(tx), "Pass tx=optax.adam(1e-3), say."
+        )
+
+
+def _require_seeds(seeds: Any) -> None:
+    numbers = list(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, str) else []
+    if not numbers or not all(isinstance(seed, int | np.integer) and seed >= 0 for seed in numbers):
+        raise ComparisonError("seeds=", "one or more numbers from 0 on", repr(seeds), "Leave seeds=(0, 1).")
+
+
 def _keys_of(rngs: Any) -> Keys:
     if rngs is None:
         return None
+    if isinstance(rngs, str | bytes):
+        raise ComparisonError("rngs=", "a key, a seed, Rngs, or keys by stream", repr(rngs), "Give jax.random.key(0).")
     if isinstance(rngs, nnx.Rngs):
         return {name: stream.key.get_value() for name, stream in rngs.items()}
     if isinstance(rngs, Mapping):
@@ -183,7 +206,9 @@ class Comparison:
 
     def run(self, *, gradients: bool, state: bool) -> None:
         """Compare parameters, outputs, and what else is asked for."""
-        if not gradients:
+        if gradients:
+            self._say_what_has_no_gradient()
+        else:
             self.findings.leave_out("gradients: gradients=False")
         if not state:
             self.findings.leave_out("state: state=False")
@@ -199,6 +224,13 @@ class Comparison:
         self._compare_presence(runs)
         if self.keys is not None:
             self._compare_other_keys(runs)
+
+    def _say_what_has_no_gradient(self) -> None:
+        """Of collections of the user's own: they may well be trained, and only parameters are differentiated by."""
+        for which, subject in (("a", self.a), ("b", self.b)):
+            inexact = [at for at, x in subject.values.items() if is_inexact(x) and at not in subject.parameters]
+            for collection in sorted({at[0] for at in inexact} - LINEN_COLLECTIONS):
+                self.findings.leave_out(f"gradients by the collection {collection!r} of {which}: it is not 'params'")
 
     def _look_at(self, seed: int, args: Any, kwargs: Any) -> None:
         different = any(not finding.equal for finding in self.findings.all)
@@ -427,7 +459,7 @@ def _named(names: Sequence[str]) -> str:
 
 def _is_hollow(x: Any) -> bool:
     """Whether no number in it is finite."""
-    if not hasattr(x, "dtype") or is_key(x) or not jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) or not x.size:
+    if not is_inexact(x) or not x.size:
         return False
     return not bool(jax.numpy.isfinite(x).any())
 

@@ -45,13 +45,14 @@ class Draw:
         """Random numbers of the sizes and signs of `x`, which is what `init` makes.
 
         Each number is multiplied by another in [0.7, 1.3). Where all are the same, as in a bias, they are drawn from
-        [0.5, 1.5) with their sign; zeros from [-0.5, 0.5), over the root of the fan-in. Integers, bools are shuffled.
+        [0.5, 1.5) with their sign; zeros from [-0.5, 0.5), over the root of the fan-in. Integers, bools are shuffled;
+        where all are the same (a counter, a mask of True, a kernel of zeros), up to 2 is added, or all are drawn.
         """
         if is_key(x) or not is_array(x):
             return x
         x = np.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return self._random.permutation(x.ravel()).reshape(x.shape)
+            return self._near_integers(x)
         factor = self._random.uniform(-0.5, 0.5, x.shape)
         if x.size and not (x == x.flat[0]).all():
             return (x * (1 + 0.6 * factor)).astype(x.dtype)
@@ -59,6 +60,13 @@ class Draw:
         near_zero = factor / _fan_in(x.shape) ** 0.5
         near_one = np.where(x.real < 0, -1, 1) * (1 + factor)
         return np.where(x == 0, near_zero, near_one).astype(x.dtype)
+
+    def _near_integers(self, x: np.ndarray) -> np.ndarray:
+        if x.size and (x == x.flat[0]).all():
+            if x.dtype == bool:
+                return self._random.integers(2, size=x.shape).astype(bool)
+            return x + self._random.integers(3, size=x.shape).astype(x.dtype)
+        return self._random.permutation(x.ravel()).reshape(x.shape)
 
 
 def with_other_key(x: Any) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 
 from bridge._errors import show_path
 from bridge.equivalence.counterparts import Match
-from bridge.equivalence.numbers import Difference, difference, on_host
+from bridge.equivalence.numbers import Difference, difference, on_host, same_bits
 from bridge.equivalence.report import Finding, What
 from bridge.equivalence.tolerance import TOLERANCES, tolerance_of
 from bridge.tracing.trace import is_array
@@ -97,11 +97,20 @@ class Findings:
     def compare_all(
         self, what: What, matches: Iterable[Match], *, seed: int | None = None, step: int | None = None
     ) -> int:
-        """Compare pairs of values; a value's floor is the rounding of the largest of them. Returns how many."""
+        """Compare pairs of values. Returns how many.
+
+        A value's floor is the rounding of the largest of them; of state, of the largest beside it in its module that is
+        not the same on both sides (a mean that is zero but for rounding stands beside a variance).
+        """
         pairs = list(matches)
-        scale = largest([pair.x_a for pair in pairs])
+        scales: dict[Any, float] = {}
         for pair in pairs:
-            floor = scale * self.rounding(pair.x_a)
+            group = pair.a[:-1] if what == "state" else ()
+            if what != "state" or not _is_same(pair):
+                scales[group] = max(scales.get(group, 0.0), largest([pair.x_a]))
+        for pair in pairs:
+            group = pair.a[:-1] if what == "state" else ()
+            floor = scales.get(group, 0.0) * self.rounding(pair.x_a)
             path, other = show_path(pair.a), show_path(pair.b)
             self.compare(what, path, other, pair.x_a, pair.x_b, seed=seed, floor=floor, text=pair.text)
 
@@ -111,6 +120,10 @@ class Findings:
         halves = [tolerance_of(name) for name in TOLERANCES]
         rows += [row for row in halves if row is not None and row.model == self.least]
         return max((row.atol for row in rows if row is not None), default=0.0)
+
+
+def _is_same(pair: Match) -> bool:
+    return same_bits(pair.x_a, pair.x_b)
 
 
 def largest(xs: Iterable[Any]) -> float:

@@ -16,6 +16,8 @@ import numpy as np
 
 from bridge.equivalence.tolerance import tolerance_of
 
+_LAST_BITS = 8.0
+_FAR_LARGER = 1e3
 _SIGNED = {2: np.int16, 4: np.int32, 8: np.int64}
 
 
@@ -25,7 +27,8 @@ class Difference:
 
     Attributes:
       absolute: the largest difference of two elements; infinite where the shapes differ.
-      scale: the largest finite element of the expected array.
+      scale: the largest finite element of the expected array, of those that are not the same in both: what masks with
+        -1e9, on both sides, does not make the others any less exact. If all are the same, of all.
       ulp: the largest difference in units in the last place, of the coarser dtype; None for what is not floating.
       tolerance: what `absolute` may be.
       bit_equal: whether dtypes, shapes and bits are the same.
@@ -58,7 +61,7 @@ class Difference:
 def difference(actual: Any, expected: Any, least: float = 0.0) -> Difference:
     """How far `actual` is from `expected`.
 
-    The tolerance is that of a whole model, by the coarser of the two dtypes: relative to the largest element.
+    The tolerance is that of a whole model, by the coarser of the two dtypes: relative to the scale.
 
     Args:
       actual, expected: arrays on host or device, numbers, or random keys, which must be equal.
@@ -75,9 +78,9 @@ def difference(actual: Any, expected: Any, least: float = 0.0) -> Difference:
     if a.shape != b.shape:
         return Difference(math.inf, _largest(b), None, 0.0, False, forms)
     bit_equal = not forms and a.tobytes() == b.tobytes()
-    scale = _largest(b)
+    scale = _largest(b) if bit_equal else _largest(b[_apart(a, b)] if a.ndim else b)
     relative = [relative_tolerance(x.dtype.name) for x in (a, b)]
-    tolerance = max(*relative, least) * scale if all(relative) else 0.0
+    tolerance = max(max(*relative, least) * scale, _rounding(a, b)) if all(relative) else 0.0
     absolute = 0.0 if bit_equal else _farthest(a, b)
     return Difference(absolute, scale, 0.0 if bit_equal and _is_real(a) else _ulps(a, b), tolerance, bit_equal, forms)
 
@@ -135,6 +138,22 @@ def _largest(x: np.ndarray) -> float:
         return 0.0
     wide = x.astype("complex128" if x.dtype.kind == "c" else "float64")
     return float(np.abs(wide, where=np.isfinite(wide), out=np.zeros(wide.shape)).max(initial=0.0))
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Where the two are not the same; everywhere, if they are the same but for their bits."""
+    apart = ~((a == b) | ((a != a) & (b != b)))
+    return apart if apart.any() else np.ones_like(apart)
+
+
+def _rounding(a: np.ndarray, b: np.ndarray) -> float:
+    """What sums of numbers of the usual size leave where they should cancel; what is far larger is a mask."""
+    sizes = np.abs(b.astype("complex128" if b.dtype.kind == "c" else "float64")).ravel()
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    if not sizes.size:
+        return 0.0
+    usual = min(sizes.max(), _FAR_LARGER * np.quantile(sizes, 0.25))
+    return float(_LAST_BITS * max(jnp.finfo(x.dtype).eps for x in (a, b)) * usual)
 
 
 def _farthest(a: np.ndarray, b: np.ndarray) -> float:

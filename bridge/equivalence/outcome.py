@@ -138,10 +138,10 @@ class Run:
     def _differentiated(self, values: Values, keys: Keys, args: Any, kwargs: Any) -> Any:
         parameters = {at: x for at, x in values.items() if at in self.subject.parameters}
         leaves, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
-        inputs = {_input_name(path): x for path, x in leaves if is_inexact(x)}
+        inputs = {path_name(path): x for path, x in leaves if is_inexact(x)}
 
         def loss(parameters: Values, inputs: Any) -> Any:
-            filled = [inputs.get(_input_name(path), x) for path, x in leaves]
+            filled = [inputs.get(path_name(path), x) for path, x in leaves]
             own_args, own_kwargs = treedef.unflatten(filled)
             result = self.subject.run({**values, **parameters}, keys, own_args, own_kwargs)
             if not any(map(is_inexact, jax.tree.leaves(result[0]))):
@@ -164,12 +164,13 @@ def by_path(output: Any) -> dict[str, Any]:
     >>> list(by_path({"y": 1, "state": (2, 3)}))
     ['state/0', 'state/1', 'y']
     """
-    leaves = jax.tree_util.tree_leaves_with_path(output)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+    return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(output)}
 
 
-def _input_name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def path_name(path: Any) -> str:
+    """Keys with `/` between them, each path its own: a `/` in a key has a backslash."""
+    keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    return "/".join(key.replace("\\", "\\\\").replace("/", "\\/") for key in keys)
 
 
 def _does_not_run(which: str, subject: Subject, error: Exception) -> ComparisonError:

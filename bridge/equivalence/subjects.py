@@ -93,10 +93,17 @@ class Subject:
     units: Callable[[Keys, Any, Any], list[Unit]]
 
     def has_chance(self, values: Values, keys: Keys, args: Any, kwargs: Any) -> bool:
-        """Whether the call's program draws random numbers; what they are used for is another question."""
-        program = jax.make_jaxpr(lambda arrays: _arrays_of(call(arrays)))
+        """Whether the call's program draws random numbers; what they are used for is another question.
+
+        Of a call that has no program, as it is written for real numbers, nothing is known: False.
+        """
+        trace = jax.make_jaxpr(lambda arrays: _arrays_of(call(arrays)))
         call, arrays = parted(self.run, dict(values), keys, args, kwargs)
-        return re.search(r"\b(random_bits|threefry2x32|rng_bit_generator)\b", str(program(arrays))) is not None
+        try:
+            program = str(trace(arrays))
+        except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+            return False
+        return re.search(r"\b(random_bits|threefry2x32|rng_bit_generator)\b", program) is not None
 
 
 def _arrays_of(tree: Any) -> list[Any]:

@@ -25,6 +25,9 @@ from bridge.equivalence.subjects import ComparisonError, Keys, Subject, Values
 from bridge.tracing.trace import is_array
 from bridge.variables.mapping import tree_of
 
+_STEP = 2.0  # of the last bit of a parameter, which each step may round otherwise
+_NORMALIZED = 10.0  # an optimizer that divides by a gradient's size hands on its relative error, not the absolute one
+
 
 @dataclass
 class Trained:
@@ -65,6 +68,7 @@ def train(
     optimizers = tx if isinstance(tx, tuple) and not hasattr(tx, "update") else (tx, tx)
     models = [_start(subject, optimizer) for subject, optimizer in zip((a, b), optimizers, strict=True)]
     runs = [_step_of(model.subject, optimizer, loss) for model, optimizer in zip(models, optimizers, strict=True)]
+    starts = [{at: model.values[at] for at in model.subject.parameters} for model in models]
     steady: dict[tuple[Location, Location], Any] = {}
     for step in range(1, steps + 1):
         now = None if keys is None else {name: jax.random.fold_in(key, step) for name, key in keys.items()}
@@ -76,12 +80,45 @@ def train(
             mask = _is_steady(match, findings, largest(one.gradients.values()))
             key = (match.a, match.b)
             steady[key] = mask & steady[key] if key in steady else mask
+    _compare_changes(models, starts, pairs, findings, steady, seed, steps)
     trained = [{at: model.values[at] for at in model.subject.parameters} for model in models]
     matches = list(pairs.values(*trained))
     _compare("trained parameter", matches, trained, steady, findings, seed, steps, models)
     for name, slots in _slots(models, findings):
         matches = [Match(m.a, m.b, m.x_a, m.x_b, name) for m in pairs.cotangents(*slots)]
         _compare("optimizer state", matches, slots, {}, findings, seed, steps, models)
+
+
+def _compare_changes(
+    models: list[Trained],
+    starts: list[dict[Location, Any]],
+    pairs: Counterparts,
+    findings: Findings,
+    steady: Mapping[tuple[Location, Location], Any],
+    seed: int,
+    step: int,
+) -> None:
+    """How far parameters have moved: with a small rate, far less than what the parameters themselves may be apart."""
+    changes: list[dict[Location, Any]] = []
+    for model, start in zip(models, starts, strict=True):
+        changes.append({at: _minus(model.values[at], x) for at, x in start.items()})
+    rounded = {at: largest([x]) * float(jnp.finfo(x.dtype).eps) for at, x in starts[0].items()}
+    for match in pairs.cotangents(*changes):
+        mask = steady.get((match.a, match.b))
+        x, y = on_host(match.x_a), on_host(match.x_b)
+        if mask is not None and np.shape(mask) == x.shape == y.shape:
+            x, y = x[mask], y[mask]  # what is left out is told where the parameters are compared
+        relative = max(relative_tolerance(x.dtype.name), findings.least)
+        floor = max(_STEP * step * rounded.get(match.a, 0.0), _NORMALIZED * relative * largest([x]))
+        findings.compare(
+            "trained parameter", show_path(match.a), show_path(match.b), x, y,
+            seed=seed, step=step, floor=floor, text=match.text,
+        )  # fmt: skip
+
+
+def _minus(x: Any, y: Any) -> Any:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return on_host(x).astype(wide) - on_host(y).astype(wide)
 
 
 def _start(subject: Subject, tx: Any) -> Trained:

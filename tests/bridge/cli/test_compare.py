@@ -98,6 +98,15 @@ def breaks(x):
     raise KeyError("not at all")
 
 
+def leaves(x):
+    sys.exit(0)
+
+
+def talks(x):
+    print("in a call", x.shape)
+    return 2 * x
+
+
 def infinite(x):
     return x / 0 + jnp.full(3, math.inf)
 
@@ -383,3 +392,16 @@ def test_the_words_for_shapes():
     }
     assert all(parse_input(one) == parse_input(other) for one, other in pairs.items())
     assert parse_input("u32[2, 3]") == jax.ShapeDtypeStruct((2, 3), "uint32")
+
+
+def test_a_model_that_ends_the_process_is_an_error(run):
+    code, out, err = run("compare", *two("twice", "leaves"))
+    assert code not in (0, 3)
+    words = [word for word in (out + err).split() if word != "│"]  # drawn into a box
+    assert "it ends the process, sys.exit(0)" in " ".join(words)
+
+
+def test_what_models_print_is_no_part_of_the_document(run):
+    code, out, err = run("compare", *two("talks", "doubled"), "--json")
+    assert (code, json.loads(out)["equal"]) == (0, True)
+    assert "in a call" in err

@@ -309,7 +309,14 @@ def test_assert_equivalent_raises_with_the_text_of_the_report():
         ((jnp.sin, 3, X), {}, r"(?s)b cannot be compared.*found: int"),
         (((Chain(), [1]), jnp.sin, X), {}, r"(?s)a cannot be compared.*variables of type list"),
         ((jnp.sin, jnp.sin, X), {"steps": 1}, r"(?s)training was asked for.*tx="),
-        ((jnp.sin, jnp.sin, X), {"seeds": ()}, r"(?s)no seed was given"),
+        ((jnp.sin, jnp.sin, X), {"seeds": ()}, r"(?s)seeds=.*found: \(\)"),
+        ((jnp.sin, jnp.sin, X), {"seeds": 3}, r"(?s)seeds=.*found: 3"),
+        ((jnp.sin, jnp.sin, X), {"seeds": (-1,)}, r"(?s)seeds=.*found: \(-1,\)"),
+        ((jnp.sin, jnp.sin, X), {"steps": -1}, r"(?s)steps=.*found: -1"),
+        ((jnp.sin, jnp.sin, X), {"steps": "2"}, r"(?s)steps=.*found: '2'"),
+        ((jnp.sin, jnp.sin, X), {"steps": 1, "tx": 3}, r"(?s)tx=.*found: 3"),
+        ((jnp.sin, jnp.sin, X), {"method": ("__call__",)}, r"(?s)method=.*one for both"),
+        ((jnp.sin, jnp.sin, X), {"rngs": "x"}, r"(?s)rngs=.*found: 'x'"),
         ((lambda x: None, lambda x: None, X), {}, r"(?s)nothing was compared.*the call returns none"),
         ((lambda: None, jnp.sin, X), {}, r"(?s)a \(function <lambda>\) does not run.*TypeError"),
         ((jnp.sin, jnp.sin, "no_such.npz"), {}, r"(?s)the batch file no_such.npz cannot be used.*No such file"),
@@ -358,3 +365,51 @@ def test_what_cannot_be_had_is_said():
     assert set(report.not_compared) == {"gradients: gradients=False", "state: state=False", "layers: layers=False"}
     report = compare(lambda x: x > 0, lambda x: x > 0, X)
     assert "gradients: no output is inexact" in report.not_compared
+
+
+def test_a_path_is_the_own_of_each_leaf():
+    def one(tree):
+        return {"a": {"b": jnp.sin(tree["a"]["b"])}, "a/b": jnp.cos(tree["a/b"])}
+
+    def other(tree):
+        return {"a": {"b": jnp.cos(tree["a/b"])}, "a/b": jnp.sin(tree["a"]["b"])}
+
+    tree = {"a": {"b": X}, "a/b": X}
+    assert compare(one, one, tree).equal
+    report = compare(one, other, tree)
+    assert {("output", "a/b"), ("output", "a\\/b")} <= set(unequal(report))
+
+
+def test_imaginary_parts_have_gradients_too():
+    def stopped(x):
+        return jax.lax.complex(jnp.sin(x), jax.lax.stop_gradient(jnp.cos(x)))
+
+    def whole(x):
+        return jax.lax.complex(jnp.sin(x), jnp.cos(x))
+
+    assert {what for what, _ in unequal(compare(whole, stopped, X))} == {"gradient"}
+
+
+def test_large_numbers_that_are_the_same_hide_nothing():
+    def masked(x, off):
+        return jnp.where(jnp.arange(x.shape[-1]) == 0, -1e9, jnp.tanh(x) + off)
+
+    assert not compare(lambda x: masked(x, 0.0), lambda x: masked(x, 0.1), X).equal
+    assert compare(lambda x: masked(x, 0.0), lambda x: masked(x, 0.0) * 1.0, X).equal
+
+
+def test_what_runs_on_real_numbers_alone_is_compared_too():
+    report = compare(lambda x: np.tanh(np.asarray(x)), lambda x: np.sin(np.asarray(x)), X)
+    assert not report.equal
+
+
+def test_collections_without_gradients_are_named():
+    class Lora(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x * self.variable("lora", "scale", lambda: jnp.ones(x.shape[-1])).value
+
+    x = jnp.ones((2, 4))
+    model = Lora(), Lora().init(jax.random.key(0), x)
+    report = compare(model, model, x)
+    assert any("the collection 'lora' of a" in text for text in report.not_compared)

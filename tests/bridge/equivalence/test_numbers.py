@@ -63,12 +63,33 @@ def test_shapes_and_dtypes():
 
 
 def test_scale_is_of_what_is_expected_and_ratio_of_the_tolerance():
-    off = difference(np.complex64([3 + 4j, 1]), np.complex64([0, 1]))
+    off = difference(np.complex64([3 + 4j, 3]), np.complex64([0, 1]))
     assert (off.absolute, off.scale, off.relative, off.ulp) == (5.0, 1.0, 5.0, None)
     assert off.ratio == 5.0 / off.tolerance
     assert difference(np.zeros(3, "float32"), np.zeros(3, "float32")).ratio == 0
     assert difference(np.ones(3, "float32"), np.zeros(3, "float32")).ratio == math.inf
     assert difference(np.zeros((0, 3)), np.zeros((0, 3))).equal
+
+
+@pytest.mark.parametrize("large", [-1e9, 1e6, -3e38])
+def test_what_is_the_same_and_large_hides_nothing(large):
+    logits = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
+    logits[:, 4:] = large
+    wrong = logits.copy()
+    wrong[2, 1] += 0.1
+    assert not difference(wrong, logits).equal
+    rounded = logits.copy()
+    rounded[:, :4] *= np.float32(1 + 1e-6)
+    assert difference(rounded, logits).equal
+
+
+def test_what_cancels_but_for_rounding_is_no_difference():
+    x = np.float32([1.0, -2.0, 0.5, 0.0])
+    residue = x.copy()
+    residue[3] = 1e-7
+    assert difference(residue, x).equal
+    residue[3] = 1e-4
+    assert not difference(residue, x).equal
 
 
 def test_same_bits_of_trees():

@@ -93,3 +93,15 @@ def test_training_that_cannot_be_is_an_error_or_said():
     assert "training: there are no parameters" in report.not_compared
     with pytest.raises(ComparisonError, match=r"(?s)a \(Linen LinenNet\) cannot be trained.*loss="):
         compare(linen(), native(), X, steps=1, tx=optax.sgd(0.1), loss=lambda output, x: output, **CHEAP)
+
+
+@pytest.mark.parametrize("other", [optax.adam(2e-5), optax.set_to_zero()], ids=["twice the rate", "frozen"])
+def test_parameters_that_hardly_move_must_move_alike(other):
+    def start():
+        module, variables = linen()
+        return module, jax.tree.map(lambda x: x + 0.3, variables)
+
+    model = start()
+    report = compare(model, model, X, steps=2, tx=(optax.adam(1e-5), other), **CHEAP)
+    assert "trained parameter" in {finding.what for finding in report.findings if not finding.equal}
+    assert compare(model, model, X, steps=2, tx=optax.adam(1e-5), **CHEAP).equal

@@ -31,6 +31,7 @@ class Case:
       exchanged: layers that hold each other's variables.
       draws: whether each model draws random numbers in this call.
       layers: path of a variable in a -> the layer that it is of.
+      held: layers of a whose variables b has too, be it in a layer that does the work of several.
     """
 
     findings: Sequence[Finding]
@@ -38,6 +39,7 @@ class Case:
     exchanged: Sequence[LayerPair]
     draws: tuple[bool, bool]
     layers: Mapping[str, Path]
+    held: frozenset[Path] = frozenset()
 
 
 def parting(case: Case) -> Parting:
@@ -166,6 +168,8 @@ def _left_out(case: Case, event: Event) -> Evidence | None:
 
     paired = [row.pair.a.event.begin for row in case.rows if row.pair is not None and is_before(row.pair.a.event)]
     for row in case.rows:
+        if row.event is not None and row.event.path in case.held:
+            continue
         if row.event is not None and row.row.a and is_before(row.event) and row.event.begin > max(paired, default=-1):
             return row
     return None

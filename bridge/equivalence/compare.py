@@ -444,7 +444,8 @@ class Comparison:
             draws = self._draws(self.a, "a", seen), self._draws(self.b, "b", seen)
         paths = {row.pair.a.event.path for row in rows if row.pair is not None}
         layers = {show_path(at): layer_of(at, paths) for at in self.a.values}
-        return parting(Case(self.findings.all, rows, self.pairs.exchanged, draws, layers))
+        held = frozenset(at[1:-1] for at, _ in self.pairs.located or ())
+        return parting(Case(self.findings.all, rows, self.pairs.exchanged, draws, layers, held))
 
 
 def _same(findings: Findings, match: Match) -> bool:

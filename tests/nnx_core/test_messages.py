@@ -32,7 +32,7 @@ NOT_MESSAGES = {
     "raise NotImplementedError": "a method that subclasses define",
     "raise NotPlannable": "a signal, caught where it is called",
     "raise _AnotherWrites(after.travelling | first_after.travelling)": "a signal, caught where it is called",
-    "raise _Incomparable": "a signal, caught where it is called",
+    "raise Incomparable": "a signal, caught where it is called",
     "raise RecursionError": "becomes the DepthError of the walk",
     "raise _SharedWritten(positions.union(written))": "a signal, caught where it is called",
     "raise AttributeError(name)": "protocols of Python ask for names and go without them",

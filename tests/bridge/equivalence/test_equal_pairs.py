@@ -58,7 +58,7 @@ def test_what_is_compared_is_said():
     report = PAIRS["cnn, training"].sides().compare()
     assert {"output", "gradient", "parameter", "state"} <= {finding.what for finding in report.findings}
     assert report.equal
-    assert len(report.seeds) == 2
+    assert report.seeds == (0,)  # its inputs are arrays: another seed would draw nothing else
 
 
 def test_training_is_compared_step_by_step():

@@ -116,8 +116,8 @@ def subject_of(x: Any, method: Method, which: str) -> Subject:
     Raises:
       ComparisonError: if it is nothing that can be compared.
 
-    >>> subject_of(jnp.tanh, "__call__", "a").words
-    'function tanh'
+    >>> subject_of(abs, "__call__", "a").words
+    'function abs'
     """
     if isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], nn.Module):
         module, variables = x

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from bridge._errors import show_path
 from bridge._types import Location
 from bridge.checkpoint.derivation.bench import Bench, Evidence
 from bridge.checkpoint.derivation.derived import Proof
@@ -37,6 +38,7 @@ _ROUNDING = 1e-2  # a sum in another order is off by as much of the tolerance: (
 _ALIKE = 1e-3  # of gradients, relative to the larger one
 _NOTHING = 3e-6  # of the largest gradient: what rounding leaves where there should be zero
 _FEATURES = 6
+_MOST_NAMED = 5
 
 
 #: Two layers of a group: its number, and theirs in it.
@@ -51,6 +53,12 @@ class Mode:
     group: int
     variable: int = 0
     amount: float = 0.0
+
+
+def _of_unseen(unseen: set[Location]) -> str:
+    named = ", ".join(show_path(at) for at in sorted(unseen)[:_MOST_NAMED])
+    rest = f" and {len(unseen) - _MOST_NAMED} more" if len(unseen) > _MOST_NAMED else ""
+    return f"no output depends on {named}{rest}, which names and shapes alone pair"
 
 
 def proven(bench: Bench, rules: Any) -> tuple[Proof | None, Evidence]:
@@ -75,7 +83,10 @@ def proven(bench: Bench, rules: Any) -> tuple[Proof | None, Evidence]:
     if bench.without_gradients:
         notes.append(f"gradients were not compared: {bench.without_gradients}")
     if unseen:
-        notes.append(f"no output depends on {len(unseen)} of the variables, which their names and shapes alone pair")
+        notes.append(_of_unseen(unseen))
+    written = sorted({at[0] for at in bench.point(SEEDS[0]).values} - {"params"})
+    if written:
+        notes.append(f"what a call writes into {', '.join(written)} was not compared: bridge.equivalence.compare does")
     proof = Proof(SEEDS, len(worst.outputs), len(worst.gradients), worst.worst, all_bits, tuple(notes))
     return proof, worst
 

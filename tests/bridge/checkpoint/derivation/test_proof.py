@@ -5,6 +5,7 @@ import tomllib
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
 import nnx_core as nnx
 from bridge.checkpoint.derivation.derive import UnprovenDerivationError, UnsureDerivationWarning, derive, prove
@@ -102,3 +103,31 @@ def test_a_loop_without_gradients_is_proven_by_its_outputs():
     proof = derive(pair.linen, pair.make, *pair.inputs, method=looped, rename={"row": "down", "col": "across"}).proof
     assert proof.gradients == 0
     assert "gradients were not compared: ValueError: Reverse-mode" in str(proof)
+
+
+class Statistics(nn.Module):
+    """A norm with statistics, and a head that the call leaves alone."""
+
+    @nn.compact
+    def __call__(self, x):
+        if self.is_initializing():
+            nn.Dense(2, name="aside")(x)
+        return nn.BatchNorm(use_running_average=False, name="norm")(nn.Dense(3, name="up")(x))
+
+
+class NativeStatistics(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self, rngs):
+        self.up, self.norm = nnx.Linear(4, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+        self.aside = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.up(x))
+
+
+def test_a_proof_names_what_it_does_not_cover():
+    proof = derive(Statistics(), NativeStatistics, jax.ShapeDtypeStruct((5, 4), "float32")).proof
+    assert "what a call writes into batch_stats was not compared" in str(proof)
+    assert "no output depends on" in str(proof)
+    assert "params/aside/kernel" in str(proof)

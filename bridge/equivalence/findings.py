@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bridge._errors import show_path
 from bridge.equivalence.counterparts import Match
-from bridge.equivalence.numbers import Difference, difference, on_host, same_bits
+from bridge.equivalence.numbers import Difference, difference, is_inexact, on_host, same_bits
 from bridge.equivalence.report import Finding, What
 from bridge.equivalence.tolerance import TOLERANCES, tolerance_of
 from bridge.tracing.trace import is_array
@@ -90,7 +89,7 @@ class Findings:
     def difference(self, x_a: Any, x_b: Any, floor: float = 0.0) -> Difference:
         """How far b's value is from a's."""
         off = difference(x_b, x_a, self.least)
-        if floor > off.tolerance and off.absolute < np.inf and is_floating(x_a):
+        if floor > off.tolerance and off.absolute < np.inf and is_inexact(x_a):
             return replace(off, tolerance=floor)
         return off
 
@@ -130,15 +129,10 @@ def largest(xs: Iterable[Any]) -> float:
     """The largest finite absolute value in all of them."""
     most = 0.0
     for x in jax.tree.leaves(list(xs)):
-        if is_floating(x) and x.size:
+        if is_inexact(x) and x.size:
             wide = np.abs(on_host(x).astype("complex128"))
             most = max(most, float(wide.max(where=np.isfinite(wide), initial=0.0)))
     return most
-
-
-def is_floating(x: Any) -> bool:
-    """Whether `x` has numbers that are rounded."""
-    return is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _is_number(x: Any) -> bool:

@@ -17,9 +17,9 @@ import numpy as np
 
 from bridge._types import Location, Path
 from bridge.equivalence.counterparts import Counterparts
-from bridge.equivalence.findings import Findings, is_floating
+from bridge.equivalence.findings import Findings
 from bridge.equivalence.layers import Pair, Turn, pair_calls
-from bridge.equivalence.numbers import Difference
+from bridge.equivalence.numbers import Difference, is_inexact
 from bridge.equivalence.recording import Event, Place, record
 from bridge.equivalence.report import Finding
 from bridge.equivalence.rows import Evidence, apart, evidence, to_feed
@@ -126,7 +126,7 @@ def _is_of_library(pair: Pair) -> bool:
 
 def _small(pair: Pair) -> list[np.ndarray]:
     # Half precision would underflow.
-    return [x * x.dtype.type(_SMALL) if is_floating(x) and x.dtype.itemsize >= 4 else x for x in pair.a.inputs()]
+    return [x * x.dtype.type(_SMALL) if is_inexact(x) and x.dtype.itemsize >= 4 else x for x in pair.a.inputs()]
 
 
 def _by_place(events: Sequence[Event]) -> dict[Place, Event]:

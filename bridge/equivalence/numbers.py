@@ -45,12 +45,12 @@ class Difference:
     @property
     def relative(self) -> float:
         """`absolute` over `scale`."""
-        return _over(self.absolute, self.scale)
+        return over(self.absolute, self.scale)
 
     @property
     def ratio(self) -> float:
         """`absolute` over `tolerance`: up to 1, the arrays are the same."""
-        return _over(self.absolute, self.tolerance)
+        return over(self.absolute, self.tolerance)
 
     @property
     def equal(self) -> bool:
@@ -127,7 +127,8 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return (a.dtype, a.shape) == (b.dtype, b.shape) and a.tobytes() == b.tobytes()
 
 
-def _over(size: float, most: float) -> float:
+def over(size: float, most: float) -> float:
+    """`size` over `most`: of nothing over nothing 0, of something over nothing infinity."""
     if most:
         return size / most
     return math.inf if size else 0.0

@@ -19,8 +19,8 @@ from bridge._errors import show_path
 from bridge._types import Location
 from bridge.equivalence.compiled import Compiled
 from bridge.equivalence.counterparts import Counterparts, Match
-from bridge.equivalence.findings import Findings, is_floating, largest
-from bridge.equivalence.numbers import on_host, relative_tolerance
+from bridge.equivalence.findings import Findings, largest
+from bridge.equivalence.numbers import is_inexact, on_host, relative_tolerance
 from bridge.equivalence.subjects import ComparisonError, Keys, Subject, Values
 from bridge.tracing.trace import is_array
 from bridge.variables.mapping import tree_of
@@ -160,7 +160,7 @@ def _like(parameters: Values, nested: Any) -> dict[Location, Any]:
 def _distance(output: Any) -> Any:
     """The mean squared distance of all inexact outputs from random targets: bounded, whatever the model returns."""
     total: Any = 0.0
-    for number, x in enumerate(filter(is_floating, jax.tree.leaves(output))):
+    for number, x in enumerate(filter(is_inexact, jax.tree.leaves(output))):
         wide = jnp.promote_types(x.dtype, jnp.float32)
         target = jax.random.normal(jax.random.key(number), x.shape)
         total = total + jnp.mean(jnp.abs(x.astype(wide) - target) ** 2)

@@ -146,14 +146,12 @@ def trace_linen(module: nn.Module, method: Method, rngs: Any, args: Any, kwargs:
         variables = _abstractly(lambda args, kwargs: module.init(rngs, *args, **kwargs, method=call), args, kwargs)
     lasting = [(at, x) for at, x in leaves(variables) if x is not EMPTY and at[0] not in TRANSIENT]
     values = {at: meta.unbox(x) for at, x in lasting}
-    seen, log.inside = log.inside, {}
-    if any(at in values and rank != _rank(values[at]) for (_, at), rank in seen.items()):
-        # Some variable has another rank inside than outside: a transform has stacked it. A rank does not tell along
-        # which axis, so the module runs again, on variables in boxes, which Linen's transforms tell.
-        streams = rngs if isinstance(rngs, Mapping) else {"params": rngs}
-        log.inside = _axes_removed(module, call, streams, values, args, kwargs)
-    parts = [_part(at, value, log) for at, value in values.items()]
-    return _units(parts, log, _linen_slots)
+    streams = rngs if isinstance(rngs, Mapping) else {"params": rngs}
+
+    def run(values: Any, args: Any, kwargs: Any) -> None:
+        _init_from(module, call, values, streams, args, kwargs)
+
+    return _linen_units(log, values, run, args, kwargs)
 
 
 def trace_linen_on(
@@ -175,29 +173,22 @@ def trace_linen_on(
     log = _Log()
     with nn.intercept_methods(_listener(log, _rank)):
         _abstractly(run, dict(values), args, kwargs)
+    return _linen_units(log, values, run, args, kwargs)
+
+
+def _linen_units(
+    log: _Log, values: Mapping[Location, Any], run: Callable[[Any, Any, Any], None], args: Any, kwargs: Any
+) -> list[Unit]:
+    """The units of what `log` has seen of a call; `run` is that call, on variables by location."""
     seen, log.inside = log.inside, {}
     if any(at in values and rank != _rank(values[at]) for (_, at), rank in seen.items()):
-        # As in `trace_linen`: once more, in boxes that are told of axes.
+        # Some variable has another rank inside than outside: a transform has stacked it. A rank does not tell along
+        # which axis, so the module runs again, on variables in boxes, which Linen's transforms tell.
         boxed = _Log()
         with nn.intercept_methods(_listener(boxed, _removed_from_box)):
             _abstractly(run, {at: _Probe(value) for at, value in values.items()}, args, kwargs)
         log.inside = boxed.inside
     return _units([_part(at, value, log) for at, value in values.items()], log, _linen_slots)
-
-
-def _axes_removed(
-    module: nn.Module, call: Any, streams: Any, values: Mapping[Location, Any], args: Any, kwargs: Any
-) -> dict[tuple[Path, Location], Any]:
-    """(module's path, variable's location) -> the axes that transforms around the module have taken away."""
-    log = _Log()
-    probes = {at: _Probe(value) for at, value in values.items()}
-
-    def run(probes: Any, args: Any, kwargs: Any) -> None:
-        _init_from(module, call, probes, streams, args, kwargs)
-
-    with nn.intercept_methods(_listener(log, _removed_from_box)):
-        _abstractly(run, probes, args, kwargs)
-    return log.inside
 
 
 def _init_from(module: nn.Module, call: Any, values: Any, streams: Any, args: Any, kwargs: Any) -> None:

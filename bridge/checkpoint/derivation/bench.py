@@ -18,11 +18,12 @@ import numpy as np
 from flax import linen as nn
 
 import nnx_core as nnx
-from bridge._errors import VariablesMismatchError, show_path
-from bridge._types import Location, Shape
+from bridge._errors import show_path
+from bridge._types import Location
+from bridge.checkpoint.derivation.forward import nnx_values, which_is_random
 from bridge.equivalence.compiled import Compiled
-from bridge.equivalence.drawing import Draw, with_other_key
-from bridge.equivalence.numbers import Difference, difference, is_inexact, on_host, same_bits
+from bridge.equivalence.drawing import Draw
+from bridge.equivalence.numbers import Difference, difference, is_inexact, on_host
 from bridge.equivalence.weights import weighed
 from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, quick_options, streams_of
 from bridge.tracing.trace import Method, is_array
@@ -181,15 +182,7 @@ class Bench:
         """The NNX model's values."""
         draw = Draw(point.salt)
         own = {at: jax.tree.map(draw.array, x) for at, x in sorted(self._own.items())}
-        made = rules.convert(point.values)
-        unexpected = [at for at in made if at not in own]
-        shapes: list[tuple[Location, Shape, Shape]] = []
-        for at, x in made.items():
-            if at in own and np.shape(x) != np.shape(own[at]):
-                shapes.append((at, np.shape(own[at]), np.shape(x)))
-        if unexpected or shapes:
-            raise VariablesMismatchError((), unexpected, shapes, source="the rules' outcome", target="the NNX model")
-        return own | made
+        return nnx_values(rules, point.values, own)
 
     def _run(self, side: int, values: Values, keys: Any, point: Point) -> Run:
         compiled = self._nnx if side else self._linen
@@ -240,13 +233,11 @@ class Bench:
 
     def which_is_random(self, point: Point, rules: Any) -> str | None:
         """Whether other keys make other outputs: 'Linen', 'NNX' or None."""
-        keys = {name: jax.random.fold_in(key, 1) for name, key in self._keys.items()}
-        if not same_bits(self._run(0, point.values, keys, point).output, self.linen(point).output):
-            return "Linen"
         values = self.converted(point, rules)
-        others = {location: with_other_key(x) for location, x in values.items()}
-        one, other = (self._run(1, its, None, point).output for its in (values, others))
-        return None if same_bits(one, other) else "NNX"
+        return which_is_random(
+            lambda keys: self._run(0, point.values, keys, point).output, self.linen(point).output, self._keys,
+            lambda values: self._run(1, values, None, point).output, self._run(1, values, None, point).output, values,
+        )  # fmt: skip
 
 
 def _with_gradients(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,11 +20,9 @@ from flax import linen as nn
 import nnx_core as nnx
 from bridge._errors import BridgeError, VariablesMismatchError
 from bridge._types import Location, Shape
-from bridge.checkpoint.tree.layout import describe
-from bridge.checkpoint.tree.ops import Read
 from bridge.equivalence.compiled import Compiled
 from bridge.equivalence.drawing import Draw, with_other_key
-from bridge.equivalence.numbers import difference, form_of, on_host, same_bits
+from bridge.equivalence.numbers import difference, form_of, on_host, over, same_bits
 from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, streams_of
 from bridge.tracing.trace import Method
 
@@ -72,7 +70,7 @@ class ForwardReport:
     @property
     def worst(self) -> float:
         """The largest difference over its tolerance; at most 1."""
-        return max(_ratio(x, self.tolerances[at]) for at, x in self.differences.items())
+        return max(over(x, self.tolerances[at]) for at, x in self.differences.items())
 
     def __str__(self) -> str:
         if self.bit_equal:
@@ -155,7 +153,7 @@ class Trial:
         """See `compare_forward`."""
         if getattr(rules, "to", "nnx") == "linen":
             rules = rules.inverse()
-        values = self._converted(rules)
+        values = nnx_values(rules, self.values, self._own)
         actual = self._run_nnx(values, None, *self._inputs)
         notes = "\n".join(map(str, getattr(rules, "unsure", ())))
         try:
@@ -165,32 +163,42 @@ class Trial:
             self._require_no_chance(values, actual)
             raise
 
-    def _converted(self, rules: Any) -> Values:
-        leaves = {at: Read(at, *describe(x)) for at, x in self.values.items()}
-        result = rules.apply(leaves)
-        unexpected: list[Location] = []
-        shapes: list[tuple[Location, Shape, Shape]] = []
-        for at, op in result.made.items():
-            if at not in self._own:
-                unexpected.append(at)
-            elif op.shape != np.shape(self._own[at]):
-                shapes.append((at, np.shape(self._own[at]), op.shape))
-        if unexpected or shapes:
-            raise VariablesMismatchError((), unexpected, shapes, source="the rules' outcome", target="the NNX model")
-
-        def read(at: Location, region: Any = None) -> Any:
-            return self.values[at] if region is None else self.values[at][region]
-
-        return self._own | {at: op.value(read) for at, op in result.made.items()}
-
     def _require_no_chance(self, values: Values, actual: Any) -> None:
         """RandomCallError if other keys make other outputs."""
-        keys = {name: jax.random.fold_in(key, 1) for name, key in self._keys.items()}
-        if not same_bits(self._run_linen(self.values, keys, *self._inputs), self.expected):
-            raise RandomCallError("Linen")
-        others = {location: with_other_key(x) for location, x in values.items()}
-        if not same_bits(self._run_nnx(others, None, *self._inputs), actual):
-            raise RandomCallError("NNX")
+        random = which_is_random(
+            lambda keys: self._run_linen(self.values, keys, *self._inputs), self.expected, self._keys,
+            lambda values: self._run_nnx(values, None, *self._inputs), actual, values,
+        )  # fmt: skip
+        if random is not None:
+            raise RandomCallError(random)
+
+
+def nnx_values(rules: Any, values: Values, own: Values) -> Values:
+    """What the rules make of Linen's values; where they say nothing, the NNX model's own.
+
+    Raises:
+      VariablesMismatchError: they make what the model has no place for.
+    """
+    made = rules.convert(values)
+    unexpected = [at for at in made if at not in own]
+    shapes: list[tuple[Location, Shape, Shape]] = []
+    for at, x in made.items():
+        if at in own and np.shape(x) != np.shape(own[at]):
+            shapes.append((at, np.shape(own[at]), np.shape(x)))
+    if unexpected or shapes:
+        raise VariablesMismatchError((), unexpected, shapes, source="the rules' outcome", target="the NNX model")
+    return dict(own) | made
+
+
+def which_is_random(
+    linen: Callable[[Any], Any], expected: Any, keys: Mapping[str, Any],
+    ours: Callable[[Values], Any], actual: Any, values: Values,
+) -> str | None:  # fmt: skip
+    """Whether other keys make other outputs than `expected` and `actual`: of 'Linen', 'NNX' or None."""
+    if not same_bits(linen({name: jax.random.fold_in(key, 1) for name, key in keys.items()}), expected):
+        return "Linen"
+    others = {location: with_other_key(x) for location, x in values.items()}
+    return None if same_bits(ours(others), actual) else "NNX"
 
 
 # ---- comparing outputs ----
@@ -213,18 +221,12 @@ def _compared(actual: Any, expected: Any, least: float, notes: str) -> ForwardRe
         differences[path], tolerances[path] = off.absolute, off.tolerance
     if not any(np.isfinite(b).any() for _, b in theirs):
         raise ForwardMismatchError("", "finite numbers", "none: nothing can be compared", hint, math.inf, 0.0)
-    worst = max(differences, key=lambda path: (_ratio(differences[path], tolerances[path]), differences[path]))
+    worst = max(differences, key=lambda path: (over(differences[path], tolerances[path]), differences[path]))
     size, most = differences[worst], tolerances[worst]
     if size > most:
         wanted = f"a difference of at most {most:.3g}" if most else "no difference"
         raise ForwardMismatchError(worst, wanted, f"one of {size:.3g}", hint, size, most)
     return ForwardReport(differences, tolerances, same_bits(actual, expected))
-
-
-def _ratio(difference: float, tolerance: float) -> float:
-    if tolerance:
-        return difference / tolerance
-    return math.inf if difference else 0.0
 
 
 def _forms(outputs: list[tuple[str, np.ndarray]]) -> str:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from bridge._errors import show_path
 from bridge._types import Location
@@ -284,6 +283,8 @@ def _matched(
     group: Group, linen: Mapping[Location, Any], nnx: Mapping[Location, Any], by_values: bool
 ) -> tuple[int, ...]:
     """For each of NNX's layers the one of Linen's whose gradients are the same; `by_values`: wherever they stand."""
+    from scipy.optimize import linear_sum_assignment  # late: half a second that most who import bridge never need
+
     identity = tuple(range(len(group.pairs)))
     links = group.links(identity)
     ours = [[_get(linen, link.linen, link.linen_index) for link in own] for own in links]

@@ -41,7 +41,7 @@ settings.load_profile("fixed")
 def pytest_addoption(parser):
     """What of the suite is run; `--write-layer-matrix`: write the measured matrix into the migration guide."""
     parser.addoption("--grids", action="store_true", help="run what is marked `grid`, too")
-    parser.addoption("--first-cases", action="store_true", help="run each test function once, on its first parameters")
+    parser.addoption("--first-cases", action="store_true", help="each test once, on its first parameters; no slow one")
     parser.addoption("--write-layer-matrix", action="store_true", help="write migration_guide/layer_matrix.md")
 
 
@@ -54,14 +54,16 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without `--grids`, what is marked `grid` is deselected; with `--first-cases`, all but one case of each test."""
+    """Without `--grids`, what is marked `grid` is deselected; with `--first-cases`, what is `slow`, and all but one
+    case of each other test."""
     kept: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
     functions: set[str] = set()
     for item in items:
         function = item.nodeid.partition("[")[0]
         in_grid = item.get_closest_marker("grid") and not config.getoption("--grids")
-        if in_grid or (function in functions and config.getoption("--first-cases")):
+        is_another = function in functions or item.get_closest_marker("slow")
+        if in_grid or (is_another and config.getoption("--first-cases")):
             left_out.append(item)
         else:
             kept.append(item)

@@ -464,6 +464,9 @@ def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef:
 def pop(node: Any, *filters: filterlib.Filter) -> Any:
     """Remove the Variables that match from `node` and return them, as one State a filter.
 
+    A shared Variable is removed from every place it is at, and returned under the first; flax.nnx leaves it at the
+    others.
+
     Raises:
       FilterError: without a filter.
       PopError: if one is in a plain list, a tuple or a pytree of the user's; nothing is removed then.

@@ -15,6 +15,7 @@ from benchmarks import dispatch
 from benchmarks.__main__ import app
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_figure_and_writes_json(tmp_path, capsys):
     out = tmp_path / "new" / "bridge.json"
     app(["bridge", "--repeats", "1", "--layers", "2", "--json", str(out)], standalone_mode=False)

@@ -39,6 +39,7 @@ def test_the_command_prints_every_figure_and_writes_json(tmp_path, forks, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+@pytest.mark.slow
 def test_a_failing_run_says_what_failed(tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)to_nnx.*failed:.*no checkpoint"):
         checkpoint._run("to_nnx", tmp_path / "no", tmp_path / "out", 1 << 20, 0)

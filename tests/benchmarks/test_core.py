@@ -9,6 +9,7 @@ from benchmarks.__main__ import app
 from benchmarks.figures import Figure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", [False, pytest.param(True, marks=pytest.mark.grid)])
 def test_the_command_writes_every_figure(tmp_path, imports, monkeypatch):
     if not imports:  # which compiles all of jax's source, twice

@@ -16,6 +16,7 @@ from tests.tolerance import assert_trees_close
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_all_variants_compute_the_same_losses():
     losses = dispatch.losses(dispatch.start(dispatch.problem(2)), steps=4)
     found = {name: np.float32(each) for name, each in losses.items()}
@@ -30,6 +31,7 @@ def test_all_variants_compute_the_same_losses():
     assert found[dispatch.BARE][-1] < found[dispatch.BARE][0], "nothing was learned"
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_json(tmp_path):
     file = tmp_path / "new" / "dispatch.json"
     ran = subprocess.run(

@@ -117,6 +117,7 @@ def form(tree: Any) -> Any:
     return (type(tree), {k: id(v) for k, v in vars(tree).items()}) if hasattr(tree, "__dict__") else id(tree)
 
 
+@pytest.mark.slow
 @few
 @given(linen_trees(), st.sampled_from(FIELDS))
 @example(EVERY_METHOD, None)
@@ -150,6 +151,7 @@ def test_law6_rows_17_18_through_split_merge_clone_and_state(tree):
     assert_trees_equal(nnx_attrs_to_linen_vars(linen_vars_to_nnx_attrs(variables)), variables)
 
 
+@pytest.mark.slow
 @few
 @given(linen_trees())
 @example(EVERY_METHOD)

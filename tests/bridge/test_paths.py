@@ -32,6 +32,7 @@ def test_a_public_path_still_works(path, names):
     assert [name for name in shared if getattr(module, name) is not public[name]] == []
 
 
+@pytest.mark.slow
 def test_old_paths_work_in_any_order_and_hide_no_function():
     statements = [f"from {path} import {names.split()[0]}" for path, names in reversed(ROWS)]
     attributes = [path for path, _ in reversed(ROWS)]

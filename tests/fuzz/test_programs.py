@@ -38,12 +38,14 @@ def check_flax(program: p.Program, way: str) -> None:
     assert_same(expected, outcome(program, Lifted(FLAX), way, strict=False), rolled_back=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "examples"), [("as it is", 50), ("jit", 15), ("remat", 10), ("vmap", 10)])
 def test_nnx_core_does_what_python_does(explore, way, examples):
     scope = p.Scope(outside=way != "jit")
     explore(scope, lambda program: check(program, way), examples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "examples"), [("as it is", 25), ("jit", 10)])
 def test_nnx_core_does_what_flax_does(explore, way, examples):
     explore(p.Scope(outside=False), lambda program: check_flax(program, way), examples)
@@ -68,6 +70,7 @@ class Forgetful(Plain):
         return super().fori(s, self.copied("deepcopy", m), x)
 
 
+@pytest.mark.slow
 def test_a_planted_fault_is_found_and_shrunk():
     def is_found(program):
         try:

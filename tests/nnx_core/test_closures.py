@@ -177,6 +177,7 @@ def test_pmap_of_what_sees_no_arrays_compiles_once():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_what_is_closed_over_is_let_go():
     import gc
     import weakref

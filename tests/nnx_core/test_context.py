@@ -45,6 +45,7 @@ def through_jit(f, *, transform=jax.jit):
     return outside
 
 
+@pytest.mark.slow
 @COMPILED_LAW
 @given(recipes(containers=(tuple,)), effects())
 def test_the_four_steps_equal_the_function(recipe, todo):

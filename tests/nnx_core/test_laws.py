@@ -267,6 +267,7 @@ def test_law4_what_was_not_written_keeps_its_array(recipe, todo):
             assert_trees_equal(v.get_raw_value(), w.get_raw_value())
 
 
+@pytest.mark.slow
 @given(graphs())
 @COMPILED_LAW
 def test_law4_reading_everything_changes_nothing(graph):

@@ -618,6 +618,7 @@ def reached(files, acts):
     return hit
 
 
+@pytest.mark.slow
 def test_every_raise_of_the_core_has_a_case():
     files = [*ROOT.glob("*.py"), *ROOT.glob("graph/*.py"), *ROOT.glob("transforms/*.py")]
     hit = reached(files, [act for act, *_ in (*ERROR_CASES.values(), *CASES.values())])

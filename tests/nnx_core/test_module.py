@@ -84,6 +84,7 @@ def test_the_default_can_be_set():
     assert attributes(nnx, module) == ["grad", "seen"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("value", "expected"), [("true", "True"), ("1", "True"), ("0", "False"), ("", "False")])
 def test_the_default_comes_from_the_environment(value, expected):
     # The variable, and what it takes for yes, are those of flax's flag.

@@ -474,6 +474,7 @@ def test_row46_an_equal_filter_and_the_same_transformation_are_one_structure():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_an_ensemble_trains_as_its_members_would():
     tx = optax.adam(0.1)
 

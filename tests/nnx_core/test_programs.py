@@ -103,6 +103,7 @@ def test_what_is_closed_over_is_an_argument():
     assert len(programs._programs) == known
 
 
+@pytest.mark.slow
 def test_nothing_that_is_closed_over_is_kept():
     def use(table):
         @jax.custom_vjp

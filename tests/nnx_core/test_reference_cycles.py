@@ -210,6 +210,7 @@ def test_models_that_are_made_again_and_again():
     assert left_alive(lambda: nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), times=500) == 0
 
 
+@pytest.mark.slow
 def test_a_functional_training_loop_holds_one_state_and_the_next():
     graphdef, state = nnx.split(net())
     graphdef_of_loss = graphdef

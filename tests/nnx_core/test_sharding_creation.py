@@ -426,6 +426,7 @@ def test_moments_of_stacked_layers_have_an_axis_more(mesh):
         assert spec_of(moment.get_value()) == (None, "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staged", [False, True], ids=["eager", "jit"])
 def test_moments_stay_where_their_own_names_say(mesh, staged):
     """flax.nnx forgets the place at the first step, and raises on explicit axes."""

@@ -314,6 +314,7 @@ def test_a_deep_state_has_no_limit_of_its_own(act):
     assert result == state
 
 
+@pytest.mark.slow
 def test_a_deep_state_is_written():
     state = deep_state()
     values = nnx.to_pure_dict(state)
@@ -321,6 +322,7 @@ def test_a_deep_state_is_written():
     assert not (state - state)
 
 
+@pytest.mark.slow
 def test_a_deep_state_is_shown():
     # Each level says how large it is: less deep, or this takes ten seconds. A call a level would not do for this, too.
     assert repr(deep_state(sys.getrecursionlimit() // 3)).startswith("State({")

@@ -306,6 +306,7 @@ def test_counting_flops_runs_each_call_alone_once(depth):
     assert rows[0].flops == cost["flops"]
 
 
+@pytest.mark.slow
 def test_equal_calls_are_traced_alone_once():
     runs = []
 

@@ -74,6 +74,7 @@ def test_shard_map_by_variable_writes_back(spec):
     assert int(m.n[...]) == 1
 
 
+@pytest.mark.slow
 def test_shard_map_tensor_parallel_gradient_equals_one_device():
     m = Node()
     m.up, m.down = nnx.Param(jax.random.normal(jax.random.key(0), (3, 16))), nnx.Param(jnp.ones((16, 2)))

@@ -131,6 +131,7 @@ def test_layers_into_a_stack(tmp_path):
     np.testing.assert_array_equal(np.asarray(model.bias[...]), numbers[:, 0])
 
 
+@pytest.mark.slow
 def test_gates_that_are_fused(tmp_path):
     cell = nn.OptimizedLSTMCell(16)
     x = jnp.zeros((2, 8))

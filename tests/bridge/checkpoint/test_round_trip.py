@@ -281,6 +281,7 @@ def boxed(tree, draw):
     return jax.tree.map(lambda x: nn.Partitioned(x, names=(None,) * x.ndim) if draw(st.booleans()) else x, tree)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(TREES, TREES, st.sampled_from(["adam", "adafactor", "masked", "multi_transform", "novograd"]), st.data())
 def test_drawn_training_states(shapes, others, name, data):

@@ -133,6 +133,7 @@ def test_a_wrapped_module_with_boxes(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_axis_names_without_boxes(tmp_path):
     """A native model may have axis names that the Linen code has not: `like` says so."""
     model = Scanned(nnx.Rngs(0))

@@ -132,6 +132,7 @@ def two(a, b, shape="f32[8,5]"):
 # ---- equal, not equal --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_equal_models_are_exit_code_0(run):
     code, out, err = run("compare", *PAIR)
     assert (code, err) == (0, "")
@@ -146,6 +147,7 @@ def test_equal_models_are_exit_code_0(run):
     assert lines[-1].startswith("seeds 0, 1, cpu")
 
 
+@pytest.mark.slow
 def test_unequal_models_are_exit_code_3_and_it_says_where(run):
     code, out, err = run("compare", *WRONG)
     assert (code, err) == (3, "")
@@ -158,6 +160,7 @@ def test_unequal_models_are_exit_code_3_and_it_says_where(run):
     assert any("fed wrong" in line for line in out.splitlines())
 
 
+@pytest.mark.slow
 def test_quiet_is_the_verdict_alone(run):
     code, out, err = run("compare", *PAIR, "--quiet")
     assert (code, err, len(out.splitlines())) == (0, "", 1)
@@ -166,6 +169,7 @@ def test_quiet_is_the_verdict_alone(run):
     assert out.startswith("not equal: ")
 
 
+@pytest.mark.slow
 def test_json_is_one_document(run):
     code, out, err = run("compare", *WRONG, "--json")
     found = json.loads(out, parse_constant=pytest.fail)
@@ -183,6 +187,7 @@ def test_json_has_no_infinity(run):
     assert "inf" in {json.loads(out, parse_constant=pytest.fail)["findings"][0]["difference"]["absolute"]}
 
 
+@pytest.mark.slow
 def test_the_page_is_written_and_named(run, tmp_path):
     file = tmp_path / "report.html"
     code, out, _ = run("compare", *WRONG, "--html", file)
@@ -238,11 +243,13 @@ def test_any_two_models(a, b, code, run):
     assert run("compare", *two(a, b), "--quiet")[0] == code
 
 
+@pytest.mark.slow
 def test_ids_are_small(run):
     words = ("--linen", f"{HERE}:Tokens", "--nnx", f"{HERE}:NativeTokens", "--input", "i32[2,6]")
     assert run("compare", *words, "--quiet")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_batch_file_is_an_input(run, tmp_path):
     np.savez(tmp_path / "batch.npz", np.random.default_rng(0).normal(size=(4, 5)).astype("float32"))
     words = ("--linen", f"{HERE}:Dense", "--nnx", f"{HERE}:Native", "--input", tmp_path / "batch.npz")
@@ -258,6 +265,7 @@ def test_a_batch_file_is_an_input(run, tmp_path):
 # ---- values, training, methods -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_values_of_a_checkpoint(run, tmp_path):
     path = checkpoint_run.save(checkpoint_run.linen_state(2), tmp_path / "ck", "orbax")
     (tmp_path / "rules.toml").write_text(checkpoint_run.RULES)

@@ -90,6 +90,7 @@ def rules(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_a_conversion_says_what_it_found_and_did(linen, rules, tmp_path, run):
     code, out, err = run("convert", linen, tmp_path / "out", "--to", "nnx", "--rules", rules)
     assert (code, err) == (0, "")  # no progress bar: this is no terminal
@@ -111,6 +112,7 @@ def test_rules_are_derived_from_both_models(linen, tmp_path, run):
     assert_trees_equal(found, checkpoint_run.flat(checkpoint_run.native_state(5)))
 
 
+@pytest.mark.slow
 def test_derived_rules_are_kept_and_serve_both_ways(linen, tmp_path, run):
     file, words = tmp_path / "derived.toml", ("--linen", f"{HERE}:Net", "--nnx", f"{HERE}:Native", "--input", "8,5")
     assert run("convert", linen, tmp_path / "there", "--to", "nnx", *words, "--save-rules", file, "--quiet")[0] == 0
@@ -311,6 +313,7 @@ class Other(checkpoint_run.Native):
 UNPROVEN = ("--to", "nnx", "--linen", f"{HERE}:Net", "--nnx", f"{__name__}:Other", "--input", "8,5")
 
 
+@pytest.mark.slow
 def test_a_mapping_that_is_not_proven_is_refused(linen, tmp_path, run):
     code, out, err = run("convert", linen, tmp_path / "out", *UNPROVEN)
     assert (code, out) == (1, "")
@@ -321,6 +324,7 @@ def test_a_mapping_that_is_not_proven_is_refused(linen, tmp_path, run):
     assert (code, json.loads(out)["error"], json.loads(out)["exit_code"]) == (1, "UnprovenDerivationError", 1)
 
 
+@pytest.mark.slow
 def test_an_unproven_mapping_that_was_asked_for_says_so_everywhere(linen, tmp_path, run):
     words = (*UNPROVEN, "--unproven")
     code, out, err = run("convert", linen, tmp_path / "dry", *words, "--dry-run")

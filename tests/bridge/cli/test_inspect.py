@@ -147,6 +147,7 @@ def test_demo_without_its_extra_says_what_to_install(monkeypatch, run):
     assert "pip install 'linen-nnx-bridge[demo]'" in err
 
 
+@pytest.mark.slow
 def test_inspect_imports_no_more_than_it_needs(saved):
     """The package `bridge` may import flax by itself; the command adds neither orbax nor scikit-learn."""
     code = (

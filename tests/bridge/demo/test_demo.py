@@ -76,6 +76,7 @@ def computed(demo):
     return demo.out, *demo.computed
 
 
+@pytest.mark.slow
 def test_the_command(demo):
     assert_main_job(demo.out, demo.status, demo.printed)
 
@@ -209,6 +210,7 @@ def test_a_model_that_learned_nothing_is_off(computed):
     assert names[0] == "Linen: test accuracy"
 
 
+@pytest.mark.slow
 def test_a_perturbed_weight_on_disk_makes_the_exit_code_1_and_is_named(demo, tmp_path, monkeypatch, capsys):
     save = linen_model.save
 
@@ -229,6 +231,7 @@ def test_a_perturbed_weight_on_disk_makes_the_exit_code_1_and_is_named(demo, tmp
     assert any(line.startswith("native nnx_core: logits") for line in off)
 
 
+@pytest.mark.slow
 def test_the_figure_and_tables_show_a_difference(computed, tmp_path):
     _, losses, good = computed
     native = good.others[1]

@@ -45,6 +45,7 @@ def in_linen():
 # ---- what is equal ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(
     "b", [native, lambda: wrapped(*linen(), jnp.zeros(X.shape)), in_linen], ids=["native", "ToNNX", "ToLinen"]
@@ -73,6 +74,7 @@ def test_an_error_of_some_ulps_is_no_difference():
     assert 1 <= report.findings[0].difference.ulp <= 5
 
 
+@pytest.mark.slow
 def test_stacks_and_single_layers_are_the_same():
     report = compare(linen_stack(), native_stack(), X)
     assert report.equal, str(report)
@@ -136,6 +138,7 @@ def test_gradients_are_those_of_one_loss_for_both():
     assert (report.first.a, report.first.cause) == ("params/first/bias", "computation")
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_zero_but_for_rounding_is_no_difference():
     class Before(nn.Module):
         order: bool
@@ -255,6 +258,7 @@ def test_what_one_side_alone_has_must_not_matter():
 # ---- random streams ----
 
 
+@pytest.mark.slow
 def test_the_same_keys_give_the_same_masks_in_linen_and_tonnx():
     module = Dropping()
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}

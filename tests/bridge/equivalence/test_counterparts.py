@@ -70,6 +70,7 @@ def test_rules_of_other_models_are_an_error():
         compare(linen_stack(), b, X, rules=Rules(), **CHEAP)
 
 
+@pytest.mark.slow
 def test_rules_of_a_stack_pair_its_rounds():
     class Unstack:
         def pairs(self):
@@ -105,6 +106,7 @@ class NativeCells(nnx.Module):
         return self.rnn(x[None])
 
 
+@pytest.mark.slow
 def test_gates_of_a_cell_are_blocks_of_a_fused_kernel():
     variables = Cells().init(jax.random.key(0), jnp.zeros(X.shape))
     model, params = NativeCells(nnx.Rngs(0)), variables["params"]["OptimizedLSTMCell_0"]

@@ -197,6 +197,7 @@ def attending(**options):
     return Attending(**options), Attending().init(jax.random.key(0), jnp.zeros(X.shape))
 
 
+@pytest.mark.slow
 def test_a_mask_that_one_side_does_not_give_is_the_callers_fault():
     report = compare(attending(), attending(masks=False), X, **CHEAP)
     assert (report.first.a, report.first.b) == ("", "")

@@ -71,6 +71,7 @@ def around(paths):
     return {path.rsplit("/", n)[0] for path in paths for n in range(1, path.count("/") + 1)} | {""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names())
 def test_fault_is_found_and_located(name):
     fault = FAULTS[name]
@@ -142,6 +143,7 @@ def softmax_by_hand(model):
         block.act = gelu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plant", [next_number, summed_in_another_order, softmax_by_hand])
 def test_rounding_is_not_reported(plant):
     sides = PAIRS["mlp"].sides()
@@ -191,6 +193,7 @@ def assert_or_report(a, b, *inputs, **options):
     return caught.value.report
 
 
+@pytest.mark.slow
 def test_the_error_says_what_the_report_says():
     sides = FAULTS["another epsilon"].sides(PAIRS)
     report = assert_or_report(sides.a, sides.b, *sides.inputs, **sides.options)
@@ -206,6 +209,7 @@ def test_the_equal_pair_is_returned_as_a_report():
     assert assert_equivalent(sides.a, sides.b, *sides.inputs, **sides.options).equal
 
 
+@pytest.mark.slow
 def test_two_faults_the_first_in_the_order_of_calls_is_named():
     sides = PAIRS["mlp"].sides()
     sides.b.blocks[0].norm.epsilon = 1e-2

@@ -9,6 +9,7 @@ from bridge.equivalence.numbers import is_inexact
 from bridge.equivalence.weights import weighed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_element_has_a_weight_of_its_own(dtype):
     x = {"a": jnp.ones((3, 4), dtype), "b": [jnp.ones(5, dtype), jnp.ones((), dtype)]}

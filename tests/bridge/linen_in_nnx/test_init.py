@@ -22,6 +22,7 @@ from tests.support.linen_models import CNN, KEY, MODELS, Setup, X
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 
+@pytest.mark.slow
 def test_shapes_are_enough():
     spec = jax.ShapeDtypeStruct(X.shape, X.dtype)
     for make in MODELS.values():
@@ -113,6 +114,7 @@ def test_lazy_init_of_a_method_of_a_model():
     assert model.both(X).shape == X.shape
 
 
+@pytest.mark.slow
 def test_lazy_init_under_transforms():
     def make(key):
         return ToNNX(CNN(), nnx.Rngs(key)).lazy_init(X)

@@ -70,6 +70,7 @@ def of_linen(transform):
     return Stack()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [X, SPEC], ids=["arrays", "shapes"])
 @pytest.mark.parametrize(("transform", "how"), [("vmap", in_vmap), ("scan", in_scan)], ids=["vmap", "scan"])
 def test_stacked_variables_are_those_of_linens_transforms_row29(transform, how, inputs):

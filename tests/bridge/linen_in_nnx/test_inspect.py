@@ -109,6 +109,7 @@ def test_pop_takes_one_collection_row_48():
     assert variables_of(model) == {}
 
 
+@pytest.mark.slow
 def test_collections_can_be_registered_again_and_pickled_row_49():
     def cell():
         class Losses(nn.Module):

@@ -211,6 +211,7 @@ def layer(variables, key, x):
     return y, {**variables, **updates}
 
 
+@pytest.mark.slow
 def test_vmap_over_models_is_linens():
     model = stacked()
     before, variables = variables_in(model), variables_of(model)

@@ -321,6 +321,7 @@ def test_modules_under_nnx_transforms_inside_are_not_looked_into():
     assert_trees_equal(model.apply(variables, X), y)
 
 
+@pytest.mark.slow
 def test_captured_under_linen_transforms():
     class Outer(nn.Module):
         @nn.compact

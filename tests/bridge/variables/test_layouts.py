@@ -93,6 +93,7 @@ def flat_state(module):
     return {path: variable[...] for path, variable in state}
 
 
+@pytest.mark.slow
 def test_every_path_of_linen_and_of_the_module_has_its_place(layout, linen_flat):
     assert {at for entry in layout.entries for at in entry.linen} == set(linen_flat)
     assert {entry.nnx for entry in layout.entries} == set(flat_state(Model(nnx.Rngs(0))))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import pytest
 from flax.core import freeze
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ def assert_round_trip(tree: Mapping[str, Any]) -> None:
     assert dict_of(nnx_attrs_to_linen_vars(linen_vars_to_nnx_attrs(tree))) == dict_of(tree)
 
 
+@pytest.mark.slow
 @given(variables)
 @example({"params": {"w": array(1)}, "ema": {"w": array(2)}})
 @example({"params": {"w": {"k": array(1)}}, "ema": {"w": array(2)}})
@@ -26,11 +28,13 @@ def test_law6_round_trip_is_the_identity(tree):
     assert_round_trip(tree)
 
 
+@pytest.mark.slow
 @given(variables)
 def test_law6_for_frozen_dicts_row31(tree):
     assert_round_trip(freeze(tree))
 
 
+@pytest.mark.slow
 @given(variables)
 def test_input_is_not_touched_row16(tree):
     before = dict_of(tree), jax.tree.structure(tree)
@@ -38,6 +42,7 @@ def test_input_is_not_touched_row16(tree):
     assert (dict_of(tree), jax.tree.structure(tree)) == before
 
 
+@pytest.mark.slow
 @given(variables)
 def test_leaves_and_tree_of_are_inverse(tree):
     assert dict_of(tree_of(leaves(tree))) == dict_of(tree)

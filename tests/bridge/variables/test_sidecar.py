@@ -52,6 +52,7 @@ def test_row38_a_box_survives_json_and_its_value_msgpack(box):
     assert_trees_equal(join_metadata(restored, json.loads(json.dumps(sidecar))), tree)
 
 
+@pytest.mark.slow
 @given(variables)
 def test_row38_any_tree_survives(tree):
     before = dict_of(tree)

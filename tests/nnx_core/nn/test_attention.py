@@ -172,6 +172,7 @@ def test_is_causal_is_a_mask():
     assert_trees_equal(attention()(X, is_causal=True), attention()(X, mask=nnx.make_causal_mask(X[..., 0])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_grouped_queries(kv_heads):
     q = jax.random.normal(KEY, (2, 5, 4, 3))
@@ -187,6 +188,7 @@ def test_grouped_queries(kv_heads):
     assert "f32[2,3,4,3]" not in jaxpr
 
 
+@pytest.mark.slow
 def test_grouped_queries_in_the_layer():
     layer = nnx.MultiHeadAttention(4, 4, 8, num_kv_heads=2, decode=True, rngs=nnx.Rngs(0))
     assert (layer.key.kernel.shape, layer.value.bias.shape) == ((4, 2, 2), (2, 2))

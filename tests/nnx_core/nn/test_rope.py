@@ -62,6 +62,7 @@ def test_attention_of_flax_nnx(lib):
     assert_trees_close(ours, lib.dot_product_attention_with_rope(Q, keys, keys, rope=lib.RoPE()))
 
 
+@pytest.mark.slow
 def test_attention_turns_query_and_key():
     positions = jnp.arange(7)
     turned = [jnp.swapaxes(nnx.RoPE()(jnp.swapaxes(x, 1, 2), positions[: x.shape[1]]), 1, 2) for x in (Q, K)]
@@ -76,6 +77,7 @@ def test_only_distances_count():
     assert_trees_close(here, there)
 
 
+@pytest.mark.slow
 def test_each_batch_entry_has_its_own_positions():
     positions = jnp.array([[0, 1, 2, 3, 4], [3, 1, 4, 1, 5]])
     rope = nnx.RoPE()
@@ -88,6 +90,7 @@ def test_each_batch_entry_has_its_own_positions():
         assert_trees_close(both[i : i + 1], one)
 
 
+@pytest.mark.slow
 def test_in_multi_head_attention():
     rope = nnx.RoPE(embedding_size=4, max_seq_len=5)
     attend = functools.partial(nnx.dot_product_attention_with_rope, rope=rope)

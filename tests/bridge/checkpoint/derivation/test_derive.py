@@ -75,6 +75,7 @@ def test_setup_lists_and_dicts():
     check(SetupChain(), ListChain, X)
 
 
+@pytest.mark.slow
 def test_the_pair_of_the_demo():
     x = jax.random.normal(jax.random.key(2), (3, 8, 8, 1))
     for train in (False, True):
@@ -128,6 +129,7 @@ class NnxResNet(nnx.Module):
         return self.fc(self.c(self.c(self.b(self.a(x)))))
 
 
+@pytest.mark.slow
 def test_resnet_with_a_shared_block_and_a_projection():
     check(ResNet(), NnxResNet, X)
 
@@ -190,6 +192,7 @@ class NnxTransformer(nnx.Module):
 TOKENS = jnp.asarray(np.array([[1, 2, 3, 4, 5], [6, 5, 4, 0, 0]], "int32"))
 
 
+@pytest.mark.slow
 def test_transformer_with_tied_embedding_flags_and_two_inputs():
     scale = jnp.linspace(0.5, 1.5, 4)
     derived = check(Transformer(), NnxTransformer, TOKENS, scale, deterministic=True)
@@ -218,6 +221,7 @@ class NnxHalfMoved(nnx.Module):
         return self.fc(self.rest[1](self.rest[1](x)))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_moved_in_part():
     check(ResNet(), NnxHalfMoved, X)
 
@@ -278,6 +282,7 @@ class NnxRecurrent(nnx.Module):
         return self.spectral(self.weight(self.mgu(self.simple(x))))
 
 
+@pytest.mark.slow
 def test_recurrent_layers_and_norms_of_weights():
     check(Recurrent(), NnxRecurrent, X, same_bits=False)  # the gates of a GRU are one product here
 

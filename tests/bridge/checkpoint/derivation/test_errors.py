@@ -137,6 +137,7 @@ def test_leaves_that_do_not_fit():
         derived.apply(reads(values))
 
 
+@pytest.mark.slow
 def test_a_collection_may_be_left_out_as_a_whole():
     x = jnp.ones((1, 8, 8, 1))
     derived = derive(Cnn(), lambda rngs: DigitsNet(rngs=rngs), x, train=False)

@@ -242,6 +242,7 @@ class NnxNoisy(NnxBranches):
         return self.dropout(a - b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("linen", "make", "which"), [(Noisy, NnxNoisy, "Linen"), (Branches, NnxNoisy, "NNX")], ids=["both", "nnx"]
 )
@@ -301,6 +302,7 @@ class NnxRounds(nnx.Module):
         return x
 
 
+@pytest.mark.slow
 def test_stacks_are_in_the_order_of_their_rounds():
     derived = quietly(Rounds(), NnxRounds, X)
     norms = ("ScanRound_0/LayerNorm_0", "ScanRound_0/LayerNorm_1")
@@ -310,6 +312,7 @@ def test_stacks_are_in_the_order_of_their_rounds():
     assert derive(Rounds(), NnxRounds, X).unsure == ()
 
 
+@pytest.mark.slow
 def test_a_stack_that_runs_backwards_is_found():
     derived = derive(Rounds(reverse=True), NnxRounds, X)
     pairs = {linen: nnx for linen, nnx, _ in derived.table()}

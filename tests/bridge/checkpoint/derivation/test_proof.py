@@ -35,6 +35,7 @@ def test_the_right_mapping_is_found(name):
     assert_trees_equal(by_location(rules.inverse().convert(made)), by_location(values))
 
 
+@pytest.mark.slow
 def test_a_norm_of_one_plus_scale():
     derived = derive(SHIFTED.linen, SHIFTED.make, *SHIFTED.inputs)
     assert str(derived).count(", +1") == 2
@@ -49,6 +50,7 @@ def test_a_norm_of_one_plus_scale():
     assert "add = 1.0" in derived.to_toml()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_models_that_differ_are_refused(name):
     pair = WRONG[name]
@@ -59,6 +61,7 @@ def test_models_that_differ_are_refused(name):
         assert derive(pair.linen, pair.make, *pair.inputs, unproven=True).unproven
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIED)
 def test_what_no_output_tells_apart_asks_for_a_rule(name):
     pair = TIED[name]
@@ -78,6 +81,7 @@ def test_the_proof_says_what_it_has_compared():
     assert derived.inverse().proof is derived.proof
 
 
+@pytest.mark.slow
 def test_rules_that_somebody_wrote_are_proven_too():
     pair = RIGHT["towers"]
     derived = derive(pair.linen, pair.make, *pair.inputs)

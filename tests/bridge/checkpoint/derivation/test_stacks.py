@@ -111,6 +111,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("linen", "make"), PAIRS)
 def test_stacks_and_layers_one_by_one(linen, make):
     check(linen, make, X)
@@ -190,6 +191,7 @@ class NnxFlatGrid(nnx.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [NnxGrid, NnxGridByHand, NnxFlatGrid], ids=lambda cls: cls.__name__)
 def test_stacks_of_stacks_with_fused_gates(make):
     check(Grid(), make, X, same_bits=False)
@@ -231,6 +233,7 @@ class NnxLaxScan(nnx.Module):
         return jax.lax.scan(lambda x, state: (nnx.merge(graphdef, state)(x), None), x, state)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [NnxEnsemble, NnxHeads], ids=lambda cls: cls.__name__)
 def test_ensembles(make):
     check(Ensemble(), make, X, same_bits=False)  # one batched product here, three there
@@ -247,6 +250,7 @@ def test_a_stack_in_a_scan_of_jax():
     check(Three(), NnxLaxScan, X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linen", [Unrolled(), Scanned(1)], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("make", [NnxListOfPairs, NnxStack], ids=lambda cls: cls.__name__)
 def test_as_a_file_of_rules(linen, make, tmp_path):
@@ -260,6 +264,7 @@ def test_as_a_file_of_rules(linen, make, tmp_path):
     assert derived.inverse().rules() == rules.inverse()
 
 
+@pytest.mark.slow
 def test_layers_that_no_rule_can_say():
     class Odd(NnxListOfPairs):
         def __call__(self, x):
@@ -273,6 +278,7 @@ def test_layers_that_no_rule_can_say():
         derived.to_toml()
 
 
+@pytest.mark.slow
 def test_a_train_state_and_its_optimizer():
     tx, linen = optax.adam(0.1), Unrolled()
     key = jax.random.key(5)

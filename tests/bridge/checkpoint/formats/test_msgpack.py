@@ -56,6 +56,7 @@ def write(path, tree):
 # --- against flax -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(trees(ALL_DTYPES))
 @example(TREE)
 def test_what_we_write_flax_reads_and_so_do_we(tmp_path_factory, tree):

@@ -270,6 +270,7 @@ def test_a_file_cut_short_anywhere_is_an_error(path, tmp_path):
     assert not any(survives(whole[:size], other) for size in places(whole))
 
 
+@pytest.mark.slow
 def test_a_file_with_any_byte_changed_is_an_error_or_a_tree(path, tmp_path):
     save(path, "safetensors", TREE, metadata={"a": 1})
     whole, other, read = bytearray(path.read_bytes()), tmp_path / "b.safetensors", 0

@@ -44,6 +44,7 @@ OTHER_UPDATE = {
 WARNINGS = {"keeps another state once": OTHER_STATE, "the next update of this optimizer is another one": OTHER_UPDATE}
 
 
+@pytest.mark.slow
 @each_optimizer
 def test_probe_finds_what_was_measured(name):
     found = probe(OPTIMIZERS[name](), SINGLE, STACK)
@@ -101,6 +102,7 @@ def test_gates(params, ops):
     assert "the next update" in probe(optax.lamb(1e-2), params, ops)[0]
 
 
+@pytest.mark.slow
 def test_reshapes_casts_and_new_params():
     query = Read(("query",), (12, 4, 3), "float32")
     ops = {("query",): Cast(Reshape(query, (12, 12)), "bfloat16"), ("new",): Fill(jnp.zeros((2, 2)))}

@@ -50,6 +50,7 @@ def dying(monkeypatch, call):
     monkeypatch.setattr(os, "fsync", fsync)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sharding info not provided", "ignore:Couldn't find sharding info")
 def test_wherever_it_is_killed_it_goes_on(tmp_path, monkeypatch):
     """Every point at which something has just reached the disk, or was about to: batches, tables, the rename."""

@@ -131,6 +131,10 @@ class CheckpointCorruptError(CheckpointError, ValueError):
     """A checkpoint is there, but a file in it is missing, cut short or unreadable."""
 
 
+class CheckpointChangedError(CheckpointCorruptError):
+    """A checkpoint was written to, or replaced, while it was read: what was read may be a mixture of two."""
+
+
 class CheckpointLayoutError(CheckpointError, ValueError):
     """The checkpoint is whole, but does not hold what was asked for (no params, several items, ...)."""
 
@@ -147,6 +151,12 @@ class CheckpointExistsError(CheckpointError, FileExistsError):
 
 class CheckpointWriteError(CheckpointError, OSError):
     """A checkpoint cannot be written: disk full, a number type that the format lacks, another one half-written."""
+
+    __str__ = Exception.__str__
+
+
+class CheckpointAccessError(CheckpointError, PermissionError):
+    """A path that leads to no data: on a store that is not read, or without the right to read or write it."""
 
     __str__ = Exception.__str__
 

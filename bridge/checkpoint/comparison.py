@@ -120,6 +120,8 @@ def diff(
             done += sum(left.leaves[path].nbytes for path in batch.leaves)
             if progress is not None:
                 progress("comparing", done, nbytes)
+        first.require_unchanged()
+        second.require_unchanged()
     order = {path: place for place, path in enumerate({**left.made, **right.made})}
     rows.sort(key=lambda row: order[row.path])
     return DiffReport(str(first.path), str(second.path), tuple(rows), len(shared), nbytes, how)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointExistsError, cut_short, show_path
 from bridge._types import Path
+from bridge.checkpoint.formats.door import local_path
 from bridge.checkpoint.formats.open import open_sink, open_source
 from bridge.checkpoint.formats.protocol import Sink, Source
 from bridge.checkpoint.options import MAX_MEMORY, Check, ConversionOptions, LeafRules
@@ -26,7 +27,15 @@ from bridge.checkpoint.plan.plan import Plan, plan_of
 from bridge.checkpoint.stream import Progress, batches, by_source, values
 from bridge.checkpoint.tree.canonical import Known
 from bridge.checkpoint.tree.layout import Kind, Layout
-from bridge.checkpoint.verification import HASHES, VerificationError, hash_table, verify_source
+from bridge.checkpoint.tree.ops import Read
+from bridge.checkpoint.verification import (
+    HASHES,
+    VerificationError,
+    hash_table,
+    stored_hashes,
+    verify_source,
+    wrong_bits,
+)
 
 # Shares of the memory: a batch that is made, the one before it that is written, and two for what formats need for both
 # meanwhile (chunks as they are stored, compressed) and what an allocator keeps.
@@ -143,7 +152,7 @@ class Conversion:
         changes = {"max_memory": max_memory, "resume": resume, "verify": verify, "check": check, "lossy": lossy}
         changes["progress"] = progress
         given = {name: value for name, value in changes.items() if value is not None}
-        return self._run(FilePath(target).expanduser(), replace(self.options, **given))
+        return self._run(local_path(target), replace(self.options, **given))
 
     def _run(self, path: FilePath, options: ConversionOptions) -> ConvertReport:
         _require_apart(path, self.source)
@@ -152,7 +161,10 @@ class Conversion:
         start = time.monotonic()
         with open_sink(path, options.target_format, self.plan.target, resume=options.resume) as sink:
             resumed = len(sink.done)
-            hashes = self._write(sink, options)
+            with _unchanged(self.source):
+                hashes = self._write(sink, options)
+                if options.verify and HASHES in self.source.metadata:
+                    self._require_read_as_written(hashes, options)
             sink.finish({**self.plan.metadata(), **self._provenance(), HASHES: hash_table(hashes)})
         # Nobody but the hashes knows whether an earlier run, that wrote some leaves, has read the same source.
         verified = bool(options.verify or resumed)
@@ -204,12 +216,33 @@ class Conversion:
                 pending.result()
         return {path: hashes[path] for path in self.plan.made}
 
+    def _require_read_as_written(self, hashes: Mapping[Path, str], options: ConversionOptions) -> None:
+        """Raise VerificationError if the source is one that was converted, and has other bits than it had then.
+
+        A leaf that went over as it was has been hashed on its way; one that others were made of is read once more.
+        """
+        expected = stored_hashes(self.source)
+        as_it_was = {op.path: path for path, op in self.plan.made.items() if type(op) is Read}
+        others = {path: digest for path, digest in expected.items() if path not in as_it_was}
+        wrong = [path for path, at in as_it_was.items() if expected.get(path, hashes[at]) != hashes[at]]
+        wrong += wrong_bits(self.source, others, max_memory=options.max_memory // 2)
+        if wrong:
+            raise VerificationError(self.source.path, {"other bits": wrong})
+
     def _provenance(self) -> dict[str, Any]:
         return {
             "converted_from": str(self.source.path),
             **({"unproven": self.plan.unproven} if self.plan.unproven else {}),
-            "converted_by": f"linen-nnx-bridge {metadata.version('linen-nnx-bridge')}",
+            "converted_by": f"linen-nnx-bridge {_own_version()}",
         }
+
+
+def _own_version() -> str:
+    """Of the installed package; a checkout that is not installed has none, and converts all the same."""
+    try:
+        return metadata.version("linen-nnx-bridge")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def source_of(path: str | FilePath, options: ConversionOptions) -> Source:
@@ -292,6 +325,8 @@ def convert(
       LossyConversionError: something would be lost, and neither a rule nor `lossy` says that it may.
       VariablesMismatchError: the result does not fit `target`.
       CheckpointNotFoundError, CheckpointCorruptError, CheckpointLayoutError: the source cannot be used.
+      CheckpointChangedError: somebody wrote to the source while it was read.
+      CheckpointAccessError: a path is a URL, or may not be read or written.
       CheckpointExistsError: there is something at `target_path`.
       CheckpointWriteError: disk full, no permission, an unfinished conversion that is not to be resumed, ...
       VerificationError: what was written reads differently, or `check` fails; it is set aside, as
@@ -353,6 +388,17 @@ def _require_check(check: Check, source: FilePath, path: FilePath) -> None:
         raise VerificationError(path, {}, f"the check {name} fails: {error}") from error
     if passed is False:
         raise VerificationError(path, {}, f"the check {name} says no")
+
+
+@contextmanager
+def _unchanged(source: Source) -> Iterator[None]:
+    """What is read in here is of one checkpoint: damage that comes of a change is reported as the change."""
+    try:
+        yield
+    except CheckpointCorruptError:
+        source.require_unchanged()
+        raise
+    source.require_unchanged()
 
 
 @contextmanager

@@ -127,6 +127,7 @@ def load_into(
         _require_writable(wanted)
         shardings = {path: _sharding(path, wanted.values[path], op) for path, op in made.items()}
         values = _gathered(made, shardings, conversion.source.read)
+        conversion.source.require_unchanged()
     for path, variable in wanted.variables.items():
         _replace(variable, (*path, VALUE), wanted, values)
     return plan.report()

@@ -17,6 +17,7 @@ from flax.training.train_state import TrainState
 
 from bridge._errors import CheckpointExistsError, CheckpointLayoutError, CheckpointWriteError, MissingDependencyError
 from bridge.checkpoint.derivation.derive import Derived
+from bridge.checkpoint.formats.door import local_path
 from bridge.checkpoint.formats.open import SINK_FORMATS, open_sink
 from bridge.checkpoint.formats.orbax.files import ERRORS, first_words
 from bridge.checkpoint.in_memory import nnx_to_train_state, state_to_variables
@@ -85,7 +86,7 @@ def save_as_linen(
     >>> int(saved.step), saved.params["kernel"].shape, saved.opt_state[1]
     (0, (2, 3), None)
     """
-    path = FilePath(path).expanduser().absolute()
+    path = local_path(path)
     _require_place(path, format)
     direction = back if back is not None or rules is None else rules.inverse()
     if optimizer is None:

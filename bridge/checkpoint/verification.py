@@ -78,6 +78,7 @@ def verify(
 
     Raises:
       VerificationError: leaves differ from what was written, are missing or were added; lists them.
+      CheckpointChangedError: somebody wrote to it meanwhile.
       CheckpointLayoutError: the checkpoint has no hashes: it was not written by `convert`.
       CheckpointNotFoundError, CheckpointCorruptError: as for `open_source`.
 
@@ -117,7 +118,19 @@ def verify_source(
             progress("verifying", done, source.tree.nbytes)
     if any(wrong.values()):
         raise VerificationError(source.path, wrong)
+    source.require_unchanged()
     return VerifyReport(str(source.path), source.format, len(leaves), source.tree.nbytes)
+
+
+def wrong_bits(source: Source, expected: Mapping[Path, str], *, max_memory: int = MAX_MEMORY) -> list[Path]:
+    """Those of the leaves in `expected`, as far as they are there, that have another hash or cannot be read."""
+    leaves = {path: leaf for path, leaf in source.tree.leaves.items() if path in expected}
+    ops = {path: Read(path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    wrong: list[Path] = []
+    for batch in batches(ops, leaves, leaves, max_memory):
+        hashes = _hashes(batch, source)
+        wrong += [path for path, digest in hashes.items() if digest != expected[path]]
+    return wrong
 
 
 def _hashes(batch: Batch, source: Source) -> dict[Path, str | None]:

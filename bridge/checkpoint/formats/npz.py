@@ -8,6 +8,7 @@ Knows zip and .npy; knows nothing of layouts. There is no sink: safetensors hold
 from __future__ import annotations
 
 import math
+import os
 import struct
 import threading
 import tokenize
@@ -24,6 +25,7 @@ import numpy as np
 
 from bridge._types import Path, Shape
 from bridge.checkpoint.formats import stored
+from bridge.checkpoint.formats.stored import Identity, changed
 from bridge.checkpoint.tree.ops import Region
 from bridge.checkpoint.tree.tree import Tree
 
@@ -67,6 +69,18 @@ class NpzSource:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     # Python 3.13's zipfile seeks relative to where another thread may have left the shared file.
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        self._identity = self._now()
+
+    def _now(self) -> Identity:
+        assert self.archive.fp is not None  # until it is closed
+        return Identity.of(os.fstat(self.archive.fp.fileno()))
+
+    def require_unchanged(self) -> None:
+        """Raise CheckpointChangedError if somebody wrote to the file since it was opened."""
+        if (now := self._now()) != self._identity:
+            raise changed(self.path, self._identity, now)
 
     def read(self, path: Path, region: Region | None = None) -> np.ndarray:
         """An array or a region of it: a copy. Only a read of all of it checks the member's checksum."""

@@ -17,6 +17,7 @@ from bridge._errors import (
     CheckpointNotFoundError,
     near_misses,
 )
+from bridge.checkpoint.formats.door import local_path, no_permission
 from bridge.checkpoint.formats.nearby import contents, neighbours, what_is_at
 from bridge.checkpoint.formats.protocol import UNFINISHED, Sink, Source
 from bridge.checkpoint.tree.tree import Tree
@@ -58,6 +59,7 @@ def open_source(
       CheckpointNotFoundError: nothing there, or no such step or item.
       CheckpointCorruptError: a file is missing, cut short or hostile.
       CheckpointLayoutError: of no known format, or there are several checkpoints to choose from.
+      CheckpointAccessError: `path` is a URL, or may not be read.
       MissingDependencyError: the package for that format is not installed.
 
     >>> import flax.serialization, numpy, tempfile
@@ -67,10 +69,14 @@ def open_source(
     >>> source.format, source.tree.leaves["kernel",].shape, float(source.read(("kernel",)).sum())
     ('msgpack', (2, 3), 6.0)
     """
-    path = FilePath(path).expanduser()
+    path = local_path(path)
     _require_known(format, FORMATS, path, "read")
     try:
         return _open(path, format, step, item, separator)
+    except PermissionError as error:
+        if isinstance(error, BridgeError):
+            raise
+        raise no_permission(error.filename or path, "read") from error
     except OSError as error:
         if isinstance(error, BridgeError):
             raise
@@ -83,7 +89,7 @@ def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = F
     """Begin to write a checkpoint of that `tree` to `path`.
 
     Args:
-      path: where nothing is yet, in a folder that is there.
+      path: where nothing is yet; folders above it are made.
       format: 'orbax' (its v0 layout), 'orbax-v1', 'msgpack' or 'safetensors'.
       tree: what will be written. A msgpack file takes the leaves in `tree.order` only; the others in any.
       resume: go on with what a killed run of the same conversion left; begin anew if it left nothing.
@@ -93,6 +99,7 @@ def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = F
       CheckpointWriteError: no room, no permission, a leaf that the format cannot hold, an unfinished checkpoint that
         is of another tree, or is there without `resume`.
       CheckpointLayoutError: no format of that name is written.
+      CheckpointAccessError: `path` is a URL, or nothing may be written there.
 
     >>> import numpy, tempfile
     >>> from bridge.checkpoint.tree.layout import Leaf
@@ -107,7 +114,7 @@ def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = F
     >>> source.read(("w",)), source.metadata
     (array([3, 4], dtype=int8), {'step': 7})
     """
-    path = FilePath(path).expanduser().absolute()
+    path = local_path(path)
     _require_known(format, SINK_FORMATS, path, "written")
     if format == "msgpack":
         from bridge.checkpoint.formats.msgpack import MsgpackSink

@@ -36,6 +36,9 @@ class Source(Protocol):
         """A leaf, or a region of it: numpy array of the stored dtype; a Python number or string as saved; typed
         random keys as such. Raises CheckpointCorruptError."""
 
+    def require_unchanged(self) -> None:
+        """Raise CheckpointChangedError if somebody wrote to it since it was opened. To be asked after the last read."""
+
     def close(self) -> None:
         """Let go of files."""
 

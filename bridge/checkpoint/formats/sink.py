@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 
 from bridge._errors import CheckpointExistsError, CheckpointWriteError, listed, show_path
 from bridge._types import Path
+from bridge.checkpoint.formats.door import local_path, no_permission
 from bridge.checkpoint.formats.journal import Journal, Record, sync_folder
 from bridge.checkpoint.formats.nearby import bytes_in, what_is_at
 from bridge.checkpoint.tree import layout
@@ -41,7 +42,7 @@ class ResumableSink:
     done: frozenset[Path]
 
     def __init__(self, path: str | FilePath, tree: Tree, *, resume: bool = False):
-        self.path, self.tree = FilePath(path).expanduser().absolute(), tree
+        self.path, self.tree = local_path(path), tree
         self._journal: Journal | None = None
         self._written: set[Path] = set()
         #: an earlier run gave the checkpoint its name, and was killed before it could clean up
@@ -177,6 +178,8 @@ class ResumableSink:
         if exists and not (resume and self._journal_path.exists()):
             raise self._target_exists()
         with self._writing():
+            if not self.path.parent.exists():  # a file there is told by who opens something in it
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             journal = self._open_journal()
             records = self._records_left(journal, resume, exists)
             self._finished = exists and bool(records) and self._is_finished(records)
@@ -302,6 +305,8 @@ class ResumableSink:
             yield
         except (CheckpointWriteError, CheckpointExistsError):
             raise
+        except PermissionError as error:
+            raise no_permission(self.path, "written") from error
         except self._system_errors as error:
             room = f"{nbytes} more bytes" if nbytes else "the checkpoint"
             hint = "Make room or choose another path; what was written, resume=True (--resume) goes on with."

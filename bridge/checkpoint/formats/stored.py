@@ -1,8 +1,8 @@
 """Arrays that lie in a file as they lie in memory: their bytes, where each begins, reading one or a part of it.
 
 Law: `Stored.read(region)` equals `Stored.read()[region]` and touches only the rows between the region's first and
-last; an array in one piece is a read-only view of the file, whose pages leave memory with it; nothing is read past
-the end of a file, nothing is allocated that the file does not hold.
+last; nothing is read past the end of a file, nothing is allocated that the file does not hold.
+Files are read and not mapped into memory: a view of a file that somebody cuts short ends the process.
 Knows offsets, number types and trees; knows nothing of what a format writes between the arrays.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,16 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge._errors import CheckpointCorruptError, CheckpointLayoutError, show_path
+from bridge._errors import CheckpointChangedError, CheckpointCorruptError, CheckpointLayoutError, show_path
 from bridge._types import Path, Shape
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.layout import Leaf
 from bridge.checkpoint.tree.ops import Region
 from bridge.checkpoint.tree.tree import Tree
 
-# Below this an array is copied out of the file: the kernel maps 16 pages around each touched one, which for many
-# small arrays is more memory than they are.
-_MAP_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 25  # what is copied at once of an array that is not contiguous
 # Keys in a path. What walks a tree calls itself once a level, and Python's limit is 1,000 calls, its callers' included.
 _DEEPEST = 500
@@ -105,15 +101,52 @@ def pieces(array: np.ndarray) -> Iterator[memoryview]:
 # --- files --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What tells a file from itself after somebody wrote to it."""
+
+    inode: int
+    size: int
+    modified: int  # nanoseconds
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        """From what `os.stat` or `os.fstat` says."""
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def __str__(self) -> str:
+        return f"inode {self.inode}, {self.size} bytes, modified at {self.modified} ns"
+
+
+def changed(file: object, before: object, now: object) -> CheckpointChangedError:
+    """The one error for a source that was written to while it was read."""
+    return CheckpointChangedError(
+        "the checkpoint changed while it was read",
+        file,
+        expected=f"what was opened: {before}",
+        found=str(now),
+        hint="Read it again when nobody writes to it, or read a copy.",
+    )
+
+
 class ArrayFile:
-    """An open file, mapped into memory once. Views of it stay good after `close`."""
+    """An open file. What was read stays good after `close`."""
 
     def __init__(self, path: FilePath):
         self.path = path
         self._file = os.open(path, os.O_RDONLY)
         self._close = weakref.finalize(self, os.close, self._file)
-        self.size = os.fstat(self._file).st_size
-        self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ) if self.size else None
+        self._identity = Identity.of(os.fstat(self._file))
+        self.size = self._identity.size
+
+    def require_unchanged(self) -> None:
+        """Raise CheckpointChangedError if somebody wrote to the file since it was opened.
+
+        A file that was replaced by another of its name is none: what was opened is there until it is closed.
+        """
+        now = Identity.of(os.fstat(self._file))
+        if now != self._identity:
+            raise changed(self.path, self._identity, now)
 
     def copy(self, offset: int, length: int) -> bytes:
         """A copy of some bytes."""
@@ -122,36 +155,25 @@ class ArrayFile:
         return out.tobytes()
 
     def bytes(self, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-        """The bytes of these (offset, length) one after the other, read-only; one long span without a copy."""
-        if self._map is None or os.fstat(self._file).st_size < self.size:  # a view past the end is a SIGBUS
-            raise damaged(self.path, expected=f"{self.size} bytes, as when it was opened", found="a shorter file")
-        if len(spans) == 1 and spans[0][1] >= _MAP_BYTES:
-            return self._view(*spans[0])
+        """The bytes of these (offset, length) one after the other."""
         out = np.empty(_length(spans), np.uint8)
         filled = 0
         for offset, length in spans:
             self._copy(offset, out[filled : filled + length])
             filled += length
-        out.flags.writeable = False
         return out
-
-    def _view(self, offset: int, length: int) -> np.ndarray:
-        array = np.frombuffer(self._map, np.uint8, length, offset)
-        start = offset - offset % mmap.PAGESIZE
-        weakref.finalize(array, self._map.madvise, mmap.MADV_DONTNEED, start, offset + length - start).atexit = False
-        return array
 
     def _copy(self, offset: int, out: np.ndarray) -> None:
         filled = 0
         while filled < out.size:
             count = os.preadv(self._file, [out[filled:]], offset + filled)
             if not count:
+                self.require_unchanged()
                 raise damaged(self.path, expected=f"{out.size} bytes at {offset}", found=f"{filled} bytes")
             filled += count
 
     def close(self) -> None:
-        """Let go of the file; its pages stay mapped while an array needs them."""
-        self._map = None
+        """Let go of the file."""
         self._close()
 
 
@@ -170,7 +192,7 @@ class Stored:
         return _length(self.spans)
 
     def read(self, region: Region | None = None) -> np.ndarray:
-        """The array, or a region of it, read-only."""
+        """The array, or a region of it."""
         first, block, rest = rows(self.shape, region)
         size = math.prod(block)
         if not size:
@@ -235,16 +257,25 @@ class FileSource:
     item: str | None = None
 
     def read(self, path: Path, region: Region | None = None) -> Any:
-        """A leaf or a region of it; arrays are read-only and mostly views of the file."""
+        """A leaf or a region of it."""
         if path in self.values:
             return self.values[path]
         array = self.stored[path].read(region)
         return self.finish[path](array) if path in self.finish else array
 
+    def require_unchanged(self) -> None:
+        """Raise CheckpointChangedError if somebody wrote to one of the files since they were opened."""
+        for file in self._files:
+            file.require_unchanged()
+
     def close(self) -> None:
         """Let go of the files; arrays that were read stay good."""
-        for file in {stored.file for stored in self.stored.values()}:
+        for file in self._files:
             file.close()
+
+    @property
+    def _files(self) -> set[ArrayFile]:
+        return {stored.file for stored in self.stored.values()}
 
 
 def make_tree(

@@ -1,7 +1,10 @@
 """Converting on disk: every format, both directions; the result resumes to the last bit; all of it or nothing."""
 
 import hashlib
+import importlib.metadata
 import os
+import shutil
+from contextlib import closing
 from pathlib import Path
 
 import flax.serialization
@@ -13,7 +16,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 import nnx_core as nnx
-from bridge._errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, VariablesMismatchError
+from bridge._errors import (
+    CheckpointChangedError,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    VariablesMismatchError,
+)
 from bridge.checkpoint import conversion
 from bridge.checkpoint.conversion import LossyConversionError, convert, open_conversion
 from bridge.checkpoint.formats.open import open_source
@@ -257,6 +266,47 @@ def test_a_bit_that_flips_on_the_way_to_disk_is_found(saved, rules, tmp_path, mo
     assert os.listdir(tmp_path) == ["a.safetensors.failed-verification"]
     with pytest.raises(VerificationError, match="other bits"):
         verify(tmp_path / "a.safetensors.failed-verification", format="safetensors")
+
+
+def test_a_converted_source_is_read_as_it_was_written(saved, rules, tmp_path):
+    """Its hashes are compared: what has been written since, or has rotted, is not handed on as verified."""
+    first = tmp_path / "a.safetensors"
+    convert(saved("nnx", "orbax"), first, target_format="safetensors", **options("nnx", rules))
+    raw = bytearray(first.read_bytes())
+    raw[-3] ^= 16
+    first.write_bytes(raw)
+    with pytest.raises(VerificationError, match=r"(?s)a.safetensors\n.*1 other bits"):
+        convert(first, tmp_path / "b.safetensors", target_format="safetensors", **options("linen", rules))
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("format", "kind"), [("safetensors", "truncate"), ("safetensors", "rewrite"), ("orbax", "rewrite")]
+)
+def test_a_source_that_changes_under_way_is_no_result(saved, rules, tmp_path, format, kind):
+    source = tmp_path / f"source.{format}"
+    given = saved("nnx", format)
+    (shutil.copytree if given.is_dir() else shutil.copy)(given, source)
+
+    def interfere(doing, done, total):
+        for file in source.rglob("*") if source.is_dir() else [source]:
+            if file.is_file():
+                content = file.read_bytes()
+                file.write_bytes(content[: len(content) // 2] if kind == "truncate" else content)
+
+    with pytest.raises(CheckpointChangedError, match="changed while it was read"):
+        convert(source, tmp_path / "out", max_memory=200, progress=interfere, **options("nnx", rules))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkout_that_is_not_installed_converts(saved, rules, tmp_path, monkeypatch):
+    def not_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(conversion.metadata, "version", not_installed)
+    convert(saved("nnx", "orbax"), tmp_path / "out", **options("nnx", rules))
+    with closing(open_source(tmp_path / "out")) as source:
+        assert source.metadata["converted_by"] == "linen-nnx-bridge unknown"
 
 
 @pytest.mark.parametrize("format", ["orbax", "orbax-v1", "msgpack", "safetensors", "npz"])

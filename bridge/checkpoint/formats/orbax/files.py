@@ -21,6 +21,7 @@ from bridge._errors import (
     MissingDependencyError,
 )
 from bridge._types import Path
+from bridge.checkpoint.formats.door import local_path, no_permission
 from bridge.checkpoint.formats.nearby import contents, neighbours, what_is_at
 
 UNFINISHED_SAVE = ".orbax-checkpoint-tmp"
@@ -41,9 +42,9 @@ class Location:
     item: str | None = None
 
 
-def locate(path: FilePath, step: int | None, item: str | None) -> Location:
+def locate(path: str | FilePath, step: int | None, item: str | None) -> Location:
     """The folder with the arrays, from a checkpoint, a step or a folder of steps."""
-    path = path.expanduser()
+    path = local_path(path)
     if not path.exists():
         raise CheckpointNotFoundError(
             "no checkpoint",
@@ -65,11 +66,11 @@ def locate(path: FilePath, step: int | None, item: str | None) -> Location:
     if step is None and steps and all(map(_STEP.fullmatch, _items(path))):
         step = max(steps)
     if step is None:
-        return _locate_item(path.absolute(), None, item)
+        return _locate_item(path, None, item)
     if step not in steps:
         listed = ", ".join(map(str, sorted(steps))) or "no step folders"
         raise CheckpointNotFoundError(f"no step {step}", path, expected=f"a folder for step {step}", found=listed)
-    return _locate_item(steps[step].absolute(), step, item)
+    return _locate_item(steps[step], step, item)
 
 
 def _locate_item(path: FilePath, step: int | None, item: str | None) -> Location:
@@ -244,6 +245,8 @@ def reading(place: FilePath, expected: str) -> Iterator[None]:
     try:
         yield
     except ERRORS as error:
+        if isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error):
+            raise no_permission(place, "read") from error
         raise CheckpointCorruptError(
             "the checkpoint is damaged", place, expected=expected, found=first_words(error)
         ) from error

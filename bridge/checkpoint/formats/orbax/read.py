@@ -44,7 +44,7 @@ from bridge.checkpoint.formats.orbax.files import (
     reading,
     tensorstore,
 )
-from bridge.checkpoint.formats.stored import require_walkable
+from bridge.checkpoint.formats.stored import Identity, changed, require_walkable
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
 from bridge.checkpoint.tree.ops import Region
@@ -113,11 +113,7 @@ def open_orbax(path: str | FilePath, step: int | None = None, item: str | None =
     ...         source.format, dict(source.metadata), source.read(("params", "w"), (slice(0, 1),))
     ('orbax', {'made': 'here'}, array([1.], dtype=float32))
     """
-    location = locate(FilePath(path), step, item)
-    file = location.root / "_METADATA"
-    with reading(file, "a table of the arrays, as JSON"):
-        metadata = json.loads(file.read_text())
-    return OrbaxSource(location, metadata)
+    return OrbaxSource(locate(path, step, item))
 
 
 def read_metadata(path: str | FilePath, *, step: int | None = None, item: str | None = None) -> CheckpointInfo:
@@ -199,10 +195,12 @@ class _Entry:
 class OrbaxSource:
     """One item on disk: its rows, and tensorstore handles to its arrays, opened once. A `protocol.Source`."""
 
-    def __init__(self, location: Location, metadata: dict[str, Any]):
+    def __init__(self, location: Location):
         self.path, self.step, self.item = location.root, location.step, location.item
-        self._table = metadata
+        self._files = _identities(self.path)  # before the first of them is read
         with reading(self.path / "_METADATA", "a table of the arrays, as JSON"):
+            metadata = json.loads((self.path / "_METADATA").read_text())
+            self._table = metadata
             self._entries = {entry.path: entry for entry in map(_entry, metadata["tree_metadata"].values())}
         require_walkable(self.path, self._entries)
         save = read_save(location, metadata)
@@ -256,6 +254,13 @@ class OrbaxSource:
             future = store[wanted].read()
         return self._value(entry, future)
 
+    def require_unchanged(self) -> None:
+        """Raise CheckpointChangedError if a file in the folder is another than when it was opened, or new, or gone."""
+        now = _identities(self.path)
+        for name in sorted(self._files.keys() | now.keys()):
+            if self._files.get(name) != now.get(name):
+                raise changed(self.path / name, self._files.get(name, "no such file"), now.get(name, "no such file"))
+
     def detected(self) -> Layout:
         """Linen's layout or NNX's."""
         return self.tree.layout
@@ -286,7 +291,9 @@ class OrbaxSource:
         for path, store in self._arrays.items():
             with reading(self.path, f"the array {show_path(path)}"):
                 futures[path] = store.read()
-        return self._nest({path: self._value(entry, futures.get(path)) for path, entry in self._entries.items()})
+        values = {path: self._value(entry, futures.get(path)) for path, entry in self._entries.items()}
+        self.require_unchanged()
+        return self._nest(values)
 
     # how a row becomes a leaf
 
@@ -466,6 +473,16 @@ class _PartCache:
             if entry.path not in self._stores:
                 self._stores[entry.path] = opener(entry, self._context).result()
             return self._stores[entry.path]
+
+
+def _identities(root: FilePath) -> dict[str, Identity]:
+    """Every file of the checkpoint: a finished one is never written to again."""
+    identities = {}
+    for folder, _, files in os.walk(root):
+        for name in files:
+            file = FilePath(folder, name)
+            identities[str(file.relative_to(root))] = Identity.of(file.stat())
+    return identities
 
 
 def _region(shape: Shape, region: Region | None) -> Region:

@@ -4,7 +4,6 @@ import json
 import struct
 import tracemalloc
 from contextlib import closing
-from pathlib import Path
 
 import flax
 import jax
@@ -20,6 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bridge._errors import (
+    CheckpointChangedError,
     CheckpointCorruptError,
     CheckpointExistsError,
     CheckpointLayoutError,
@@ -154,37 +154,22 @@ def test_an_index_of_several_files_as_hugging_face_writes_them(tmp_path):
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def test_opening_reads_no_array_and_large_ones_are_views_of_the_file(path):
+def test_opening_reads_no_array_and_a_read_allocates_it_once(path):
     tree = {"big": np.arange(1 << 22, dtype="float32").reshape(1024, 4096), "odd": np.arange(1 << 17, dtype="int16")}
     write(path, {"x": tree["odd"], **tree})
     tracemalloc.start()
-    with closing(open_source(path)) as source:
-        whole, part = source.read(("big",)), source.read(("big",), (slice(3, 900), slice(5, 6)))
-        used = tracemalloc.get_traced_memory()[1]
+    try:
+        with closing(open_source(path)) as source:
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20  # of 16 MiB
+            whole = source.read(("big",))
+            assert tracemalloc.get_traced_memory()[1] < 17 << 20
+            part = source.read(("big",), (slice(3, 9), slice(5, 6)))
+            assert tracemalloc.get_traced_memory()[1] < 18 << 20
+    finally:
         tracemalloc.stop()
-        assert used < 1 << 20  # of 16 MiB
-        assert not whole.flags.writeable
-        assert_trees_equal(part, tree["big"][3:900, 5:6])
+    assert_trees_equal(part, tree["big"][3:9, 5:6])
     assert_trees_equal(whole, tree["big"])  # good after close
     assert_trees_equal(jnp.asarray(whole) + 1, jnp.asarray(tree["big"]) + 1)
-
-
-def test_pages_of_an_array_leave_memory_with_it(path):
-    write(path, {str(i): np.full(1 << 22, i, "uint8") for i in range(8)})
-
-    def resident():
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))  # KiB
-
-    with closing(open_source(path)) as source:
-        before = resident()
-        held = source.read(("0",))
-        assert held.sum(dtype="int64") == 0
-        assert resident() - before >= 3 << 10
-        del held
-        for i in range(8):
-            assert int(source.read((str(i),))[::4096].max()) == i
-        assert resident() - before < 3 << 10
 
 
 @given(st.data())
@@ -223,7 +208,7 @@ def test_a_file_that_shrinks_while_it_is_open_is_an_error_and_no_crash(path):
     with closing(open_source(path)) as source:
         with open(path, "r+b") as file:
             file.truncate(1000)
-        with pytest.raises(CheckpointCorruptError, match="bytes, as when it was opened"):
+        with pytest.raises(CheckpointChangedError, match=r"(?s)changed while it was read.*, 1000 bytes, .*a copy"):
             source.read(("a",))
     file = ArrayFile(path)
     with pytest.raises(CheckpointCorruptError, match=r"(?s)600 bytes at 500.*500 bytes"):
@@ -522,9 +507,13 @@ except CheckpointWriteError as error:
     assert path.read_bytes() == serialization.to_bytes(tree)
 
 
-def test_a_folder_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(CheckpointWriteError, match=r"(?s)could not be written.*No such file or directory"):
-        open_sink(tmp_path / "no" / "a.msgpack", "msgpack", describe({"a": 1})[0])
+def test_folders_above_the_target_are_made(tmp_path):
+    save(tmp_path / "no" / "such" / "a.msgpack", "msgpack", {"a": 1})
+    with closing(open_source(tmp_path / "no" / "such" / "a.msgpack")) as source:
+        assert source.read(("a",)) == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointWriteError, match=r"(?s)could not be written.*Not a directory"):
+        open_sink(tmp_path / "file" / "a.msgpack", "msgpack", describe({"a": 1})[0])
 
 
 def test_arrays_that_are_not_contiguous_are_written_in_small_pieces(path, monkeypatch):

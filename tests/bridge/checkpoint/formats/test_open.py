@@ -3,6 +3,7 @@
 import json
 import os
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ import safetensors.numpy
 from flax import serialization
 
 from bridge._errors import (
+    CheckpointAccessError,
+    CheckpointChangedError,
     CheckpointCorruptError,
     CheckpointExistsError,
     CheckpointLayoutError,
     CheckpointNotFoundError,
     CheckpointWriteError,
 )
+from bridge.checkpoint import convert, read_metadata, save_as_linen
 from bridge.checkpoint.formats.open import FORMATS, SINK_FORMATS, open_sink, open_source
 from bridge.checkpoint.tree.layout import Leaf
 from bridge.checkpoint.tree.tree import Tree
@@ -206,8 +210,74 @@ def test_a_file_that_may_not_be_read(tmp_path):
     if root:  # who may read everything
         os.seteuid(65534)
     try:
-        with pytest.raises(CheckpointCorruptError, match=r"(?s)cannot be read.*Permission denied"):
+        with pytest.raises(CheckpointAccessError, match=r"(?s)may not be read.*right to read.*data may be sound"):
             open_source(path)
     finally:
         if root:
             os.seteuid(0)
+
+
+@pytest.mark.parametrize(
+    ("url", "hint"),
+    [
+        ("gs://bucket/run", "gcloud storage cp --recursive gs://bucket/run DIR"),
+        ("s3://bucket/run", "aws s3 cp --recursive s3://bucket/run DIR"),
+        ("file:///data/run", "without the scheme: /data/run"),
+        ("https://example.org/a.msgpack", "Copy it here first, or mount it"),
+    ],
+)
+@pytest.mark.parametrize("kind", [str, Path])
+def test_an_address_is_no_folder_of_that_name(url, hint, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree = Tree({("a",): Leaf(("a",), (), "int32", 4)})
+    for use in (
+        open_source,
+        read_metadata,
+        lambda path: open_sink(path, "orbax", tree),
+        lambda path: open_sink(path, "msgpack", tree),
+        lambda path: convert(path, tmp_path / "out", to="nnx"),
+        lambda path: save_as_linen(None, None, path),
+    ):
+        with pytest.raises(CheckpointAccessError) as caught:
+            use(kind(url))
+        assert "not a path on this machine" in str(caught.value)
+        assert hint in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["orbax", "orbax-v1", "msgpack", "safetensors"])
+def test_a_path_with_dots_is_the_path_it_leads_to(format, tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    tree = Tree({("w",): Leaf(("w",), (2,), "int32", 8)})
+    with open_sink(tmp_path / "a" / "b" / ".." / "made", format, tree) as sink:
+        sink.write({("w",): np.arange(2, dtype="int32")})
+        sink.finish({})
+    with closing(open_source(tmp_path / "a" / "b" / ".." / ".." / "a" / "made", format=format)) as source:
+        assert source.read(("w",)).tolist() == [0, 1]
+        assert ".." not in str(source.path)
+
+
+@pytest.mark.parametrize("format", ["orbax", "safetensors", "npz"])
+def test_what_is_written_to_while_it_is_read_is_an_error(format, tmp_path):
+    path = tmp_path / f"a.{format}"
+    arrays = {"w": np.arange(4, dtype="int32")}
+    if format == "npz":
+        np.savez(path, **arrays)
+    else:
+        with open_sink(path, format, Tree({("w",): Leaf(("w",), (4,), "int32", 16)})) as sink:
+            sink.write({("w",): arrays["w"]})
+            sink.finish({})
+    with closing(open_source(path, format=format)) as source:
+        source.read(("w",))
+        source.require_unchanged()
+        file = path / "_METADATA" if path.is_dir() else path
+        os.utime(file, ns=(1, 1))
+        with pytest.raises(
+            CheckpointChangedError, match=r"(?s)changed while it was read.*modified at 1 ns.*read a copy"
+        ):
+            source.require_unchanged()
+    if path.is_dir():
+        with closing(open_source(path, format=format)) as source:
+            (path / "more").write_text("")
+            with pytest.raises(CheckpointChangedError, match=r"(?s)more.*no such file.*inode"):
+                source.require_unchanged()

@@ -56,7 +56,7 @@ class _Walk:
 
     def _through(self, equation: Any, masks: list[int]) -> list[int]:
         name, programs = equation.primitive.name, list(_programs(equation.params))
-        if not programs:
+        if not programs or name.startswith("scatter"):  # whose inner program puts two numbers together
             return self.passed(equation, masks)
         if name == "cond":
             branches = [self(branch, masks[1:]) for branch in programs]

@@ -69,6 +69,10 @@ def test_integers_are_drawn_as_far_as_their_tables_reach():
         chosen = jax.lax.switch(place[0, 0], [lambda: 1.0, lambda: 2.0, lambda: 3.0])
         return embedded, (1.0 - numbers) * -1e9, jax.nn.one_hot(labels, 7), labels * labels, chosen
 
+    def scattered(ids, weights):
+        return jax.grad(lambda table: (table[ids] * weights).sum())(table)
+
+    assert ranges_of(jax.make_jaxpr(scattered)(IDS, jnp.ones((2, 5, 4))), (), [IDS]) == {0: (50, 50)}
     ranges = ranges_of(jax.make_jaxpr(program)(*[IDS] * 6), (), [IDS] * 6)
     assert ranges == {0: (50, 50), 1: CAUTIOUS, 2: (2, 4), 3: (4, 4), 4: (3, 3), 5: CAUTIOUS}
 

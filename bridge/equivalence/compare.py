@@ -509,4 +509,4 @@ def _is_hollow(x: Any) -> bool:
     """Whether no number in it is finite."""
     if not is_inexact(x) or not x.size:
         return False
-    return not bool(jax.numpy.isfinite(x).any())
+    return not np.isfinite(on_host(x)).any()

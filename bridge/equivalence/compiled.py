@@ -13,7 +13,10 @@ import jax
 
 from bridge.equivalence.dependence import HALVES, halves
 from bridge.equivalence.numbers import relative_tolerance
+from bridge.tracing.pure_call import quick_options
 from bridge.tracing.trace import is_array, parted
+
+_LARGE = 16 << 20  # bytes of variables from which on optimizing a program pays
 
 #: Of each dtype in half precision: what it allows, relative to the largest element.
 _ALLOWED = {bit: relative_tolerance(name) for name, bit in HALVES.items()}
@@ -71,6 +74,12 @@ class Compiled:
 
     def _allowed(self, masks: list[int]) -> Any:
         return self._treedef.unflatten([_most(mask) for mask in masks])
+
+
+def options_for(values: Any) -> dict[str, Any] | None:
+    """XLA's options for a program of these variables that runs a few times: None if optimizing it pays."""
+    size = sum(getattr(x, "nbytes", 0) for x in jax.tree.leaves(values))
+    return quick_options() if size < _LARGE else None
 
 
 def _most(mask: int) -> float:

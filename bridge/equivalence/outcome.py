@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax
 
-from bridge.equivalence.compiled import Compiled
+from bridge.equivalence.compiled import Compiled, options_for
 from bridge.equivalence.dependence import Range, ranges_of
 from bridge.equivalence.numbers import is_inexact
 from bridge.equivalence.subjects import ComparisonError, Keys, Subject, Values
@@ -137,7 +137,7 @@ class Run:
 
     def _compile(self, values: Values, keys: Keys, args: Any, kwargs: Any) -> None:
         if self._with_gradients:
-            self._compiled = Compiled(self._differentiated)
+            self._compiled = Compiled(self._differentiated, options_for(values))
             try:
                 self._compiled.prepare(dict(values), keys, args, kwargs)
             except _NoGradient as error:
@@ -147,7 +147,7 @@ class Run:
             else:
                 return
             self._with_gradients = False
-        self._compiled = Compiled(self._plain)
+        self._compiled = Compiled(self._plain, options_for(values))
         try:
             self._compiled.prepare(dict(values), keys, args, kwargs)
         except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):

@@ -18,7 +18,7 @@ import optax
 
 from bridge._errors import show_path
 from bridge._types import Location
-from bridge.equivalence.compiled import Compiled
+from bridge.equivalence.compiled import Compiled, options_for
 from bridge.equivalence.counterparts import Counterparts, Match
 from bridge.equivalence.findings import Findings, is_near, rounding
 from bridge.equivalence.numbers import is_inexact, largest, on_host, relative_tolerance
@@ -163,7 +163,7 @@ def _step_of(subject: Subject, tx: Any, loss: Callable[..., Any] | None) -> Comp
         new = _like(parameters, moved)
         return total, gradients, {**values, **written, **new}, state
 
-    return Compiled(step)
+    return Compiled(step, options_for(subject.values))
 
 
 def _like(parameters: Values, nested: Any) -> dict[Location, Any]:

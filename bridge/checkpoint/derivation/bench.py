@@ -22,19 +22,18 @@ import nnx_core as nnx
 from bridge._errors import show_path
 from bridge._types import Location
 from bridge.checkpoint.derivation.forward import nnx_values, outputs_apart, which_is_random
-from bridge.equivalence.compiled import Compiled
+from bridge.equivalence.compiled import Compiled, options_for
 from bridge.equivalence.dependence import Range, ranges_of
 from bridge.equivalence.drawing import Draw, with_last_bits_moved
 from bridge.equivalence.inputs import drawn
 from bridge.equivalence.numbers import Difference, difference, is_inexact, is_key, on_host
 from bridge.equivalence.rounding import NOISE
 from bridge.equivalence.weights import weighed
-from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, quick_options, streams_of
+from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, streams_of
 from bridge.tracing.trace import Method, is_array
 
 _HALF_EPS = {6.4e-2: 2.0**-8, 8e-3: 2.0**-11}
 _MOST_SHOWN = 5
-_LARGE = 16 << 20  # bytes of variables from which on optimizing a program pays
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,7 @@ class Bench:
         self._expected: dict[int, Run] = {}
         self._points: dict[int, Point] = {}
         self._runs = (theirs.writing, ours.writing)
-        size = sum(getattr(x, "nbytes", 0) for x in self._initial.values())
-        self._options = quick_options() if size < _LARGE else None
+        self._options = options_for(self._initial)
         self._linen, self._nnx = (Compiled(_with_gradients(run), self._options) for run in self._runs)
 
     @property

@@ -64,8 +64,11 @@ class _Walk:
         if name == "while":
             return self._while(equation.params, masks)
         if name == "scan":
-            start, carry = equation.params["num_consts"], equation.params["num_carry"]
-            return self._repeated(programs[0], masks, start, carry)
+            body = getattr(programs[0], "jaxpr", programs[0])
+            # No parameter counts them in every JAX: what is taken apart along an axis is a round's alone.
+            carry = _as_they_are(equation.outvars, body.outvars)
+            start = _as_they_are(equation.invars, body.invars) - carry
+            return self._repeated(body, masks, start, carry)
         program = getattr(programs[0], "jaxpr", programs[0])
         forms = (len(program.invars), len(program.outvars))
         if len(programs) == 1 and forms == (len(masks), len(equation.outvars)):
@@ -206,6 +209,11 @@ def ranges_of(program: Any, before: Any, inputs: Any) -> dict[int, Range]:
 def narrower(one: Range, other: Range) -> Range:
     """What is safe for both."""
     return min(one[0], other[0]), min(one[1], other[1])
+
+
+def _as_they_are(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many values a scan does not take apart, or put together, along its axis."""
+    return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True))
 
 
 def _programs(params: Any) -> Iterator[Any]:

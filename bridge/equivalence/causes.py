@@ -68,6 +68,9 @@ def _of_outputs(case: Case, wrong: Sequence[Finding]) -> Parting:
     if first is not None:
         evidence, is_between = first
         return _between(case, evidence) if is_between else _of_layer(case, evidence)
+    counts = [finding for finding in wrong if finding.what == "random" and finding.difference is None]
+    if counts and not any(finding.what == "output" for finding in wrong):
+        return Parting("", "", "random", f"{counts[0].text}. Let both take as many.")
     if case.draws != (False, False):
         return _random(case)
     parameters = [finding for finding in wrong if finding.what == "parameter"]

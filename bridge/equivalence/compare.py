@@ -20,18 +20,22 @@ from bridge._errors import BridgeError, show_path
 from bridge._types import Location
 from bridge.equivalence.causes import Case, parting
 from bridge.equivalence.counterparts import Counterparts, Match, counterparts
-from bridge.equivalence.findings import BEFORE, Findings, largest
+from bridge.equivalence.effects import compare_effects
+from bridge.equivalence.findings import BEFORE, Findings, is_near
 from bridge.equivalence.inputs import Inputs, inputs_of
 from bridge.equivalence.inspection import Inspection, layer_of
-from bridge.equivalence.layers import path_pairs
-from bridge.equivalence.numbers import is_inexact, is_key, same_bits
-from bridge.equivalence.outcome import Outcome, Run
+from bridge.equivalence.numbers import is_inexact, is_key, on_host, same_bits
+from bridge.equivalence.outcome import Kind, Outcome, Run
 from bridge.equivalence.report import Finding, Parting, Report
+from bridge.equivalence.rounding import Rounding
 from bridge.equivalence.rows import Evidence
 from bridge.equivalence.subjects import ComparisonError, Keys, Subject, ValueRules, subject_of
 from bridge.equivalence.training import train
 from bridge.tracing.trace import Method, Unit
 from bridge.variables.kinds import LINEN_COLLECTIONS
+
+_MOST_NAMED = 5
+_INPUTS = "inputs"
 
 
 class NotEquivalentError(BridgeError, AssertionError):
@@ -84,8 +88,10 @@ def compare(
     Args:
       a, b: `(linen_module, variables)`, a `ToNNX` or another NNX module, `(ToLinen, variables)`, or functions. What is
         expected is what `a` does.
-      *inputs, **kwargs: of the call: arrays, `jax.ShapeDtypeStruct`s (normal numbers, drawn anew for each seed; 0 and 1
-        for integers and bools), trees of these, flags; or the path of an `.npz` with a batch.
+      *inputs, **kwargs: of the call: arrays, `jax.ShapeDtypeStruct`s, drawn anew for each seed, trees of these, flags;
+        or the path of an `.npz` with a batch. Drawn are normal numbers; 0 and 1 for bools; integers from 0 to the rows
+        of the smallest table that they are indices of, in either model; 0 and 1 where an index is computed of them; 0
+        to 3 elsewhere, of those that are turned to floating numbers, as masks are, for odd seeds alone.
       rules: what of Linen's variables is what of the NNX model's; else names decide, or class, shapes and the order of
         calls.
       method: the name of the method to call, or a function of (module, *inputs); or two, a's first.
@@ -118,7 +124,7 @@ def compare(
     batch = inputs_of(inputs, kwargs)
     chosen = tuple(seeds) if batch.is_drawn else tuple(seeds)[:1]
     comparison = Comparison(*sides, batch, _keys_of(rngs), chosen, rules)
-    comparison.run(gradients=gradients, state=state)
+    comparison.run(gradients=gradients, state=state, has_to_pair=gradients or steps > 0)
     if steps:
         comparison.train(steps, tx, loss)
     return comparison.report(layers=layers)
@@ -153,6 +159,57 @@ def _keys_of(rngs: Any) -> Keys:
     if isinstance(rngs, Mapping):
         return {name: nnx.rnglib.as_key(key) for name, key in rngs.items()}
     return {"params": nnx.rnglib.as_key(rngs)}
+
+
+class _Draw:
+    """Both models run on the inputs of one seed."""
+
+    def __init__(
+        self, seed: int, runs: tuple[Run, Run], outcomes: tuple[Outcome, Outcome], keys: Keys, args: Any, kwargs: Any
+    ):
+        self.seed, self.runs, self.outcomes, self.args, self.kwargs = seed, runs, outcomes, args, kwargs
+        self._keys = keys
+        self._rounding = Rounding(runs, outcomes, keys, args, kwargs)
+
+    def least(self, what: Kind, at: Any, other: Any) -> float:
+        """The smallest tolerance of two values: above 0 if half precision reaches both."""
+        return min(self.outcomes[0].allowed(what, at), self.outcomes[1].allowed(what, other))
+
+    def floor(self, what: Kind, at: Any, other: Any, x: Any, y: Any, floor: float = 0.0) -> tuple[float, str]:
+        """What two values may differ by in any case, and why, in words."""
+        if is_near(x, y, self.least(what, at, other), floor):
+            return floor, ""
+        zero = self._rounding.floor(what, at, other, x, y)
+        return (zero, "zero but for rounding") if zero > floor else (floor, "")
+
+    def rounding_of(self, what: Kind) -> tuple[Any, Any]:
+        """`least` and `floor` of pairs of values."""
+
+        def least(match: Match) -> float:
+            return self.least(what, *_places(what, match))
+
+        def floor(match: Match, floor: float) -> tuple[float, str]:
+            return self.floor(what, *_places(what, match), match.x_a, match.x_b, floor)
+
+        return least, floor
+
+    def is_unused(self, which: str, at: Location) -> bool:
+        """Whether the outputs are the same, bit by bit, with another value there."""
+        side = "ab".index(which)
+        run, outcome = self.runs[side], self.outcomes[side]
+        if np.any(on_host((outcome.gradients or {}).get(at, 0))):
+            return False
+        values = run.subject.values
+        moved = jax.tree.map(lambda x: x if is_key(x) else x + np.ones_like(x), values[at])
+        other = run({**values, at: moved}, self._keys, self.args, self.kwargs)
+        return same_bits(list(outcome.outputs.values()), list(other.outputs.values()))
+
+
+def _places(what: Kind, match: Match) -> tuple[Any, Any]:
+    """Where an outcome has the two values."""
+    if what != "input_gradients":
+        return match.a, match.b
+    return "/".join(match.a[1:]), "/".join(match.b[1:])
 
 
 @dataclass
@@ -204,8 +261,12 @@ class Comparison:
 
     # ---- running ----
 
-    def run(self, *, gradients: bool, state: bool) -> None:
-        """Compare parameters, outputs, and what else is asked for."""
+    def run(self, *, gradients: bool, state: bool, has_to_pair: bool = True) -> None:
+        """Compare parameters, outputs, and what else is asked for.
+
+        Args:
+          has_to_pair: whether parameters without a counterpart are a finding: something of them is to be compared.
+        """
         if gradients:
             self._say_what_has_no_gradient()
         else:
@@ -214,16 +275,22 @@ class Comparison:
             self.findings.leave_out("state: state=False")
         self._compare_parameters()
         runs = Run(self.a, "a", gradients), Run(self.b, "b", gradients)
+        abstract = self.inputs.args, dict(self.inputs.kwargs)
+        for run in runs:
+            run.prepare(run.subject.values, self.keys, *abstract)
+        self.inputs = self.inputs.within([run.ranges(self.keys, *abstract) for run in runs])
+        self.findings.least = min(run.tolerance for run in runs)
+        draws: list[_Draw] = []
         for seed in self.seeds:
             args, kwargs = self.inputs.drawn(seed)
-            one = runs[0](self.a.values, self.keys, args, kwargs)
-            two = runs[1](self.b.values, self.keys, args, kwargs)
-            self.findings.least = min(runs[0].tolerance, runs[1].tolerance)
-            self._compare_outcomes(one, two, seed, runs, gradients=gradients, state=state)
+            one, two = (run(run.subject.values, self.keys, args, kwargs) for run in runs)
+            draw = _Draw(seed, runs, (one, two), self.keys, args, kwargs)
+            self._compare_outcomes(draw, gradients=gradients, state=state)
             self._look_at(seed, args, kwargs)
-        self._compare_presence(runs)
+            draws.append(draw)
+        self._compare_presence(draws[0], has_to_pair)
         if self.keys is not None:
-            self._compare_other_keys(runs)
+            self._compare_other_keys(draws[0])
 
     def _say_what_has_no_gradient(self) -> None:
         """Of collections of the user's own: they may well be trained, and only parameters are differentiated by."""
@@ -246,48 +313,53 @@ class Comparison:
                 text = ", ".join(filter(None, (BEFORE, match.text)))
                 self.findings.compare("state", path, other, match.x_a, match.x_b, text=text)
 
-    def _compare_presence(self, runs: tuple[Run, Run]) -> None:
-        """What one of two layers has and the other has not; what no output depends on makes no difference."""
-        for run, only, other in ((runs[0], self.pairs.only_a, "b"), (runs[1], self.pairs.only_b, "a")):
-            for at in only:
-                path, side = show_path(at), run.which
-                if self._is_unused(run, at):
-                    self.findings.leave_out(f"{path}: only in {side}, and no output depends on it")
-                    continue
-                paths = (path, "") if side == "a" else ("", path)
-                text = f"{path} is in {side} and not in {other}"
-                self.findings.add(Finding("structure", *paths, None, False, text=text))
-        for side, unpaired in (("a", self.pairs.unpaired_a), ("b", self.pairs.unpaired_b)):
-            for at in unpaired:
-                self.findings.leave_out(f"{show_path(at)} of {side}, and its gradient: no counterpart was found")
+    def _compare_presence(self, draw: _Draw, has_to_pair: bool) -> None:
+        """What one of two layers has and the other has not, and parameters that were not paired at all.
 
-    def _is_unused(self, run: Run, at: Location) -> bool:
-        """Whether the outputs are the same, bit by bit, with another value there."""
-        args, kwargs = self.inputs.drawn(self.seeds[0])
-        values = run.subject.values
-        moved = jax.tree.map(lambda x: x if is_key(x) else x + jax.numpy.ones_like(x), values[at])
-        outcomes = [run(changed, self.keys, args, kwargs) for changed in (values, {**values, at: moved})]
-        return same_bits(*(list(outcome.outputs.values()) for outcome in outcomes))
+        What no output depends on makes no difference.
+        """
+        for which, only, other in (("a", self.pairs.only_a, "b"), ("b", self.pairs.only_b, "a")):
+            for at in only:
+                path = show_path(at)
+                if draw.is_unused(which, at):
+                    self.findings.leave_out(f"{path}: only in {which}, and no output depends on it")
+                    continue
+                paths = (path, "") if which == "a" else ("", path)
+                text = f"{path} is in {which} and not in {other}"
+                self.findings.add(Finding("structure", *paths, None, False, text=text))
+        has_to_pair = has_to_pair and bool(self.a.parameters and self.b.parameters)
+        for which, subject, unpaired in (("a", self.a, self.pairs.unpaired_a), ("b", self.b, self.pairs.unpaired_b)):
+            lost: list[str] = []
+            for at in unpaired:
+                path = show_path(at)
+                if has_to_pair and at in subject.parameters and not draw.is_unused(which, at):
+                    lost.append(path)
+                else:
+                    self.findings.leave_out(f"{path} of {which}, and its gradient: no counterpart was found")
+            if lost:
+                self.findings.add(Finding("structure", "", "", None, False, text=_unpaired_text(which, lost)))
 
     # ---- one seed ----
 
-    def _compare_outcomes(
-        self, one: Outcome, two: Outcome, seed: int, runs: tuple[Run, Run], *, gradients: bool, state: bool
-    ) -> None:
-        self._compare_outputs(one, two, seed)
+    def _compare_outcomes(self, draw: _Draw, *, gradients: bool, state: bool) -> None:
+        one, two = draw.outcomes
+        self._compare_outputs(draw)
         shapes = [[getattr(x, "shape", ()) for x in outcome.outputs.values()] for outcome in (one, two)]
         if gradients and shapes[0] != shapes[1]:
             self.findings.leave_out("gradients: of other outputs in a than in b")
         elif gradients:
-            self._compare_gradients(one, two, seed, runs)
+            self._compare_gradients(draw)
         if state:
-            self._compare_state(one, two, seed)
+            compare_effects(self.a, self.b, self.pairs, self.findings, one, two, draw.seed)
 
-    def _compare_outputs(self, one: Outcome, two: Outcome, seed: int) -> None:
+    def _compare_outputs(self, draw: _Draw) -> None:
+        (one, two), seed = draw.outcomes, draw.seed
         ours, theirs = list(one.outputs.items()), list(two.outputs.items())
         names, others = list(one.outputs), list(two.outputs)
-        if names != others:
-            text = f"a returns {_named(names)}, b returns {_named(others)}"
+        text = f"a returns {_named(names)}, b returns {_named(others)}" if names != others else ""
+        if not text and one.containers != two.containers:
+            text = f"a returns {one.containers}, b returns {two.containers}"
+        if text:
             self.findings.add(Finding("structure", "", "", None, False, seed, None, text))
         if not ours and not theirs:
             self.findings.leave_out("outputs: the call returns none")
@@ -299,82 +371,48 @@ class Comparison:
         else:
             pairs = []
         for path, x, other, y in pairs:
-            self.findings.compare("output", path, other, x, y, seed=seed)
+            floor, text = draw.floor("outputs", path, other, x, y)
+            least = draw.least("outputs", path, other)
+            self.findings.compare("output", path, other, x, y, seed=seed, least=least, floor=floor, text=text)
             if _is_hollow(x) and _is_hollow(y):
                 text = f"output {path}".rstrip()
                 self.findings.leave_out(f"{text}: no finite number in a or b (seed {seed}), only which are NaN or inf")
 
-    def _compare_gradients(self, one: Outcome, two: Outcome, seed: int, runs: tuple[Run, Run]) -> None:
+    def _compare_gradients(self, draw: _Draw) -> None:
+        one, two = draw.outcomes
         if one.gradients is None and two.gradients is None:
-            why = runs[0].why or runs[1].why or "neither model runs under jit"
+            why = draw.runs[0].why or draw.runs[1].why or "neither model runs under jit"
             self.findings.leave_out(f"gradients: {why}")
             return
         if one.gradients is None or two.gradients is None:
-            which, run = ("a", runs[0]) if one.gradients is None else ("b", runs[1])
+            which, run = ("a", draw.runs[0]) if one.gradients is None else ("b", draw.runs[1])
             why = run.why or "it does not run under jit"
             self.findings.leave_out(f"gradients: {which} has none: {why}")
             return
-        self.findings.compare_all("gradient", self.pairs.cotangents(one.gradients, two.gradients), seed=seed)
+        matches = self.pairs.cotangents(one.gradients, two.gradients)
+        self.findings.compare_all("gradient", matches, *draw.rounding_of("gradients"), seed=draw.seed)
         ours, theirs = one.input_gradients or {}, two.input_gradients or {}
-        matches = [Match((path,), (path,), ours[path], theirs[path]) for path in ours if path in theirs]
-        for match in matches:
-            text = f"of the input {match.a[0]}"
-            floor = self.findings.rounding(match.x_a) * _scale_of(matches)
-            self.findings.compare(
-                "gradient", f"inputs/{match.a[0]}", f"inputs/{match.b[0]}", match.x_a, match.x_b,
-                seed=seed, floor=floor, text=text,
-            )  # fmt: skip
-
-    def _compare_state(self, one: Outcome, two: Outcome, seed: int) -> None:
-        known_a = {at: x for at, x in {**self.a.values, **one.written}.items() if at in self.a.values}
-        known_b = {at: x for at, x in {**self.b.values, **two.written}.items() if at in self.b.values}
-
-        def is_state(match: Match) -> bool:
-            if match.a not in self.a.parameters or match.b not in self.b.parameters:
-                return True
-            return match.a in one.written or match.b in two.written
-
-        matches = filter(is_state, self.pairs.values(known_a, known_b))
-        self.findings.compare_all("state", matches, seed=seed)
-        self._compare_new(
-            {at: x for at, x in one.written.items() if at not in self.a.values},
-            {at: x for at, x in two.written.items() if at not in self.b.values},
-            seed,
-        )
-
-    def _compare_new(self, ours: Mapping[Location, Any], theirs: Mapping[Location, Any], seed: int) -> None:
-        """What a call has made: sown values, caches; under the name, in the counterpart of its module."""
-        kinds = [{at[1:-1]: object for at in side} for side in (ours, theirs)]
-        paths = path_pairs(self.pairs, *kinds)
-        left = dict(theirs)
-        for at, x in sorted(ours.items()):
-            candidates = [(at[0], *paths[at[1:-1]], at[-1])] if at[1:-1] in paths else []
-            candidates += [other for other in left if (other[0], other[-1]) == (at[0], at[-1])]
-            partner = next((other for other in candidates if other in left), None)
-            if partner is None:
-                self.findings.leave_out(f"state {show_path(at)}: the call makes it in a, and not in b")
-                continue
-            self.findings.compare("state", show_path(at), show_path(partner), x, left.pop(partner), seed=seed)
-        for at in left:
-            self.findings.leave_out(f"state {show_path(at)}: the call makes it in b, and not in a")
+        matches = []
+        for path in filter(theirs.__contains__, ours):
+            at = (_INPUTS, *path.split("/"))
+            matches.append(Match(at, at, ours[path], theirs[path], f"of the input {path}"))
+        self.findings.compare_all("gradient", matches, *draw.rounding_of("input_gradients"), seed=draw.seed)
 
     # ---- random streams ----
 
-    def _compare_other_keys(self, runs: tuple[Run, Run]) -> None:
+    def _compare_other_keys(self, draw: _Draw) -> None:
         """The same outputs for other keys too; whether keys matter at all."""
         assert self.keys is not None
-        seed = self.seeds[0]
-        args, kwargs = self.inputs.drawn(seed)
         others = {name: jax.random.fold_in(key, 1) for name, key in self.keys.items()}
-        one, two = (run(run.subject.values, others, args, kwargs) for run in runs)
-        before = runs[0](self.a.values, self.keys, args, kwargs)
-        if same_bits(list(before.outputs.values()), list(one.outputs.values())):
+        one, two = (run(run.subject.values, others, draw.args, draw.kwargs) for run in draw.runs)
+        if same_bits(list(draw.outcomes[0].outputs.values()), list(one.outputs.values())):
             self.findings.leave_out("random streams: no output of a depends on the keys")
             return
         if len(one.outputs) != len(two.outputs):
             return
         for (path, x), (other, y) in zip(one.outputs.items(), two.outputs.items(), strict=True):
-            self.findings.compare("random", path, other, x, y, seed=seed, text="with other keys")
+            least = draw.least("outputs", path, other)
+            self.findings.compare("random", path, other, x, y, seed=draw.seed, least=least, text="with other keys")
 
     def _draws(self, subject: Subject, which: str, seen: _Seen) -> bool:
         """Whether other keys lead to other outputs."""
@@ -454,6 +492,15 @@ def _same(findings: Findings, match: Match) -> bool:
     return all(off.equal and not off.forms for off in offs)
 
 
+def _unpaired_text(which: str, paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
+    return (
+        f"no counterpart was found for {', '.join(paths[:_MOST_NAMED])}{more} of {which}, "
+        "so neither these parameters nor their gradients were compared: give rules= that say what is what, "
+        "or gradients=False for outputs alone"
+    )
+
+
 def _named(names: Sequence[str]) -> str:
     return ", ".join(name or "one value" for name in names) or "nothing"
 
@@ -462,8 +509,4 @@ def _is_hollow(x: Any) -> bool:
     """Whether no number in it is finite."""
     if not is_inexact(x) or not x.size:
         return False
-    return not bool(jax.numpy.isfinite(x).any())
-
-
-def _scale_of(matches: Sequence[Match]) -> float:
-    return largest([match.x_a for match in matches])
+    return not np.isfinite(on_host(x)).any()

@@ -28,8 +28,11 @@ class Draw:
     def __init__(self, seed: int = 0):
         self._random = np.random.default_rng(seed)
 
-    def array(self, x: Any) -> Any:
-        """For an abstract array normal numbers, or 0 and 1 for integers and bools; anything else as it is."""
+    def array(self, x: Any, below: int = 2) -> Any:
+        """For an abstract array normal numbers, 0 and 1 for bools, integers from 0 to `below`; anything else as it is.
+
+        Integers are spread evenly: as many different ones as there is place for.
+        """
         if not isinstance(x, jax.ShapeDtypeStruct):
             return x
         if is_key(x):
@@ -39,7 +42,11 @@ class Draw:
             return jax.random.split(key, x.shape)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             return self._random.normal(size=x.shape).astype(x.dtype)
-        return self._random.integers(2, size=x.shape).astype(x.dtype)
+        if x.dtype == bool:
+            return self._random.integers(2, size=x.shape).astype(bool)
+        size, most = math.prod(x.shape), min(below, int(jnp.iinfo(x.dtype).max))
+        places = self._random.permutation(size) + self._random.random(size)
+        return np.minimum(places * (most / max(size, 1)), most - 1).astype(x.dtype).reshape(x.shape)
 
     def near(self, x: Any) -> Any:
         """Random numbers of the sizes and signs of `x`, which is what `init` makes.
@@ -74,6 +81,19 @@ def with_other_key(x: Any) -> Any:
     if not is_key(x):
         return x
     return jax.random.wrap_key_data(jax.random.key_data(x) + 1, impl=jax.random.key_impl(x))
+
+
+def with_last_bits_moved(tree: Any, eps: float, seed: int = 0) -> Any:
+    """The tree with every floating number up or down by `eps` of it, at random; on the host."""
+    random = np.random.default_rng(seed)
+
+    def moved(x: Any) -> Any:
+        if not (is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)) or is_key(x):
+            return x
+        x = np.asarray(x)
+        return (x * (1 + eps * random.choice((-1.0, 1.0), x.shape))).astype(x.dtype)
+
+    return jax.tree.map(moved, tree)
 
 
 def _fan_in(shape: Sequence[int]) -> int:

@@ -6,16 +6,18 @@ Knows arrays and files of arrays; knows nothing of models.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from bridge.equivalence.dependence import CAUTIOUS, Range, narrower
 from bridge.equivalence.drawing import Draw
 from bridge.equivalence.subjects import ComparisonError
 
@@ -26,10 +28,12 @@ class Inputs:
 
     Attributes:
       args, kwargs: trees of arrays, abstract ones and flags.
+      ranges: how far integers may be drawn, by the number of a leaf; by default 0 and 1.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    ranges: Mapping[int, Range] = field(default_factory=dict)
 
     @property
     def is_drawn(self) -> bool:
@@ -39,8 +43,22 @@ class Inputs:
 
     def drawn(self, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) with arrays of this seed for the abstract ones."""
-        args, kwargs = jax.tree.map(Draw(seed).array, (self.args, dict(self.kwargs)))
-        return args, kwargs
+        return drawn((self.args, dict(self.kwargs)), Draw(seed).array, self.ranges, seed)
+
+    def within(self, ranges: Sequence[Mapping[int, Range]]) -> Inputs:
+        """The same with integers that are safe for all of some programs, each of which says so of its own."""
+        safe: dict[int, Range] = {}
+        for number in set().union(*ranges):
+            known = [each.get(number, CAUTIOUS) for each in ranges]
+            safe[number] = functools.reduce(narrower, known)
+        return replace(self, ranges=safe)
+
+
+def drawn(tree: Any, array: Callable[[Any, int], Any], ranges: Mapping[int, Range], seed: int) -> Any:
+    """The tree with `array(leaf, upper end of its range)` for each leaf."""
+    leaves, treedef = jax.tree.flatten(tree)
+    ends = [ranges.get(number, CAUTIOUS)[seed % 2] for number in range(len(leaves))]
+    return treedef.unflatten(list(map(array, leaves, ends)))
 
 
 def inputs_of(inputs: Sequence[Any], keywords: Mapping[str, Any]) -> Inputs:

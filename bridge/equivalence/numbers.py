@@ -74,7 +74,8 @@ def difference(actual: Any, expected: Any, least: float = 0.0) -> Difference:
     (0.5, 0.25, False)
     """
     a, b = on_host(actual), on_host(expected)
-    forms = "" if form_of(a) == form_of(b) else f"{form_of(a)}, expected {form_of(b)}"
+    own, wanted = (form_of(x if is_key(x) else host) for x, host in ((actual, a), (expected, b)))
+    forms = "" if own == wanted else f"{own}, expected {wanted}"
     if a.shape != b.shape:
         return Difference(math.inf, _largest(b), None, 0.0, False, forms)
     bit_equal = not forms and a.tobytes() == b.tobytes()
@@ -96,8 +97,8 @@ def on_host(x: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(x) if is_key(x) else x)
 
 
-def form_of(x: np.ndarray) -> str:
-    """Dtype and shape.
+def form_of(x: Any) -> str:
+    """Dtype and shape of an array; a random key is not the numbers that it is made of.
 
     >>> form_of(np.zeros((2, 3), "float32"))
     'float32[2, 3]'
@@ -125,6 +126,16 @@ def same_bits(one: Any, other: Any) -> bool:
 
 def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return (a.dtype, a.shape) == (b.dtype, b.shape) and a.tobytes() == b.tobytes()
+
+
+def largest(xs: Any) -> float:
+    """The largest finite absolute value in all of them."""
+    most = 0.0
+    for x in jax.tree.leaves(list(xs)):
+        if is_inexact(x) and x.size:
+            wide = np.abs(on_host(x).astype("complex128"))
+            most = max(most, float(wide.max(where=np.isfinite(wide), initial=0.0)))
+    return most
 
 
 def over(size: float, most: float) -> float:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-from bridge.equivalence.compiled import Compiled
+from bridge.equivalence.compiled import Compiled, options_for
+from bridge.equivalence.dependence import Range, ranges_of
 from bridge.equivalence.numbers import is_inexact
 from bridge.equivalence.subjects import ComparisonError, Keys, Subject, Values
 from bridge.equivalence.weights import weighed
 from bridge.tracing.trace import is_array
+
+Kind = Literal["outputs", "written", "gradients", "input_gradients"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,23 @@ class Outcome:
       outputs: path of an output -> array, or what is none.
       written: state after the call.
       gradients: of parameters; `input_gradients`: of inexact inputs, by path. None if there are none, see `Run.why`.
+      containers: what the outputs stand in, in words.
+      least: of each of these the smallest tolerance, relative to its largest element: not 0 where a number in half
+        precision is on the way to it. None where the call has no program.
     """
 
     outputs: Mapping[str, Any]
     written: Values
     gradients: Values | None = None
     input_gradients: Mapping[str, Any] | None = None
+    containers: str = ""
+    least: Outcome | None = None
+
+    def allowed(self, what: Kind, at: Any) -> float:
+        """The smallest tolerance of one of its values."""
+        if self.least is None:
+            return 0.0
+        return max(jax.tree.leaves((getattr(self.least, what) or {}).get(at)), default=0.0)
 
 
 @dataclass
@@ -53,11 +67,12 @@ class _Rest:
                 self.constants[number] = x
         return arrays
 
-    def tree(self, arrays: list[Any]) -> Any:
-        """The result again."""
+    def tree(self, arrays: list[Any], constants: Mapping[int, Any] | None = None) -> Any:
+        """The result again; what is no array in it is as the trace has seen it, or one of `constants`."""
         rest = iter(arrays)
         count = self.treedef.num_leaves
-        leaves = [self.constants[n] if n in self.constants else next(rest) for n in range(count)]
+        known = self.constants if constants is None else constants
+        leaves = [known[n] if n in known else next(rest) for n in range(count)]
         return self.treedef.unflatten(leaves)
 
 
@@ -88,27 +103,43 @@ class Run:
         Raises:
           ComparisonError: the model does not run on these inputs.
         """
+        self.prepare(values, keys, args, kwargs)
+        if self._compiled is None:
+            output, written = self._eagerly(values, keys, args, kwargs)
+            return Outcome(by_path(output), written, containers=containers(output))
+        try:
+            arrays, gradients = self._compiled(dict(values), keys, args, kwargs)
+        except Exception as error:
+            raise _does_not_run(self.which, self.subject, error) from error
+        output, written = self._rest.tree(arrays)
+        return Outcome(by_path(output), written, *(gradients or ()), containers=containers(output), least=self._least())
+
+    def _least(self) -> Outcome:
+        assert self._compiled is not None
+        arrays, gradients = self._compiled.least
+        output, written = self._rest.tree(arrays, dict.fromkeys(self._rest.constants, 0.0))
+        return Outcome(by_path(output), written, *(gradients or ()))
+
+    def ranges(self, keys: Keys, args: Any, kwargs: Any) -> dict[int, Range]:
+        """How far integer inputs may be drawn, by their number among the leaves of (args, kwargs)."""
+        if self._compiled is None:
+            return {}
+        return ranges_of(self._compiled.program, (dict(self.subject.values), keys), (args, kwargs))
+
+    def prepare(self, values: Values, keys: Keys, args: Any, kwargs: Any) -> None:
+        """Compile, once, for arrays of this form, which may be abstract.
+
+        Raises:
+          ComparisonError: the model does not run on these inputs.
+        """
         if self._compiled is None and self.is_compiled:
             self._compile(values, keys, args, kwargs)
-        if not self.is_compiled:
-            output, written = self._eagerly(values, keys, args, kwargs)
-            return Outcome(by_path(output), written)
-        assert self._compiled is not None
-        arrays, gradients = self._compiled(dict(values), keys, args, kwargs)
-        output, written = self._rest.tree(arrays)
-        if gradients is None:
-            return Outcome(by_path(output), written)
-        return Outcome(by_path(output), written, *gradients)
-
-    def without_gradients(self) -> None:
-        """From now on, no gradients."""
-        self._with_gradients, self._compiled = False, None
 
     def _compile(self, values: Values, keys: Keys, args: Any, kwargs: Any) -> None:
         if self._with_gradients:
-            self._compiled = Compiled(self._differentiated)
+            self._compiled = Compiled(self._differentiated, options_for(values))
             try:
-                self._compiled(dict(values), keys, args, kwargs)
+                self._compiled.prepare(dict(values), keys, args, kwargs)
             except _NoGradient as error:
                 self.why = str(error)
             except Exception as error:  # noqa: BLE001  whether the model runs is seen without gradients
@@ -116,12 +147,12 @@ class Run:
             else:
                 return
             self._with_gradients = False
-        self._compiled = Compiled(self._plain)
+        self._compiled = Compiled(self._plain, options_for(values))
         try:
-            self._compiled(dict(values), keys, args, kwargs)
+            self._compiled.prepare(dict(values), keys, args, kwargs)
         except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
             # Written for real numbers: numpy, or an `if` on a value.
-            self.is_compiled = False
+            self.is_compiled, self._compiled = False, None
         except Exception as error:
             raise _does_not_run(self.which, self.subject, error) from error
 
@@ -165,6 +196,25 @@ def by_path(output: Any) -> dict[str, Any]:
     ['state/0', 'state/1', 'y']
     """
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(output)}
+
+
+def containers(output: Any) -> str:
+    """What the leaves of an output stand in: a list is no tuple; a FrozenDict or another mapping is a dict.
+
+    >>> containers({"y": 1, "state": (2, [3], None)})
+    '{state: (x, [x], None), y: x}'
+    """
+    if isinstance(output, Mapping):
+        inside = sorted((str(key), containers(x)) for key, x in output.items())
+        return f"{{{', '.join(f'{key}: {x}' for key, x in inside)}}}"
+    if isinstance(output, list):
+        return f"[{', '.join(map(containers, output))}]"
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        inside = [f"{name}={containers(x)}" for name, x in zip(output._fields, output, strict=True)]
+        return f"({', '.join(inside)})"
+    if isinstance(output, tuple):
+        return f"({', '.join(map(containers, output))}{',' if len(output) == 1 else ''})"
+    return "None" if output is None else "x"
 
 
 def path_name(path: Any) -> str:

@@ -8,7 +8,7 @@ Knows modules of both kinds; knows nothing of the other model or of what is comp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -31,6 +31,9 @@ from nnx_core.inspect.recording import Recorder
 
 Values = Mapping[Location, Any]
 Keys = Mapping[str, Any] | None
+
+#: Collections for what a call of an NNX module changes besides Variables: its attributes; keys taken, by stream.
+ATTRIBUTES, DRAWS = "attributes", "keys taken"
 
 #: What a call may write: everything but parameters, and `perturbations`, which `Module.perturb` would make anew.
 _WRITABLE = core.DenyList(("params", "perturbations"))
@@ -80,8 +83,9 @@ class Subject:
       values: its variables by location, without boxes; no random streams, and nothing that a call sows.
       parameters: those that are trained.
       run: (values, keys, args, kwargs) -> (output, what was written).
-      listened: the same, with a Listener that is told of each layer's call.
+      listened: the same, with a Listener that is told of each layer's call; of what was written it may tell nothing.
       units: (keys, args, kwargs) -> its layers, in the order of their calls.
+      is_native: whether it is an NNX module with code of its own, and no wrapper.
     """
 
     words: str
@@ -91,6 +95,7 @@ class Subject:
     run: Callable[[Values, Keys, Any, Any], tuple[Any, Values]]
     listened: Callable[[Values, Keys, Any, Any, Listener], tuple[Any, Values]]
     units: Callable[[Keys, Any, Any], list[Unit]]
+    is_native: bool = False
 
     def has_chance(self, values: Values, keys: Keys, args: Any, kwargs: Any) -> bool:
         """Whether the call's program draws random numbers; what they are used for is another question.
@@ -213,17 +218,16 @@ def _nnx(module: nnx.Module, method: Method) -> Subject:
             _reseed(model, keys)
         return model
 
-    def finish(model: nnx.Module, keys: Keys, values: Values, args: Any, kwargs: Any) -> tuple[Any, Values]:
-        output = _invoke(model, method, keys, args, kwargs)
-        return output, _written(model, values)
-
     def run(values: Values, keys: Keys, args: Any, kwargs: Any) -> tuple[Any, Values]:
-        return finish(merged(values, keys), keys, values, args, kwargs)
+        model = merged(values, keys)
+        before = _Before(model)
+        output = _invoke(model, method, keys, args, kwargs)
+        return output, _written(model, values, given) | before.changes(model)
 
     def listened(values: Values, keys: Keys, args: Any, kwargs: Any, listener: Listener) -> tuple[Any, Values]:
         model = merged(values, keys)
         with _Calls(model, listener).watching(model):
-            return finish(model, keys, values, args, kwargs)
+            return _invoke(model, method, keys, args, kwargs), {}
 
     def units(keys: Keys, args: Any, kwargs: Any) -> list[Unit]:
         def call(model: nnx.Module, args: Any, kwargs: Any) -> Any:
@@ -234,7 +238,8 @@ def _nnx(module: nnx.Module, method: Method) -> Subject:
     parameters = [_location(path, x) for path, x in start if isinstance(x, nnx.Param) and is_inexact(_raw(x))]
     name = type(module.module).__name__ if isinstance(module, ToNNX) else type(module).__name__
     words = f"ToNNX({name})" if isinstance(module, ToNNX) else f"NNX {name}"
-    return Subject(words, "nnx", given, frozenset(parameters), run, listened, units)
+    is_native = not isinstance(module, ToNNX)
+    return Subject(words, "nnx", given, frozenset(parameters), run, listened, units, is_native)
 
 
 def _invoke(model: nnx.Module, method: Method, keys: Keys, args: Any, kwargs: Any) -> Any:
@@ -251,16 +256,68 @@ def _without_sown(module: nnx.Module) -> nnx.Module:
     return module
 
 
-def _written(model: nnx.Module, values: Values) -> dict[Location, Any]:
-    """State after a call, and parameters only where another array is in them."""
+def _written(model: nnx.Module, values: Values, given: Iterable[Location]) -> dict[Location, Any]:
+    """State after a call, None where it is gone, and parameters only where another array is in them."""
     written: dict[Location, Any] = {}
+    gone = set(given)
     for path, x in nnx.to_flat_state(nnx.split(model)[1]):
         if isinstance(x, nnx.RngState | nnx.Perturbation):
             continue
         location, value = _location(path, x), _raw(x)
+        gone.discard(location)
         if not isinstance(x, nnx.Param) or value is not values.get(location):
             written[location] = value
-    return written
+    return written | dict.fromkeys(gone)
+
+
+class _Before:
+    """A model's attributes and random streams before a call."""
+
+    def __init__(self, model: nnx.Module):
+        self._attributes, self._paths = _attributes(model)
+        self._taken = _taken(model)
+
+    def changes(self, model: nnx.Module) -> dict[Location, Any]:
+        """Attributes with another value, and how many keys were taken from the streams of each name."""
+        after, paths = _attributes(model)
+        changes: dict[Location, Any] = {}
+        for path in self._attributes.keys() - paths:
+            changes[ATTRIBUTES, *path] = "nothing"
+        for path, x in after.items():
+            is_new = path not in self._paths  # what stands for a Variable is told of as state that is gone
+            if is_new or (path in self._attributes and not _is_same(x, self._attributes[path])):
+                changes[ATTRIBUTES, *path] = x
+        for tag, count in _taken(model).items():
+            changes[DRAWS, tag] = count - self._taken.get(tag, 0)
+        return changes
+
+
+def _attributes(model: nnx.Module) -> tuple[dict[Path, Any], set[Path]]:
+    """What is no state, by path; and all paths that there are."""
+    attributes: dict[Path, Any] = {}
+    paths: set[Path] = set()
+    for keys, x in nnx.iter_graph(model):
+        path = tuple(map(str, keys))
+        paths.add(path)
+        if not (is_array(x) or isinstance(x, nnx.Variable | nnx.Object | Mapping | list)):
+            attributes[path] = x
+    return attributes, paths
+
+
+def _is_same(x: Any, y: Any) -> bool:
+    try:
+        return x is y or (type(x) is type(y) and bool(x == y))
+    except Exception:  # noqa: BLE001  whatever a class of the user's makes of `==`: it is another object
+        return False
+
+
+def _taken(model: nnx.Module) -> dict[str, Any]:
+    """Keys taken so far, by the name of the stream."""
+    counts: dict[str, Any] = {}
+    for _, x in nnx.iter_graph(model):
+        if isinstance(x, nnx.RngStream):
+            counts[x.tag] = counts.get(x.tag, 0) + x.count.get_value().sum()
+    return counts
 
 
 def _location(path: Any, x: Any) -> Location:

@@ -1,7 +1,7 @@
 """A model as a pure function of its variables, by location: both APIs in one form.
 
-Law: `run(values, ...)` returns what the model's own call returns on these values, and changes neither the model nor
-`values`. What the call writes is left out.
+Law: `run(values, ...)` returns what the model's own call returns on these values, `writing` also what it
+writes; neither changes the model or `values`.
 Knows modules; knows nothing of the other model, of rules or of files.
 """
 
@@ -19,7 +19,7 @@ from flax.core import meta
 
 import nnx_core as nnx
 from bridge._types import Location
-from bridge.tracing.trace import TRANSIENT, Method, parted
+from bridge.tracing.trace import TRANSIENT, TRANSIENT_TYPES, Method, parted
 from bridge.variables.kinds import collection_of
 from bridge.variables.mapping import EMPTY, leaves, tree_of
 
@@ -33,11 +33,13 @@ class Call:
     Attributes:
       variables: what the model has: arrays, or abstract ones. Of NNX also its random streams.
       run: (values, keys of random streams, args, kwargs) -> output; NNX takes its keys from its own streams.
+      writing: the same -> (output, what is no parameter, by location, as the call leaves it; without what it sows).
       initial: () -> values as the model's author starts with them; computes.
     """
 
     variables: Values
     run: Callable[[Values, Any, Any, Any], Any]
+    writing: Callable[[Values, Any, Any, Any], tuple[Any, Values]]
     initial: Callable[[], Values]
 
 
@@ -69,17 +71,21 @@ def linen_call(module: nn.Module, method: Method, rngs: Any, args: Any, kwargs: 
     def flat(variables: Any) -> Values:
         return {at: meta.unbox(x) for at, x in leaves(variables) if x is not EMPTY}
 
-    def run(values: Values, keys: Any, args: Any, kwargs: Any) -> Any:
+    def writing(values: Values, keys: Any, args: Any, kwargs: Any) -> tuple[Any, Values]:
         mutable = core.DenyList(("params", *TRANSIENT))
         variables = tree_of(values.items())
-        return module.apply(variables, *args, **kwargs, method=function, mutable=mutable, rngs=keys)[0]
+        output, written = module.apply(variables, *args, **kwargs, method=function, mutable=mutable, rngs=keys)
+        return output, flat(written)
+
+    def run(values: Values, keys: Any, args: Any, kwargs: Any) -> Any:
+        return writing(values, keys, args, kwargs)[0]
 
     traced, arrays = parted(init, args, kwargs)
 
     def initial() -> Values:
         return flat(jax.jit(traced).lower(arrays).compile(quick_options())(arrays))
 
-    return Call(flat(jax.eval_shape(traced, arrays)), run, initial)
+    return Call(flat(jax.eval_shape(traced, arrays)), run, writing, initial)
 
 
 def quick_options() -> dict[str, Any] | None:
@@ -100,13 +106,20 @@ def nnx_call(module: nnx.Module, method: Method) -> Call:
     def fill(values: Values, path: Any, variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
         return variable.replace(values.get(_location(path, variable), variable.get_raw_value()))
 
-    def run(values: Values, _keys: Any, args: Any, kwargs: Any) -> Any:
-        model = nnx.merge(graphdef, nnx.map_state(functools.partial(fill, values), state))
-        if isinstance(method, str):
-            return getattr(model, method)(*args, **kwargs)
-        return method(model, *args, **kwargs)
+    def merged_and_called(values: Values, args: Any, kwargs: Any) -> tuple[nnx.Module, Any]:
+        model: nnx.Module = nnx.merge(graphdef, nnx.map_state(functools.partial(fill, values), state))
+        call = getattr(model, method) if isinstance(method, str) else functools.partial(method, model)
+        return model, call(*args, **kwargs)
 
-    return Call(variables, run, lambda: variables)
+    def run(values: Values, _keys: Any, args: Any, kwargs: Any) -> Any:
+        return merged_and_called(values, args, kwargs)[1]
+
+    def writing(values: Values, _keys: Any, args: Any, kwargs: Any) -> tuple[Any, Values]:
+        model, output = merged_and_called(values, args, kwargs)
+        after = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Any(nnx.Param, *TRANSIENT_TYPES))))
+        return output, {_location(path, x): x.get_raw_value() for path, x in after if isinstance(x, nnx.Variable)}
+
+    return Call(variables, run, writing, lambda: variables)
 
 
 def module_of(made: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:

@@ -31,7 +31,7 @@ Method = str | Callable[..., Any]
 
 #: Rebuilt by every call, in no checkpoint; in Linen and in NNX.
 TRANSIENT = ("intermediates", "perturbations")
-_TRANSIENT_TYPES = (nnx.RngState, nnx.Intermediate, nnx.Perturbation)
+TRANSIENT_TYPES = (nnx.RngState, nnx.Intermediate, nnx.Perturbation)
 
 # Linen's layers and their counterparts: what is not listed is a module of the user's own.
 _SAME_NAME = (
@@ -287,7 +287,7 @@ def trace_nnx(module: nnx.Module, method: Method, args: Any, kwargs: Any) -> lis
     values: dict[Location, Any] = {}
     modules: dict[Path, nnx.Module] = {}
     for path, x in graph.items():
-        if isinstance(x, nnx.Variable) and not isinstance(x, _TRANSIENT_TYPES):
+        if isinstance(x, nnx.Variable) and not isinstance(x, TRANSIENT_TYPES):
             values[(collection_of(type(x)), *path)] = x.get_raw_value()
         elif isinstance(x, nnx.Module) and not isinstance(x, nnx.List | nnx.Dict):
             modules[path] = x

@@ -1,15 +1,16 @@
 """Two models side by side: run on the same random numbers, compiled once, with their gradients, for any mapping.
 
-Law: what is called the same was run and compared, outputs and gradients, on every number that a variable may have;
+Law: what is called the same was run and compared, outputs, gradients and what the call writes, on random numbers;
 nothing of the caller's is read or changed but the structure of the models.
 Knows modules, mappings and numbers; knows nothing of how mappings are found.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -20,19 +21,19 @@ from flax import linen as nn
 import nnx_core as nnx
 from bridge._errors import show_path
 from bridge._types import Location
-from bridge.checkpoint.derivation.forward import nnx_values, which_is_random
-from bridge.equivalence.compiled import Compiled
-from bridge.equivalence.drawing import Draw
-from bridge.equivalence.numbers import Difference, difference, is_inexact, on_host
+from bridge.checkpoint.derivation.forward import nnx_values, outputs_apart, which_is_random
+from bridge.equivalence.compiled import Compiled, options_for
+from bridge.equivalence.dependence import Range, ranges_of
+from bridge.equivalence.drawing import Draw, with_last_bits_moved
+from bridge.equivalence.inputs import drawn
+from bridge.equivalence.numbers import Difference, difference, is_inexact, is_key, on_host
+from bridge.equivalence.rounding import NOISE
 from bridge.equivalence.weights import weighed
-from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, quick_options, streams_of
+from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, streams_of
 from bridge.tracing.trace import Method, is_array
 
-#: Rounding moves two programs apart by a few times what one number's last bit does to either of them.
-_NOISE = 32.0
 _HALF_EPS = {6.4e-2: 2.0**-8, 8e-3: 2.0**-11}
 _MOST_SHOWN = 5
-_LARGE = 16 << 20  # bytes of variables from which on optimizing a program pays
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """What a model gave: its output, and the gradients of a random sum over it, by location; none if it has none."""
+    """What a model gave.
+
+    Attributes:
+      output: what it returned.
+      gradients: of a random sum over that, by location; none if it has none.
+      written: what is no parameter, as the call left it.
+    """
 
     output: Any
     gradients: Mapping[Location, Any]
+    written: Mapping[Location, Any]
 
 
 @dataclass(frozen=True)
@@ -61,19 +69,24 @@ class Evidence:
       gradients: Linen's location -> difference of the gradients with respect to it.
       misfit: what cannot be compared, or "".
       noise: path of an output, or location -> what rounding alone does there, where that was asked.
+      written: NNX's location -> difference of what the call leaves there.
+      missing: NNX's locations that the call writes, and the rules make nothing of.
     """
 
     outputs: Mapping[str, Difference]
     gradients: Mapping[Location, Difference]
     misfit: str = ""
     noise: Mapping[Any, float] = field(default_factory=dict)
+    written: Mapping[Location, Difference] = field(default_factory=dict)
+    missing: tuple[Location, ...] = ()
 
     @property
     def worst(self) -> float:
         """The largest difference over its tolerance."""
         if self.misfit:
             return math.inf
-        ratios = [self.ratio(key, off) for part in (self.outputs, self.gradients) for key, off in part.items()]
+        parts = (self.outputs, self.gradients, self.written)
+        ratios = [self.ratio(key, off) for part in parts for key, off in part.items()]
         return max(ratios, default=0.0)
 
     @property
@@ -92,11 +105,12 @@ class Evidence:
         return off.ratio if off.absolute > floor else min(off.ratio, 1.0)
 
     def describe(self) -> list[str]:
-        """The worst outputs and gradients, in words."""
+        """The worst outputs, gradients and writes, in words."""
         if self.misfit:
             return [self.misfit]
         lines: list[str] = []
-        for what, part in (("output", self.outputs), ("gradient of ", self.gradients)):
+        parts = ("output", self.outputs), ("gradient of ", self.gradients), ("the call writes ", self.written)
+        for what, part in parts:
             bad = sorted(part.items(), key=lambda item: -self.ratio(*item))
             for key, off in bad[:_MOST_SHOWN]:
                 if self.ratio(key, off) > 1:
@@ -133,9 +147,9 @@ class Bench:
         self._keys = streams_of(rngs)
         self.without_gradients = ""
         self._expected: dict[int, Run] = {}
-        self._runs = (theirs.run, ours.run)
-        size = sum(getattr(x, "nbytes", 0) for x in self._initial.values())
-        self._options = quick_options() if size < _LARGE else None
+        self._points: dict[int, Point] = {}
+        self._runs = (theirs.writing, ours.writing)
+        self._options = options_for(self._initial)
         self._linen, self._nnx = (Compiled(_with_gradients(run), self._options) for run in self._runs)
 
     @property
@@ -143,28 +157,49 @@ class Bench:
         """The smallest there can be, as the programs compute in half precision somewhere."""
         return max(self._linen.tolerance, self._nnx.tolerance)
 
+    @functools.cached_property
+    def _ranges(self) -> Mapping[int, Range]:
+        """How far integers are drawn: as Linen's program needs them; cautiously, where it has no gradients."""
+        trees = self._initial, self._keys
+        try:
+            self._linen.prepare(*trees, *self._inputs, np.uint32(0))
+        except Exception:  # noqa: BLE001  the run says it
+            return {}
+        return ranges_of(self._linen.program, trees, self._inputs)
+
     def point(self, seed: int) -> Point:
-        """Random numbers. Arrays of the caller's are as they are for the first seed, and varied for the others."""
+        """Random numbers. Arrays of the caller's are as they are for the first seed, and varied for the others.
+
+        Kept, of a large model those of the first alone, as `expected` is.
+        """
+        if seed in self._points:
+            return self._points[seed]
         draw = Draw(seed)
 
-        def argument(x: Any) -> Any:
+        def argument(x: Any, below: int) -> Any:
             varied = seed and is_array(x) and not isinstance(x, jax.ShapeDtypeStruct)
             if varied and jnp.issubdtype(x.dtype, jnp.floating):
                 return draw.near(x)
-            return draw.array(x)
+            return draw.array(x, below)
 
-        inputs = jax.tree.map(argument, self._inputs)
+        inputs = drawn(self._inputs, argument, self._ranges, seed)
         values = {at: draw.near(x) for at, x in sorted(self._initial.items())}
-        return Point(values, inputs, seed)
+        point = Point(values, inputs, seed)
+        if self._keeps(seed):
+            self._points[seed] = point
+        return point
+
+    def _keeps(self, seed: int) -> bool:
+        return not seed or self._options is not None
 
     def expected(self, seed: int) -> Run:
-        """What Linen's model gives on the numbers of a seed; kept, of a large model that of the first alone."""
-        if seed not in self._expected:
-            run = self.linen(self.point(seed))
-            if seed and self._options is None:
-                return run
+        """What Linen's model gives on the numbers of a seed."""
+        if seed in self._expected:
+            return self._expected[seed]
+        run = self.linen(self.point(seed))
+        if self._keeps(seed):
             self._expected[seed] = run
-        return self._expected[seed]
+        return run
 
     def linen(self, point: Point) -> Run:
         """What Linen's model gives."""
@@ -201,34 +236,41 @@ class Bench:
         """How far apart the models are. `expected` is what Linen's gave on these numbers."""
         expected = self.linen(point) if expected is None else expected
         actual = self.nnx(point, rules)
-        outputs, misfit = _outputs_compared(actual.output, expected.output, self.tolerance)
+        outputs, misfit = outputs_apart(actual.output, expected.output, self._least())
+        if misfit is not None:
+            return Evidence({}, {}, f"outputs: expected {misfit[0]}, found {misfit[1]}")
+        (_, of_linen, states), (_, of_nnx, own) = self._linen.least, self._nnx.least
         gradients: dict[Location, Difference] = {}
-        if not misfit and not self.without_gradients:
+        if not self.without_gradients:
             back = _pulled_back(rules, point.values, actual.gradients)
+            allowed = max(of_nnx.values(), default=0.0)
             for at, wanted in expected.gradients.items():
-                gradients[at] = difference(back[at], wanted, self.tolerance)
-        evidence = Evidence(outputs, gradients, misfit)
-        if not misfit and evidence.worst > 1 and evidence.worst_output <= 1:
-            return Evidence(outputs, gradients, misfit, self._noise(point, expected))
+                gradients[at] = difference(back[at], wanted, max(of_linen[at], allowed))
+        made = _written(point, rules, expected) if actual.written else {}
+        allowed = max(states.values(), default=0.0)
+        written = {at: difference(x, made[at], max(own[at], allowed)) for at, x in actual.written.items() if at in made}
+        missing = tuple(sorted(actual.written.keys() - made.keys()))
+        evidence = Evidence(outputs, gradients, written=written, missing=missing)
+        if evidence.worst > 1 and evidence.worst_output <= 1:
+            return replace(evidence, noise=self._noise(point, rules, expected, made))
         return evidence
 
-    def _noise(self, point: Point, expected: Run) -> dict[Any, float]:
-        """What the last bit of every number does to Linen's own gradients."""
+    def _least(self) -> Any:
+        """Of each output the smallest tolerance, as one of the two programs computes it in half precision."""
+        sides = [jax.tree.leaves(compiled.least[0]) for compiled in (self._linen, self._nnx)]
+        return [max(pair) for pair in zip(*sides, strict=False)]
+
+    def _noise(self, point: Point, rules: Any, expected: Run, made: Values) -> dict[Any, float]:
+        """What the last bit of every number does to Linen's own gradients, and to what it writes."""
         eps = _HALF_EPS.get(self.tolerance, 2.0**-23)
-        random = np.random.default_rng(point.salt)
-
-        def moved(x: Any) -> Any:
-            if not (is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)):
-                return x
-            x = np.asarray(x)
-            return (x * (1 + eps * random.choice((-1.0, 1.0), x.shape))).astype(x.dtype)
-
-        other = self.linen(
-            Point(jax.tree.map(moved, dict(point.values)), jax.tree.map(moved, point.inputs), point.salt)
-        )
+        values, inputs = with_last_bits_moved((dict(point.values), point.inputs), eps, point.salt)
+        other = self.linen(Point(values, inputs, point.salt))
         noise: dict[Any, float] = {}
         for at, wanted in expected.gradients.items():
-            noise[at] = _NOISE * difference(other.gradients[at], wanted).absolute
+            noise[at] = NOISE * difference(other.gradients[at], wanted).absolute
+        moved = _written(point, rules, other) if made else {}
+        for at in moved.keys() & made.keys():
+            noise[at] = max(noise.get(at, 0.0), NOISE * difference(moved[at], made[at]).absolute)
         return noise
 
     def which_is_random(self, point: Point, rules: Any) -> str | None:
@@ -245,20 +287,32 @@ def _with_gradients(run: Callable[..., Any]) -> Callable[..., Any]:
         floating = {at: x for at, x in values.items() if is_inexact(x)}
 
         def loss(floating: Values) -> tuple[Any, Any]:
-            output = run({**values, **floating}, keys, args, kwargs)
-            return weighed(output, salt), output
+            output, written = run({**values, **floating}, keys, args, kwargs)
+            return weighed(output, salt), (output, _arrays(written))
 
-        gradients, output = jax.grad(loss, has_aux=True)(floating)
-        return output, gradients
+        gradients, (output, written) = jax.grad(loss, has_aux=True)(floating)
+        return output, gradients, written
 
     return both
 
 
 def _without_gradients(run: Callable[..., Any]) -> Callable[..., Any]:
     def output(values: Values, keys: Any, args: Any, kwargs: Any, salt: Any) -> tuple[Any, Any]:
-        return run(values, keys, args, kwargs), {}
+        result, written = run(values, keys, args, kwargs)
+        return result, {}, _arrays(written)
 
     return output
+
+
+def _arrays(written: Values) -> Values:
+    return {at: x for at, x in written.items() if is_array(x)}
+
+
+def _written(point: Point, rules: Any, run: Run) -> Values:
+    """What the rules make of what Linen's model wrote, by NNX's location."""
+    after = {at: on_host(x) if not is_key(x) else x for at, x in run.written.items() if at in point.values}
+    converted: Values = rules.convert({**point.values, **after})
+    return converted
 
 
 def _pulled_back(rules: Any, values: Values, gradients: Values) -> dict[Location, Any]:
@@ -271,19 +325,3 @@ def _pulled_back(rules: Any, values: Values, gradients: Values) -> dict[Location
 
     made, pull = jax.vjp(convert, floating)
     return pull({at: jnp.asarray(gradients[at], x.dtype) for at, x in made.items()})[0]
-
-
-def _outputs_compared(actual: Any, expected: Any, least: float) -> tuple[dict[str, Difference], str]:
-    ours, theirs = _named(actual), _named(expected)
-    forms = [", ".join(f"{x.dtype}{list(x.shape)}" for _, x in side) for side in (ours, theirs)]
-    if [x.shape for _, x in ours] != [x.shape for _, x in theirs] or not ours:
-        return {}, f"outputs: expected {forms[1] or 'arrays'}, found {forms[0] or 'nothing'}"
-    if not any(np.isfinite(x).any() for _, x in theirs if x.dtype.kind != "O"):
-        return {}, "outputs: expected finite numbers, found none: nothing can be compared"
-    pairs = zip(ours, theirs, strict=True)
-    return {path: difference(a, b, least) for (path, a), (_, b) in pairs}, ""
-
-
-def _named(tree: Any) -> list[tuple[str, np.ndarray]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path), on_host(x)) for path, x in leaves]

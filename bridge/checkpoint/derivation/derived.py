@@ -46,6 +46,7 @@ class Proof:
       worst: the largest difference over its tolerance.
       bit_equal: whether all outputs had the same bits.
       notes: what was not compared, or not reached, and why.
+      written: how many arrays of state, as the call leaves it, were compared for each seed.
     """
 
     seeds: tuple[int, ...]
@@ -54,10 +55,14 @@ class Proof:
     worst: float
     bit_equal: bool
     notes: tuple[str, ...] = ()
+    written: int = 0
 
     def __str__(self) -> str:
         how = "bit for bit" if self.bit_equal else f"within {self.worst:.2g} of what rounding may do"
-        what = f"{self.outputs} outputs and {self.gradients} gradients on {len(self.seeds)} draws of random numbers"
+        what = f"{self.outputs} outputs and {self.gradients} gradients"
+        if self.written:
+            what = f"{self.outputs} outputs, {self.gradients} gradients and {self.written} arrays of state"
+        what = f"{what} on {len(self.seeds)} draws of random numbers"
         return "; ".join((f"proven: {what} agree, outputs {how}", *self.notes))
 
 

@@ -21,8 +21,10 @@ import nnx_core as nnx
 from bridge._errors import BridgeError, VariablesMismatchError
 from bridge._types import Location, Shape
 from bridge.equivalence.compiled import Compiled
+from bridge.equivalence.dependence import ranges_of
 from bridge.equivalence.drawing import Draw, with_other_key
-from bridge.equivalence.numbers import difference, form_of, on_host, over, same_bits
+from bridge.equivalence.inputs import drawn
+from bridge.equivalence.numbers import Difference, difference, form_of, on_host, over, same_bits
 from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, streams_of
 from bridge.tracing.trace import Method
 
@@ -94,13 +96,13 @@ def compare_forward(
     Variables are as Linen's `init` makes them, but each number is multiplied by another in [0.7, 1.3). Where all are
     the same, as in a bias, they are drawn from [0.5, 1.5) with their sign; zeros from [-0.5, 0.5), over the root of
     the fan-in. Integers and bools are shuffled. Matrix products are in full precision. Outputs alone are compared:
-    not what a call writes.
+    not what a call writes, which `prove` and `derive` do.
 
     Args:
       linen_module, nnx_module, method, rngs, **kwargs: as for `derive`. Values of the NNX model are used only where the
         rules say nothing of them.
       rules: from Linen to NNX: of `derive`, of `read_rules`, ...
-      *inputs: arrays, `jax.ShapeDtypeStruct`s, which become normal numbers, or 0 and 1 for integers and bools; flags.
+      *inputs: arrays, `jax.ShapeDtypeStruct`s, which are drawn as `bridge.equivalence.compare` does; flags.
       seed: of all that is random.
 
     Returns:
@@ -136,13 +138,20 @@ class Trial:
     ):
         methods = method if isinstance(method, tuple) else (method, method)
         draw = Draw(seed)
-        self._inputs = jax.tree.map(draw.array, (tuple(inputs), dict(kwargs)))
-        theirs = linen_call(linen_module, methods[0], rngs, *self._inputs)
+        self._seed, self._abstract = seed, (tuple(inputs), dict(kwargs))
+        theirs = linen_call(linen_module, methods[0], rngs, *jax.tree.map(draw.array, self._abstract))
         ours = nnx_call(module_of(nnx_module), methods[1])
         self.values: Values = {at: draw.near(x) for at, x in sorted(theirs.initial().items())}
         self._own = {at: jax.tree.map(draw.array, x) for at, x in sorted(ours.variables.items())}
         self._keys = streams_of(rngs)
         self._run_linen, self._run_nnx = Compiled(theirs.run), Compiled(ours.run)
+
+    @functools.cached_property
+    def _inputs(self) -> Any:
+        """Integers of them as far as Linen's tables reach."""
+        self._run_linen.prepare(self.values, self._keys, *self._abstract)
+        ranges = ranges_of(self._run_linen.program, (self.values, self._keys), self._abstract)
+        return drawn(self._abstract, Draw(self._seed).array, ranges, self._seed)
 
     @functools.cached_property
     def expected(self) -> Any:
@@ -157,7 +166,7 @@ class Trial:
         actual = self._run_nnx(values, None, *self._inputs)
         notes = "\n".join(map(str, getattr(rules, "unsure", ())))
         try:
-            return _compared(actual, self.expected, self._run_linen.tolerance, notes)
+            return _report(actual, self.expected, self._run_linen.least, notes)
         except ForwardMismatchError:
             # Both models run once more, with other keys: if chance has made the difference, it says nothing.
             self._require_no_chance(values, actual)
@@ -204,28 +213,35 @@ def which_is_random(
 # ---- comparing outputs ----
 
 
-def _compared(actual: Any, expected: Any, least: float, notes: str) -> ForwardReport:
-    """The report, or the error for the output that is off the most; `least` is the smallest tolerance of any."""
+def outputs_apart(actual: Any, expected: Any, least: Any) -> tuple[dict[str, Difference], tuple[str, str] | None]:
+    """Path of an output -> difference; or, if nothing can be compared, what was expected and what was found.
+
+    Args:
+      least: of each output the smallest tolerance, in the form of `expected`.
+    """
+    ours, theirs = _outputs(actual), _outputs(expected)
+    if [x.shape for _, x in ours] != [x.shape for _, x in theirs] or not ours:
+        return {}, (_forms(theirs) or "arrays", _forms(ours) or "nothing")
+    if not any(np.isfinite(x).any() for _, x in theirs if x.dtype.kind != "O"):
+        return {}, ("finite numbers", "none: nothing can be compared")
+    triples = zip(ours, theirs, jax.tree.leaves(least), strict=True)
+    return {path: difference(a, b, allowed) for (path, a), (_, b), allowed in triples}, None
+
+
+def _report(actual: Any, expected: Any, least: Any, notes: str) -> ForwardReport:
+    """The report, or the error for the output that is off the most."""
     hint = "Two layers may be swapped: look at print(derived), and give derive(..., rename=...) what is what."
     hint = f"{notes}\n{hint}" if notes else hint
-    ours, theirs = _outputs(actual), _outputs(expected)
-    our_shapes = [x.shape for _, x in ours]
-    their_shapes = [x.shape for _, x in theirs]
-    if our_shapes != their_shapes or not ours:
-        found, wanted = _forms(ours) or "nothing", _forms(theirs) or "arrays"
-        raise ForwardMismatchError("", wanted, found, hint, math.inf, 0.0)
-    differences: dict[str, float] = {}
-    tolerances: dict[str, float] = {}
-    for (path, a), (_, b) in zip(ours, theirs, strict=True):
-        off = difference(a, b, least)
-        differences[path], tolerances[path] = off.absolute, off.tolerance
-    if not any(np.isfinite(b).any() for _, b in theirs):
-        raise ForwardMismatchError("", "finite numbers", "none: nothing can be compared", hint, math.inf, 0.0)
-    worst = max(differences, key=lambda path: (over(differences[path], tolerances[path]), differences[path]))
-    size, most = differences[worst], tolerances[worst]
+    offs, misfit = outputs_apart(actual, expected, least)
+    if misfit is not None:
+        raise ForwardMismatchError("", *misfit, hint, math.inf, 0.0)
+    worst = max(offs, key=lambda path: (offs[path].ratio, offs[path].absolute))
+    size, most = offs[worst].absolute, offs[worst].tolerance
     if size > most:
         wanted = f"a difference of at most {most:.3g}" if most else "no difference"
         raise ForwardMismatchError(worst, wanted, f"one of {size:.3g}", hint, size, most)
+    differences = {path: off.absolute for path, off in offs.items()}
+    tolerances = {path: off.tolerance for path, off in offs.items()}
     return ForwardReport(differences, tolerances, same_bits(actual, expected))
 
 

@@ -83,10 +83,11 @@ def proven(bench: Bench, rules: Any) -> tuple[Proof | None, Evidence]:
         notes.append(f"gradients were not compared: {bench.without_gradients}")
     if unseen:
         notes.append(_of_unseen(unseen))
-    written = sorted({at[0] for at in bench.point(SEEDS[0]).values} - {"params"})
-    if written:
-        notes.append(f"what a call writes into {', '.join(written)} was not compared: bridge.equivalence.compare does")
-    proof = Proof(SEEDS, len(worst.outputs), len(worst.gradients), worst.worst, all_bits, tuple(notes))
+    if worst.missing:
+        named = ", ".join(sorted({at[0] for at in worst.missing}))
+        notes.append(f"what a call writes into {named} was not all compared: bridge.equivalence.compare does")
+    counts = len(worst.outputs), len(worst.gradients)
+    proof = Proof(SEEDS, *counts, worst.worst, all_bits, tuple(notes), len(worst.written))
     return proof, worst
 
 

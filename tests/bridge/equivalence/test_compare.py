@@ -1,10 +1,13 @@
 """compare: what is equal, how far apart what is not, and that nothing is left out in silence."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.core import FrozenDict
 
 import nnx_core as nnx
 from bridge import ToLinen, ToNNX, load_variables
@@ -24,6 +27,11 @@ from tests.support.compared_models import (
     native,
     native_stack,
 )
+
+
+class Pair(NamedTuple):
+    one: Any
+    other: Any
 
 
 def unequal(report):
@@ -417,3 +425,66 @@ def test_collections_without_gradients_are_named():
     model = Lora(), Lora().init(jax.random.key(0), x)
     report = compare(model, model, x)
     assert any("the collection 'lora' of a" in text for text in report.not_compared)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        (lambda x: (x, x), lambda x: [x, x], False),
+        (lambda x: Pair(x, x), lambda x: {"one": x, "other": x}, False),
+        (lambda x: {"a": (x,)}, lambda x: {"a": x}, False),
+        (lambda x: (x, None), lambda x: (x, ()), False),
+        (lambda x: FrozenDict(a=x), lambda x: {"a": x}, True),
+    ],
+)
+def test_what_outputs_stand_in(a, b, same):
+    report = compare(a, b, X, gradients=False, seeds=(0,))
+    assert report.equal is same
+    assert same or (report.first.cause == "structure" and "a returns" in report.first.text)
+
+
+def test_parameters_without_a_counterpart_are_a_finding():
+    class Shapes(nnx.Module):
+        def __init__(self, count):
+            self.parts = nnx.List([nnx.Param(jnp.full((2,), n + 1.0)) for n in range(count)])
+            self.idle = nnx.Param(jnp.ones(2))
+
+        def __call__(self, x):
+            return x * sum(part[...].sum() for part in self.parts)
+
+    class Other(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x * self.param("weights", lambda key: jnp.arange(1.0, 4.0)).sum() * 7
+
+    module = Other()
+    variables = module.init(jax.random.key(0), jnp.ones(X.shape))
+    report = compare((module, variables), Shapes(6), X, seeds=(0,), layers=False)
+    wrong = [finding for finding in report.findings if not finding.equal]
+    assert {finding.what for finding in wrong} == {"structure"}
+    assert "found for params/parts/0, params/parts/1, params/parts/2" in wrong[1].text
+    assert "and 1 more of b, so neither these parameters nor their gradients were compared" in wrong[1].text
+    assert "give rules=" in report.first.text
+    assert report.first.cause == "structure"
+    assert "params/idle of b, and its gradient: no counterpart was found" in report.not_compared
+    one_sided = compare((module, variables), lambda x: x * 42.0, X, seeds=(0,))
+    assert one_sided.equal
+    assert "params/weights of a, and its gradient: no counterpart was found" in one_sided.not_compared
+
+
+def test_outputs_that_are_zero_but_for_rounding_are_equal():
+    def cancels(x):
+        return (jax.nn.softmax(x) - jnp.exp(x - jax.nn.logsumexp(x, axis=-1, keepdims=True))).sum()
+
+    def otherwise(x):
+        shifted = jnp.exp(x)
+        return (shifted / jnp.flip(shifted, -1).sum(-1, keepdims=True) - jax.nn.softmax(x)).mean()
+
+    x = jax.ShapeDtypeStruct((16, 33), "float32")
+    report = compare(cancels, otherwise, x)
+    assert report.equal, str(report)
+    assert any("zero but for rounding" in finding.text for finding in report.findings)
+    # A true difference of that size is one.
+    report = compare(lambda x: 1e-8 * x, lambda x: 1.1e-8 * x, x)
+    assert not report.equal
+    assert not compare(cancels, lambda x: cancels(x) + 3e-5, x).equal

@@ -59,6 +59,10 @@ def test_rules_lead_both_ways_and_gradients_through_their_transpose(is_turned):
 
 def test_without_rules_they_have_no_counterpart_and_the_outputs_are_compared():
     report = compare(*by_rules(), X, **CHEAP)
+    assert {finding.what for finding in report.findings if not finding.equal} == {"structure"}
+    assert report.first.cause == "structure"
+    assert "no counterpart was found for params/bias, params/kernel of a" in report.first.text
+    report = compare(*by_rules(), X, gradients=False, **CHEAP)
     assert report.equal
     assert "params/kernel of a, and its gradient: no counterpart was found" in report.not_compared
     assert "params/w of b, and its gradient: no counterpart was found" in report.not_compared
@@ -180,6 +184,8 @@ def test_a_variable_of_another_shape_is_said_and_the_outputs_decide():
     kernel = variables["params"]["kernel"]
     turned = (Turned(is_turned=True), {"params": {"kernel": kernel.T}})
     report = compare((Turned(), variables), turned, X, **CHEAP)
+    assert "no counterpart was found for params/kernel of a" in report.first.text
+    report = compare((Turned(), variables), turned, X, gradients=False, **CHEAP)
     assert report.equal
     assert "params/kernel of b, and its gradient: no counterpart was found" in report.not_compared
     turned = (Turned(is_turned=True), {"params": {"kernel": kernel.T + 0.1}})

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 import nnx_core as nnx
 from bridge.checkpoint.derivation.derive import UnprovenDerivationError, UnsureDerivationWarning, derive, prove
+from bridge.checkpoint.derivation.forward import ForwardMismatchError, compare_forward
 from bridge.checkpoint.rules.apply import Rules
 from bridge.variables.mapping import tree_of
 from tests.support.derive_cases import check, located, random_variables
@@ -132,6 +133,46 @@ class NativeStatistics(nnx.Module):
 
 def test_a_proof_names_what_it_does_not_cover():
     proof = derive(Statistics(), NativeStatistics, jax.ShapeDtypeStruct((5, 4), "float32")).proof
-    assert "what a call writes into batch_stats was not compared" in str(proof)
+    assert "2 arrays of state on 3 draws" in str(proof)
+    assert "not all compared" not in str(proof)
     assert "no output depends on" in str(proof)
     assert "params/aside/kernel" in str(proof)
+
+
+def test_what_a_call_writes_is_part_of_the_proof():
+    class Slower(NativeStatistics):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.norm = nnx.BatchNorm(3, momentum=0.5, rngs=rngs)
+
+    class Late(NativeStatistics):
+        def __call__(self, x):
+            y = super().__call__(x)
+            self.norm.mean.set_value(self.norm.mean.get_value() + 1e-2)
+            return y
+
+    x = jax.ShapeDtypeStruct((5, 4), "float32")
+    for other in (Slower, Late):
+        with pytest.raises(UnprovenDerivationError, match="the call writes batch_stats/norm/mean: off by"):
+            derive(Statistics(), other, x)
+
+
+def test_ids_are_drawn_as_far_as_the_table_reaches():
+    class Lookup(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            return nn.Embed(7, 3, name="table")(ids)
+
+    class NativeLookup(nnx.Module):
+        def __init__(self, rngs):
+            self.table = nnx.Embed(7, 3, rngs=rngs)
+
+        def __call__(self, ids):
+            # Wrong in the last row alone.
+            return self.table(ids) * jnp.where(ids == 6, 2.0, 1.0)[..., None]
+
+    ids = jax.ShapeDtypeStruct((20,), "int32")
+    with pytest.raises(UnprovenDerivationError, match="output: off by"):
+        derive(Lookup(), NativeLookup, ids)
+    with pytest.raises(ForwardMismatchError):
+        compare_forward(Lookup(), NativeLookup, Rules.from_rename({}), ids)

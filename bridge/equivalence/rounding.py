@@ -1,0 +1,58 @@
+"""What is zero but for rounding: what is left where larger numbers cancel, and the last bit of each of these decides.
+
+Law: only what is no larger than some last bits of the numbers that the models start from is looked at, and it is such a
+zero only if it moves by as much as it is large once every one of these has its last bit moved. An output that is small
+because it is multiplied by a small number moves by far less, and stays what it is.
+Knows runs and arrays; knows nothing of findings.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+
+from bridge.equivalence.dependence import HALVES
+from bridge.equivalence.drawing import with_last_bits_moved
+from bridge.equivalence.numbers import difference, is_inexact, largest, relative_tolerance
+from bridge.equivalence.outcome import Kind, Outcome, Run
+from bridge.equivalence.subjects import Keys
+
+#: Rounding moves two programs apart by a few times what the last bit of each number does to either of them.
+NOISE = 32.0
+_LAST_BITS = 64.0
+_EPS = {relative_tolerance(name): float(jnp.finfo(name).eps) for name in HALVES}
+
+
+class Rounding:
+    """Two runs on the same numbers, and what each made of them."""
+
+    def __init__(self, runs: tuple[Run, Run], outcomes: tuple[Outcome, Outcome], keys: Keys, args: Any, kwargs: Any):
+        self._runs, self._outcomes, self._keys, self._inputs = runs, outcomes, keys, (args, kwargs)
+
+    def floor(self, what: Kind, at: Any, other: Any, x_a: Any, x_b: Any) -> float:
+        """What two values may differ by if both are zero but for rounding; else 0.0."""
+        if not (is_inexact(x_a) and is_inexact(x_b)):
+            return 0.0
+        size = largest([x_a, x_b])
+        least = min(self._outcomes[0].allowed(what, at), self._outcomes[1].allowed(what, other))
+        eps = _EPS.get(least, max(float(jnp.finfo(x.dtype).eps) for x in (x_a, x_b)))
+        if not 0 < size <= _LAST_BITS * eps * self._scale:
+            return 0.0
+        noise = 0.0
+        for moved, before, place in zip(self._moved(eps), self._outcomes, (at, other), strict=True):
+            one, two = (getattr(outcome, what)[place] for outcome in (before, moved))
+            noise = max(noise, difference(two, one).absolute)
+        return NOISE * noise if size <= NOISE * noise < float("inf") else 0.0
+
+    @functools.cached_property
+    def _scale(self) -> float:
+        return largest([self._inputs, *(list(run.subject.values.values()) for run in self._runs)])
+
+    @functools.cache  # noqa: B019  as long-lived as the comparison of one draw
+    def _moved(self, eps: float) -> tuple[Outcome, Outcome]:
+        args, kwargs = with_last_bits_moved(self._inputs, eps)
+        values = [with_last_bits_moved(dict(run.subject.values), eps) for run in self._runs]
+        one, two = (run(own, self._keys, args, kwargs) for run, own in zip(self._runs, values, strict=True))
+        return one, two

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import pytest
 from flax import struct
 
 from tests.support.worlds import World
+from tests.third_party.packages import require
 
 KEY = jax.random.key(0)
 
@@ -49,7 +49,7 @@ class Program:
 
     def worlds(self) -> tuple[World, World]:
         """The package on nnx_core and on flax.nnx, or the test is skipped."""
-        pytest.importorskip(self.package)
+        require(self.package)
         return World("nnx_core", self.package), World("flax.nnx", self.package)
 
 

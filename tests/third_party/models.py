@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import pytest
 from flax import linen as nn
 
+from tests.third_party.packages import require
+
+os.environ.setdefault("NETKET_ENABLE_X64", "0")  # else importing netket turns on float64 for the whole process
 KEY = jax.random.key(0)
 
 
@@ -49,7 +51,7 @@ class Model:
 
     def case(self) -> Case:
         """The case, or the test is skipped."""
-        pytest.importorskip(self.package)
+        require(self.package)
         return self.make()
 
 
@@ -199,7 +201,6 @@ def recurrentgemma():
 
 def spins() -> tuple[Any, jax.Array]:
     """(Hilbert space of six spins, three configurations), in single precision."""
-    os.environ.setdefault("NETKET_ENABLE_X64", "0")  # else the import turns on float64 for the whole process
     import netket
 
     space = netket.hilbert.Spin(0.5, 6)

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import pytest
 from flax import struct
 
 from tests.support.worlds import World
+from tests.third_party.packages import require
 
 KEY = jax.random.key(0)
 
@@ -49,7 +49,7 @@ class Program:
 
     def worlds(self) -> tuple[World, World]:
         """The package on nnx_core and on flax.nnx, or the test is skipped."""
-        pytest.importorskip(self.package)
+        require(self.package)
         return World("nnx_core", self.package), World("flax.nnx", self.package)
 
 
@@ -313,6 +313,31 @@ def lpips(world):
     module.LPIPS._load_weights = vgg.VGG16Features._load_weights = lambda self: None
     images = jax.random.normal(KEY, (2, 1, 16, 16, 3))
     return Model(module.LPIPS(rngs=world.nnx.Rngs(0)), tuple(images))
+
+
+# ---- canvit-nnx: a vision transformer; needs Python 3.12 and jax 0.11.2 ----
+
+
+@row(MODELS, "canvit_nnx")
+def canvit(world):
+    """Two glimpses at a scene, with a recurrent canvas between them, and a probe with batch statistics on it."""
+    package, backbones = world.load("canvit_nnx"), world.load("canvit_core.backbone")
+    backbones.BACKBONES["tiny"] = backbones.ViTSpec(embed_dim=16, num_heads=2, num_blocks=2, patch_size=4)
+    sizes = {"canvas_num_heads": 2, "canvas_head_dim": 4, "num_canvas_registers": 2, "rw_stride": 1}
+    config, rngs = package.CanViTConfig("tiny", **sizes), world.nnx.Rngs(0)
+    probe = package.SegmentationProbe(embed_dim=8, num_classes=3, dropout=0.1, use_ln=True, rngs=rngs)
+    model = package.CanViTForSemanticSegmentation(canvit=package.CanViT(config, rngs=rngs), probe=probe)
+
+    def call(model, image, close, key):
+        state, logits = model.init_state(batch_size=2, canvas_grid_size=4), []
+        for viewpoint in (package.Viewpoint.full_scene(batch_size=2), package.Viewpoint(*close)):
+            glimpse = package.sample_at_viewpoint(spatial=image, viewpoint=viewpoint, glimpse_size_px=8)
+            seen, state = model(glimpse=glimpse, state=state, viewpoint=viewpoint, rngs=key)
+            logits.append(seen)
+        return logits, state
+
+    image, close = jax.random.normal(KEY, (2, 16, 16, 3)), (jnp.full((2, 2), 0.25), jnp.full(2, 0.5))
+    return Model(model, (image, close, KEY), call)
 
 
 # ---- nnx-ppo, gpjax, blaxbird: trainers ----

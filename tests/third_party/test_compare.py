@@ -62,6 +62,7 @@ def test_a_network_equals_its_wrapper(case, variables, wrapped):
     report = compare((case.module, variables), wrapped, *case.args, **options(case))
     assert report.equal, str(report)
     assert report.first is None
+    assert {"parameter", "output", "gradient"} <= {finding.what for finding in report.findings}
     assert not [row for row in report.rows if row.verdict in ("wrong", "fed wrong")]
     layers = {row.a for row in report.rows} - {""}
     assert len(layers) >= 2

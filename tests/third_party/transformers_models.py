@@ -81,6 +81,29 @@ def electra():
 
 
 @architecture
+def albert():
+    """One layer, called twice."""
+    from transformers import AlbertConfig
+    from transformers.models.albert.modeling_flax_albert import FlaxAlbertForMaskedLMModule
+
+    config = AlbertConfig(**_TEXT, embedding_size=8, max_position_embeddings=12)
+    ids, mask, positions = _ids()
+    inputs = (ids, mask, jnp.zeros_like(ids), positions)
+    return Case(FlaxAlbertForMaskedLMModule(config), inputs, method=_plain)
+
+
+@architecture
+def distilbert():
+    """Sines as positions, which are no parameters."""
+    from transformers import DistilBertConfig
+    from transformers.models.distilbert.modeling_flax_distilbert import FlaxDistilBertForMaskedLMModule
+
+    sizes = {"vocab_size": 19, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+    config = DistilBertConfig(**sizes, max_position_embeddings=12, sinusoidal_pos_embds=True)
+    return Case(FlaxDistilBertForMaskedLMModule(config), _ids()[:2], method=_plain)
+
+
+@architecture
 def gpt2():
     from transformers import GPT2Config
     from transformers.models.gpt2.modeling_flax_gpt2 import FlaxGPT2LMHeadModule
@@ -137,6 +160,34 @@ def bart():
     (ids, mask, positions), (targets, target_mask, target_positions) = _ids(), _ids(2, 4)
     inputs = (ids, mask, targets, target_mask, positions, target_positions)
     return Case(FlaxBartForConditionalGenerationModule(config), inputs, method=_plain)
+
+
+@architecture
+def whisper():
+    """Convolutions over frames of sound, before an encoder and a decoder."""
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_flax_whisper import FlaxWhisperForConditionalGenerationModule
+
+    encoder = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24}
+    decoder = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24}
+    sizes = {"vocab_size": 19, "d_model": 16, "num_mel_bins": 4}
+    lengths = {"max_source_positions": 6, "max_target_positions": 8}
+    config = WhisperConfig(**encoder, **decoder, **sizes, **lengths, pad_token_id=0)
+    sound, (ids, mask, positions) = jax.random.normal(KEY, (2, 4, 12)), _ids()
+    return Case(FlaxWhisperForConditionalGenerationModule(config), (sound, ids, mask, positions), method=_plain)
+
+
+@architecture
+def clip():
+    """Two towers, and the scale of their product: a parameter without axes."""
+    from transformers import CLIPConfig
+    from transformers.models.clip.modeling_flax_clip import FlaxCLIPModule
+
+    sizes = {name: size for name, size in _TEXT.items() if name != "vocab_size"}
+    text = {**_TEXT, "max_position_embeddings": 8, "eos_token_id": 2}
+    config = CLIPConfig(text, {**sizes, "image_size": 8, "patch_size": 4}, projection_dim=8)
+    (ids, mask, positions), images = _ids(), jax.random.normal(KEY, (2, 8, 8, 3))
+    return Case(FlaxCLIPModule(config), (ids, images, mask, positions), method=_plain)
 
 
 @architecture

@@ -8,7 +8,9 @@ Knows words; knows nothing of checkpoints.
 from __future__ import annotations
 
 import ast
+import enum
 import importlib
+import math
 import os
 import re
 import sys
@@ -32,6 +34,16 @@ _DTYPES |= {f"{sign}{bits}": f"{name}{bits}" for sign, name in _INTEGERS.items()
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:i?B)?)", re.IGNORECASE)
 
 
+class SourceFormat(enum.StrEnum):
+    """The formats that can be read."""
+
+    ORBAX = "orbax"
+    ORBAX_V1 = "orbax-v1"
+    SAFETENSORS = "safetensors"
+    MSGPACK = "msgpack"
+    NPZ = "npz"
+
+
 def parse_bytes(text: str) -> int:
     """A number of bytes with a unit: decimal (`kB`, `MB`, `G`) or binary (`KiB`, `MiB`, `GiB`).
 
@@ -44,6 +56,21 @@ def parse_bytes(text: str) -> int:
     if size < 1:
         raise typer.BadParameter(f"{text!r} is not a number of bytes, such as 512MiB or 2GiB")
     return size
+
+
+def parse_tolerance(text: str) -> float:
+    """How far numbers may be apart: zero or more, and not NaN, to which nothing compares.
+
+    >>> parse_tolerance("1e-6")
+    1e-06
+    """
+    try:
+        tolerance = float(text)
+    except ValueError:
+        tolerance = math.nan
+    if not tolerance >= 0:
+        raise typer.BadParameter(f"{text!r} is not a tolerance, such as 0 or 1e-6")
+    return tolerance
 
 
 def parse_input(text: str) -> Any:

@@ -125,10 +125,13 @@ class ConversionReport:
 
     def summary(self) -> str:
         """One line: how many leaves, bytes and changes."""
-        changed = sum(bool(row["op"]) for row in self.rows)
+        changed = [row["op"] for row in self.rows if row["op"]]
+        how = ", ".join(sorted(set(map(_change, changed))))
         return (
-            f"{self.source_layout} -> {self.target_layout}: {len(self.rows)} leaves, {self.nbytes} bytes, "
-            f"{changed} of them reworked, {len(self.dropped)} dropped{', NOT PROVEN' if self.unproven else ''}"
+            f"{self.source_layout} -> {self.target_layout}: {len(self.rows)} leaves, {self.nbytes} bytes: "
+            f"{len(self.rows) - len(changed)} copied as they are, {len(changed)} changed on the way"
+            f"{how and f' ({how})'}, {len(self.dropped)} dropped"
+            f"{', NOT PROVEN' if self.unproven else ''}"
         )
 
     def __str__(self) -> str:
@@ -141,6 +144,14 @@ class ConversionReport:
         if self.unproven:
             lines.append(f"nothing has shown that these rules are right: {self.unproven}")
         return "\n".join([*lines, *self.warnings, *self.notes])
+
+
+def _change(op: str) -> str:
+    """What is done last, in a word: 'cast' of 'cast to uint32 of step', 'cut' of '3 along 0 of layers/kernel'."""
+    word = op.split()[0]
+    if word.startswith(("+", "-")):
+        return "added to"
+    return word if word.isalpha() else "cut"
 
 
 # ---- planning ---------------------------------------------------------------------------------------------------
@@ -211,7 +222,7 @@ def plan_of(
     >>> from bridge.checkpoint.tree.layout import Leaf
     >>> leaf = Leaf(("params", "kernel"), (2, 3), "float32", 24)
     >>> plan_of(Tree({leaf.path: leaf}), ConversionOptions(to="nnx")).summary()
-    'Linen variables -> nnx.State: 1 leaves, 24 bytes, 0 of them reworked, 0 dropped'
+    'Linen variables -> nnx.State: 1 leaves, 24 bytes: 1 copied as they are, 0 changed on the way, 0 dropped'
     """
     unproven = options.doubt
     request = _request(tree, options, layout or tree.layout, read_note(metadata or {}))

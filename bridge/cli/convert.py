@@ -155,7 +155,8 @@ def _convert(
         if options.to == "nnx" and models.model is not None:
             fitting = target_of(models.model, options.tx, options.rng, opened.tree)
             options = replace(options, target=fitting)
-        conversion = plan_conversion(opened, options)
+        with progress_bar(quiet=quiet or as_json) as progress:
+            conversion = plan_conversion(opened, options, progress)
         losses = [] if options.lossy else conversion.losses
         shown = _Show(conversion, target, losses, dry_run=dry_run)
         if not (quiet or as_json):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 
 _SOURCE = "source_type"  # metadata of an OptVariable: the type of the Variable it belongs to
+_MOST_SHOWN = 20  # paths in a message
 # What pytrees that differ in their containers raise, and functions of params that ask for dicts.
 _OF_CONTAINERS = (ValueError, TypeError, AssertionError)
 _WRT_TEXT = (
@@ -141,19 +142,23 @@ def _initial(tx: optax.GradientTransformation, params: State) -> tuple[Any, bool
     try:
         return tx.init(params), False
     except _OF_CONTAINERS as error:
-        of_states = error
-    try:
-        return tx.init(nested(params)), True
-    except _OF_CONTAINERS as of_dicts:
-        if str(of_dicts) == str(of_states):
-            raise of_states from None  # no matter of containers
-        paths = "\n".join(f"  {show_path(path)}" for path in dict(to_flat_state(params)))
+        of_states = str(error)
+        try:
+            return tx.init(nested(params)), True
+        except _OF_CONTAINERS as second:
+            of_dicts = str(second)
+        if of_dicts == of_states:
+            raise  # no matter of containers
+        known = list(dict(to_flat_state(params)))
+        paths = "\n".join(f"  {show_path(path)}" for path in known[:_MOST_SHOWN])
+        if len(known) > _MOST_SHOWN:
+            paths += f"\n  and {len(known) - _MOST_SHOWN} more"
         raise OptimizerError(
             "tx.init takes the Variables to optimize neither as a State nor as dicts in dicts.\n"
             "Expected of labels and masks that are trees: all States or all dicts, of these paths, or beginnings:\n"
             f"{paths}\nFound with a State: {of_states}\nFound with dicts: {of_dicts}\n"
             "Mend the tree, or give a function of the params: lambda params: jax.tree.map(..., params)."
-        ) from of_dicts
+        ) from error
 
 
 def _with_states(x: Any) -> Any:

@@ -151,8 +151,14 @@ def test_a_function_that_asks_for_dicts_is_given_dicts():
 @pytest.mark.parametrize("container", [dict, nnx.State])
 def test_labels_that_do_not_fit_are_named_with_the_paths_that_would(container):
     labels = container({"first": "slow", "second": "fast"})
-    with pytest.raises(OptimizerError, match=r"(?s)neither as a State nor as dicts.*  blocks/0/kernel\n.*second"):
+    with pytest.raises(OptimizerError, match=r"(?s)neither as a State nor.*  blocks\[0\].kernel\n.*second"):
         nnx.Optimizer(Net(), optax.multi_transform(PARTS, labels), wrt=nnx.Param)
+
+
+def test_a_message_lists_no_more_than_twenty_paths():
+    model = nnx.Dict({f"layer_{i}": nnx.Param(jnp.ones(1)) for i in range(25)})
+    with pytest.raises(OptimizerError, match=r"layer_\d+\n  and 5 more\nFound with a State"):
+        nnx.Optimizer(model, optax.masked(optax.adam(0.1), {"layer_0": True}), wrt=nnx.Param)
 
 
 def test_trees_of_both_kinds_in_one_transformation():

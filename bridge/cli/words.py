@@ -34,16 +34,6 @@ _DTYPES |= {f"{sign}{bits}": f"{name}{bits}" for sign, name in _INTEGERS.items()
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:i?B)?)", re.IGNORECASE)
 
 
-class SourceFormat(enum.StrEnum):
-    """The formats that can be read."""
-
-    ORBAX = "orbax"
-    ORBAX_V1 = "orbax-v1"
-    SAFETENSORS = "safetensors"
-    MSGPACK = "msgpack"
-    NPZ = "npz"
-
-
 def parse_bytes(text: str) -> int:
     """A number of bytes with a unit: decimal (`kB`, `MB`, `G`) or binary (`KiB`, `MiB`, `GiB`).
 
@@ -161,3 +151,13 @@ def users_code(doing: str) -> Iterator[None]:
         raise typer.BadParameter(f"{doing}: it ends the process, sys.exit({error.code!r})") from None
     except Exception as error:  # noqa: BLE001  the user's code may raise anything
         raise typer.BadParameter(f"{doing}: {type(error).__name__}: {error}") from None
+
+
+class SourceFormat(enum.StrEnum):
+    """The formats that can be read."""
+
+    ORBAX = "orbax"
+    ORBAX_V1 = "orbax-v1"
+    SAFETENSORS = "safetensors"
+    MSGPACK = "msgpack"
+    NPZ = "npz"

@@ -250,8 +250,10 @@ def source_of(path: str | FilePath, options: ConversionOptions) -> Source:
     return open_source(path, format=options.source_format, step=options.step, item=options.item)
 
 
-def plan_conversion(source: Source, options: ConversionOptions) -> Conversion:
+def plan_conversion(source: Source, options: ConversionOptions, progress: Progress | None = None) -> Conversion:
     """The conversion of a source that is open already, as where `target` depends on what it holds.
+
+    `progress` is told of the planning alone, as `plan_of` does: its numbers are steps, not bytes.
 
     Example::
 
@@ -263,7 +265,7 @@ def plan_conversion(source: Source, options: ConversionOptions) -> Conversion:
         layout = Layout(options.kind, "as asked for", layout.boxed)
     if options.empty is None:
         options = replace(options, empty=_EMPTY.get(options.target_format))
-    return Conversion(source, layout, plan_of(source.tree, options, layout, source.metadata), options)
+    return Conversion(source, layout, plan_of(source.tree, options, layout, source.metadata, progress), options)
 
 
 def open_conversion(source: str | FilePath, **options: Any) -> Conversion:

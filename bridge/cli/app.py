@@ -2,53 +2,77 @@
 
 Law: a BridgeError is shown as its text, without a traceback; exit codes are 0 done, 1 an error of `bridge` or something
 would be lost, 2 wrong usage, 3 verification failed or models differ, 130 Ctrl-C; nothing that was read is changed.
+With `--json` stdout holds one document, of errors and wrong usage too.
 Knows which commands there are; what they do is in the rooms below, imported when one runs.
 """
 
 from __future__ import annotations
 
+import platform
+import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib import metadata
 from typing import Annotated
 
 import typer
 
-from bridge._errors import BridgeError, MissingDependencyError
+from bridge._errors import BridgeError
 from bridge.cli.compare import compare
 from bridge.cli.convert import convert
+from bridge.cli.demo import demo
 from bridge.cli.diff import diff, verify
+from bridge.cli.help import Command
 from bridge.cli.inspect import inspect
 from bridge.cli.show import print_json
 
-_EXIT_ERROR, _EXIT_UNVERIFIED = 1, 3
+_EXIT_ERROR, _EXIT_USAGE, _EXIT_UNVERIFIED = 1, 2, 3
+# What click raises for wrong usage. Typer carries click inside itself since 0.22, under no public name.
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
+
+_NAME = "linen-nnx"
+_OPTION = re.compile(r"--[a-z][a-z-]*[a-z]")
 
 app = typer.Typer(
-    name="linen-nnx",
+    name=_NAME,
     help="Move Flax models and their checkpoints between Linen and NNX.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, convert, compare, diff, verify):
-    app.command()(command)
+for command in (inspect, convert, compare, diff, verify, demo):
+    app.command(cls=Command)(command)
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for checkpoint, figure and record.")] = Path("linen-nnx-demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the batch order, the weights and the dropout.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the verdict alone.")] = False,
+def _show_versions(asked: bool) -> None:
+    if asked:
+        typer.echo("\n".join(f"{name} {version}" for name, version in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_versions, is_eager=True, help="Show versions and exit.")
+    ] = False,
 ) -> None:
-    """Train a Linen CNN on handwritten digits, carry it across to NNX, and compare every number."""
+    """Move Flax models and their checkpoints between Linen and NNX."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, of what it stands on, and of Python; 'unknown' for one that is not installed.
+
+    >>> list(versions())
+    ['linen-nnx-bridge', 'jax', 'flax', 'python']
+    """
+    packages = {name: _version_of(name) for name in ("linen-nnx-bridge", "jax", "flax")}
+    return {**packages, "python": platform.python_version()}
+
+
+def _version_of(name: str) -> str:
     try:
-        from bridge.demo import run
-    except ModuleNotFoundError as error:
-        name = (error.name or "").split(".")[0]
-        if name in ("bridge", "nnx_core", "jax", "flax", "numpy", "optax", "rich"):
-            raise  # a broken install, not an extra that was left out
-        raise MissingDependencyError("The demo", name, "demo") from error
-    raise typer.Exit(run.main(out=out, seed=seed, quiet=quiet) or 0)
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown"  # run from a folder, without an installation
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,13 +82,50 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the words after the program's name; those of the process by default.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
+    as_json = "--json" in words
     try:
-        app(args=words, prog_name="linen-nnx")
+        raise SystemExit(app(args=words, prog_name=_NAME, standalone_mode=not as_json) or 0)
+    except _UsageError as error:  # with `--json` alone; without it typer has shown it already
+        print_json({"error": "UsageError", "message": error.format_message(), "exit_code": _EXIT_USAGE})
+        error.show()
+        raise SystemExit(_EXIT_USAGE) from None
     except BridgeError as error:
-        from bridge.checkpoint.verification import VerificationError
-
-        code = _EXIT_UNVERIFIED if isinstance(error, VerificationError) else _EXIT_ERROR
-        if "--json" in words:
-            print_json({"error": type(error).__name__, "message": str(error), "exit_code": code})
-        typer.echo("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
+        code = _exit_code(error)
+        message = "\n".join([str(error), *getattr(error, "__notes__", ())])
+        message += _of_other_commands(message, words)
+        if as_json:
+            print_json({"error": type(error).__name__, "message": message, "exit_code": code})
+        typer.echo(f"error: {message}", err=True)
         raise SystemExit(code) from None
+
+
+def _exit_code(error: BridgeError) -> int:
+    from bridge.checkpoint.options import OptionError
+    from bridge.checkpoint.verification import VerificationError
+
+    if isinstance(error, OptionError):
+        return _EXIT_USAGE
+    return _EXIT_UNVERIFIED if isinstance(error, VerificationError) else _EXIT_ERROR
+
+
+def options() -> dict[str, set[str]]:
+    """The options of each command, as they are written.
+
+    >>> "--lossy" in options()["convert"], "--lossy" in options()["diff"]
+    (True, False)
+    """
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group: there are several
+    names = {name: [word for param in each.params for word in param.opts] for name, each in commands.items()}
+    return {name: {word for word in words if word.startswith("-")} for name, words in names.items()}
+
+
+def _of_other_commands(message: str, words: Sequence[str]) -> str:
+    """A line for each option that a message names and the command lacks: rooms below know no commands."""
+    commands = options()
+    command = next((word for word in words if word in commands), "")
+    text = ""
+    for option in dict.fromkeys(_OPTION.findall(message)):
+        having = [name for name, known in commands.items() if option in known]
+        if command and having and command not in having:
+            text += f"\n{option} is an option of {' and '.join(having)}, not of {command}."
+    return text

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bridge._errors import show_path
+from bridge.cli.help import choices
 from bridge.cli.inspect import describe_source, print_source
 from bridge.cli.models import Models, check_of, read_models, target_of, transformation, write_rules
-from bridge.cli.show import console, human_bytes, plain, print_json, progress_bar, table
-from bridge.cli.words import parse_bytes, parse_rng
+from bridge.cli.show import Json, console, human_bytes, plain, print_json, print_table, progress_bar
+from bridge.cli.words import SourceFormat, parse_bytes, parse_rng
 
 if TYPE_CHECKING:
     from bridge.checkpoint.conversion import Conversion, ConvertReport
@@ -43,16 +44,6 @@ class TargetFormat(enum.StrEnum):
     MSGPACK = "msgpack"
 
 
-class SourceFormat(enum.StrEnum):
-    """The formats that can be read."""
-
-    ORBAX = "orbax"
-    ORBAX_V1 = "orbax-v1"
-    SAFETENSORS = "safetensors"
-    MSGPACK = "msgpack"
-    NPZ = "npz"
-
-
 class LayoutName(enum.StrEnum):
     """The layouts of `bridge.checkpoint.Kind`, as words; the same names."""
 
@@ -64,24 +55,51 @@ class LayoutName(enum.StrEnum):
     NNX_TRAINING = "nnx-training"
 
 
+# The options whose texts take more than a line.
+_To = Annotated[To, typer.Option(metavar="LAYOUT", help=f"The layout to write: {choices(To)}.")]
+_Rules = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, metavar="FILE", help="TOML: new names, and what is done to values."),
+]
+_SaveRules = Annotated[Path | None, typer.Option(metavar="FILE", help="Write derived rules there, from Linen to NNX.")]
+_Inputs = Annotated[
+    list[str], typer.Option("--input", metavar="INPUT", help="An input of both models, as 2,28,28,1:float32.")
+]
+_Keywords = Annotated[
+    list[str], typer.Option("--keyword", metavar="NAME=VALUE", help="A keyword of both, as train=False.")
+]
+_TargetFormat = Annotated[
+    TargetFormat, typer.Option("--format", metavar="FORMAT", help=f"What to write: {choices(TargetFormat)}.")
+]
+_SourceFormat = Annotated[
+    SourceFormat | None,
+    typer.Option(metavar="FORMAT", help=f"What SRC is, instead of detecting it: {choices(SourceFormat)}."),
+]
+_Layout = Annotated[
+    LayoutName | None,
+    typer.Option(metavar="LAYOUT", help=f"The layout of SRC, instead of detecting it: {choices(LayoutName)}."),
+]
+_Rng = Annotated[str, typer.Option(metavar="STREAMS", help="What becomes of random streams: drop, keep, seed=N.")]
+
+
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint of any format. It is not touched.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Where the result goes; must not exist.")],
-    to: Annotated[To, typer.Option(help="The layout to write.")],
-    rules: Annotated[Path | None, typer.Option(help="TOML file: new names, and what is done to values.")] = None,
+    to: _To,
+    rules: _Rules = None,
     inverse: Annotated[bool, typer.Option("--inverse", help="The rules lead from DST to SRC: turn them.")] = False,
-    save_rules: Annotated[Path | None, typer.Option(help="Write derived rules there, from Linen to NNX.")] = None,
+    save_rules: _SaveRules = None,
     linen: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The Linen module, to derive rules from.")] = "",
     nnx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The NNX module; the result must fit it.")] = "",
-    inputs: Annotated[list[str], typer.Option("--input", help="An input of both models, as 2,28,28,1:float32.")] = [],  # noqa: B006
-    keywords: Annotated[list[str], typer.Option("--keyword", help="A keyword of both, as train=False.")] = [],  # noqa: B006
-    target_format: Annotated[TargetFormat, typer.Option("--format", help="What to write.")] = TargetFormat.ORBAX,
-    source_format: Annotated[SourceFormat | None, typer.Option(help="What SRC is, instead of detecting it.")] = None,
-    layout: Annotated[LayoutName | None, typer.Option(help="The layout of SRC, instead of detecting it.")] = None,
+    inputs: _Inputs = [],  # noqa: B006  typer makes a list of its own
+    keywords: _Keywords = [],  # noqa: B006
+    target_format: _TargetFormat = TargetFormat.ORBAX,
+    source_format: _SourceFormat = None,
+    layout: _Layout = None,
     step: Annotated[int | None, typer.Option(help="The step; the latest by default.")] = None,
     item: Annotated[str | None, typer.Option(help="The item of a composite checkpoint.")] = None,
     max_memory: Annotated[str, typer.Option(metavar="SIZE", help="Leaves in memory at once, as 512MiB.")] = "2GiB",
-    rng: Annotated[str, typer.Option(metavar="drop|keep|seed=N", help="What becomes of random streams.")] = "drop",
+    rng: _Rng = "drop",
     tx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The optax transformation, for checks.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed run has left.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, from metadata only.")] = False,
@@ -89,8 +107,8 @@ def convert(
     unproven: Annotated[bool, typer.Option("--unproven", help="Take derived rules that no run has proven.")] = False,
     verify_forward: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="Called last, with SRC and DST.")] = "",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result again.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Convert a checkpoint between Linen's and NNX's layout.
 
@@ -100,6 +118,8 @@ def convert(
     from bridge.checkpoint.stream import share_freed_memory
     from bridge.checkpoint.tree.layout import Kind
 
+    if dry_run and verify_forward:
+        raise typer.BadParameter("--verify-forward has nothing to check with --dry-run, which writes nothing")
     share_freed_memory()
     models = read_models(to.value, rules, inverse, linen, nnx, inputs, keywords, unproven)
     if save_rules is not None:
@@ -135,7 +155,8 @@ def _convert(
         if options.to == "nnx" and models.model is not None:
             fitting = target_of(models.model, options.tx, options.rng, opened.tree)
             options = replace(options, target=fitting)
-        conversion = plan_conversion(opened, options)
+        with progress_bar(quiet=quiet or as_json) as progress:
+            conversion = plan_conversion(opened, options, progress)
         losses = [] if options.lossy else conversion.losses
         shown = _Show(conversion, target, losses, dry_run=dry_run)
         if not (quiet or as_json):
@@ -172,15 +193,12 @@ class _Show:
     def before(self) -> None:
         """Source and target; for a dry run the table too, since it is all there is to see."""
         cells = list(map(_cells, self.rows))
-        widths = [max((len(row[column]) for row in cells), default=0) for column in _PATHS_AND_OP]
-        screen = console(sum(widths))
+        screen = console()
         print_source(screen, self.conversion.source, self.conversion.layout)
-        screen.print(plain(f"target: {self.target} ({self.conversion.target_format}, {self.plan.target_layout.value})"))
+        target = f"target: {self.target} ({self.conversion.target_format}, {self.plan.target_layout.value})"
+        screen.print(plain(target), soft_wrap=True)
         if self.dry_run:
-            leaves = table("source", "target", "shape", "dtype", "op", "bytes", right=("bytes",))
-            for row in cells:
-                leaves.add_row(*map(plain, row))
-            screen.print(leaves)
+            print_table(screen, ("source", "target", "shape", "dtype", "op", "bytes"), cells, right=("bytes",))
         remarks = [f"dropped: {show_path(path)}: {why}" for path, why in self.plan.dropped.items()]
         remarks += [f"warning: {text}" for text in self.plan.warnings]
         remarks += [f"note: {text}" for text in self.plan.notes]
@@ -190,7 +208,8 @@ class _Show:
             screen.print(plain(text), soft_wrap=True)
         screen.print(plain(self.plan.summary()), soft_wrap=True)
         if self.dry_run and self.losses:
-            screen.print("Something would be lost or changed that no rule speaks of: see above. Exit code 1.")
+            lost = "Something would be lost or changed that no rule speaks of: see above. Exit code 1."
+            screen.print(lost, soft_wrap=True)
 
     def after(self, report: ConvertReport) -> None:
         speed = human_bytes(int(report.nbytes / max(report.seconds, 1e-9)))
@@ -226,9 +245,6 @@ class _Show:
             "result": result,
             "exit_code": self.exit_code,
         }
-
-
-_PATHS_AND_OP = (0, 1, 4)  # the columns that may be wide
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -12,34 +12,46 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bridge._errors import show_path
-from bridge.cli.show import console, human_bytes, plain, print_json, progress_bar, table
-from bridge.cli.words import parse_bytes
+from bridge.cli.show import Json, Quiet, console, human_bytes, plain, print_json, print_table, progress_bar
+from bridge.cli.words import parse_bytes, parse_tolerance
 
 if TYPE_CHECKING:
     from bridge.checkpoint.comparison import Difference, DiffReport
 
 _DIFFERENT = 1
-_Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-_MaxMemory = Annotated[int, typer.Option(parser=parse_bytes, metavar="BYTES", help="Leaves in memory at once.")]
+_MaxMemory = Annotated[int, typer.Option(parser=parse_bytes, metavar="SIZE", help="Leaves in memory at once.")]
+_Atol = Annotated[
+    float, typer.Option(parser=parse_tolerance, metavar="NUMBER", help="How far floating point numbers may be apart.")
+]
+_Rtol = Annotated[
+    float, typer.Option(parser=parse_tolerance, metavar="NUMBER", help="The same, relative to B's number.")
+]
+_Rules = Annotated[
+    Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="TOML: from Linen's names to NNX's.")
+]
 
 
 def diff(
     a: Annotated[Path, typer.Argument(help="One checkpoint, of any format and layout.")],
     b: Annotated[Path, typer.Argument(help="The other.")],
-    atol: Annotated[float, typer.Option(min=0, help="How far floating point numbers may be apart.")] = 0.0,
-    rtol: Annotated[float, typer.Option(min=0, help="The same, relative to B's number.")] = 0.0,
+    atol: _Atol = "0",  # type: ignore[assignment]  # typer parses it
+    rtol: _Rtol = "0",  # type: ignore[assignment]  # typer parses it
     raw: Annotated[bool, typer.Option("--raw", help="Compare the paths as they are stored.")] = False,
-    rules: Annotated[Path | None, typer.Option(help="TOML: from Linen's names to NNX's.")] = None,
+    rules: _Rules = None,
     max_memory: _MaxMemory = "2GiB",  # type: ignore[assignment]  # typer parses it
-    quiet: _Quiet = False,
-    as_json: _Json = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
-    """Compare two checkpoints leaf by leaf. A Linen checkpoint and its NNX conversion compare equal."""
+    """Compare two checkpoints leaf by leaf. A Linen checkpoint and its NNX conversion compare equal.
+
+    Exit codes: 0 no difference, 1 a difference or an error, 2 wrong usage.
+    """
     from bridge.checkpoint.comparison import diff as compare
     from bridge.checkpoint.rules.apply import read_rules
     from bridge.checkpoint.stream import share_freed_memory
 
+    if raw and rules is not None:
+        raise typer.BadParameter("--rules has no use with --raw, which compares the paths as they are stored")
     share_freed_memory()
     read = None if rules is None else read_rules(rules)
     with progress_bar(quiet=quiet or as_json) as progress:
@@ -56,10 +68,13 @@ def verify(
     step: Annotated[int | None, typer.Option(help="The step; the latest by default.")] = None,
     item: Annotated[str | None, typer.Option(help="The item of a composite checkpoint.")] = None,
     max_memory: _MaxMemory = "2GiB",  # type: ignore[assignment]  # typer parses it
-    quiet: _Quiet = False,
-    as_json: _Json = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
-    """Read every leaf again and compare it with the hash that was stored when it was written."""
+    """Read every leaf again and compare it with the hash that was stored when it was written.
+
+    Exit codes: 0 all as it was written, 1 an error, 2 wrong usage, 3 not as it was written.
+    """
     from bridge.checkpoint.stream import share_freed_memory
     from bridge.checkpoint.verification import verify as check
 
@@ -77,17 +92,21 @@ def verify(
 
 
 def _print_diff(report: DiffReport) -> None:
-    screen = console(max((len(show_path(row.path)) for row in report.differences), default=0))
+    screen = console()
     screen.print(plain(f"a: {report.a}\nb: {report.b}\ncompared {report.how}"), soft_wrap=True)
     if report.differences:
-        listed = table("path", "what", "a", "b", "elements", "max abs", "first", right=("elements", "max abs"))
-        for row in report.differences:
-            listed.add_row(*map(plain, _diff_row(row)))
-        screen.print(listed)
+        headings = ("path", "what", "a", "b", "elements", "max abs", "first")
+        print_table(screen, headings, map(_diff_row, report.differences), right=("elements", "max abs"))
     verdict = f"{len(report.differences)} differences" if report.differences else "no difference"
     screen.print(f"{verdict}; {report.compared} leaves in both, {human_bytes(report.nbytes)}")
+    if hint := _hint(report):
+        screen.print(hint, soft_wrap=True)
+
+
+def _hint(report: DiffReport) -> str:
     if {"only in a", "only in b"} <= {row.what for row in report.differences}:
-        screen.print("If one names things otherwise: --rules FILE (convert --save-rules FILE writes derived ones).")
+        return "If one names things otherwise: --rules FILE (convert --save-rules FILE writes derived ones)."
+    return ""
 
 
 def _diff_row(row: Difference) -> tuple[object, ...]:
@@ -118,5 +137,6 @@ def _diff_document(report: DiffReport) -> dict[str, Any]:
         "compared": report.compared,
         "nbytes": report.nbytes,
         "differences": rows,
+        "hint": _hint(report),
         "exit_code": 0 if report.same else _DIFFERENT,
     }

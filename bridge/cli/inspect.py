@@ -13,24 +13,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bridge._errors import show_path
-from bridge.cli.show import console, human_bytes, plain, print_json, table
+from bridge.cli.help import choices
+from bridge.cli.show import Json, console, human_bytes, plain, print_json, print_table
+from bridge.cli.words import SourceFormat
 
 if TYPE_CHECKING:
     from bridge.checkpoint.formats.protocol import Source
     from bridge.checkpoint.tree.layout import Layout, Leaf
+
+_Format = Annotated[
+    SourceFormat | None,
+    typer.Option(metavar="FORMAT", help=f"The format, instead of the detected one: {choices(SourceFormat)}."),
+]
 
 
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder or file, step folder or folder of steps.")],
     step: Annotated[int | None, typer.Option(help="The step to look at; the latest by default.")] = None,
     item: Annotated[str | None, typer.Option(help="The item of a composite checkpoint.")] = None,
-    source_format: Annotated[str | None, typer.Option(help="The format, instead of the detected one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    source_format: _Format = None,
+    as_json: Json = False,
 ) -> None:
-    """Show path, shape, dtype, bytes and collection of every leaf of a checkpoint. Reads no array."""
+    """Show path, shape, dtype, bytes and collection of every leaf of a checkpoint. Reads no array.
+
+    Exit codes: 0 shown, 1 an error, 2 wrong usage.
+    """
     from bridge.checkpoint.formats.open import open_source
 
-    with closing(open_source(checkpoint, format=source_format, step=step, item=item)) as source:
+    format = source_format and source_format.value
+    with closing(open_source(checkpoint, format=format, step=step, item=item)) as source:
         found = source.tree.layout
         leaves = sorted(source.tree.leaves.values(), key=lambda leaf: leaf.path)
         if as_json:
@@ -64,18 +75,16 @@ def print_source(screen: Any, source: Source, found: Layout) -> None:
 
 
 def _print_tables(source: Source, found: Layout, leaves: list[Leaf]) -> None:
-    screen = console(max((len(show_path(leaf.path)) for leaf in leaves), default=0))
-    listed = table("path", "shape", "dtype", "bytes", "collection", right=("bytes",))
-    totals = table("collection", "leaves", "bytes", right=("leaves", "bytes"))
-    for leaf in leaves:
-        row = (show_path(leaf.path), leaf.shape, leaf.dtype, human_bytes(leaf.nbytes), _collection(leaf, found))
-        listed.add_row(*map(plain, row))
-    for name, (count, size) in _totals(leaves, found).items():
-        totals.add_row(plain(name), str(count), human_bytes(size))
-    totals.add_row("total", str(len(leaves)), human_bytes(source.tree.nbytes))
+    screen = console()
+    rows = [
+        (show_path(leaf.path), leaf.shape, leaf.dtype, human_bytes(leaf.nbytes), _collection(leaf, found))
+        for leaf in leaves
+    ]
+    totals = [(name, count, human_bytes(size)) for name, (count, size) in _totals(leaves, found).items()]
+    totals.append(("total", len(leaves), human_bytes(source.tree.nbytes)))
     print_source(screen, source, found)
-    screen.print(listed)
-    screen.print(totals)
+    print_table(screen, ("path", "shape", "dtype", "bytes", "collection"), rows, right=("bytes",))
+    print_table(screen, ("collection", "leaves", "bytes"), totals, right=("leaves", "bytes"))
 
 
 def _collection(leaf: Leaf, found: Layout) -> str:

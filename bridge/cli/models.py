@@ -156,7 +156,8 @@ def target_of(model: Any, tx: Any, rng: str | int, source: Tree) -> Any:
     state = nnx_core.state(model, nnx_core.Not(nnx_core.RngState) if rng == "drop" else ...)
     if not trains:
         return state
-    optimizer = nnx_core.eval_shape(lambda model: nnx_core.Optimizer(model, tx, wrt=nnx_core.Param), model)
+    with users_code("--tx does not take the params of --nnx; labels and masks that are trees have NNX's names here"):
+        optimizer = nnx_core.eval_shape(lambda model: nnx_core.Optimizer(model, tx, wrt=nnx_core.Param), model)
     return {"model": state, "optimizer": nnx_core.state(optimizer)}
 
 

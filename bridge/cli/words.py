@@ -8,7 +8,9 @@ Knows words; knows nothing of checkpoints.
 from __future__ import annotations
 
 import ast
+import enum
 import importlib
+import math
 import os
 import re
 import sys
@@ -44,6 +46,21 @@ def parse_bytes(text: str) -> int:
     if size < 1:
         raise typer.BadParameter(f"{text!r} is not a number of bytes, such as 512MiB or 2GiB")
     return size
+
+
+def parse_tolerance(text: str) -> float:
+    """How far numbers may be apart: zero or more, and not NaN, to which nothing compares.
+
+    >>> parse_tolerance("1e-6")
+    1e-06
+    """
+    try:
+        tolerance = float(text)
+    except ValueError:
+        tolerance = math.nan
+    if not tolerance >= 0:
+        raise typer.BadParameter(f"{text!r} is not a tolerance, such as 0 or 1e-6")
+    return tolerance
 
 
 def parse_input(text: str) -> Any:
@@ -134,3 +151,13 @@ def users_code(doing: str) -> Iterator[None]:
         raise typer.BadParameter(f"{doing}: it ends the process, sys.exit({error.code!r})") from None
     except Exception as error:  # noqa: BLE001  the user's code may raise anything
         raise typer.BadParameter(f"{doing}: {type(error).__name__}: {error}") from None
+
+
+class SourceFormat(enum.StrEnum):
+    """The formats that can be read."""
+
+    ORBAX = "orbax"
+    ORBAX_V1 = "orbax-v1"
+    SAFETENSORS = "safetensors"
+    MSGPACK = "msgpack"
+    NPZ = "npz"

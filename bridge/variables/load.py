@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 import nnx_core as nnx
-from bridge._errors import RenameClashError, VariablesMismatchError
+from bridge._errors import RenameClashError, VariablesMismatchError, cut_short, show_path
 from bridge._types import Location, Path
 from bridge.variables.kinds import variable_type
 from bridge.variables.mapping import EMPTY, leaves, linen_tree, locations
@@ -30,15 +30,24 @@ from nnx_core._trace import current_trace
 Rename = Mapping[str | tuple[Hashable, ...], str | tuple[Hashable, ...]] | Callable[[Path], tuple[Hashable, ...]]
 
 
-@dataclass(frozen=True)
+_MOST_SHOWN = 10  # of each kind, in the text of a report
+
+
+@dataclass(frozen=True, repr=False)
 class LoadReport:
     """What `load_variables` did. Locations are a collection and the names below it, as the error lists them.
+
+    Its text counts each kind and names the first of what does not fit; the attributes hold all.
 
     Attributes:
       loaded: what was written.
       missing: what the model has and the variables lack; left as it was.
       unexpected: what the variables have and the model lacks.
       wrong_shape, wrong_dtype: `(location, expected, found)` of what does not fit; left as it was.
+
+    >>> LoadReport(loaded=(("params", "kernel"),), missing=(("params", "bias"),))
+    LoadReport: 1 loaded, 1 missing, 0 unexpected, 0 of another shape, 0 of another dtype
+      missing: params/bias
     """
 
     loaded: tuple[Location, ...] = ()
@@ -51,6 +60,21 @@ class LoadReport:
     def complete(self) -> bool:
         """Whether everything fitted."""
         return not (self.missing or self.unexpected or self.wrong_shape or self.wrong_dtype)
+
+    def __repr__(self) -> str:
+        other = {"of another shape": self.wrong_shape, "of another dtype": self.wrong_dtype}
+        listed: dict[str, list[str]] = {
+            "loaded": list(map(show_path, self.loaded)),
+            "missing": list(map(show_path, self.missing)),
+            "unexpected": list(map(show_path, self.unexpected)),
+        }
+        for kind, rows in other.items():
+            listed[kind] = [f"{show_path(location)}: expected {want}, found {got}" for location, want, got in rows]
+        lines = ["LoadReport: " + ", ".join(f"{len(each)} {kind}" for kind, each in listed.items())]
+        for kind, each in listed.items():
+            if kind != "loaded":
+                lines += cut_short([f"  {kind}: {text}" for text in each], _MOST_SHOWN, f"  {kind}: ")
+        return "\n".join(lines)
 
 
 def load_variables(

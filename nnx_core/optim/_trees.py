@@ -74,6 +74,13 @@ def rewrapped(params: State, leaves: Mapping[Path, Any]) -> State:
     return params.map(like)
 
 
+def nested(tree: Any) -> Any:
+    """A State as dicts in dicts, with the same leaves; other things as they are."""
+    if not isinstance(tree, State):
+        return tree
+    return {key: nested(x) for key, x in tree.items()}
+
+
 def fitted(params: State, grads: Any, elsewhere: Callable[[], Iterable[Path]] = tuple) -> State:
     """`grads` as Variables like those of `params`.
 

@@ -15,12 +15,22 @@ import jax
 import jax.numpy as jnp
 
 from nnx_core import filters as filterlib
-from nnx_core._errors import OptimizerError, Path
+from nnx_core._errors import OptimizerError, Path, show_path
 from nnx_core.graph.api import state as state_of
 from nnx_core.graph.api import update as update_graph
 from nnx_core.graph.objects import Object, data
 from nnx_core.kinds import OptArray, OptState, OptVariable, Param
-from nnx_core.optim._trees import by_path, fitted, is_variable, raw, require_writable, rewrapped, selected, write
+from nnx_core.optim._trees import (
+    by_path,
+    fitted,
+    is_variable,
+    nested,
+    raw,
+    require_writable,
+    rewrapped,
+    selected,
+    write,
+)
 from nnx_core.sharding import place_eagerly
 from nnx_core.state import State, to_flat_state
 from nnx_core.variables import AXIS_NAMES, OPTIMIZER_AXIS_NAMES, Variable, new_variable, set_raw
@@ -31,6 +41,9 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 
 _SOURCE = "source_type"  # metadata of an OptVariable: the type of the Variable it belongs to
+_MOST_SHOWN = 20  # paths in a message
+# What pytrees that differ in their containers raise, and functions of params that ask for dicts.
+_OF_CONTAINERS = (ValueError, TypeError, AssertionError)
 _WRT_TEXT = (
     "Missing required argument `wrt`: Optimizer(model, tx, wrt=filter of the Variables to optimize, usually nnx.Param)."
     " update() takes (model, grads); for the older Optimizer(model, tx) and update(grads) use nnx.ModelAndOptimizer."
@@ -120,6 +133,41 @@ def _from_state(tree: Any, params: State) -> Any:
     return jax.tree_util.tree_map_with_path(convert, tree, is_leaf=is_variable)
 
 
+def _initial(tx: optax.GradientTransformation, params: State) -> tuple[Any, bool]:
+    """The state that `tx` makes, and whether it is of dicts in dicts in the place of a State.
+
+    Labels of `multi_transform` and masks given as trees are compared with the params, their containers too, and what
+    `tx` was given is out of reach inside its functions. So what does not take a State is tried with dicts.
+    """
+    try:
+        return tx.init(params), False
+    except _OF_CONTAINERS as error:
+        of_states = str(error)
+        try:
+            return tx.init(nested(params)), True
+        except _OF_CONTAINERS as second:
+            of_dicts = str(second)
+        if of_dicts == of_states:
+            raise  # no matter of containers
+        known = list(dict(to_flat_state(params)))
+        paths = "\n".join(f"  {show_path(path)}" for path in known[:_MOST_SHOWN])
+        if len(known) > _MOST_SHOWN:
+            paths += f"\n  and {len(known) - _MOST_SHOWN} more"
+        raise OptimizerError(
+            "tx.init takes the Variables to optimize neither as a State nor as dicts in dicts.\n"
+            "Expected of labels and masks that are trees: all States or all dicts, of these paths, or beginnings:\n"
+            f"{paths}\nFound with a State: {of_states}\nFound with dicts: {of_dicts}\n"
+            "Mend the tree, or give a function of the params: lambda params: jax.tree.map(..., params)."
+        ) from error
+
+
+def _with_states(x: Any) -> Any:
+    """An extra argument for a transformation over dicts: functions of params are still given a State."""
+    if not callable(x) or isinstance(x, jax.Array):
+        return nested(x)
+    return lambda params, *args, **kwargs: x(State(params), *args, **kwargs)
+
+
 def _leaves(tree: Any) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=is_variable)
 
@@ -129,7 +177,9 @@ class Optimizer(Object, Generic[M]):
 
     Args:
       model: a module, or any pytree of modules and Variables.
-      tx: an optax transformation. Two optimizers over the same object are one structure to nnx.jit.
+      tx: an optax transformation. Two optimizers over the same object are one structure to nnx.jit. Labels of
+        `optax.multi_transform` and masks of `optax.masked` that are trees have the paths of `nnx.state(model, wrt)`,
+        or beginnings of them: States, or dicts in dicts.
       wrt: filter for the Variables to optimize.
       graph: False forbids shared references in `model`.
 
@@ -140,7 +190,7 @@ class Optimizer(Object, Generic[M]):
         the parameter, or what its metadata has under `optimizer_sharding`.
 
     Raises:
-      OptimizerError: without `wrt`, or if `model` is a lone Variable.
+      OptimizerError: without `wrt`, if `model` is a lone Variable, or if such a tree does not fit the Variables.
 
     Example:
       >>> import nnx_core as nnx, optax, jax.numpy as jnp
@@ -151,6 +201,8 @@ class Optimizer(Object, Generic[M]):
       >>> float((before - model.bias)[0]), int(optimizer.step[...])
       (0.10000000149011612, 1)
     """
+
+    _over_dicts = False  # whether `tx` knows the params as dicts in dicts
 
     @_explain(lambda args, kwargs: "wrt" in kwargs and len(args) < 3, _WRT_TEXT)
     def __init__(
@@ -164,7 +216,10 @@ class Optimizer(Object, Generic[M]):
         self.graph = graph
         self.step = OptState(jnp.array(0, jnp.uint32))
         self.tx = tx
-        self.opt_state = data(_to_state(tx.init(_copied(selected(model, wrt, graph)))))
+        opt_state, over_dicts = _initial(tx, _copied(selected(model, wrt, graph)))
+        if over_dicts:
+            self._over_dicts = True
+        self.opt_state = data(_to_state(opt_state))
         self.wrt = wrt
 
     def __getattr__(self, name: str) -> Any:
@@ -209,7 +264,13 @@ class Optimizer(Object, Generic[M]):
         bring = functools.partial(_brought, paths=apart, described=_apart)
         kwargs = {name: bring(x) for name, x in kwargs.items()}
         state = _from_state(self.opt_state, params)
-        updates, opt_state = self.tx.update(bring(grads), state, bring(params), **kwargs)
+        grads, params = bring(grads), bring(params)
+        if self._over_dicts:
+            kwargs = {name: _with_states(x) for name, x in kwargs.items()}
+            updates, opt_state = self.tx.update(nested(grads), state, nested(params), **kwargs)
+            updates = State(updates)
+        else:
+            updates, opt_state = self.tx.update(grads, state, params, **kwargs)
         return _brought(updates, apart, dict), opt_state
 
     def _write(self, model: M, live: State, new_params: State, opt_state: Any) -> None:

@@ -257,7 +257,7 @@ def _detect(file: FilePath) -> tuple[str, str]:
         file,
         expected="a msgpack, safetensors or npz file",
         found=f"a file of {size} bytes that begins with {head!r}",
-        hint="Say what it is: format=... (--format)",
+        hint="Say what it is: format=... (--source-format)",
     )
 
 

@@ -23,7 +23,7 @@ import optax
 
 from bridge._errors import show_path
 from bridge._types import Location, Path, Shape
-from bridge.checkpoint.plan.slots import SlotError, follow, read_of
+from bridge.checkpoint.plan.slots import SlotError, follow, is_new, read_of
 from bridge.checkpoint.tree import layout, opt_state
 from bridge.checkpoint.tree.canonical import Key, Role
 from bridge.checkpoint.tree.layout import Leaf
@@ -157,7 +157,7 @@ def _misfits(tx: Any, shapes: Mapping[Location, Shape], ops: Mapping[Location, O
     except SlotError as error:
         return [" ".join(str(error).splitlines()[0].split()).rstrip(":")]
     places = opt_state.places(new_state, _without_collection(new_shapes))
-    fresh = {location[1:] for location, op in ops.items() if _is_new(op)}
+    fresh = {location[1:] for location, op in ops.items() if is_new(op)}
     wanted: dict[Path, Shape] = {}
     empty: set[Path] = set()
     for path, leaf in layout.flatten(new_state).items():
@@ -167,7 +167,7 @@ def _misfits(tx: Any, shapes: Mapping[Location, Shape], ops: Mapping[Location, O
             wanted[path] = layout.describe(leaf)[0]
         elif places[path].param is not None:
             empty.add(path)
-    carried = {path: op.shape for path, op in made.items() if not _is_new(op)}
+    carried = {path: op.shape for path, op in made.items() if not is_new(op)}
     halves = (wanted.keys() & masked) | (carried.keys() & empty)
     unmade = (wanted.keys() | empty) - carried.keys() - masked
     homeless = (carried.keys() | masked) - wanted.keys() - empty
@@ -187,10 +187,6 @@ def _abstract_state(tx: Any, shapes: Mapping[Location, Shape]) -> Any:
 
 def _without_collection(shapes: Mapping[Location, Shape]) -> dict[Path, Shape]:
     return {location[1:]: shape for location, shape in shapes.items()}
-
-
-def _is_new(op: Op) -> bool:
-    return next(op.sources(), None) is None
 
 
 # --- the next update ----------------------------------------------------------------------------------------
@@ -232,7 +228,7 @@ def _distances(tx: Any, shapes: Mapping[Location, Shape], ops: Mapping[Location,
     found, _ = _step(tx, _values(ops, second_grads), new_state, new_params)
     distances: dict[Location, float] = {}
     for location, op in ops.items():
-        if not _is_new(op):
+        if not is_new(op):
             distances[location] = _distance(found[location], wanted[location], params=new_params[location])
     return distances
 

@@ -27,9 +27,12 @@ def take_followers(draft: Draft) -> None:
     draft.masked.update(followed.masked)
     for path, why in followed.dropped.items():
         draft.drop(path, why, asked=ruled)
-    if followed.zeroed:
+    if followed.zeroed and request.options.tx is None:
         names = dict.fromkeys(show_path(key.location or ()) for key in followed.zeroed)
-        draft.warnings.append(f"new params start with an optimizer state of zeros: {', '.join(names)}")
+        draft.warnings.append(
+            f"new params start with an optimizer state of zeros: {', '.join(names)}. Some optimizers start otherwise: "
+            "give tx=... (--tx) to have it started by the optimizer's own init"
+        )
     if ruled:
         _require_order(draft)
         _try_optimizer(draft)

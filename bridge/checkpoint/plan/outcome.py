@@ -17,24 +17,59 @@ from bridge.checkpoint.plan import empty_nodes
 from bridge.checkpoint.plan.draft import Draft
 from bridge.checkpoint.plan.empty_nodes import EmptyNodes
 from bridge.checkpoint.plan.note import LinenNote, Note
+from bridge.checkpoint.plan.slots import is_new
 from bridge.checkpoint.plan.target import Target, fit, show
 from bridge.checkpoint.plan.tx_template import TxTemplate, template_of
 from bridge.checkpoint.tree.canonical import STEP, UNKNOWN, Form, Key, Role
 from bridge.checkpoint.tree.layout import Kind, Leaf
-from bridge.checkpoint.tree.ops import Op
+from bridge.checkpoint.tree.ops import Cast, Fill, Op, Read
 from bridge.checkpoint.tree.tree import Tree
+
+_TRAINING = (Kind.LINEN_TRAIN_STATE, Kind.LINEN_NESTED_TRAIN_STATE, Kind.NNX_TRAINING)
 
 # ---- what the result must fit -----------------------------------------------------------------------------------
 
 
 def fit_transformation(draft: Draft, form: Form) -> TxTemplate | None:
-    """What the state of `tx` is like; an error if the one that is made is another. Reads `made` and `masked`."""
+    """What the state of `tx` is like; an error if the one that is made is another.
+
+    Reads `made` and `masked`, and puts there what the optimizer keeps of new params; adds to `notes`.
+    """
     tx = draft.request.options.tx
     if tx is None:
         return None
-    template = template_of(tx, _trained(draft, form), form)
+    trained = _trained(draft, form)
+    template = template_of(tx, trained, form, _names_before(draft, trained))
+    _start_new(draft, template, trained)
     template.require(draft.made)
     return template
+
+
+def _start_new(draft: Draft, template: TxTemplate, trained: Mapping[Location, Op]) -> None:
+    """What the optimizer keeps of params that are new is what its own `init` makes of them."""
+    new = [location for location in trained if location in draft.variables and is_new(draft.variables[location])]
+    if not new or draft.request.source.form.kind not in _TRAINING:
+        return
+    draft.made = {
+        key: op for key, op in draft.made.items() if key.role is not Role.OPTIMIZER or key.location not in new
+    }
+    for key, value in template.initial(trained, new).items():
+        draft.made[key] = Fill(value)
+    draft.masked |= {key for key in template.masked if key.location in new}
+    names = listed([show_path(location) for location in new])
+    draft.notes.append(f"new params start with what the optimizer's init keeps of them: {names}")
+
+
+def _names_before(draft: Draft, trained: Mapping[Location, Op]) -> dict[Location, Path] | None:
+    """What the source's optimizer calls each param; None if one of them is not one of its params under another name."""
+    source_form, names = draft.request.source.form, {}
+    for location in trained:
+        op = draft.variables.get(location)
+        op = op.of if isinstance(op, Cast) else op
+        if not isinstance(op, Read):
+            return None
+        names[location] = source_form.variable(op.path)
+    return names
 
 
 def _trained(draft: Draft, form: Form) -> dict[Location, Op]:
@@ -45,6 +80,7 @@ def _trained(draft: Draft, form: Form) -> dict[Location, Op]:
         if key.role is Role.OPTIMIZER and key.location:
             slots.add(key.location)
     if slots:
+        slots |= {location for location, op in draft.variables.items() if location[0] == "params" and is_new(op)}
         return {location: op for location, op in models.items() if location in slots}
     if form.kind is Kind.LINEN_NESTED_TRAIN_STATE:
         return models

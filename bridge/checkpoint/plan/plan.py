@@ -23,6 +23,7 @@ from bridge.checkpoint.plan.places import form_of, require_places
 from bridge.checkpoint.plan.rest import take_rest
 from bridge.checkpoint.plan.target import Target
 from bridge.checkpoint.plan.variables import take_variables
+from bridge.checkpoint.stream import Progress
 from bridge.checkpoint.tree.canonical import Known, take_apart
 from bridge.checkpoint.tree.from_objects import Live, of_object
 from bridge.checkpoint.tree.layout import Kind, Layout
@@ -125,10 +126,13 @@ class ConversionReport:
 
     def summary(self) -> str:
         """One line: how many leaves, bytes and changes."""
-        changed = sum(bool(row["op"]) for row in self.rows)
+        changed = [row["op"] for row in self.rows if row["op"]]
+        how = ", ".join(sorted(set(map(_change, changed))))
         return (
-            f"{self.source_layout} -> {self.target_layout}: {len(self.rows)} leaves, {self.nbytes} bytes, "
-            f"{changed} of them reworked, {len(self.dropped)} dropped{', NOT PROVEN' if self.unproven else ''}"
+            f"{self.source_layout} -> {self.target_layout}: {len(self.rows)} leaves, {self.nbytes} bytes: "
+            f"{len(self.rows) - len(changed)} copied as they are, {len(changed)} changed on the way"
+            f"{how and f' ({how})'}, {len(self.dropped)} dropped"
+            f"{', NOT PROVEN' if self.unproven else ''}"
         )
 
     def __str__(self) -> str:
@@ -141,6 +145,14 @@ class ConversionReport:
         if self.unproven:
             lines.append(f"nothing has shown that these rules are right: {self.unproven}")
         return "\n".join([*lines, *self.warnings, *self.notes])
+
+
+def _change(op: str) -> str:
+    """What is done last, in a word: 'cast' of 'cast to uint32 of step', 'cut' of '3 along 0 of layers/kernel'."""
+    word = op.split()[0]
+    if word.startswith(("+", "-")):
+        return "added to"
+    return word if word.isalpha() else "cut"
 
 
 # ---- planning ---------------------------------------------------------------------------------------------------
@@ -204,28 +216,38 @@ def make_plan(
 
 
 def plan_of(
-    tree: Tree, options: ConversionOptions, layout: Layout | None = None, metadata: Mapping[str, Any] | None = None
+    tree: Tree,
+    options: ConversionOptions,
+    layout: Layout | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """The plan for these options: all steps, in their order. Arguments and errors as for `make_plan`.
+
+    `progress` is called as `progress("planning", steps done, steps in all)`.
 
     >>> from bridge.checkpoint.tree.layout import Leaf
     >>> leaf = Leaf(("params", "kernel"), (2, 3), "float32", 24)
     >>> plan_of(Tree({leaf.path: leaf}), ConversionOptions(to="nnx")).summary()
-    'Linen variables -> nnx.State: 1 leaves, 24 bytes, 0 of them reworked, 0 dropped'
+    'Linen variables -> nnx.State: 1 leaves, 24 bytes: 1 copied as they are, 0 changed on the way, 0 dropped'
     """
     unproven = options.doubt
     request = _request(tree, options, layout or tree.layout, read_note(metadata or {}))
     draft = Draft(request)
-    take_variables(draft)
-    take_followers(draft)
-    take_rest(draft)
+    steps = (take_variables, take_followers, take_rest)
+    in_all = len(steps) + 2
+    for number, step in enumerate(steps, start=1):
+        step(draft)
+        _tell(progress, number, in_all)
     form = form_of(draft)
     require_places(draft, form)
     template = fit_transformation(draft, form)
     if request.target is not None:
         fit_target(draft, request.target)
+    _tell(progress, in_all - 1, in_all)
     result, made = tree_of(draft, form, template)
     _drop_unread(draft, made)
+    _tell(progress, in_all, in_all)
     return Plan(
         source=tree,
         target=result,
@@ -239,6 +261,11 @@ def plan_of(
         memo=note_of(draft, form, result),
         unproven=unproven,
     )
+
+
+def _tell(progress: Progress | None, done: int, in_all: int) -> None:
+    if progress is not None:
+        progress("planning", done, in_all)
 
 
 def _request(tree: Tree, options: ConversionOptions, layout: Layout, note: Note) -> Request:

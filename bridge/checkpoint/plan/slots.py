@@ -81,8 +81,7 @@ def follow(
     for location, op in variables.items():
         for source in dict.fromkeys(op.sources()):
             made_from.setdefault(source, []).append(location)
-    is_new = [location for location, op in variables.items() if next(op.sources(), None) is None]
-    new_params = [location for location in is_new if location[0] == "params"]
+    new_params = [location for location, op in variables.items() if location[0] == "params" and is_new(op)]
     for group in _groups(leaves, masked):
         followers: dict[Location, None] = {}  # in the order of the slots, each once
         for old in (*group.leaves, *group.masked):
@@ -150,6 +149,11 @@ def _follow_one(
 def read_of(leaf: Leaf) -> Read:
     """The leaf as it is."""
     return Read(leaf.path, leaf.shape, leaf.dtype)
+
+
+def is_new(op: Op) -> bool:
+    """Whether nothing of the source is in it."""
+    return next(op.sources(), None) is None
 
 
 def _is_rename(op: Op) -> bool:

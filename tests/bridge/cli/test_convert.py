@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
@@ -389,6 +390,18 @@ USAGE = {
     "no arguments": (("--to", "nnx", "--tx", "optax:adam"), "'optax:adam' cannot be called without arguments"),
     "no optax": (("--to", "nnx", "--tx", f"{HERE}:RULES"), "is no optax transformation"),
 }
+
+
+def labelled():
+    """By Linen's names, as a tree."""
+    return optax.masked(optax.adam(0.1), {"dense": True})
+
+
+def test_labels_of_linens_names_do_not_fit_the_nnx_module(linen, rules, tmp_path, run):
+    words = ("--rules", rules, "--nnx", f"{HERE}:Native", "--tx", f"{__name__}:labelled", "--json")
+    code, out, _ = run("convert", linen, tmp_path / "out", "--to", "nnx", *words)
+    assert code == 2
+    assert "--tx does not take the params of --nnx" in json.loads(out)["message"]
 
 
 @pytest.mark.parametrize(("words", "text"), USAGE.values(), ids=USAGE)

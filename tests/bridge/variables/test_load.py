@@ -341,3 +341,14 @@ def test_report_is_small_and_frozen():
     assert report.complete
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.loaded = ()
+
+
+def test_the_text_of_a_report_is_a_short_table_by_kind():
+    names = tuple(("params", f"layer_{i}", "kernel") for i in range(500))
+    report = LoadReport(loaded=names, missing=names[:30], wrong_shape=((("params", "bias"), (3,), (4,)),))
+    assert str(report) == repr(report)
+    lines = repr(report).splitlines()
+    assert lines[0] == "LoadReport: 500 loaded, 30 missing, 0 unexpected, 1 of another shape, 0 of another dtype"
+    assert lines[1] == "  missing: params/layer_0/kernel"
+    assert lines[11:] == ["  missing: and 20 more", "  of another shape: params/bias: expected (3,), found (4,)"]
+    assert report.missing == names[:30]  # whole, beside the text

@@ -15,9 +15,10 @@ from bridge._errors import (
     CheckpointLayoutError,
 )
 from bridge.checkpoint.derivation.derive import derive
+from bridge.checkpoint.options import ConversionOptions
 from bridge.checkpoint.plan.note import NOTE
 from bridge.checkpoint.plan.places import CollectionClashError, UnknownCollectionsError
-from bridge.checkpoint.plan.plan import make_plan
+from bridge.checkpoint.plan.plan import make_plan, plan_of
 from bridge.checkpoint.rules.apply import Rule, Rules
 from bridge.checkpoint.tree.canonical import Form, Key, Role, take_apart
 from bridge.checkpoint.tree.from_objects import of_object
@@ -228,9 +229,17 @@ def test_rows_and_report_are_json():
     assert json.loads(json.dumps(asdict(report)))["rows"] == plan.rows()
     assert report.nbytes == plan.target.nbytes == sum(row["nbytes"] for row in plan.rows())
     assert plan.summary() == (
-        f"Linen TrainState -> NNX model and optimizer: 8 leaves, {report.nbytes} bytes, 7 of them reworked, 0 dropped"
+        f"Linen TrainState -> NNX model and optimizer: 8 leaves, {report.nbytes} bytes: "
+        "1 copied as they are, 7 changed on the way (cast, stack), 0 dropped"
     )
     assert "stack along 0 of params/layers_0/bias, params/layers_1/bias -> model/layers/bias/value" in str(report)
+
+
+def test_planning_tells_its_steps():
+    told = []
+    tree = of_object(state_tree(layers("layers_0"), optax.adam(0.1))).tree
+    plan_of(tree, ConversionOptions(to="nnx"), progress=lambda *each: told.append(each))
+    assert told == [("planning", done, 5) for done in (1, 2, 3, 4, 5)]
 
 
 def test_the_order_is_that_of_a_train_state():

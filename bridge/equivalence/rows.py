@@ -40,8 +40,8 @@ class Evidence:
 
     @property
     def is_given_otherwise(self) -> bool:
-        """Whether the two calls have not as many arrays: a mask that only one side gives, say."""
-        return self.pair is not None and len(self.pair.a.inputs()) != len(self.pair.b.inputs())
+        """Whether the two calls have not as many arrays."""
+        return self.pair is not None and _is_given_otherwise(self.pair)
 
 
 def to_feed(pairs: Iterable[Pair]) -> dict[Place, list[np.ndarray]]:
@@ -127,7 +127,7 @@ def _paired(
     pair: Pair, fed: Mapping[Place, Event], findings: Findings, parameters: Mapping[Path, Difference]
 ) -> Evidence:
     ours, theirs = pair.a.event, pair.b.event
-    given, given_text = apart(pair.a.inputs(), pair.b.inputs(), findings)
+    given, given_text = (None, "") if _takes_other_arrays(pair) else apart(*_inputs(pair), findings)
     output, output_text = apart(pair.a.outputs(), pair.b.outputs(), findings)
     replayed = fed.get(theirs.place)
     alone = natural = None
@@ -136,10 +136,14 @@ def _paired(
         returned, _ = apart(pair.a.outputs(), Turn(replayed).outputs(), findings)
         alone = returned if replayed.is_fed else None
         natural_inputs = Turn(replayed).inputs()
-        natural, count = apart(pair.a.inputs(), natural_inputs, findings)
-        if len(natural_inputs) != len(pair.a.inputs()) and returned is not None and not returned.equal:
+        natural, count = (None, "") if given is None else apart(pair.a.inputs(), natural_inputs, findings)
+        if (
+            natural is not None
+            and len(natural_inputs) != len(pair.a.inputs())
+            and returned is not None
+            and not returned.equal
+        ):
             natural = Difference(np.inf, 0.0, None, 0.0, False, count)
-    is_given_alike = len(pair.a.inputs()) == len(pair.b.inputs())
     texts = [given_text and f"input: {given_text}", output_text and f"output: {output_text}", _options(ours, theirs)]
     row = Row(
         a=show(ours.path),
@@ -151,10 +155,31 @@ def _paired(
         output=output,
         alone=alone,
         parameters=parameters.get(ours.path),
-        verdict=_verdict(given, output, alone) if is_given_alike else _verdict_of_other_arguments(output),
+        verdict=_verdict(given, output, alone)
+        if not _is_given_otherwise(pair)
+        else _verdict_of_other_arguments(output),
         text=_joined(*texts),
     )
     return Evidence(row, pair, natural, natural_inputs)
+
+
+def _is_given_otherwise(pair: Pair) -> bool:
+    """Whether the two calls have not as many arrays: a mask that only one side gives, say."""
+    return not _takes_other_arrays(pair) and len(pair.a.inputs()) != len(pair.b.inputs())
+
+
+def _takes_other_arrays(pair: Pair) -> bool:
+    """Whether these are calls of both whole models, of which one hands on other arrays than it got, as a `method` may.
+
+    They got the same: it is no difference of what they are given.
+    """
+    a, b = pair.a.event, pair.b.event
+    is_whole = not (a.path or b.path) and a.parent is None and b.parent is None
+    return is_whole and len(pair.a.inputs()) != len(pair.b.inputs())
+
+
+def _inputs(pair: Pair) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    return pair.a.inputs(), pair.b.inputs()
 
 
 def _verdict(given: Difference | None, output: Difference | None, alone: Difference | None) -> Verdict:

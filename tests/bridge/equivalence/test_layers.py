@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+import bridge
 import nnx_core as nnx
 from bridge.equivalence import compare
 from bridge.equivalence.drawing import Draw
@@ -210,3 +211,22 @@ def test_a_call_that_is_left_out_is_named():
     assert (report.first.a, report.first.cause) == ("", "structure")
     assert report.first.text.startswith("fc is called in a, and nothing in its place in b: before out")
     assert verdicts(report)["fc", 2] == "unpaired"
+
+
+class _Scaled(nn.Module):
+    @nn.compact
+    def __call__(self, x, scale):
+        return nn.Dense(5, name="down")(jnp.tanh(nn.Dense(5, name="up")(x * scale)))
+
+
+def test_a_method_that_hands_on_more_than_it_got_is_not_to_blame():
+    def scaled(module, x):
+        return module(x, jnp.float32(2))
+
+    module, x = _Scaled(), jax.random.normal(jax.random.key(0), (2, 5))
+    variables = module.init(jax.random.key(0), x, method=scaled)
+    model = bridge.lazy_init(bridge.ToNNX(module, rngs=nnx.Rngs(0)), x, method=scaled)
+    bridge.load_variables(model, variables)
+    model.down.kernel[0, 0] += 1.0
+    report = compare((module, variables), model, x, method=scaled)
+    assert (report.first.a, report.first.cause) == ("down", "parameters")

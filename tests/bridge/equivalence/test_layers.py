@@ -229,4 +229,4 @@ def test_a_method_that_hands_on_more_than_it_got_is_not_to_blame():
     bridge.load_variables(model, variables)
     model.down.kernel[0, 0] += 1.0
     report = compare((module, variables), model, x, method=scaled)
-    assert (report.first.a, report.first.cause) == ("down", "parameters")
+    assert (report.first.a, report.first.cause) == ("params/down/kernel", "parameters")

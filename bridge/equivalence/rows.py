@@ -127,7 +127,8 @@ def _paired(
     pair: Pair, fed: Mapping[Place, Event], findings: Findings, parameters: Mapping[Path, Difference]
 ) -> Evidence:
     ours, theirs = pair.a.event, pair.b.event
-    given, given_text = (None, "") if _takes_other_arrays(pair) else apart(*_inputs(pair), findings)
+    takes_others, is_otherwise = _takes_other_arrays(pair), _is_given_otherwise(pair)
+    given, given_text = (None, "") if takes_others else apart(pair.a.inputs(), pair.b.inputs(), findings)
     output, output_text = apart(pair.a.outputs(), pair.b.outputs(), findings)
     replayed = fed.get(theirs.place)
     alone = natural = None
@@ -136,14 +137,12 @@ def _paired(
         returned, _ = apart(pair.a.outputs(), Turn(replayed).outputs(), findings)
         alone = returned if replayed.is_fed else None
         natural_inputs = Turn(replayed).inputs()
-        natural, count = (None, "") if given is None else apart(pair.a.inputs(), natural_inputs, findings)
-        if (
-            natural is not None
-            and len(natural_inputs) != len(pair.a.inputs())
-            and returned is not None
-            and not returned.equal
-        ):
+        natural, count = apart(pair.a.inputs(), natural_inputs, findings)
+        if len(natural_inputs) != len(pair.a.inputs()) and returned is not None and not returned.equal:
             natural = Difference(np.inf, 0.0, None, 0.0, False, count)
+        if takes_others:
+            natural = None
+    verdict = _verdict_of_other_arguments(output) if is_otherwise else _verdict(given, output, alone)
     texts = [given_text and f"input: {given_text}", output_text and f"output: {output_text}", _options(ours, theirs)]
     row = Row(
         a=show(ours.path),
@@ -155,9 +154,7 @@ def _paired(
         output=output,
         alone=alone,
         parameters=parameters.get(ours.path),
-        verdict=_verdict(given, output, alone)
-        if not _is_given_otherwise(pair)
-        else _verdict_of_other_arguments(output),
+        verdict=verdict,
         text=_joined(*texts),
     )
     return Evidence(row, pair, natural, natural_inputs)
@@ -176,10 +173,6 @@ def _takes_other_arrays(pair: Pair) -> bool:
     a, b = pair.a.event, pair.b.event
     is_whole = not (a.path or b.path) and a.parent is None and b.parent is None
     return is_whole and len(pair.a.inputs()) != len(pair.b.inputs())
-
-
-def _inputs(pair: Pair) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    return pair.a.inputs(), pair.b.inputs()
 
 
 def _verdict(given: Difference | None, output: Difference | None, alone: Difference | None) -> Verdict:

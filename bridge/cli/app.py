@@ -27,7 +27,7 @@ from bridge.cli.inspect import inspect
 from bridge.cli.show import print_json
 
 _EXIT_ERROR, _EXIT_USAGE, _EXIT_UNVERIFIED, _EXIT_INTERRUPTED = 1, 2, 3, 130
-# What click raises for wrong usage. Typer carries click inside itself since 0.22, under no public name.
+# What click raises for wrong usage. Newer typers carry click inside themselves, under no public name.
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
 _NAME = "linen-nnx"

@@ -26,8 +26,8 @@ from bridge.cli.help import Command
 from bridge.cli.inspect import inspect
 from bridge.cli.show import print_json
 
-_EXIT_ERROR, _EXIT_USAGE, _EXIT_UNVERIFIED = 1, 2, 3
-# What click raises for wrong usage. Typer carries click inside itself since 0.22, under no public name.
+_EXIT_ERROR, _EXIT_USAGE, _EXIT_UNVERIFIED, _EXIT_INTERRUPTED = 1, 2, 3, 130
+# What click raises for wrong usage. Newer typers carry click inside themselves, under no public name.
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
 _NAME = "linen-nnx"
@@ -84,7 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else list(arguments)
     as_json = "--json" in words
     try:
-        raise SystemExit(app(args=words, prog_name=_NAME, standalone_mode=not as_json) or 0)
+        code = app(args=words, prog_name=_NAME, standalone_mode=not as_json) or 0
+        if code == _EXIT_INTERRUPTED:
+            print_json({"error": "KeyboardInterrupt", "message": "interrupted", "exit_code": code})
+        raise SystemExit(code)
     except _UsageError as error:  # with `--json` alone; without it typer has shown it already
         print_json({"error": "UsageError", "message": error.format_message(), "exit_code": _EXIT_USAGE})
         error.show()

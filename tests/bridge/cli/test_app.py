@@ -242,4 +242,6 @@ def test_ctrl_c_while_packages_are_imported_is_exit_code_130():
 def test_ctrl_c_while_a_command_runs_is_exit_code_130(monkeypatch, run):
     monkeypatch.setattr("bridge.checkpoint.formats.open.open_source", raising(KeyboardInterrupt()))
     assert run("inspect", "x")[0] == 130
-    assert run("inspect", "x", "--json")[0] == 130
+    code, out, _ = run("inspect", "x", "--json")
+    document = json.loads(out)
+    assert (code, document["exit_code"], document["error"]) == (130, 130, "KeyboardInterrupt")

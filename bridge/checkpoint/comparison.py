@@ -59,7 +59,8 @@ class Difference:
 class DiffReport:
     """The differences between two checkpoints, in their order, and how many leaves were compared.
 
-    `same` is True when there is none. `how` says in words under which names they were compared.
+    `same` is True when there is none. `how` says in words under which names they were compared; `left_out` names the
+    items of either that were not.
     """
 
     a: str
@@ -68,6 +69,7 @@ class DiffReport:
     compared: int
     nbytes: int
     how: str
+    left_out: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -122,7 +124,8 @@ def diff(
                 progress("comparing", done, nbytes)
     order = {path: place for place, path in enumerate({**left.made, **right.made})}
     rows.sort(key=lambda row: order[row.path])
-    return DiffReport(str(first.path), str(second.path), tuple(rows), len(shared), nbytes, how)
+    left_out = [f"{source.path}: {item.name}" for source in (first, second) for item in source.around.left_out]
+    return DiffReport(str(first.path), str(second.path), tuple(rows), len(shared), nbytes, how, tuple(left_out))
 
 
 # --- names --------------------------------------------------------------------------------------------------

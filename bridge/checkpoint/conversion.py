@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointExistsError, cut_short, show_path
 from bridge._types import Path
+from bridge.checkpoint.beside import carried
 from bridge.checkpoint.formats.open import open_sink, open_source
-from bridge.checkpoint.formats.protocol import Sink, Source
+from bridge.checkpoint.formats.protocol import Items, Sink, Source
 from bridge.checkpoint.options import MAX_MEMORY, Check, ConversionOptions, LeafRules
 from bridge.checkpoint.plan.plan import Plan, plan_of
 from bridge.checkpoint.stream import Progress, batches, by_source, values
@@ -46,7 +47,8 @@ class LossyConversionError(BridgeError, ValueError):
         super().__init__(
             f"the conversion would lose or change something: {source}\n"
             f"  expected: a place for every leaf, with its own number type\n  found:\n{listed}\n"
-            "Say so in a rule (`drop = true`, `cast = ...`), or allow it: lossy=True (--lossy). Nothing was written."
+            "Say so in a rule (`drop = true`, `cast = ...`), choose items by name: item=... (--item NAME), "
+            "or allow it: lossy=True (--lossy). Nothing was written."
         )
 
 
@@ -62,6 +64,7 @@ class ConvertReport:
       resumed: how many of the leaves an earlier run had written.
       verified: whether all was read again and found equal.
       seconds: from the first array read to the end.
+      step, steps: which step of the source it was, and all that there are.
       unproven: why nothing has shown that derived rules are right; "" otherwise. `verified` says nothing of that.
     """
 
@@ -76,6 +79,8 @@ class ConvertReport:
     verified: bool
     seconds: float
     unproven: str = ""
+    step: int | None = None
+    steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,8 @@ class Conversion:
     def losses(self) -> list[str]:
         """What would be lost or changed though no rule says so: one line each; empty for a clean conversion."""
         lost = [f"{show_path(path)} has no place: {why}" for path, why in self.plan.lost.items()]
-        return [*lost, *self.plan.warnings]
+        left_out = [f"{item.name} is left out: {item.why}" for item in self.plan.left_out if not item.asked]
+        return [*lost, *left_out, *self.plan.warnings]
 
     def run(
         self,
@@ -153,7 +159,8 @@ class Conversion:
         with open_sink(path, options.target_format, self.plan.target, resume=options.resume) as sink:
             resumed = len(sink.done)
             hashes = self._write(sink, options)
-            sink.finish({**self.plan.metadata(), **self._provenance(), HASHES: hash_table(hashes)})
+            beside, _ = carried(self.source)
+            sink.finish({**beside, **self.plan.metadata(), **self._provenance(), HASHES: hash_table(hashes)})
         # Nobody but the hashes knows whether an earlier run, that wrote some leaves, has read the same source.
         verified = bool(options.verify or resumed)
         with _no_name_if_wrong(path):
@@ -173,6 +180,8 @@ class Conversion:
             verified=verified,
             seconds=time.monotonic() - start,
             unproven=self.plan.unproven,
+            step=self.source.step,
+            steps=self.source.around.steps,
         )
 
     def _write(self, sink: Sink, options: ConversionOptions) -> dict[Path, str]:
@@ -230,7 +239,14 @@ def plan_conversion(source: Source, options: ConversionOptions) -> Conversion:
         layout = Layout(options.kind, "as asked for", layout.boxed)
     if options.empty is None:
         options = replace(options, empty=_EMPTY.get(options.target_format))
-    return Conversion(source, layout, plan_of(source.tree, options, layout, source.metadata), options)
+    plan = plan_of(source.tree, options, layout, source.metadata)
+    _, without_place = carried(source)
+    plan = replace(
+        plan,
+        left_out=(*source.around.left_out, *without_place),
+        notes=(*source.around.notes, *plan.notes),
+    )
+    return Conversion(source, layout, plan, options)
 
 
 def open_conversion(source: str | FilePath, **options: Any) -> Conversion:
@@ -260,7 +276,7 @@ def convert(
     source_format: str | None = None,
     target_format: str = "orbax",
     step: int | None = None,
-    item: str | None = None,
+    item: Items | None = None,
     kind: Kind | None = None,
     max_memory: int = MAX_MEMORY,
     resume: bool = False,

@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, NamedSharding, Sharding
 from bridge._errors import BridgeError, CheckpointLayoutError, VariablesMismatchError, show_path
 from bridge._types import Path, Shape
 from bridge.checkpoint.conversion import Conversion
+from bridge.checkpoint.formats.protocol import Items
 from bridge.checkpoint.options import ConversionOptions, LeafRules
 from bridge.checkpoint.plan.plan import ConversionReport
 from bridge.checkpoint.plan.target import is_own
@@ -54,7 +55,7 @@ def load_into(
     *,
     optimizer: Any = None,
     step: int | None = None,
-    item: str | None = None,
+    item: Items | None = None,
     format: str | None = None,
     kind: Kind | None = None,
     rng: str | int = "keep",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from bridge._errors import BridgeError
 from bridge._types import Location
+from bridge.checkpoint.formats.protocol import Items
 from bridge.checkpoint.rules.apply import RuleResult
 from bridge.checkpoint.stream import Progress
 from bridge.checkpoint.tree.canonical import Known
@@ -116,7 +117,7 @@ class ConversionOptions:
     empty: str | None = None
     source_format: str | None = None
     step: int | None = None
-    item: str | None = None
+    item: Items | None = None
     target_format: str = "orbax"
     max_memory: int = MAX_MEMORY
     resume: bool = False

@@ -18,7 +18,7 @@ from bridge._errors import show_path
 from bridge.cli.inspect import describe_source, print_source
 from bridge.cli.models import Models, check_of, read_models, target_of, transformation, write_rules
 from bridge.cli.show import console, human_bytes, plain, print_json, progress_bar, table
-from bridge.cli.words import parse_bytes, parse_rng
+from bridge.cli.words import ITEM_HELP, parse_bytes, parse_items, parse_rng
 
 if TYPE_CHECKING:
     from bridge.checkpoint.conversion import Conversion, ConvertReport
@@ -79,7 +79,7 @@ def convert(
     source_format: Annotated[SourceFormat | None, typer.Option(help="What SRC is, instead of detecting it.")] = None,
     layout: Annotated[LayoutName | None, typer.Option(help="The layout of SRC, instead of detecting it.")] = None,
     step: Annotated[int | None, typer.Option(help="The step; the latest by default.")] = None,
-    item: Annotated[str | None, typer.Option(help="The item of a composite checkpoint.")] = None,
+    item: Annotated[list[str], typer.Option(metavar="NAME", help=ITEM_HELP)] = [],  # noqa: B006
     max_memory: Annotated[str, typer.Option(metavar="SIZE", help="Leaves in memory at once, as 512MiB.")] = "2GiB",
     rng: Annotated[str, typer.Option(metavar="drop|keep|seed=N", help="What becomes of random streams.")] = "drop",
     tx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The optax transformation, for checks.")] = "",
@@ -113,7 +113,7 @@ def convert(
         known=models.known,
         source_format=source_format and source_format.value,
         step=step,
-        item=item,
+        item=parse_items(item),
         target_format=target_format.value,
         max_memory=parse_bytes(max_memory),
         resume=resume,
@@ -182,6 +182,7 @@ class _Show:
                 leaves.add_row(*map(plain, row))
             screen.print(leaves)
         remarks = [f"dropped: {show_path(path)}: {why}" for path, why in self.plan.dropped.items()]
+        remarks += [f"left out: {item.name}: {item.why}" for item in self.plan.left_out]
         remarks += [f"warning: {text}" for text in self.plan.warnings]
         remarks += [f"note: {text}" for text in self.plan.notes]
         if self.plan.unproven:
@@ -219,6 +220,7 @@ class _Show:
                 {"path": list(path), "reason": why, "asked": path in self.plan.asked}
                 for path, why in self.plan.dropped.items()
             ],
+            "left_out": [{"name": item.name, "why": item.why, "asked": item.asked} for item in self.plan.left_out],
             "warnings": list(self.plan.warnings),
             "notes": list(self.plan.notes),
             "losses": self.losses,

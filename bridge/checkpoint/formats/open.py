@@ -18,7 +18,7 @@ from bridge._errors import (
     near_misses,
 )
 from bridge.checkpoint.formats.nearby import contents, neighbours, what_is_at
-from bridge.checkpoint.formats.protocol import UNFINISHED, Sink, Source
+from bridge.checkpoint.formats.protocol import UNFINISHED, Around, Items, Sink, Source
 from bridge.checkpoint.tree.tree import Tree
 
 #: What `open_source` reads and `open_sink` writes.
@@ -40,7 +40,7 @@ def open_source(
     *,
     format: str | None = None,
     step: int | None = None,
-    item: str | None = None,
+    item: Items | None = None,
     separator: str | None = None,
 ) -> Source:
     """Open the checkpoint at `path`, of whatever format it is.
@@ -49,8 +49,11 @@ def open_source(
       path: a file, an Orbax checkpoint, a folder of steps, or a folder with one `flax_model.msgpack`,
         `model.safetensors`, or the index of several such files.
       format: one of `FORMATS`, in place of what is detected.
-      step: the step in a folder of steps; the latest by default.
-      item: the item of a composite Orbax checkpoint.
+      step: the step in a folder of steps; the latest by default. `source.around.steps` has all.
+      item: which items of a composite Orbax checkpoint: one; several, which become the fields of one tree; or their
+        names there -> their names on disk. By default the only one with arrays, the one called `default`, `state`,
+        `train_state`, `items` or `pytree`, or all, if they are the parts of one state: `params`, `opt_state`, ... .
+        What is no part of the source is in `source.around`.
       separator: what joins keys in the names of a safetensors or npz file that another program wrote; by default
         `/` if any name has one, else `.`.
 
@@ -125,16 +128,16 @@ def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = F
 # --- which format -------------------------------------------------------------------------------------------
 
 
-def _open(path: FilePath, format: str | None, step: int | None, item: str | None, separator: str | None) -> Source:
+def _open(path: FilePath, format: str | None, step: int | None, item: Items | None, separator: str | None) -> Source:
     if not path.exists():
         raise CheckpointNotFoundError(
             "no checkpoint", path, expected="a checkpoint", found="nothing at this path", hint=neighbours(path)
         )
     file = path if path.is_file() else _file_in(path, step, format)
     if file is None and format in (None, *_ORBAX):
-        from bridge.checkpoint.formats.orbax.read import open_orbax
+        from bridge.checkpoint.formats.orbax.step import open_step
 
-        return open_orbax(path, step=step, item=item)
+        return open_step(path, step=step, item=item)
     if file is None:
         raise CheckpointNotFoundError(
             f"no {format} file", path, expected=f"a {format} file in the folder", found=contents(path)
@@ -145,6 +148,8 @@ def _open(path: FilePath, format: str | None, step: int | None, item: str | None
         raise CheckpointNotFoundError(f"no {wanted}", file, expected="a folder of them", found="one file")
     source = _open_file(file.absolute(), format, separator)
     source.step = own_step
+    if own_step is not None:
+        source.around = Around(steps=tuple(sorted(_step_files(sorted(path.iterdir())))))
     return source
 
 
@@ -188,11 +193,7 @@ def _models(children: list[FilePath], format: str | None) -> list[FilePath]:
 
 def _step_file(folder: FilePath, children: list[FilePath], step: int | None) -> FilePath | None:
     """The file of the step, or of the latest; None if that is a folder, or there are no steps."""
-    by_step: dict[int, FilePath] = {}
-    for child in children:
-        number = _step_of(child)
-        if number is not None and not (child.is_dir() and number in by_step):  # a file before a folder
-            by_step[number] = child
+    by_step = _step_files(children)
     if step is None:
         step = max(by_step, default=None)
     elif step not in by_step and any(child.is_file() for child in by_step.values()):
@@ -200,6 +201,16 @@ def _step_file(folder: FilePath, children: list[FilePath], step: int | None) -> 
         raise CheckpointNotFoundError(f"no step {step}", folder, expected=f"a file for step {step}", found=steps)
     file = by_step.get(step) if step is not None else None
     return file if file is not None and file.is_file() else None
+
+
+def _step_files(children: list[FilePath]) -> dict[int, FilePath]:
+    """The files and folders that are called as steps are, by their number."""
+    by_step: dict[int, FilePath] = {}
+    for child in children:
+        number = _step_of(child)
+        if number is not None and not (child.is_dir() and number in by_step):  # a file before a folder
+            by_step[number] = child
+    return by_step
 
 
 def _step_of(path: FilePath) -> int | None:

@@ -17,16 +17,26 @@ from importlib import metadata
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointExistsError, cut_short, show_path
+from bridge._errors import (
+    BridgeError,
+    CheckpointCorruptError,
+    CheckpointExistsError,
+    CheckpointLayoutError,
+    cut_short,
+    show_path,
+)
 from bridge._types import Path
 from bridge.checkpoint.beside import carried
 from bridge.checkpoint.formats.open import open_sink, open_source
 from bridge.checkpoint.formats.protocol import Items, Sink, Source
 from bridge.checkpoint.options import MAX_MEMORY, Check, ConversionOptions, LeafRules
+from bridge.checkpoint.plan.place import embedded, metadata_of, place_in
 from bridge.checkpoint.plan.plan import Plan, plan_of
 from bridge.checkpoint.stream import Progress, batches, by_source, values
 from bridge.checkpoint.tree.canonical import Known
+from bridge.checkpoint.tree.inner import below
 from bridge.checkpoint.tree.layout import Kind, Layout
+from bridge.checkpoint.tree.tree import Tree
 from bridge.checkpoint.verification import HASHES, VerificationError, hash_table, verify_source
 
 # Shares of the memory: a batch that is made, the one before it that is written, and two for what formats need for both
@@ -234,12 +244,15 @@ def plan_conversion(source: Source, options: ConversionOptions) -> Conversion:
         with closing(open_source("run/linen")) as source:
             print(plan_conversion(source, ConversionOptions(to="nnx")).plan.summary())
     """
-    layout = source.tree.layout
+    place, tree = state_in(source, options)
+    layout = tree.layout
     if options.kind is not None:
         layout = Layout(options.kind, "as asked for", layout.boxed)
+        _require_variables(tree, options.kind, source.path)
     if options.empty is None:
         options = replace(options, empty=_EMPTY.get(options.target_format))
-    plan = plan_of(source.tree, options, layout, source.metadata)
+    plan = plan_of(tree, options, layout, metadata_of(source.metadata, place))
+    plan = embedded(plan, source.tree, place, options)
     _, without_place = carried(source)
     plan = replace(
         plan,
@@ -247,6 +260,29 @@ def plan_conversion(source: Source, options: ConversionOptions) -> Conversion:
         notes=(*source.around.notes, *plan.notes),
     )
     return Conversion(source, layout, plan, options)
+
+
+def state_in(source: Source, options: ConversionOptions) -> tuple[Path, Tree]:
+    """Where in a source the training state is, and it as a tree; () and all of it as a rule.
+
+    Raises:
+      CheckpointLayoutError: nothing is at the place that was asked for, or several states could be meant.
+    """
+    place = place_in(source.tree, source.metadata, options.place, source.path)
+    return place, below(source.tree, place)
+
+
+def _require_variables(tree: Tree, kind: Kind, path: FilePath) -> None:
+    """A layout that somebody says and that is none of this tree would find no variable in it, and convert nothing."""
+    needs_params = kind in (Kind.LINEN_TRAIN_STATE, Kind.LINEN_NESTED_TRAIN_STATE)
+    if needs_params and not any(path[0] == "params" for path in tree.leaves if path):
+        raise CheckpointLayoutError(
+            f"the checkpoint is no {kind.value}, as it is said to be",
+            path,
+            expected="the key 'params'",
+            found=", ".join(dict.fromkeys(show_path(path[:1]) for path in tree.leaves)),
+            hint="If it lies deeper, say where: at=... (--at PATH).",
+        )
 
 
 def open_conversion(source: str | FilePath, **options: Any) -> Conversion:
@@ -277,6 +313,8 @@ def convert(
     target_format: str = "orbax",
     step: int | None = None,
     item: Items | None = None,
+    at: str | Path | None = None,
+    outside: Literal["keep", "drop"] = "keep",
     kind: Kind | None = None,
     max_memory: int = MAX_MEMORY,
     resume: bool = False,
@@ -327,6 +365,8 @@ def convert(
         target_format=target_format,
         step=step,
         item=item,
+        at=at,
+        outside=outside,
         kind=kind,
         max_memory=max_memory,
         resume=resume,

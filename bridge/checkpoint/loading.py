@@ -56,6 +56,7 @@ def load_into(
     optimizer: Any = None,
     step: int | None = None,
     item: Items | None = None,
+    at: str | Path | None = None,
     format: str | None = None,
     kind: Kind | None = None,
     rng: str | int = "keep",
@@ -79,6 +80,8 @@ def load_into(
       optimizer: an Optimizer made for `model`, abstract or not. Without it the optimizer's state and the step of the
         checkpoint are left out, and the report says so.
       step, item, format: as for `open_source`.
+      at: where in the checkpoint the training state is, as for `convert`; what is outside of it is dropped, and the
+        report says so.
       kind: the checkpoint's layout, instead of the detected one.
       rng: random streams: 'keep', those of the checkpoint if it has them, and else the model's own; 'drop', the model's
         own; or a seed for fresh ones, which an abstract model needs for what the checkpoint lacks.
@@ -117,6 +120,8 @@ def load_into(
         source_format=format,
         step=step,
         item=item,
+        at=at,
+        outside="drop",
         kind=kind,
         rng=rng,
         unproven=unproven,

@@ -80,6 +80,8 @@ def convert(
     layout: Annotated[LayoutName | None, typer.Option(help="The layout of SRC, instead of detecting it.")] = None,
     step: Annotated[int | None, typer.Option(help="The step; the latest by default.")] = None,
     item: Annotated[list[str], typer.Option(metavar="NAME", help=ITEM_HELP)] = [],  # noqa: B006
+    at: Annotated[str | None, typer.Option(metavar="PATH", help="Where in SRC the state is, as state or a/b.")] = None,
+    drop_outside: Annotated[bool, typer.Option("--drop-outside", help="Leave out what is outside of it.")] = False,
     max_memory: Annotated[str, typer.Option(metavar="SIZE", help="Leaves in memory at once, as 512MiB.")] = "2GiB",
     rng: Annotated[str, typer.Option(metavar="drop|keep|seed=N", help="What becomes of random streams.")] = "drop",
     tx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The optax transformation, for checks.")] = "",
@@ -114,6 +116,8 @@ def convert(
         source_format=source_format and source_format.value,
         step=step,
         item=parse_items(item),
+        at=at,
+        outside="drop" if drop_outside else "keep",
         target_format=target_format.value,
         max_memory=parse_bytes(max_memory),
         resume=resume,
@@ -129,11 +133,12 @@ def _convert(
     source: Path, target: Path, options: ConversionOptions, models: Models, *, dry_run: bool, quiet: bool, as_json: bool
 ) -> int:
     """Plan, show, and unless it is a dry run write; the exit code."""
-    from bridge.checkpoint.conversion import plan_conversion, source_of
+    from bridge.checkpoint.conversion import plan_conversion, source_of, state_in
 
     with closing(source_of(source, options)) as opened:
         if options.to == "nnx" and models.model is not None:
-            fitting = target_of(models.model, options.tx, options.rng, opened.tree)
+            _, tree = state_in(opened, options)
+            fitting = target_of(models.model, options.tx, options.rng, tree)
             options = replace(options, target=fitting)
         conversion = plan_conversion(opened, options)
         losses = [] if options.lossy else conversion.losses

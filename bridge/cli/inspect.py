@@ -53,29 +53,42 @@ def describe_source(source: Source, found: Layout) -> dict[str, Any]:
         "left_out": [{"name": item.name, "why": item.why, "asked": item.asked} for item in source.around.left_out],
         "layout": found.kind.value,
         "reason": found.reason,
+        "states": [list(place) for place in _states(source)],
     }
 
 
 def print_source(screen: Any, source: Source, found: Layout) -> None:
     """The same as lines of text."""
+    from bridge.checkpoint.tree.inner import below
+
     screen.print(plain(f"checkpoint: {source.path}"), soft_wrap=True)
     screen.print(plain(f"format: {source.format} ({source.reason})"), soft_wrap=True)
     if source.step is not None:
-        screen.print(plain(f"step: {source.step}{_among(source)}"), soft_wrap=True)
+        screen.print(f"step: {source.step}")
+        screen.print(f"steps: {', '.join(map(str, source.around.steps))}{_which(source)}", soft_wrap=True)
     for line in _items(source):
         screen.print(plain(line), soft_wrap=True)
     screen.print(plain(f"layout: {found.kind.value} ({found.reason})"), soft_wrap=True)
+    for place in _states(source):
+        inner = below(source.tree, place).layout
+        screen.print(
+            plain(f"training state at {show_path(place)}: {inner.kind.value} ({inner.reason})"), soft_wrap=True
+        )
     if found.boxed:
         screen.print(f"boxes: {len(found.boxed)} paths end in a lone 'value' (nn.Partitioned or the like)")
 
 
-def _among(source: Source) -> str:
-    """Which steps there are beside the one that was taken."""
+def _states(source: Source) -> list[tuple[str, ...]]:
+    """Training states below the root, where it is none itself."""
+    from bridge.checkpoint.tree.inner import states_in
+
+    return states_in(source.tree)
+
+
+def _which(source: Source) -> str:
+    """Which of several steps it is."""
     steps = source.around.steps
-    if len(steps) < 2:
-        return ""
-    which = "the latest" if source.step == max(steps) else "one"
-    return f" ({which} of {', '.join(map(str, steps))})"
+    return " (the latest)" if len(steps) > 1 and source.step == max(steps) else ""
 
 
 def _items(source: Source) -> list[str]:

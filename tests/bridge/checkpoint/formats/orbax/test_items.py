@@ -166,7 +166,7 @@ def test_the_command_lists_steps_and_items_and_fails_for_what_is_left_out(tmp_pa
         save(tmp_path / "run", step, state=tree(STATE), data_iter=tree(ITERATOR), notes=notes)
     code, out, _ = run("inspect", tmp_path / "run")
     assert code == 0
-    assert "step: 4 (the latest of 2, 4)" in out
+    assert "step: 4\nsteps: 2, 4 (the latest)\n" in out
     assert "item data_iter: arrays; left out: an item with arrays; the state is state" in out
     assert "item notes: JSON" in out
     shown = json.loads(run("inspect", tmp_path / "run", "--step", "2", "--json")[1])

@@ -166,7 +166,8 @@ class Conversion:
         if self.losses and not options.lossy:
             raise LossyConversionError(self.source.path, self.losses)
         start = time.monotonic()
-        with open_sink(path, options.target_format, self.plan.target, resume=options.resume) as sink:
+        form = {"resume": options.resume, "item": options.target_item}
+        with open_sink(path, options.target_format, self.plan.target, **form) as sink:
             resumed = len(sink.done)
             hashes = self._write(sink, options)
             beside, _ = carried(self.source)

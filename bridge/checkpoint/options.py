@@ -85,6 +85,8 @@ class ConversionOptions:
         found, if the tree is none itself and holds exactly one.
       outside: what is outside of that place: 'keep', carried unchanged, or 'drop'.
       target_format: 'orbax', 'orbax-v1', 'safetensors' or 'msgpack'.
+      target_item: of Orbax's formats: the item that the state is in; by default 'default' for v0 where the target is
+        called by a number, as the steps of a CheckpointManager are, and otherwise none; 'state' for v1.
       max_memory: bytes of leaves in memory at once; one leaf that is larger is held alone.
       resume: go on with what a killed run has left.
       verify: read everything again at the end and compare hashes. What an earlier run wrote is always verified.
@@ -124,6 +126,7 @@ class ConversionOptions:
     at: str | Path | None = None
     outside: Literal["keep", "drop"] = "keep"
     target_format: str = "orbax"
+    target_item: str | None = None
     max_memory: int = MAX_MEMORY
     resume: bool = False
     verify: bool = True
@@ -147,6 +150,8 @@ class ConversionOptions:
             raise OptionError("at", "a path, as 'state' or 'a/b', or a tuple of keys", self.at)
         if self.outside not in ("keep", "drop"):
             raise OptionError("outside", "'keep' or 'drop'", self.outside)
+        if self.target_item is not None and not self.target_format.startswith("orbax"):
+            raise OptionError("target_item", "none, as only Orbax's formats have items", self.target_item)
         if not isinstance(self.max_memory, Integral) or self.max_memory < 1:
             raise OptionError("max_memory", "a number of bytes", self.max_memory)
 

@@ -22,7 +22,9 @@ from bridge.cli.words import ITEM_HELP, parse_bytes, parse_items, parse_rng
 
 if TYPE_CHECKING:
     from bridge.checkpoint.conversion import Conversion, ConvertReport
+    from bridge.checkpoint.formats.protocol import Source
     from bridge.checkpoint.options import ConversionOptions
+    from bridge.checkpoint.steps import StepsReport
 
 _LOSSY, _UNPROVEN, _INTERRUPTED = 1, 4, 130
 
@@ -79,6 +81,7 @@ def convert(
     source_format: Annotated[SourceFormat | None, typer.Option(help="What SRC is, instead of detecting it.")] = None,
     layout: Annotated[LayoutName | None, typer.Option(help="The layout of SRC, instead of detecting it.")] = None,
     step: Annotated[int | None, typer.Option(help="The step; the latest by default.")] = None,
+    all_steps: Annotated[bool, typer.Option("--all-steps", help="Every step, into a folder of steps.")] = False,
     item: Annotated[list[str], typer.Option(metavar="NAME", help=ITEM_HELP)] = [],  # noqa: B006
     at: Annotated[str | None, typer.Option(metavar="PATH", help="Where in SRC the state is, as state or a/b.")] = None,
     drop_outside: Annotated[bool, typer.Option("--drop-outside", help="Leave out what is outside of it.")] = False,
@@ -126,6 +129,8 @@ def convert(
         lossy=lossy,
         unproven=unproven,
     )
+    if all_steps:
+        raise typer.Exit(_convert_steps(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json))
     raise typer.Exit(_convert(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json))
 
 
@@ -133,13 +138,10 @@ def _convert(
     source: Path, target: Path, options: ConversionOptions, models: Models, *, dry_run: bool, quiet: bool, as_json: bool
 ) -> int:
     """Plan, show, and unless it is a dry run write; the exit code."""
-    from bridge.checkpoint.conversion import plan_conversion, source_of, state_in
+    from bridge.checkpoint.conversion import plan_conversion, source_of
 
     with closing(source_of(source, options)) as opened:
-        if options.to == "nnx" and models.model is not None:
-            _, tree = state_in(opened, options)
-            fitting = target_of(models.model, options.tx, options.rng, tree)
-            options = replace(options, target=fitting)
+        options = _fitting(opened, options, models)
         conversion = plan_conversion(opened, options)
         losses = [] if options.lossy else conversion.losses
         shown = _Show(conversion, target, losses, dry_run=dry_run)
@@ -151,6 +153,60 @@ def _convert(
         elif report is not None and not quiet:
             shown.after(report)
     return shown.exit_code
+
+
+def _fitting(opened: Source, options: ConversionOptions, models: Models) -> ConversionOptions:
+    """With the NNX model that was named as the target, beside an optimizer if the source has one."""
+    from bridge.checkpoint.conversion import state_in
+
+    if options.to != "nnx" or models.model is None:
+        return options
+    _, tree = state_in(opened, options)
+    return replace(options, target=target_of(models.model, options.tx, options.rng, tree))
+
+
+def _convert_steps(
+    source: Path, target: Path, options: ConversionOptions, models: Models, *, dry_run: bool, quiet: bool, as_json: bool
+) -> int:
+    """Plan all steps, and unless it is a dry run write them; a line or a row for each; the exit code."""
+    from bridge.checkpoint.conversion import LossyConversionError, source_of
+    from bridge.checkpoint.steps import StepsReport, planned_steps, run_steps
+
+    with closing(source_of(source, replace(options, step=None))) as opened:
+        options = _fitting(opened, options, models)
+    losses = planned_steps(source, options)
+    lost = [f"step {step}: {loss}" for step, lines in losses.items() for loss in lines]
+    if lost and not (dry_run or options.lossy):
+        raise LossyConversionError(source, lost)
+    report = StepsReport(str(source), str(target))
+    if not dry_run:
+        with progress_bar(quiet=quiet or as_json) as progress:
+            report = run_steps(source, target, replace(options, progress=progress))
+    unproven = getattr(options.rules, "unproven", "")
+    exit_code = _LOSSY if lost and not options.lossy else _UNPROVEN if unproven else 0
+    rows = [_step_row(step, lines, report) for step, lines in losses.items()]
+    if as_json:
+        document = {"source": str(source), "target": str(target), "dry_run": dry_run, "steps": rows}
+        print_json({**document, "losses": lost, "unproven": unproven, "exit_code": exit_code})
+    elif not quiet:
+        for row in rows:
+            typer.echo(f"step {row['step']}: {row['done']}")
+        for line in lost:
+            typer.echo(f"lost: {line}")
+    return exit_code
+
+
+def _step_row(step: int, losses: list[str], report: StepsReport) -> dict[str, Any]:
+    """What became of one step, in JSON types."""
+    if step in report.skipped:
+        return {"step": step, "losses": losses, "done": "there already, and verified"}
+    done = report.converted.get(step)
+    if done is None:
+        return {"step": step, "losses": losses, "done": "planned"}
+    words = "written and verified" if done.verified else "written"
+    row = {"step": step, "losses": losses, "done": f"{words}: {done.target}", "target": done.target}
+    left_out = [{"name": item.name, "why": item.why, "asked": item.asked} for item in done.plan.left_out]
+    return {**row, "leaves": done.leaves, "nbytes": done.nbytes, "verified": done.verified, "left_out": left_out}
 
 
 def _run(conversion: Conversion, target: Path, *, quiet: bool) -> ConvertReport:

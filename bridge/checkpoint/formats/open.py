@@ -82,7 +82,28 @@ def open_source(
         ) from error
 
 
-def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = False) -> Sink:
+def steps_at(path: str | FilePath) -> dict[int, FilePath]:
+    """The steps in a folder, files or folders, by their number, in its order; none if it is one checkpoint.
+
+    >>> import tempfile
+    >>> folder = FilePath(tempfile.mkdtemp())
+    >>> for step in (12, 3):
+    ...     (folder / f"checkpoint_{step}").mkdir()
+    >>> {step: place.name for step, place in steps_at(folder).items()}
+    {3: 'checkpoint_3', 12: 'checkpoint_12'}
+    """
+    path = FilePath(path).expanduser()
+    if not path.is_dir():
+        return {}
+    by_step = _step_files(sorted(path.iterdir()))
+    if not any(place.is_file() for place in by_step.values()):
+        from bridge.checkpoint.formats.orbax.files import steps_in
+
+        by_step = steps_in(path)
+    return dict(sorted(by_step.items()))
+
+
+def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = False, item: str | None = None) -> Sink:
     """Begin to write a checkpoint of that `tree` to `path`.
 
     Args:
@@ -90,6 +111,7 @@ def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = F
       format: 'orbax' (its v0 layout), 'orbax-v1', 'msgpack' or 'safetensors'.
       tree: what will be written. A msgpack file takes the leaves in `tree.order` only; the others in any.
       resume: go on with what a killed run of the same conversion left; begin anew if it left nothing.
+      item: of Orbax's formats: the item in the checkpoint, as for `OrbaxSink`.
 
     Raises:
       CheckpointExistsError: something is at `path`.
@@ -122,7 +144,7 @@ def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = F
         return SafetensorsSink(path, tree, resume=resume)
     from bridge.checkpoint.formats.orbax.write import OrbaxSink
 
-    return OrbaxSink(path, tree, version="v1" if format == "orbax-v1" else "v0", resume=resume)
+    return OrbaxSink(path, tree, version="v1" if format == "orbax-v1" else "v0", item=item, resume=resume)
 
 
 # --- which format -------------------------------------------------------------------------------------------

@@ -22,13 +22,13 @@ from bridge._errors import BridgeError, CheckpointLayoutError, VariablesMismatch
 from bridge._types import Path, Shape
 from bridge.checkpoint.conversion import Conversion
 from bridge.checkpoint.formats.protocol import Items
-from bridge.checkpoint.options import ConversionOptions, LeafRules
+from bridge.checkpoint.options import ConversionOptions, LeafRules, OptionError
 from bridge.checkpoint.plan.plan import ConversionReport
 from bridge.checkpoint.plan.target import is_own
 from bridge.checkpoint.stream import by_source
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.canonical import VALUE
-from bridge.checkpoint.tree.from_objects import Live, of_training, raw_value, write
+from bridge.checkpoint.tree.from_objects import Live, notes_on_extras, of_training, raw_value, write
 from bridge.checkpoint.tree.layout import Kind
 from bridge.checkpoint.tree.ops import Op, Reader, Region
 
@@ -54,6 +54,7 @@ def load_into(
     rules: LeafRules | None = None,
     *,
     optimizer: Any = None,
+    extras: Mapping[str, Any] | None = None,
     step: int | None = None,
     item: Items | None = None,
     at: str | Path | None = None,
@@ -79,6 +80,9 @@ def load_into(
       rules: the checkpoint's locations -> those of the model; see `make_plan`. Slots of the optimizer follow.
       optimizer: an Optimizer made for `model`, abstract or not. Without it the optimizer's state and the step of the
         checkpoint are left out, and the report says so.
+      extras: more fields of the checkpoint -> models or States to write them into, by the rules of the params:
+        `{"ema_params": ema_model}`. What of such a model no param is (statistics, random streams) keeps its value. A
+        field like this that the checkpoint has and nobody asks for is left out with a warning in the report.
       step, item, format: as for `open_source`.
       at: where in the checkpoint the training state is, as for `convert`; what is outside of it is dropped, and the
         report says so.
@@ -94,6 +98,7 @@ def load_into(
       VariablesMismatchError: all that is missing, unexpected, or of another shape or dtype.
       CheckpointLayoutError: an abstract model would keep a placeholder, as the checkpoint has no value for it.
       UnprovenRulesError: the rules were derived and are not proven, without `unproven`.
+      OptionError: an extra is called `model` or `optimizer`.
       ShardingError: a sharding does not divide its Variable, or its mesh has no devices.
       RulesError, SlotError, OptStateOrderError, CollectionClashError: as for `make_plan`.
       CheckpointNotFoundError, CheckpointCorruptError, MissingDependencyError: as for `open_source`; a damaged array is
@@ -112,7 +117,9 @@ def load_into(
     >>> len(report.rows), float(model.layers[0].kernel.sum())
     (2, 6.0)
     """
-    wanted = of_training(model, optimizer)
+    if extras and extras.keys() & {"model", "optimizer"}:
+        raise OptionError("extras", "fields beside model and optimizer, such as ema_params", sorted(extras))
+    wanted = of_training(model, optimizer, extras)
     options = ConversionOptions(
         to="nnx",
         rules=rules,
@@ -135,7 +142,9 @@ def load_into(
         values = _gathered(made, shardings, conversion.source.read)
     for path, variable in wanted.variables.items():
         _replace(variable, (*path, VALUE), wanted, values)
-    return plan.report()
+    report = plan.report()
+    report.notes.extend(notes_on_extras(extras or {}))
+    return report
 
 
 # ---- checks, before an array is read --------------------------------------------------------------------------

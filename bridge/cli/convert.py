@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bridge.checkpoint.formats.protocol import Source
     from bridge.checkpoint.options import ConversionOptions
     from bridge.checkpoint.steps import StepsReport
+    from bridge.checkpoint.tree.layout import Kind
 
 _LOSSY, _UNPROVEN, _INTERRUPTED = 1, 4, 130
 
@@ -65,6 +66,13 @@ class LayoutName(enum.StrEnum):
     NNX_STATE = "nnx-state"
     NNX_TRAINING = "nnx-training"
 
+    @property
+    def kind(self) -> Kind:
+        """The layout that it is the word for."""
+        from bridge.checkpoint.tree.layout import Kind
+
+        return Kind[self.name]
+
 
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint of any format. It is not touched.")],
@@ -103,7 +111,6 @@ def convert(
     """
     from bridge.checkpoint.options import ConversionOptions
     from bridge.checkpoint.stream import share_freed_memory
-    from bridge.checkpoint.tree.layout import Kind
 
     share_freed_memory()
     models = read_models(to.value, rules, inverse, linen, nnx, inputs, keywords, unproven)
@@ -114,7 +121,7 @@ def convert(
         rules=models.rules,
         tx=transformation(tx),
         rng=parse_rng(rng),
-        kind=layout and Kind[layout.name],
+        kind=layout and layout.kind,
         known=models.known,
         source_format=source_format and source_format.value,
         step=step,
@@ -129,9 +136,8 @@ def convert(
         lossy=lossy,
         unproven=unproven,
     )
-    if all_steps:
-        raise typer.Exit(_convert_steps(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json))
-    raise typer.Exit(_convert(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json))
+    work = _convert_steps if all_steps else _convert
+    raise typer.Exit(work(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json))
 
 
 def _convert(

@@ -116,3 +116,18 @@ def test_and_back(saved, tmp_path):
     assert_trees_equal(restored.ema_params, state.ema_params)
     assert_trees_equal(restored.params, state.params)
     assert_trees_equal(restored.opt_state, state.opt_state)
+
+
+def test_a_state_inside_a_larger_tree_is_loaded(saved, tmp_path):
+    _, state = saved
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "ck", {"state": state, "epoch": jnp.int32(4)})
+    for options in ({}, {"at": "state"}):
+        model, ema = Net(nnx.Rngs(0)), Net(nnx.Rngs(1))
+        optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+        report = load_into(model, tmp_path / "ck", RULES, optimizer=optimizer, extras={"ema_params": ema}, **options)
+        assert_trees_equal(weights(model), state.params)
+        assert_trees_equal(weights(ema), state.ema_params)
+        assert int(optimizer.step[...]) == 3
+        left = [row for row in report.dropped if row["source"] == ["epoch"]]
+        assert left == [{"source": ["epoch"], "why": "it is outside of state", "asked": bool(options)}]

@@ -162,7 +162,7 @@ class Conversion:
         return self._run(FilePath(target).expanduser(), replace(self.options, **given))
 
     def _run(self, path: FilePath, options: ConversionOptions) -> ConvertReport:
-        _require_apart(path, self.source)
+        require_apart(path, FilePath(self.source.path))
         if self.losses and not options.lossy:
             raise LossyConversionError(self.source.path, self.losses)
         start = time.monotonic()
@@ -384,9 +384,9 @@ def convert(
         return conversion.run(target_path)
 
 
-def _require_apart(path: FilePath, source: Source) -> None:
+def require_apart(path: FilePath, source: FilePath) -> None:
     """The target may lie beside the source's folder, never in it: nothing there is to be touched."""
-    here, there = path.resolve(), FilePath(source.path).resolve()
+    here, there = path.resolve(), source.resolve()
     if here == there or there in here.parents:
         raise CheckpointExistsError(
             "the target is inside the source", path, expected="a path outside of it", found=f"the source {there}"

@@ -14,7 +14,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from bridge._errors import CheckpointExistsError, CheckpointLayoutError
-from bridge.checkpoint.conversion import Conversion, ConvertReport, LossyConversionError
+from bridge.checkpoint.conversion import Conversion, ConvertReport, LossyConversionError, require_apart
 from bridge.checkpoint.formats.open import open_source, steps_at
 from bridge.checkpoint.options import ConversionOptions, OptionError
 from bridge.checkpoint.verification import verify
@@ -74,7 +74,7 @@ def run_steps(source: str | FilePath, target_path: str | FilePath, options: Conv
     losses = [f"step {step}: {loss}" for step, losses in plans.items() for loss in losses]
     if losses and not options.lossy:
         raise LossyConversionError(source, losses)
-    _require_apart(source, target)
+    require_apart(target, source)
     folders = {step: target / place.name for step, place in steps_at(source).items()}
     there = [step for step, folder in folders.items() if folder.exists()]
     if there and not options.resume:
@@ -131,14 +131,6 @@ def _options_of(step: int, source: FilePath, options: ConversionOptions) -> Conv
     # A CheckpointManager that finds an item `default` takes no names of others, but for its own `metrics`.
     named = any(holds == "JSON" and item != "metrics" for item, holds in items.items())
     return replace(options, target_item=name or ("state" if named else "default"))
-
-
-def _require_apart(source: FilePath, target: FilePath) -> None:
-    here, there = target.resolve(), source.resolve()
-    if here == there or there in here.parents:
-        raise CheckpointExistsError(
-            "the target is inside the source", target, expected="a path outside of it", found=f"the source {there}"
-        )
 
 
 def _require_same(folder: FilePath, conversion: Conversion, options: ConversionOptions) -> None:

@@ -106,6 +106,23 @@ def test_a_second_run_skips_what_is_whole_and_refuses_what_is_not(run_folder, tm
         convert_steps(run_folder, tmp_path / "nnx", to="nnx", resume=True)
 
 
+def test_what_an_interrupt_leaves_is_whole_steps_and_one_that_goes_on(run_folder, tmp_path):
+    calls = []
+
+    def interrupt(doing, done, total):
+        calls.append(doing)
+        if calls.count("converting") == 2:  # the second step
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_steps(run_folder, tmp_path / "nnx", to="nnx", progress=interrupt)
+    with ocp.CheckpointManager(tmp_path / "nnx") as manager:
+        assert list(manager.all_steps()) == [1]
+    report = convert_steps(run_folder, tmp_path / "nnx", to="nnx", resume=True)
+    assert (report.skipped, list(report.converted)) == ((1,), [2, 10])
+    assert diff(run_folder / "2", tmp_path / "nnx" / "2").same
+
+
 def test_what_is_no_folder_of_steps_and_options_that_do_not_go_with_it(run_folder, tmp_path):
     with pytest.raises(CheckpointLayoutError, match=r"(?s)there are no steps.*--all-steps"):
         convert_steps(run_folder / "1" / "state", tmp_path / "a", to="nnx")

@@ -26,8 +26,8 @@ from bridge.checkpoint.formats.protocol import Items
 
 UNFINISHED_SAVE = ".orbax-checkpoint-tmp"
 _PARTIAL = ".partial_save"  # what Orbax v1 adds to the name of a checkpoint that comes in several saves
-# `12`, `step_12`, `checkpoint_12`: what CheckpointManager and flax.training.checkpoints call the folder of a step.
-_STEP = re.compile(r"(.*_)?(\d+)")
+#: `12`, `step_12`, `checkpoint_12`: what CheckpointManager and flax.training.checkpoints call the folder of a step.
+STEP_NAME = re.compile(r"(.*_)?(\d+)")
 #: Items of these names are whole states.
 WHOLE_ITEMS = ("default", "state", "train_state", "items", "pytree")
 _NNX_PARTS = frozenset({"model", "optimizer", "opt_state", "step"})
@@ -95,7 +95,7 @@ def find_step(path: FilePath, step: int | None) -> StepFolder:
     if _is_unfinished(path.name):
         raise _unfinished(path, path.name)
     steps = steps_in(path)
-    if step is None and steps and all(map(_STEP.fullmatch, items_in(path))):
+    if step is None and steps and all(map(STEP_NAME.fullmatch, items_in(path))):
         step = max(steps)
     if step is None:
         return StepFolder(path.absolute())
@@ -236,7 +236,7 @@ def steps_in(path: FilePath) -> dict[int, FilePath]:
     prefixed: dict[int, FilePath] = {}
     prefixes = set()
     for folder in _folders(path):
-        match = _STEP.fullmatch(folder.name)
+        match = STEP_NAME.fullmatch(folder.name)
         if not match or folder.name.startswith("ocdbt."):
             continue
         prefix, number = match[1], int(match[2])

@@ -7,7 +7,6 @@ Knows Orbax's items; knows nothing of the arrays in them, or of what a training 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path as FilePath
@@ -18,6 +17,7 @@ import numpy as np
 from bridge._types import Path
 from bridge.checkpoint.formats.joined import JoinedSource
 from bridge.checkpoint.formats.orbax.files import (
+    STEP_NAME,
     StepFolder,
     choose,
     find_step,
@@ -85,8 +85,8 @@ def _open_items(place: StepFolder, chosen: Mapping[str, FilePath]) -> Any:
 
 def _step_of(place: StepFolder) -> int | None:
     """The number of a step folder, also of one that was opened by itself."""
-    match = re.fullmatch(r"(?:.*_)?(\d+)", place.folder.name)
-    number = int(match[1]) if match else -1
+    match = STEP_NAME.fullmatch(place.folder.name)
+    number = int(match[2]) if match else -1
     return number if 0 <= number < 2**31 else None
 
 

@@ -2,8 +2,9 @@
 
 Rooms, from the ground: `tree`, a checkpoint without bytes; `formats`, what is on disk, one file a format; `rules` and
 `derivation`, what goes where; `stream`, leaves read and written a batch at a time; `options`, what may be asked of a
-conversion; `plan`, a conversion before it runs. Above them what users call: `conversion` and `verification` from disk
-to disk, `comparison`, `in_memory`, `loading` into a model, `save` out of one.
+conversion; `plan`, a conversion before it runs; `beside`, what travels beside the leaves. Above them what users call:
+`conversion`, `steps` and `verification` from disk to disk, `comparison`, `in_memory`, `loading` into a model, `save`
+out of one.
 
 Law: nothing is written before all is known to fit; what is dropped, changed or guessed is said.
 Knows models by their variables alone; one optional dependency a file.
@@ -52,6 +53,7 @@ from bridge.checkpoint.plan.plan import ConversionReport, Plan, make_plan
 from bridge.checkpoint.plan.slots import SlotError
 from bridge.checkpoint.rules.apply import Rule, RuleResult, Rules, RulesError, apply_rules, read_rules
 from bridge.checkpoint.save import save_as_linen
+from bridge.checkpoint.steps import StepsReport, convert_steps
 from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
 from bridge.checkpoint.tree.opt_state import (
     param_shapes,
@@ -67,7 +69,8 @@ from bridge.checkpoint.verification import VerificationError, VerifyReport, veri
 __all__ = [
     # from disk to disk
     "Conversion", "ConversionOptions", "ConvertReport", "DiffReport", "Difference", "LossyConversionError",
-    "OptionError", "VerificationError", "VerifyReport", "convert", "diff", "open_conversion", "verify",
+    "OptionError", "StepsReport", "VerificationError", "VerifyReport", "convert", "convert_steps", "diff",
+    "open_conversion", "verify",
     # into a model, out of one
     "ShardingError", "load_into", "save_as_linen",
     # in memory

@@ -22,12 +22,15 @@ from bridge.checkpoint.formats.open import open_source
 from bridge.checkpoint.formats.protocol import Source
 from bridge.checkpoint.options import MAX_MEMORY, ConversionOptions, LeafRules
 from bridge.checkpoint.plan.note import read_note
+from bridge.checkpoint.plan.place import metadata_of, place_in
 from bridge.checkpoint.plan.plan import plan_of
 from bridge.checkpoint.stream import Batch, Progress, batches, host
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.canonical import Form, Parts, Role, take_apart
+from bridge.checkpoint.tree.inner import below, outside
 from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
 from bridge.checkpoint.tree.ops import Op, Read
+from bridge.checkpoint.tree.tree import Tree
 
 # Elements that are compared at once: their float64 copies are small beside the leaves.
 _AT_ONCE = 1 << 20
@@ -59,7 +62,8 @@ class Difference:
 class DiffReport:
     """The differences between two checkpoints, in their order, and how many leaves were compared.
 
-    `same` is True when there is none. `how` says in words under which names they were compared.
+    `same` is True when there is none. `how` says in words under which names they were compared; `left_out` names the
+    items of either that were not.
     """
 
     a: str
@@ -68,6 +72,7 @@ class DiffReport:
     compared: int
     nbytes: int
     how: str
+    left_out: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -124,7 +129,8 @@ def diff(
         second.require_unchanged()
     order = {path: place for place, path in enumerate({**left.made, **right.made})}
     rows.sort(key=lambda row: order[row.path])
-    return DiffReport(str(first.path), str(second.path), tuple(rows), len(shared), nbytes, how)
+    left_out = [f"{source.path}: {item.name}" for source in (first, second) for item in source.around.left_out]
+    return DiffReport(str(first.path), str(second.path), tuple(rows), len(shared), nbytes, how, tuple(left_out))
 
 
 # --- names --------------------------------------------------------------------------------------------------
@@ -157,17 +163,47 @@ class _Side:
 
 
 def _sides(a: Source, b: Source, raw: bool, rules: LeafRules | None) -> tuple[_Side, _Side, str]:
-    first, second = a.tree.layout, b.tree.layout
+    first, second = _state(a, raw), _state(b, raw)
     if raw or Kind.UNKNOWN in (first.kind, second.kind):
         return _as_stored(a), _as_stored(b), "by the paths as they are stored"
-    parts_a, parts_b = _parts(a, first), _parts(b, second)
+    left, right, how = _state_sides(first, second, rules)
+    # Where both have the state at one place, its leaves are called as they are in the whole tree.
+    place = first.place if first.place == second.place else ()
+    return _whole(left, first, place), _whole(right, second, place), how
+
+
+@dataclass(frozen=True)
+class _State:
+    """The training state in a source: where, and it as a tree; `metadata` is what is said of it."""
+
+    source: Source
+    place: Path
+    tree: Tree
+    metadata: Mapping[str, Any]
+
+    @property
+    def kind(self) -> Kind:
+        return self.tree.layout.kind
+
+    def parts(self) -> Parts:
+        return take_apart(self.tree, self.tree.layout, read_note(self.metadata).known)
+
+
+def _state(source: Source, raw: bool) -> _State:
+    place = () if raw else place_in(source.tree, source.metadata, None, source.path)
+    return _State(source, place, below(source.tree, place), metadata_of(source.metadata, place))
+
+
+def _state_sides(a: _State, b: _State, rules: LeafRules | None) -> tuple[_Side, _Side, str]:
+    """Both states, by paths below their places."""
+    parts_a, parts_b = a.parts(), b.parts()
     if parts_a.form.is_nnx == parts_b.form.is_nnx:
         form = parts_a.form if parts_a.form.kind is parts_b.form.kind else _common(parts_a.form)
         return _by_key(a, parts_a, form), _by_key(b, parts_b, form), f"by the names of {form.kind.value}"
     if parts_a.form.is_nnx:
-        left, right, converted = _by_key(a, parts_a, parts_a.form), _as_nnx(b, second, rules, parts_a.form), "b"
+        left, right, converted = _by_key(a, parts_a, parts_a.form), _as_nnx(b, rules, parts_a.form), "b"
     else:
-        left, right, converted = _as_nnx(a, first, rules, parts_b.form), _by_key(b, parts_b, parts_b.form), "a"
+        left, right, converted = _as_nnx(a, rules, parts_b.form), _by_key(b, parts_b, parts_b.form), "a"
     how = f"by NNX's names: {converted} is compared as what `convert` makes of it"
     if getattr(rules, "unproven", ""):
         how += ", by derived rules that are not proven"
@@ -176,8 +212,22 @@ def _sides(a: Source, b: Source, raw: bool, rules: LeafRules | None) -> tuple[_S
     return left.without_streams(), right.without_streams(), how + ", without random streams, which Linen has not"
 
 
-def _parts(source: Source, found: Layout) -> Parts:
-    return take_apart(source.tree, found, read_note(source.metadata).known)
+def _whole(side: _Side, state: _State, place: Path) -> _Side:
+    """With the paths of the whole tree, and what is outside of the state as it is stored."""
+    if not state.place:
+        return side
+    leaves = state.source.tree.leaves
+
+    def read(path: Path) -> Op:
+        leaf = leaves[(*state.place, *path)]
+        return Read(leaf.path, leaf.shape, leaf.dtype)
+
+    made = {(*place, *path): op.on(read) for path, op in side.made.items()}
+    forms = {(*place, *path): leaf for path, leaf in side.leaves.items()}
+    for path in outside(state.source.tree, state.place):
+        made[path] = Read(path, leaves[path].shape, leaves[path].dtype)
+        forms[path] = leaves[path]
+    return _Side(side.source, made, forms, frozenset((*place, *path) for path in side.streams))
 
 
 def _common(form: Form) -> Form:
@@ -190,16 +240,18 @@ def _as_stored(source: Source) -> _Side:
     return _Side(source, {path: Read(path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()}, leaves)
 
 
-def _by_key(source: Source, parts: Parts, form: Form) -> _Side:
-    return _named(source, _as_stored(source).made, source.tree.leaves, parts, form)
+def _by_key(state: _State, parts: Parts, form: Form) -> _Side:
+    leaves = state.tree.leaves
+    made: dict[Path, Op] = {path: Read(path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    return _named(state.source, made, leaves, parts, form)
 
 
-def _as_nnx(source: Source, found: Layout, rules: LeafRules | None, form: Form) -> _Side:
+def _as_nnx(state: _State, rules: LeafRules | None, form: Form) -> _Side:
     """A Linen checkpoint under the names of an NNX one."""
     options = ConversionOptions(to="nnx", rules=rules, rng="keep", unproven=True)
-    plan = plan_of(source.tree, options, found, source.metadata)
+    plan = plan_of(state.tree, options, state.tree.layout, state.metadata)
     parts = take_apart(plan.target, Layout(plan.target_layout, "planned"), plan.memo.known)
-    return _named(source, plan.made, plan.target.leaves, parts, form)
+    return _named(state.source, plan.made, plan.target.leaves, parts, form)
 
 
 def _named(source: Source, made: Mapping[Path, Op], leaves: Mapping[Path, Leaf], parts: Parts, form: Form) -> _Side:

@@ -17,17 +17,28 @@ from importlib import metadata
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointExistsError, cut_short, show_path
+from bridge._errors import (
+    BridgeError,
+    CheckpointCorruptError,
+    CheckpointExistsError,
+    CheckpointLayoutError,
+    cut_short,
+    show_path,
+)
 from bridge._types import Path
+from bridge.checkpoint.beside import carried
 from bridge.checkpoint.formats.door import local_path
 from bridge.checkpoint.formats.open import open_sink, open_source
-from bridge.checkpoint.formats.protocol import Sink, Source
+from bridge.checkpoint.formats.protocol import Items, Sink, Source
 from bridge.checkpoint.options import MAX_MEMORY, Check, ConversionOptions, LeafRules
+from bridge.checkpoint.plan.place import embedded, metadata_of, place_in
 from bridge.checkpoint.plan.plan import Plan, plan_of
 from bridge.checkpoint.stream import Progress, batches, by_source, values
 from bridge.checkpoint.tree.canonical import Known
+from bridge.checkpoint.tree.inner import below
 from bridge.checkpoint.tree.layout import Kind, Layout
 from bridge.checkpoint.tree.ops import Read
+from bridge.checkpoint.tree.tree import Tree
 from bridge.checkpoint.verification import (
     HASHES,
     VerificationError,
@@ -55,7 +66,8 @@ class LossyConversionError(BridgeError, ValueError):
         super().__init__(
             f"the conversion would lose or change something: {source}\n"
             f"  expected: a place for every leaf, with its own number type\n  found:\n{listed}\n"
-            "Say so in a rule (`drop = true`, `cast = ...`), or allow it: lossy=True (--lossy). Nothing was written."
+            "Say so in a rule (`drop = true`, `cast = ...`), choose items by name: item=... (--item NAME), "
+            "or allow it: lossy=True (--lossy). Nothing was written."
         )
 
 
@@ -71,6 +83,7 @@ class ConvertReport:
       resumed: how many of the leaves an earlier run had written.
       verified: whether all was read again and found equal.
       seconds: from the first array read to the end.
+      step, steps: which step of the source it was, and all that there are.
       unproven: why nothing has shown that derived rules are right; "" otherwise. `verified` says nothing of that.
     """
 
@@ -85,6 +98,8 @@ class ConvertReport:
     verified: bool
     seconds: float
     unproven: str = ""
+    step: int | None = None
+    steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +150,8 @@ class Conversion:
     def losses(self) -> list[str]:
         """What would be lost or changed though no rule says so: one line each; empty for a clean conversion."""
         lost = [f"{show_path(path)} has no place: {why}" for path, why in self.plan.lost.items()]
-        return [*lost, *self.plan.warnings]
+        left_out = [f"{item.name} is left out: {item.why}" for item in self.plan.left_out if not item.asked]
+        return [*lost, *left_out, *self.plan.warnings]
 
     def run(
         self,
@@ -155,17 +171,19 @@ class Conversion:
         return self._run(local_path(target), replace(self.options, **given))
 
     def _run(self, path: FilePath, options: ConversionOptions) -> ConvertReport:
-        _require_apart(path, self.source)
+        require_apart(path, FilePath(self.source.path))
         if self.losses and not options.lossy:
             raise LossyConversionError(self.source.path, self.losses)
         start = time.monotonic()
-        with open_sink(path, options.target_format, self.plan.target, resume=options.resume) as sink:
+        form = {"resume": options.resume, "item": options.target_item}
+        with open_sink(path, options.target_format, self.plan.target, **form) as sink:
             resumed = len(sink.done)
             with _unchanged(self.source):
                 hashes = self._write(sink, options)
                 if options.verify and HASHES in self.source.metadata:
                     self._require_read_as_written(hashes, options)
-            sink.finish({**self.plan.metadata(), **self._provenance(), HASHES: hash_table(hashes)})
+            beside, _ = carried(self.source)
+            sink.finish({**beside, **self.plan.metadata(), **self._provenance(), HASHES: hash_table(hashes)})
         # Nobody but the hashes knows whether an earlier run, that wrote some leaves, has read the same source.
         verified = bool(options.verify or resumed)
         with _no_name_if_wrong(path):
@@ -185,6 +203,8 @@ class Conversion:
             verified=verified,
             seconds=time.monotonic() - start,
             unproven=self.plan.unproven,
+            step=self.source.step,
+            steps=self.source.around.steps,
         )
 
     def _write(self, sink: Sink, options: ConversionOptions) -> dict[Path, str]:
@@ -260,12 +280,45 @@ def plan_conversion(source: Source, options: ConversionOptions, progress: Progre
         with closing(open_source("run/linen")) as source:
             print(plan_conversion(source, ConversionOptions(to="nnx")).plan.summary())
     """
-    layout = source.tree.layout
+    place, tree = state_in(source, options)
+    layout = tree.layout
     if options.kind is not None:
         layout = Layout(options.kind, "as asked for", layout.boxed)
+        _require_variables(tree, options.kind, source.path)
     if options.empty is None:
         options = replace(options, empty=_EMPTY.get(options.target_format))
-    return Conversion(source, layout, plan_of(source.tree, options, layout, source.metadata, progress), options)
+    plan = plan_of(tree, options, layout, metadata_of(source.metadata, place), progress)
+    plan = embedded(plan, source.tree, place, options)
+    _, without_place = carried(source)
+    plan = replace(
+        plan,
+        left_out=(*source.around.left_out, *without_place),
+        notes=(*source.around.notes, *plan.notes),
+    )
+    return Conversion(source, layout, plan, options)
+
+
+def state_in(source: Source, options: ConversionOptions) -> tuple[Path, Tree]:
+    """Where in a source the training state is, and it as a tree; () and all of it as a rule.
+
+    Raises:
+      CheckpointLayoutError: nothing is at the place that was asked for, or several states could be meant.
+    """
+    place = place_in(source.tree, source.metadata, options.place, source.path)
+    return place, below(source.tree, place)
+
+
+def _require_variables(tree: Tree, kind: Kind, path: FilePath) -> None:
+    """A layout that somebody says and that is none of this tree would find no variable in it, and convert nothing."""
+    needs_params = kind in (Kind.LINEN_TRAIN_STATE, Kind.LINEN_NESTED_TRAIN_STATE)
+    if needs_params and not any(path[0] == "params" for path in tree.leaves if path):
+        raise CheckpointLayoutError(
+            f"the checkpoint is no {kind.value}, as it is said to be",
+            path,
+            expected="the key 'params'",
+            found=", ".join(dict.fromkeys(show_path(path[:1]) for path in tree.leaves)),
+            hint="If it lies deeper, say where: at=... (--at PATH).",
+        )
 
 
 def open_conversion(source: str | FilePath, **options: Any) -> Conversion:
@@ -295,7 +348,9 @@ def convert(
     source_format: str | None = None,
     target_format: str = "orbax",
     step: int | None = None,
-    item: str | None = None,
+    item: Items | None = None,
+    at: str | Path | None = None,
+    outside: Literal["keep", "drop"] = "keep",
     kind: Kind | None = None,
     max_memory: int = MAX_MEMORY,
     resume: bool = False,
@@ -348,6 +403,8 @@ def convert(
         target_format=target_format,
         step=step,
         item=item,
+        at=at,
+        outside=outside,
         kind=kind,
         max_memory=max_memory,
         resume=resume,
@@ -364,9 +421,9 @@ def convert(
         return conversion.run(target_path)
 
 
-def _require_apart(path: FilePath, source: Source) -> None:
+def require_apart(path: FilePath, source: FilePath) -> None:
     """The target may lie beside the source's folder, never in it: nothing there is to be touched."""
-    here, there = path.resolve(), FilePath(source.path).resolve()
+    here, there = path.resolve(), source.resolve()
     if here == there or there in here.parents:
         raise CheckpointExistsError(
             "the target is inside the source", path, expected="a path outside of it", found=f"the source {there}"

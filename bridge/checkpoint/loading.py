@@ -21,13 +21,14 @@ from jax.sharding import AbstractMesh, NamedSharding, Sharding
 from bridge._errors import BridgeError, CheckpointLayoutError, VariablesMismatchError, show_path
 from bridge._types import Path, Shape
 from bridge.checkpoint.conversion import Conversion
-from bridge.checkpoint.options import ConversionOptions, LeafRules
+from bridge.checkpoint.formats.protocol import Items
+from bridge.checkpoint.options import ConversionOptions, LeafRules, OptionError
 from bridge.checkpoint.plan.plan import ConversionReport
 from bridge.checkpoint.plan.target import is_own
 from bridge.checkpoint.stream import by_source
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.canonical import VALUE
-from bridge.checkpoint.tree.from_objects import Live, of_training, raw_value, write
+from bridge.checkpoint.tree.from_objects import Live, notes_on_extras, of_training, raw_value, write
 from bridge.checkpoint.tree.layout import Kind
 from bridge.checkpoint.tree.ops import Op, Reader, Region
 
@@ -53,8 +54,10 @@ def load_into(
     rules: LeafRules | None = None,
     *,
     optimizer: Any = None,
+    extras: Mapping[str, Any] | None = None,
     step: int | None = None,
-    item: str | None = None,
+    item: Items | None = None,
+    at: str | Path | None = None,
     format: str | None = None,
     kind: Kind | None = None,
     rng: str | int = "keep",
@@ -77,7 +80,12 @@ def load_into(
       rules: the checkpoint's locations -> those of the model; see `make_plan`. Slots of the optimizer follow.
       optimizer: an Optimizer made for `model`, abstract or not. Without it the optimizer's state and the step of the
         checkpoint are left out, and the report says so.
+      extras: more fields of the checkpoint -> models or States to write them into, by the rules of the params:
+        `{"ema_params": ema_model}`. What of such a model no param is (statistics, random streams) keeps its value. A
+        field like this that the checkpoint has and nobody asks for is left out with a warning in the report.
       step, item, format: as for `open_source`.
+      at: where in the checkpoint the training state is, as for `convert`; what is outside of it is dropped, and the
+        report says so.
       kind: the checkpoint's layout, instead of the detected one.
       rng: random streams: 'keep', those of the checkpoint if it has them, and else the model's own; 'drop', the model's
         own; or a seed for fresh ones, which an abstract model needs for what the checkpoint lacks.
@@ -90,6 +98,7 @@ def load_into(
       VariablesMismatchError: all that is missing, unexpected, or of another shape or dtype.
       CheckpointLayoutError: an abstract model would keep a placeholder, as the checkpoint has no value for it.
       UnprovenRulesError: the rules were derived and are not proven, without `unproven`.
+      OptionError: an extra is called `model` or `optimizer`.
       ShardingError: a sharding does not divide its Variable, or its mesh has no devices.
       RulesError, SlotError, OptStateOrderError, CollectionClashError: as for `make_plan`.
       CheckpointNotFoundError, CheckpointCorruptError, MissingDependencyError: as for `open_source`; a damaged array is
@@ -108,7 +117,9 @@ def load_into(
     >>> len(report.rows), float(model.layers[0].kernel.sum())
     (2, 6.0)
     """
-    wanted = of_training(model, optimizer)
+    if extras and extras.keys() & {"model", "optimizer"}:
+        raise OptionError("extras", "fields beside model and optimizer, such as ema_params", sorted(extras))
+    wanted = of_training(model, optimizer, extras)
     options = ConversionOptions(
         to="nnx",
         rules=rules,
@@ -116,6 +127,8 @@ def load_into(
         source_format=format,
         step=step,
         item=item,
+        at=at,
+        outside="drop",
         kind=kind,
         rng=rng,
         unproven=unproven,
@@ -130,7 +143,9 @@ def load_into(
         conversion.source.require_unchanged()
     for path, variable in wanted.variables.items():
         _replace(variable, (*path, VALUE), wanted, values)
-    return plan.report()
+    report = plan.report()
+    report.notes.extend(notes_on_extras(extras or {}))
+    return report
 
 
 # ---- checks, before an array is read --------------------------------------------------------------------------

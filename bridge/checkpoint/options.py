@@ -13,7 +13,8 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from bridge._errors import BridgeError
-from bridge._types import Location
+from bridge._types import Location, Path
+from bridge.checkpoint.formats.protocol import Items
 from bridge.checkpoint.rules.apply import RuleResult
 from bridge.checkpoint.stream import Progress
 from bridge.checkpoint.tree.canonical import Known
@@ -80,7 +81,12 @@ class ConversionOptions:
       empty: for Linen: what entries without content in the optimizer state are: 'None', as Orbax has them, or 'Dict',
         as flax.serialization has them; by default what they were, and on disk as the format's own tools have them.
       source_format, step, item: which checkpoint, as for `open_source`.
+      at: where in it the training state is, as "state" or "a/b", or as a tuple of keys; "" for all of it. By default
+        found, if the tree is none itself and holds exactly one.
+      outside: what is outside of that place: 'keep', carried unchanged, or 'drop'.
       target_format: 'orbax', 'orbax-v1', 'safetensors' or 'msgpack'.
+      target_item: of Orbax's formats: the item that the state is in; by default 'default' for v0 where the target is
+        called by a number, as the steps of a CheckpointManager are, and otherwise none; 'state' for v1.
       max_memory: bytes of leaves in memory at once; one leaf that is larger is held alone.
       resume: go on with what a killed run has left.
       verify: read everything again at the end and compare hashes. What an earlier run wrote is always verified.
@@ -91,7 +97,7 @@ class ConversionOptions:
       progress: called as `progress("converting" or "verifying", bytes done, bytes in all)`.
 
     Raises:
-      OptionError: `to`, `rng`, `kind`, `empty` or `max_memory` is none of those.
+      OptionError: `to`, `rng`, `kind`, `empty`, `at`, `outside` or `max_memory` is none of those.
 
     >>> options = ConversionOptions(to="nnx", rng="keep")
     >>> options.target_format, options.max_memory >> 30
@@ -116,8 +122,11 @@ class ConversionOptions:
     empty: str | None = None
     source_format: str | None = None
     step: int | None = None
-    item: str | None = None
+    item: Items | None = None
+    at: str | Path | None = None
+    outside: Literal["keep", "drop"] = "keep"
     target_format: str = "orbax"
+    target_item: str | None = None
     max_memory: int = MAX_MEMORY
     resume: bool = False
     verify: bool = True
@@ -136,8 +145,26 @@ class ConversionOptions:
             raise OptionError("kind", "a bridge.checkpoint.Kind", self.kind)
         if self.empty not in (None, "None", "Dict"):
             raise OptionError("empty", "'None', 'Dict' or nothing", self.empty)
+        keys = self.at.split("/") if isinstance(self.at, str) else self.at
+        if keys is not None and not (isinstance(keys, list | tuple) and all(isinstance(key, str) for key in keys)):
+            raise OptionError("at", "a path, as 'state' or 'a/b', or a tuple of keys", self.at)
+        if self.outside not in ("keep", "drop"):
+            raise OptionError("outside", "'keep' or 'drop'", self.outside)
+        if self.target_item is not None and not self.target_format.startswith("orbax"):
+            raise OptionError("target_item", "none, as only Orbax's formats have items", self.target_item)
         if not isinstance(self.max_memory, Integral) or self.max_memory < 1:
             raise OptionError("max_memory", "a number of bytes", self.max_memory)
+
+    @property
+    def place(self) -> Path | None:
+        """`at` as keys.
+
+        >>> ConversionOptions(to="nnx", at="a/b").place, ConversionOptions(to="nnx", at="").place
+        (('a', 'b'), ())
+        """
+        if isinstance(self.at, str):
+            return tuple(key for key in self.at.split("/") if key)
+        return None if self.at is None else tuple(self.at)
 
     @property
     def doubt(self) -> str:

@@ -24,7 +24,7 @@ from bridge.checkpoint.in_memory import nnx_to_train_state, state_to_variables
 from bridge.checkpoint.options import LeafRules
 from bridge.checkpoint.plan.plan import ConversionReport
 from bridge.checkpoint.rules.apply import Rules
-from bridge.checkpoint.tree.from_objects import of_object
+from bridge.checkpoint.tree.from_objects import notes_on_extras, of_object, params_of
 
 
 def save_as_linen(
@@ -59,7 +59,7 @@ def save_as_linen(
       like: the TrainState that the Linen code restores into, concrete or abstract (`jax.eval_shape`): checked before
         anything is written, and tells what NNX does not: params that are all variables, and boxes. Without it just the
         Variables with axis names are in boxes, as `nn.with_partitioning` has them.
-      extras: more fields. Those with Variables (`{"ema_params": nnx.state(ema)}`) are laid out as the params are,
+      extras: more fields. Of models and States (`{"ema_params": ema_model}`) the params are laid out as the model's,
         others (a dropout key) are written as they are.
       format: 'orbax', written by Orbax's own saver; or another of 'orbax-v1', 'msgpack', 'safetensors', by one process.
       unproven: take derived rules that are not proven; the report says so.
@@ -104,8 +104,9 @@ def save_as_linen(
 def _train_state(
     model: Any, optimizer: Any, rules: LeafRules | None, tx: Any, like: Any, extras: dict[str, Any], unproven: bool
 ) -> tuple[Any, ConversionReport]:
-    followers = {name: field for name, field in extras.items() if of_object(field).variables}
+    followers = {name: params_of(field)[0] for name, field in extras.items() if of_object(field).variables}
     others = {name: field for name, field in extras.items() if name not in followers}
+    notes = notes_on_extras({name: extras[name] for name in followers})
     tx = tx if tx is not None else optimizer.tx
     if like is not None:
         like = like.replace(**others)
@@ -118,6 +119,7 @@ def _train_state(
         state, report = nnx_to_train_state(
             model, optimizer, tx=tx, cls=cls, rules=rules, unproven=unproven, **followers
         )
+    report.notes.extend(notes)
     return state.replace(**others), report
 
 

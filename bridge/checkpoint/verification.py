@@ -16,7 +16,7 @@ from typing import Any
 from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointLayoutError, cut_short, show_path
 from bridge._types import Path
 from bridge.checkpoint.formats.open import open_source
-from bridge.checkpoint.formats.protocol import Source
+from bridge.checkpoint.formats.protocol import Items, Source
 from bridge.checkpoint.options import MAX_MEMORY
 from bridge.checkpoint.stream import Batch, Progress, batches, leaf_hash, values
 from bridge.checkpoint.tree.ops import Read
@@ -62,7 +62,7 @@ def verify(
     *,
     format: str | None = None,
     step: int | None = None,
-    item: str | None = None,
+    item: Items | None = None,
     max_memory: int = MAX_MEMORY,
     progress: Progress | None = None,
 ) -> VerifyReport:

@@ -19,11 +19,14 @@ from bridge.cli.help import choices
 from bridge.cli.inspect import describe_source, print_source
 from bridge.cli.models import Models, check_of, read_models, target_of, transformation, write_rules
 from bridge.cli.show import Json, console, human_bytes, plain, print_json, print_table, progress_bar
-from bridge.cli.words import SourceFormat, parse_bytes, parse_rng
+from bridge.cli.words import ITEM_HELP, SourceFormat, parse_bytes, parse_items, parse_rng
 
 if TYPE_CHECKING:
     from bridge.checkpoint.conversion import Conversion, ConvertReport
+    from bridge.checkpoint.formats.protocol import Source
     from bridge.checkpoint.options import ConversionOptions
+    from bridge.checkpoint.steps import StepsReport
+    from bridge.checkpoint.tree.layout import Kind
 
 _LOSSY, _UNPROVEN, _INTERRUPTED = 1, 4, 130
 
@@ -54,6 +57,13 @@ class LayoutName(enum.StrEnum):
     NNX_STATE = "nnx-state"
     NNX_TRAINING = "nnx-training"
 
+    @property
+    def kind(self) -> Kind:
+        """The layout that it is the word for."""
+        from bridge.checkpoint.tree.layout import Kind
+
+        return Kind[self.name]
+
 
 # The options whose texts take more than a line.
 _To = Annotated[To, typer.Option(metavar="LAYOUT", help=f"The layout to write: {choices(To)}.")]
@@ -82,6 +92,13 @@ _Layout = Annotated[
 _Rng = Annotated[str, typer.Option(metavar="STREAMS", help="What becomes of random streams: drop, keep, seed=N.")]
 
 
+def _stream() -> None:
+    """This process does nothing but stream leaves, from before a checkpoint is opened."""
+    from bridge.checkpoint.stream import share_freed_memory
+
+    share_freed_memory()
+
+
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint of any format. It is not touched.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Where the result goes; must not exist.")],
@@ -97,7 +114,10 @@ def convert(
     source_format: _SourceFormat = None,
     layout: _Layout = None,
     step: Annotated[int | None, typer.Option(help="The step; the latest by default.")] = None,
-    item: Annotated[str | None, typer.Option(help="The item of a composite checkpoint.")] = None,
+    all_steps: Annotated[bool, typer.Option("--all-steps", help="Every step, into a folder of steps.")] = False,
+    item: Annotated[list[str], typer.Option(metavar="NAME", help=ITEM_HELP)] = [],  # noqa: B006
+    at: Annotated[str | None, typer.Option(metavar="PATH", help="Where in SRC the state is, as state or a/b.")] = None,
+    drop_outside: Annotated[bool, typer.Option("--drop-outside", help="Leave out what is outside of it.")] = False,
     max_memory: Annotated[str, typer.Option(metavar="SIZE", help="Leaves in memory at once, as 512MiB.")] = "2GiB",
     rng: _Rng = "drop",
     tx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The optax transformation, for checks.")] = "",
@@ -115,12 +135,9 @@ def convert(
     Exit codes: 0 clean, 1 lossy or failed, 2 wrong usage, 3 not verified, 4 written by rules that are not proven.
     """
     from bridge.checkpoint.options import ConversionOptions
-    from bridge.checkpoint.stream import share_freed_memory
-    from bridge.checkpoint.tree.layout import Kind
 
     if dry_run and verify_forward:
         raise typer.BadParameter("--verify-forward has nothing to check with --dry-run, which writes nothing")
-    share_freed_memory()
     models = read_models(to.value, rules, inverse, linen, nnx, inputs, keywords, unproven)
     if save_rules is not None:
         write_rules(models.derived, save_rules)
@@ -129,11 +146,13 @@ def convert(
         rules=models.rules,
         tx=transformation(tx),
         rng=parse_rng(rng),
-        kind=layout and Kind[layout.name],
+        kind=layout and layout.kind,
         known=models.known,
         source_format=source_format and source_format.value,
         step=step,
-        item=item,
+        item=parse_items(item),
+        at=at,
+        outside="drop" if drop_outside else "keep",
         target_format=target_format.value,
         max_memory=parse_bytes(max_memory),
         resume=resume,
@@ -142,7 +161,9 @@ def convert(
         lossy=lossy,
         unproven=unproven,
     )
-    raise typer.Exit(_convert(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json))
+    work = _convert_steps if all_steps else _convert
+    _stream()
+    raise typer.Exit(work(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json))
 
 
 def _convert(
@@ -152,9 +173,7 @@ def _convert(
     from bridge.checkpoint.conversion import plan_conversion, source_of
 
     with closing(source_of(source, options)) as opened:
-        if options.to == "nnx" and models.model is not None:
-            fitting = target_of(models.model, options.tx, options.rng, opened.tree)
-            options = replace(options, target=fitting)
+        options = _fitting(opened, options, models)
         with progress_bar(quiet=quiet or as_json) as progress:
             conversion = plan_conversion(opened, options, progress)
         losses = [] if options.lossy else conversion.losses
@@ -167,6 +186,60 @@ def _convert(
         elif report is not None and not quiet:
             shown.after(report)
     return shown.exit_code
+
+
+def _fitting(opened: Source, options: ConversionOptions, models: Models) -> ConversionOptions:
+    """With the NNX model that was named as the target, beside an optimizer if the source has one."""
+    from bridge.checkpoint.conversion import state_in
+
+    if options.to != "nnx" or models.model is None:
+        return options
+    _, tree = state_in(opened, options)
+    return replace(options, target=target_of(models.model, options.tx, options.rng, tree))
+
+
+def _convert_steps(
+    source: Path, target: Path, options: ConversionOptions, models: Models, *, dry_run: bool, quiet: bool, as_json: bool
+) -> int:
+    """Plan all steps, and unless it is a dry run write them; a line or a row for each; the exit code."""
+    from bridge.checkpoint.conversion import LossyConversionError, source_of
+    from bridge.checkpoint.steps import StepsReport, planned_steps, run_steps
+
+    with closing(source_of(source, replace(options, step=None))) as opened:
+        options = _fitting(opened, options, models)
+    losses = planned_steps(source, options)
+    lost = [f"step {step}: {loss}" for step, lines in losses.items() for loss in lines]
+    if lost and not (dry_run or options.lossy):
+        raise LossyConversionError(source, lost)
+    report = StepsReport(str(source), str(target))
+    if not dry_run:
+        with progress_bar(quiet=quiet or as_json) as progress:
+            report = run_steps(source, target, replace(options, progress=progress))
+    unproven = getattr(options.rules, "unproven", "")
+    exit_code = _LOSSY if lost and not options.lossy else _UNPROVEN if unproven else 0
+    rows = [_step_row(step, lines, report) for step, lines in losses.items()]
+    if as_json:
+        document = {"source": str(source), "target": str(target), "dry_run": dry_run, "steps": rows}
+        print_json({**document, "losses": lost, "unproven": unproven, "exit_code": exit_code})
+    elif not quiet:
+        for row in rows:
+            typer.echo(f"step {row['step']}: {row['done']}")
+        for line in lost:
+            typer.echo(f"lost: {line}")
+    return exit_code
+
+
+def _step_row(step: int, losses: list[str], report: StepsReport) -> dict[str, Any]:
+    """What became of one step, in JSON types."""
+    if step in report.skipped:
+        return {"step": step, "losses": losses, "done": "there already, and verified"}
+    done = report.converted.get(step)
+    if done is None:
+        return {"step": step, "losses": losses, "done": "planned"}
+    words = "written and verified" if done.verified else "written"
+    row = {"step": step, "losses": losses, "done": f"{words}: {done.target}", "target": done.target}
+    left_out = [{"name": item.name, "why": item.why, "asked": item.asked} for item in done.plan.left_out]
+    return {**row, "leaves": done.leaves, "nbytes": done.nbytes, "verified": done.verified, "left_out": left_out}
 
 
 def _run(conversion: Conversion, target: Path, *, quiet: bool) -> ConvertReport:
@@ -200,6 +273,7 @@ class _Show:
         if self.dry_run:
             print_table(screen, ("source", "target", "shape", "dtype", "op", "bytes"), cells, right=("bytes",))
         remarks = [f"dropped: {show_path(path)}: {why}" for path, why in self.plan.dropped.items()]
+        remarks += [f"left out: {item.name}: {item.why}" for item in self.plan.left_out]
         remarks += [f"warning: {text}" for text in self.plan.warnings]
         remarks += [f"note: {text}" for text in self.plan.notes]
         if self.plan.unproven:
@@ -238,6 +312,7 @@ class _Show:
                 {"path": list(path), "reason": why, "asked": path in self.plan.asked}
                 for path, why in self.plan.dropped.items()
             ],
+            "left_out": [{"name": item.name, "why": item.why, "asked": item.asked} for item in self.plan.left_out],
             "warnings": list(self.plan.warnings),
             "notes": list(self.plan.notes),
             "losses": self.losses,

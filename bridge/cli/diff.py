@@ -13,7 +13,7 @@ import typer
 
 from bridge._errors import show_path
 from bridge.cli.show import Json, Quiet, console, human_bytes, plain, print_json, print_table, progress_bar
-from bridge.cli.words import parse_bytes, parse_tolerance
+from bridge.cli.words import ITEM_HELP, parse_bytes, parse_items, parse_tolerance
 
 if TYPE_CHECKING:
     from bridge.checkpoint.comparison import Difference, DiffReport
@@ -66,7 +66,7 @@ def diff(
 def verify(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that `linen-nnx convert` wrote.")],
     step: Annotated[int | None, typer.Option(help="The step; the latest by default.")] = None,
-    item: Annotated[str | None, typer.Option(help="The item of a composite checkpoint.")] = None,
+    item: Annotated[list[str], typer.Option(metavar="NAME", help=ITEM_HELP)] = [],  # noqa: B006
     max_memory: _MaxMemory = "2GiB",  # type: ignore[assignment]  # typer parses it
     quiet: Quiet = False,
     as_json: Json = False,
@@ -80,7 +80,7 @@ def verify(
 
     share_freed_memory()
     with progress_bar(quiet=quiet or as_json) as progress:
-        report = check(checkpoint, step=step, item=item, max_memory=max_memory, progress=progress)
+        report = check(checkpoint, step=step, item=parse_items(item), max_memory=max_memory, progress=progress)
     if as_json:
         found = {"path": report.path, "format": report.format, "leaves": report.leaves, "nbytes": report.nbytes}
         print_json(found | {"verified": True, "exit_code": 0})
@@ -97,6 +97,8 @@ def _print_diff(report: DiffReport) -> None:
     if report.differences:
         headings = ("path", "what", "a", "b", "elements", "max abs", "first")
         print_table(screen, headings, map(_diff_row, report.differences), right=("elements", "max abs"))
+    for name in report.left_out:
+        screen.print(plain(f"an item that is not compared: {name}"), soft_wrap=True)
     verdict = f"{len(report.differences)} differences" if report.differences else "no difference"
     screen.print(f"{verdict}; {report.compared} leaves in both, {human_bytes(report.nbytes)}")
     if hint := _hint(report):
@@ -136,6 +138,7 @@ def _diff_document(report: DiffReport) -> dict[str, Any]:
         "same": report.same,
         "compared": report.compared,
         "nbytes": report.nbytes,
+        "left_out": list(report.left_out),
         "differences": rows,
         "hint": _hint(report),
         "exit_code": 0 if report.same else _DIFFERENT,

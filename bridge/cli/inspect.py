@@ -15,7 +15,7 @@ import typer
 from bridge._errors import show_path
 from bridge.cli.help import choices
 from bridge.cli.show import Json, console, human_bytes, plain, print_json, print_table
-from bridge.cli.words import SourceFormat
+from bridge.cli.words import ITEM_HELP, SourceFormat, parse_items
 
 if TYPE_CHECKING:
     from bridge.checkpoint.formats.protocol import Source
@@ -30,7 +30,7 @@ _Format = Annotated[
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder or file, step folder or folder of steps.")],
     step: Annotated[int | None, typer.Option(help="The step to look at; the latest by default.")] = None,
-    item: Annotated[str | None, typer.Option(help="The item of a composite checkpoint.")] = None,
+    item: Annotated[list[str], typer.Option(metavar="NAME", help=ITEM_HELP)] = [],  # noqa: B006
     source_format: _Format = None,
     as_json: Json = False,
 ) -> None:
@@ -41,7 +41,7 @@ def inspect(
     from bridge.checkpoint.formats.open import open_source
 
     format = source_format and source_format.value
-    with closing(open_source(checkpoint, format=format, step=step, item=item)) as source:
+    with closing(open_source(checkpoint, format=format, step=step, item=parse_items(item))) as source:
         found = source.tree.layout
         leaves = sorted(source.tree.leaves.values(), key=lambda leaf: leaf.path)
         if as_json:
@@ -57,21 +57,59 @@ def describe_source(source: Source, found: Layout) -> dict[str, Any]:
         "format": source.format,
         "format_reason": source.reason,
         "step": source.step,
+        "steps": list(source.around.steps),
         "item": source.item,
+        "items": dict(source.around.items),
+        "left_out": [{"name": item.name, "why": item.why, "asked": item.asked} for item in source.around.left_out],
         "layout": found.kind.value,
         "reason": found.reason,
+        "states": [list(place) for place in _states(source)],
     }
 
 
 def print_source(screen: Any, source: Source, found: Layout) -> None:
     """The same as lines of text."""
+    from bridge.checkpoint.tree.inner import below
+
     screen.print(plain(f"checkpoint: {source.path}"), soft_wrap=True)
     screen.print(plain(f"format: {source.format} ({source.reason})"), soft_wrap=True)
     if source.step is not None:
         screen.print(f"step: {source.step}")
+        screen.print(f"steps: {', '.join(map(str, source.around.steps))}{_which(source)}", soft_wrap=True)
+    for line in _items(source):
+        screen.print(plain(line), soft_wrap=True)
     screen.print(plain(f"layout: {found.kind.value} ({found.reason})"), soft_wrap=True)
+    for place in _states(source):
+        inner = below(source.tree, place).layout
+        screen.print(
+            plain(f"training state at {show_path(place)}: {inner.kind.value} ({inner.reason})"), soft_wrap=True
+        )
     if found.boxed:
         screen.print(f"boxes: {len(found.boxed)} paths end in a lone 'value' (nn.Partitioned or the like)")
+
+
+def _states(source: Source) -> list[tuple[str, ...]]:
+    """Training states below the root, where it is none itself."""
+    from bridge.checkpoint.tree.inner import states_in
+
+    return states_in(source.tree)
+
+
+def _which(source: Source) -> str:
+    """Which of several steps it is."""
+    steps = source.around.steps
+    return " (the latest)" if len(steps) > 1 and source.step == max(steps) else ""
+
+
+def _items(source: Source) -> list[str]:
+    """A line for each item of a composite checkpoint; none for the only one."""
+    if len(source.around.items) < 2:
+        return []
+    left_out = {item.name: item.why for item in source.around.left_out}
+    lines = []
+    for name, holds in source.around.items.items():
+        lines.append(f"item {name}: {holds}" + (f"; left out: {left_out[name]}" if name in left_out else ""))
+    return [*lines, *source.around.notes]
 
 
 def _print_tables(source: Source, found: Layout, leaves: list[Leaf]) -> None:
@@ -116,6 +154,8 @@ def _as_json(source: Source, found: Layout, leaves: list[Leaf]) -> dict[str, Any
             for leaf in leaves
         ],
         "empty": [list(path) for path in sorted(source.tree.empty)],
+        "metadata": {name: value for name, value in source.metadata.items() if name != "hashes"},
+        "json_items": dict(source.around.json_items),
         "boxed": [list(path) for path in sorted(found.boxed)],
         "collections": {name: {"leaves": n, "nbytes": size} for name, (n, size) in _totals(leaves, found).items()},
     }

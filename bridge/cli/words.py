@@ -34,6 +34,28 @@ _DTYPES |= {f"{sign}{bits}": f"{name}{bits}" for sign, name in _INTEGERS.items()
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:i?B)?)", re.IGNORECASE)
 
 
+ITEM_HELP = "An item of a composite checkpoint; several are joined; FIELD=NAME calls one FIELD in the tree."
+
+
+def parse_items(words: list[str]) -> str | dict[str, str] | None:
+    """The items that were chosen: none, one, or several as field -> item.
+
+    >>> parse_items([]), parse_items(["state"]), parse_items(["params", "opt_state=optimizer"])
+    (None, 'state', {'params': 'params', 'opt_state': 'optimizer'})
+    """
+    if not words:
+        return None
+    if len(words) == 1 and "=" not in words[0]:
+        return words[0]
+    chosen: dict[str, str] = {}
+    for word in words:
+        field, is_renamed, name = word.partition("=")
+        if not field or (is_renamed and not name) or field in chosen:
+            raise typer.BadParameter(f"{word!r} is not a new item, such as params or opt_state=optimizer")
+        chosen[field] = name or field
+    return chosen
+
+
 def parse_bytes(text: str) -> int:
     """A number of bytes with a unit: decimal (`kB`, `MB`, `G`) or binary (`KiB`, `MiB`, `GiB`).
 

@@ -6,6 +6,7 @@ Knows programs; knows nothing of models.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,14 @@ from bridge.tracing.trace import is_array, parted
 
 _LARGE = 16 << 20  # bytes of variables from which on optimizing a program pays
 
-#: Of each dtype in half precision: what it allows, relative to the largest element.
-_ALLOWED = {bit: relative_tolerance(name) for name, bit in HALVES.items()}
+
+@functools.cache
+def _allowances() -> dict[int, float]:
+    """Of each dtype in half precision, by its bit: what it allows, relative to the largest element, on this backend.
+
+    Asked for when something is compared: which backend there is, is not known when this is imported.
+    """
+    return {bit: relative_tolerance(name) for name, bit in HALVES.items()}
 
 
 class Compiled:
@@ -83,8 +90,8 @@ def options_for(values: Any) -> dict[str, Any] | None:
 
 
 def _most(mask: int) -> float:
-    return max((allowed for bit, allowed in _ALLOWED.items() if mask & bit), default=0.0)
+    return max((allowed for bit, allowed in _allowances().items() if mask & bit), default=0.0)
 
 
 def _mask_of(least: float) -> int:
-    return next((bit for bit, allowed in _ALLOWED.items() if least and allowed == least), 0)
+    return next((bit for bit, allowed in _allowances().items() if least and allowed == least), 0)

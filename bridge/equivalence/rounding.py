@@ -22,7 +22,6 @@ from bridge.equivalence.subjects import Keys
 #: Rounding moves two programs apart by a few times what the last bit of each number does to either of them.
 NOISE = 32.0
 _LAST_BITS = 64.0
-_EPS = {relative_tolerance(name): float(jnp.finfo(name).eps) for name in HALVES}
 
 
 class Rounding:
@@ -30,6 +29,7 @@ class Rounding:
 
     def __init__(self, runs: tuple[Run, Run], outcomes: tuple[Outcome, Outcome], keys: Keys, args: Any, kwargs: Any):
         self._runs, self._outcomes, self._keys, self._inputs = runs, outcomes, keys, (args, kwargs)
+        self._moved_by: dict[float, tuple[Outcome, Outcome]] = {}
 
     def floor(self, what: Kind, at: Any, other: Any, x_a: Any, x_b: Any) -> float:
         """What two values may differ by if both are zero but for rounding; else 0.0."""
@@ -37,7 +37,7 @@ class Rounding:
             return 0.0
         size = largest([x_a, x_b])
         least = min(self._outcomes[0].allowed(what, at), self._outcomes[1].allowed(what, other))
-        eps = _EPS.get(least, max(float(jnp.finfo(x.dtype).eps) for x in (x_a, x_b)))
+        eps = _half_eps(least) or max(float(jnp.finfo(x.dtype).eps) for x in (x_a, x_b))
         if not 0 < size <= _LAST_BITS * eps * self._scale:
             return 0.0
         noise = 0.0
@@ -50,9 +50,18 @@ class Rounding:
     def _scale(self) -> float:
         return largest([self._inputs, *(list(run.subject.values.values()) for run in self._runs)])
 
-    @functools.cache  # noqa: B019  as long-lived as the comparison of one draw
     def _moved(self, eps: float) -> tuple[Outcome, Outcome]:
+        if eps not in self._moved_by:
+            self._moved_by[eps] = self._run_moved(eps)
+        return self._moved_by[eps]
+
+    def _run_moved(self, eps: float) -> tuple[Outcome, Outcome]:
         args, kwargs = with_last_bits_moved(self._inputs, eps)
         values = [with_last_bits_moved(dict(run.subject.values), eps) for run in self._runs]
         one, two = (run(own, self._keys, args, kwargs) for run, own in zip(self._runs, values, strict=True))
         return one, two
+
+
+def _half_eps(tolerance: float) -> float:
+    """The last bit of the dtype in half precision that is held to this tolerance on this backend; 0.0 for none."""
+    return next((float(jnp.finfo(name).eps) for name in HALVES if relative_tolerance(name) == tolerance), 0.0)

@@ -12,6 +12,7 @@ import pytest
 
 import bridge
 import bridge.checkpoint
+from tests.support.forked import run_forked
 
 ROOT = Path(__file__).parents[2]
 ROWS = [line.split(": ") for line in Path(__file__).with_name("paths_of_0_1_0.txt").read_text().splitlines()]
@@ -48,3 +49,13 @@ def test_an_old_path_is_the_module_itself():
     import bridge.checkpoint.derivation.to_rules as new
 
     assert old is new
+
+
+def test_an_import_starts_no_backend():
+    """A job of several processes says how many there are after its imports, and before JAX looks for devices."""
+    done = run_forked(
+        "import bridge, bridge.cli.app, bridge.equivalence, bridge.checkpoint, nnx_core\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()"
+    )
+    assert done.returncode == 0, done.stderr

@@ -26,7 +26,7 @@ ONE = Graph((CELL,), (Thing("Node", (("a", ("cell", 0)),)),))
 
 def check(program: p.Program, way: str) -> None:
     """nnx_core, with `way` around the program, does what Python does."""
-    if way in ("jit", "remat") and any(isinstance(x, p.StateCarry) for x in statements(program.body)):
+    if way in ("jit", "remat") and any(isinstance(x, p.StateCarry | p.Back) for x in statements(program.body)):
         # All of a state is written back: numpy's arrays come back as JAX's, or as they were if nothing was written.
         way = f"{way}, with arrays of JAX"
     expected = outcome(program, Plain(CORE), "with arrays of JAX" if way in PREPARED else "as it is")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bridge.checkpoint.formats.protocol import Around
 from bridge.checkpoint.tree.layout import Leaf, describe
 from bridge.checkpoint.tree.tree import Tree
 
@@ -11,7 +12,7 @@ from bridge.checkpoint.tree.tree import Tree
 class MemorySource:
     """A source over a dict of leaves; `reads` records `(path, bytes)` of each read."""
 
-    format, reason, step, item = "memory", "it is in memory", None, None
+    format, reason, step, item, around = "memory", "it is in memory", None, None, Around()
 
     def __init__(self, leaves, metadata=None):
         self.leaves, self.metadata, self.reads = dict(leaves), metadata or {}, []

@@ -14,11 +14,7 @@ from bridge._errors import CheckpointAccessError
 
 # `gs://bucket/x`, and `gs:/bucket/x`, which pathlib makes of it. One letter is a drive of Windows.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
-_COPY = {
-    "gs": "gcloud storage cp --recursive {path} DIR",
-    "s3": "aws s3 cp --recursive {path} DIR",
-    "hf": "huggingface-cli download REPOSITORY --local-dir DIR",
-}
+_COPY = {"gs": "gsutil cp -r {path} DIR", "s3": "rclone copy {path} DIR"}
 
 
 def local_path(path: str | FilePath) -> FilePath:
@@ -35,7 +31,7 @@ def local_path(path: str | FilePath) -> FilePath:
     bridge._errors.CheckpointAccessError: not a path on this machine: s3://bucket/run
       expected: a file or folder on a local or mounted disk
       found: an address on s3
-    Copy it here first, or from here afterwards: aws s3 cp --recursive s3://bucket/run DIR
+    Copy it here first, or from here afterwards: rclone copy s3://bucket/run DIR
     """
     if url := _URL.match(str(path)):
         raise _no_local_path(str(path), url[1].lower())

@@ -25,6 +25,7 @@ import numpy as np
 
 from bridge._types import Path, Shape
 from bridge.checkpoint.formats import stored
+from bridge.checkpoint.formats.protocol import Around
 from bridge.checkpoint.formats.stored import Identity, changed
 from bridge.checkpoint.tree.ops import Region
 from bridge.checkpoint.tree.tree import Tree
@@ -66,6 +67,7 @@ class NpzSource:
     format: str = "npz"
     step: int | None = None
     item: str | None = None
+    around: Around = field(default_factory=Around)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     # Python 3.13's zipfile seeks relative to where another thread may have left the shared file.
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)

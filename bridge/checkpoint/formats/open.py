@@ -19,7 +19,7 @@ from bridge._errors import (
 )
 from bridge.checkpoint.formats.door import local_path, no_permission
 from bridge.checkpoint.formats.nearby import contents, neighbours, what_is_at
-from bridge.checkpoint.formats.protocol import UNFINISHED, Sink, Source
+from bridge.checkpoint.formats.protocol import UNFINISHED, Around, Items, Sink, Source
 from bridge.checkpoint.tree.tree import Tree
 
 #: What `open_source` reads and `open_sink` writes.
@@ -41,7 +41,7 @@ def open_source(
     *,
     format: str | None = None,
     step: int | None = None,
-    item: str | None = None,
+    item: Items | None = None,
     separator: str | None = None,
 ) -> Source:
     """Open the checkpoint at `path`, of whatever format it is.
@@ -50,8 +50,11 @@ def open_source(
       path: a file, an Orbax checkpoint, a folder of steps, or a folder with one `flax_model.msgpack`,
         `model.safetensors`, or the index of several such files.
       format: one of `FORMATS`, in place of what is detected.
-      step: the step in a folder of steps; the latest by default.
-      item: the item of a composite Orbax checkpoint.
+      step: the step in a folder of steps; the latest by default. `source.around.steps` has all.
+      item: which items of a composite Orbax checkpoint: one; several, which become the fields of one tree; or their
+        names there -> their names on disk. By default the only one with arrays, the one called `default`, `state`,
+        `train_state`, `items` or `pytree`, or all, if they are the parts of one state: `params`, `opt_state`, ... .
+        What is no part of the source is in `source.around`.
       separator: what joins keys in the names of a safetensors or npz file that another program wrote; by default
         `/` if any name has one, else `.`.
 
@@ -85,7 +88,28 @@ def open_source(
         ) from error
 
 
-def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = False) -> Sink:
+def steps_at(path: str | FilePath) -> dict[int, FilePath]:
+    """The steps in a folder, files or folders, by their number, in its order; none if it is one checkpoint.
+
+    >>> import tempfile
+    >>> folder = FilePath(tempfile.mkdtemp())
+    >>> for step in (12, 3):
+    ...     (folder / f"checkpoint_{step}").mkdir()
+    >>> {step: place.name for step, place in steps_at(folder).items()}
+    {3: 'checkpoint_3', 12: 'checkpoint_12'}
+    """
+    path = local_path(path)
+    if not path.is_dir():
+        return {}
+    by_step = _step_files(sorted(path.iterdir()))
+    if not any(place.is_file() for place in by_step.values()):
+        from bridge.checkpoint.formats.orbax.files import steps_in
+
+        by_step = steps_in(path)
+    return dict(sorted(by_step.items()))
+
+
+def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = False, item: str | None = None) -> Sink:
     """Begin to write a checkpoint of that `tree` to `path`.
 
     Args:
@@ -93,6 +117,7 @@ def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = F
       format: 'orbax' (its v0 layout), 'orbax-v1', 'msgpack' or 'safetensors'.
       tree: what will be written. A msgpack file takes the leaves in `tree.order` only; the others in any.
       resume: go on with what a killed run of the same conversion left; begin anew if it left nothing.
+      item: of Orbax's formats: the item in the checkpoint, as for `OrbaxSink`.
 
     Raises:
       CheckpointExistsError: something is at `path`.
@@ -126,22 +151,22 @@ def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = F
         return SafetensorsSink(path, tree, resume=resume)
     from bridge.checkpoint.formats.orbax.write import OrbaxSink
 
-    return OrbaxSink(path, tree, version="v1" if format == "orbax-v1" else "v0", resume=resume)
+    return OrbaxSink(path, tree, version="v1" if format == "orbax-v1" else "v0", item=item, resume=resume)
 
 
 # --- which format -------------------------------------------------------------------------------------------
 
 
-def _open(path: FilePath, format: str | None, step: int | None, item: str | None, separator: str | None) -> Source:
+def _open(path: FilePath, format: str | None, step: int | None, item: Items | None, separator: str | None) -> Source:
     if not path.exists():
         raise CheckpointNotFoundError(
             "no checkpoint", path, expected="a checkpoint", found="nothing at this path", hint=neighbours(path)
         )
     file = path if path.is_file() else _file_in(path, step, format)
     if file is None and format in (None, *_ORBAX):
-        from bridge.checkpoint.formats.orbax.read import open_orbax
+        from bridge.checkpoint.formats.orbax.step import open_step
 
-        return open_orbax(path, step=step, item=item)
+        return open_step(path, step=step, item=item)
     if file is None:
         raise CheckpointNotFoundError(
             f"no {format} file", path, expected=f"a {format} file in the folder", found=contents(path)
@@ -152,6 +177,8 @@ def _open(path: FilePath, format: str | None, step: int | None, item: str | None
         raise CheckpointNotFoundError(f"no {wanted}", file, expected="a folder of them", found="one file")
     source = _open_file(file.absolute(), format, separator)
     source.step = own_step
+    if own_step is not None:
+        source.around = Around(steps=tuple(sorted(_step_files(sorted(path.iterdir())))))
     return source
 
 
@@ -195,11 +222,7 @@ def _models(children: list[FilePath], format: str | None) -> list[FilePath]:
 
 def _step_file(folder: FilePath, children: list[FilePath], step: int | None) -> FilePath | None:
     """The file of the step, or of the latest; None if that is a folder, or there are no steps."""
-    by_step: dict[int, FilePath] = {}
-    for child in children:
-        number = _step_of(child)
-        if number is not None and not (child.is_dir() and number in by_step):  # a file before a folder
-            by_step[number] = child
+    by_step = _step_files(children)
     if step is None:
         step = max(by_step, default=None)
     elif step not in by_step and any(child.is_file() for child in by_step.values()):
@@ -207,6 +230,16 @@ def _step_file(folder: FilePath, children: list[FilePath], step: int | None) -> 
         raise CheckpointNotFoundError(f"no step {step}", folder, expected=f"a file for step {step}", found=steps)
     file = by_step.get(step) if step is not None else None
     return file if file is not None and file.is_file() else None
+
+
+def _step_files(children: list[FilePath]) -> dict[int, FilePath]:
+    """The files and folders that are called as steps are, by their number."""
+    by_step: dict[int, FilePath] = {}
+    for child in children:
+        number = _step_of(child)
+        if number is not None and not (child.is_dir() and number in by_step):  # a file before a folder
+            by_step[number] = child
+    return by_step
 
 
 def _step_of(path: FilePath) -> int | None:

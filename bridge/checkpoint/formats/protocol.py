@@ -9,7 +9,8 @@ Knows trees of leaves; knows no format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Protocol
 
@@ -21,6 +22,40 @@ from bridge.checkpoint.tree.tree import Tree
 UNFINISHED = ".unfinished"
 
 
+#: The key in a checkpoint's metadata of items that hold JSON, where the format has no items.
+JSON_ITEMS = "json_items"
+#: Which items of a composite checkpoint: one, several, or their names in the tree -> their names on disk.
+Items = str | Sequence[str] | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Something beside a source that is no part of it: its name, why, and whether somebody has asked for that."""
+
+    name: str
+    why: str
+    asked: bool = False
+
+
+@dataclass(frozen=True)
+class Around:
+    """What else there is where a source was found.
+
+    Attributes:
+      steps: all steps of the folder, if it was a folder of steps; one of them is the source's.
+      items: name of each item of the step -> what it holds, in words.
+      left_out: items that are no part of the source.
+      json_items: items that hold JSON: name -> content.
+      notes: what was taken to be so, in words.
+    """
+
+    steps: tuple[int, ...] = ()
+    items: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+    json_items: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
 class Source(Protocol):
     """An opened checkpoint. Safe to read from several threads."""
 
@@ -29,7 +64,8 @@ class Source(Protocol):
     reason: str  #: why it is taken for that format, in words
     tree: Tree
     step: int | None
-    item: str | None
+    item: str | None  #: several that are joined have no name
+    around: Around  #: what else is there
     metadata: Mapping[str, Any]  #: what its writer stored beside the arrays (JSON types)
 
     def read(self, path: Path, region: Region | None = None) -> Any:

@@ -23,6 +23,7 @@ import numpy as np
 
 from bridge._errors import CheckpointChangedError, CheckpointCorruptError, CheckpointLayoutError, show_path
 from bridge._types import Path, Shape
+from bridge.checkpoint.formats.protocol import Around
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.layout import Leaf
 from bridge.checkpoint.tree.ops import Region
@@ -255,6 +256,7 @@ class FileSource:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
     item: str | None = None
+    around: Around = field(default_factory=Around)
 
     def read(self, path: Path, region: Region | None = None) -> Any:
         """A leaf or a region of it."""

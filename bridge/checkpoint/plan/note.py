@@ -47,12 +47,14 @@ class Note:
       collections: NNX: path in the model -> collection, of all that is no param.
       linen: how the Linen checkpoint was that this one was made from, or that one from which ...
       nnx: likewise.
+      place: where in the tree the training state is; all other paths here are below it.
     """
 
     kind: Kind = Kind.UNKNOWN
     collections: Mapping[Path, str] = field(default_factory=dict)
     linen: LinenNote | None = None
     nnx: Form | None = None
+    place: Path = ()
 
     @property
     def known(self) -> Known:
@@ -85,6 +87,8 @@ def write_note(note: Note) -> dict[str, Any]:
     if note.nnx is not None:
         form = note.nnx
         table["nnx"] = {"layout": form.kind.value, "model": list(form.model), "optimizer": list(form.optimizer)}
+    if note.place:
+        table["place"] = list(note.place)
     return {NOTE: table}
 
 
@@ -126,7 +130,7 @@ def _read(table: Mapping[str, Any]) -> Note:
     if "nnx" in table:
         side = table["nnx"]
         nnx = Form(Kind(side["layout"]), _path(side["model"]), _path(side["optimizer"]))
-    return Note(Kind(table["layout"]), collections, linen, nnx)
+    return Note(Kind(table["layout"]), collections, linen, nnx, _path(table.get("place", [])))
 
 
 def _path(keys: Any) -> Location:

@@ -93,6 +93,11 @@ def fit_target(draft: Draft, target: Target) -> None:
     for key in fitted.without_place:
         for path in dict.fromkeys(draft.made[key].sources()):
             draft.drop(path, f"the target has no place for {key.role.value} {show_path(show(key))}")
+    # Averages are as large as the model, and as dear: that they stay behind is more than a line among what is dropped.
+    averages = {key.prefix[0]: None for key in fitted.without_place if key.role is Role.EXTRA and key.location}
+    if averages:
+        names = ", ".join(averages)
+        draft.warnings.append(f"what follows the params has no place in the target: {names} (load_into: extras=...)")
     draft.made = fitted.made
     draft.masked = set(target.parts.masked)
     if fitted.filled:

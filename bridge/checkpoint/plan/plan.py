@@ -14,6 +14,7 @@ from typing import Any, Literal
 from bridge._errors import show_path
 from bridge._types import Path
 from bridge.checkpoint.derivation.derived import Derived
+from bridge.checkpoint.formats.protocol import LeftOut
 from bridge.checkpoint.options import ConversionOptions, LeafRules
 from bridge.checkpoint.plan.draft import Draft, Request
 from bridge.checkpoint.plan.followers import take_followers
@@ -45,6 +46,7 @@ class Plan:
       source_layout, target_layout: Linen's or NNX's.
       memo: what the target should note about itself.
       unproven: why nothing has shown that the rules are right, if they were derived; "" otherwise.
+      left_out: what is beside the source's tree and does not come along: items, metadata.
     """
 
     source: Tree
@@ -58,6 +60,7 @@ class Plan:
     target_layout: Kind = Kind.UNKNOWN
     memo: Note = field(default_factory=Note)
     unproven: str = ""
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def lost(self) -> dict[Path, str]:
@@ -93,6 +96,7 @@ class Plan:
             list(self.warnings),
             list(self.notes),
             self.unproven,
+            [{"name": item.name, "why": item.why, "asked": item.asked} for item in self.left_out],
         )
 
     def summary(self) -> str:
@@ -109,6 +113,7 @@ class ConversionReport:
       rows: as `Plan.rows`.
       dropped: source, why, asked (whether a rule or an option says so).
       warnings, notes, unproven: as in `Plan`.
+      left_out: name, why, asked: what beside the tree does not come along.
     """
 
     source_layout: str
@@ -118,6 +123,7 @@ class ConversionReport:
     warnings: list[str]
     notes: list[str]
     unproven: str = ""
+    left_out: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -128,10 +134,11 @@ class ConversionReport:
         """One line: how many leaves, bytes and changes."""
         changed = [row["op"] for row in self.rows if row["op"]]
         how = ", ".join(sorted(set(map(_change, changed))))
+        left_out = f", {len(self.left_out)} left out" if self.left_out else ""
         return (
             f"{self.source_layout} -> {self.target_layout}: {len(self.rows)} leaves, {self.nbytes} bytes: "
             f"{len(self.rows) - len(changed)} copied as they are, {len(changed)} changed on the way"
-            f"{how and f' ({how})'}, {len(self.dropped)} dropped"
+            f"{how and f' ({how})'}, {len(self.dropped)} dropped{left_out}"
             f"{', NOT PROVEN' if self.unproven else ''}"
         )
 
@@ -142,6 +149,7 @@ class ConversionReport:
             how = row["op"] or ", ".join(map(show_path, row["sources"]))
             lines.append(f"{how} -> {show_path(row['target'])}  {row['dtype']}{row['shape']}")
         lines += [f"{show_path(row['source'])} is dropped: {row['why']}" for row in self.dropped]
+        lines += [f"{item['name']} is left out: {item['why']}" for item in self.left_out]
         if self.unproven:
             lines.append(f"nothing has shown that these rules are right: {self.unproven}")
         return "\n".join([*lines, *self.warnings, *self.notes])

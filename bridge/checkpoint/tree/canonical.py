@@ -216,7 +216,7 @@ def take_apart(tree: Tree, found: Layout, known: Known | None = None) -> Parts:
             "(tree)",
             expected="params, with step and opt_state beside them or alone; or an nnx.State",
             found=found.reason,
-            hint="Say which it is: layout=... (--layout).",
+            hint="Say which it is: kind=... (--layout; make_plan: layout=...), or where the state is: at=... (--at).",
         )
     return _Taken(tree, found, known).parts()
 

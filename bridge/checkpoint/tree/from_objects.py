@@ -16,6 +16,7 @@ import numpy as np
 from flax.core import meta
 
 import nnx_core as nnx
+from bridge._errors import listed, show_path
 from bridge._types import Location, Path, Shape
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.canonical import VALUE, Known, Parts, take_apart
@@ -69,12 +70,49 @@ def of_object(thing: Any, detected: Layout | None = None) -> Live:
     return Live(tree, walk.values, {}, walk.boxes, detected, Known(boxed=_locations(walk.boxes, detected.kind)))
 
 
-def of_training(model: Any, optimizer: Any = None) -> Live:
-    """A model, or a model and its optimizer; the model may well have attributes called `model` and `optimizer`."""
-    if optimizer is None:
+def of_training(model: Any, optimizer: Any = None, extras: Mapping[str, Any] | None = None) -> Live:
+    """A model, or a model, its optimizer and what else goes by its params, such as averages, under their names.
+
+    The model may well have attributes called `model` and `optimizer`.
+    """
+    if optimizer is None and not extras:
         return of_object(state_of(model), Layout(Kind.NNX_STATE, "it is a model or its State"))
-    both = {"model": state_of(model), "optimizer": state_of(optimizer)}
-    return of_object(both, Layout(Kind.NNX_TRAINING, "it is a model and its optimizer"))
+    fields = {"model": state_of(model)}
+    if optimizer is not None:
+        fields["optimizer"] = state_of(optimizer)
+    fields |= {name: params_of(extra)[0] for name, extra in (extras or {}).items()}
+    return of_object(fields, Layout(Kind.NNX_TRAINING, "it is a model and its optimizer"))
+
+
+def params_of(extra: Any) -> tuple[Any, list[Path]]:
+    """The params of a model or a State, as a tree of Variables, and the paths of its other Variables.
+
+    Averages are of params: what else a model of averages has (statistics, random streams) is no part of them. A State
+    without any param, and whatever is neither model nor State, is taken as it is.
+    """
+    flat = flat_state(extra)
+    if flat is None:
+        return extra, []
+    params: dict[Path, Any] = {}
+    others: list[Path] = []
+    for keys, variable in flat:
+        path = tuple(map(str, keys))
+        if _is_a(type(variable), "Param"):
+            params[path] = variable
+        else:
+            others.append(path)
+    return (layout.nest(params), others) if params else (state_of(extra), [])
+
+
+def notes_on_extras(extras: Mapping[str, Any]) -> list[str]:
+    """A line for each of `extras` that has more than params."""
+    notes: list[str] = []
+    for name, extra in extras.items():
+        others = params_of(extra)[1]
+        if others:
+            paths = listed([show_path(path) for path in others])
+            notes.append(f"{name} is of params: these variables of it are left as they are, and no part of it: {paths}")
+    return notes
 
 
 def of_leaves(leaves: Mapping[Path, Any], kind: Kind, known: Known) -> Live:

@@ -14,7 +14,7 @@ DEFAULTS = {field.name: field.default for field in fields(ConversionOptions)}
 #: Keywords of a door that are another's business, or have another default for a reason.
 OTHERS = {
     make_plan: {"layout", "metadata"},
-    load_into: {"optimizer", "format", "rng"},  # a model that is loaded keeps the checkpoint's random streams
+    load_into: {"optimizer", "extras", "format", "rng"},  # a model that is loaded keeps the checkpoint's random streams
     convert: set(),
 }
 

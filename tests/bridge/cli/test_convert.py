@@ -231,6 +231,7 @@ def test_json_is_one_document(linen, rules, tmp_path, run):
         assert (code, err, found["exit_code"], found["dry_run"]) == (0, "", 0, dry)
         assert set(found) == {
             *("source", "target", "dry_run", "leaves", "dropped", "warnings", "notes", "losses", "unproven", "result"),
+            "left_out",
             "exit_code",
         }
         assert found["source"]["format"] == "orbax"

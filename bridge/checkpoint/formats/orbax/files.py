@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -23,12 +23,18 @@ from bridge._errors import (
 from bridge._types import Path
 from bridge.checkpoint.formats.door import local_path, no_permission
 from bridge.checkpoint.formats.nearby import contents, neighbours, what_is_at
+from bridge.checkpoint.formats.protocol import Items
 
 UNFINISHED_SAVE = ".orbax-checkpoint-tmp"
 _PARTIAL = ".partial_save"  # what Orbax v1 adds to the name of a checkpoint that comes in several saves
-# `12`, `step_12`, `checkpoint_12`: what CheckpointManager and flax.training.checkpoints call the folder of a step.
-_STEP = re.compile(r"(.*_)?(\d+)")
-_USUAL_ITEMS = ("default", "state", "train_state", "items", "pytree", "params")
+#: `12`, `step_12`, `checkpoint_12`: what CheckpointManager and flax.training.checkpoints call the folder of a step.
+STEP_NAME = re.compile(r"(.*_)?(\d+)")
+#: Items of these names are whole states.
+WHOLE_ITEMS = ("default", "state", "train_state", "items", "pytree")
+_NNX_PARTS = frozenset({"model", "optimizer", "opt_state", "step"})
+_NOT_CONTENT = ("commit_success.txt", "_CHECKPOINT_METADATA")
+# Folders beside or in place of items that Orbax keeps for itself.
+_OWN_FOLDERS = ("ocdbt.process_", "array_metadatas", "checkpoint_metadata", "descriptor")
 # What tensorstore and json raise when a file is missing, cut short, empty, unreadable or not what it should be.
 ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, OverflowError)
 
@@ -42,8 +48,35 @@ class Location:
     item: str | None = None
 
 
+@dataclass(frozen=True)
+class StepFolder:
+    """A checkpoint, or a step of a folder: its number there, and the numbers of all."""
+
+    folder: FilePath
+    step: int | None = None
+    steps: tuple[int, ...] = ()
+
+
 def locate(path: str | FilePath, step: int | None, item: str | None) -> Location:
-    """The folder with the arrays, from a checkpoint, a step or a folder of steps."""
+    """The folder with the arrays, from a checkpoint, a step or a folder of steps; an error if there are several."""
+    place = find_step(path, step)
+    if _is_item(place.folder) and item is None:
+        return Location(place.folder, place.step)
+    chosen = choose(place.folder, item)
+    if len(chosen) > 1:
+        raise CheckpointLayoutError(
+            "the checkpoint has several items, which are one state",
+            path,
+            expected="one item",
+            found=", ".join(chosen),
+            hint="`open_source` and `convert` join them. Or choose one: item=... (--item NAME)",
+        )
+    ((name, folder),) = chosen.items()
+    return Location(folder, place.step, name)
+
+
+def find_step(path: str | FilePath, step: int | None) -> StepFolder:
+    """The step in a folder of steps, by default the latest; any other folder as it is."""
     path = local_path(path)
     if not path.exists():
         raise CheckpointNotFoundError(
@@ -62,42 +95,97 @@ def locate(path: str | FilePath, step: int | None, item: str | None) -> Location
         )
     if _is_unfinished(path.name):
         raise _unfinished(path, path.name)
-    steps = _steps(path)
-    if step is None and steps and all(map(_STEP.fullmatch, _items(path))):
+    steps = steps_in(path)
+    if step is None and steps and all(map(STEP_NAME.fullmatch, items_in(path))):
         step = max(steps)
     if step is None:
-        return _locate_item(path, None, item)
+        return StepFolder(path)
     if step not in steps:
         listed = ", ".join(map(str, sorted(steps))) or "no step folders"
         raise CheckpointNotFoundError(f"no step {step}", path, expected=f"a folder for step {step}", found=listed)
-    return _locate_item(steps[step], step, item)
+    return StepFolder(steps[step], step, tuple(sorted(steps)))
 
 
-def _locate_item(path: FilePath, step: int | None, item: str | None) -> Location:
-    if _is_item(path) and item is None:
-        return Location(path, step)
-    items = _items(path)
-    if item is not None:
-        if item not in items:
-            without = "a checkpoint without items" if _is_item(path) else "no items with arrays"
-            names = ", ".join(items) or without
-            raise CheckpointNotFoundError(f"no item {item!r}", path, expected=f"a folder {item!r}", found=names)
-        return Location(items[item], step, item)
+# --- items --------------------------------------------------------------------------------------------------
+
+
+def choose(folder: FilePath, wanted: Items | None) -> dict[str, FilePath]:
+    """The items of a step that are its state: name in the tree -> folder. One alone is all of the tree.
+
+    Without `wanted`: the only item with arrays, or the only one that is called as a whole state is, or all of them, if
+    their names are those of the parts of one state.
+
+    Raises:
+        CheckpointNotFoundError: there is no such item.
+        CheckpointLayoutError: there are several, and nothing tells which.
+    """
+    items = items_in(folder)
+    if wanted is not None:
+        return {name: _item(folder, items, stored) for name, stored in _by_name(wanted).items()}
     if not items:
-        raise _not_a_checkpoint(path)
-    for name in _USUAL_ITEMS:
-        if name in items:
-            return Location(items[name], step, name)
-    if len(items) > 1:
-        raise CheckpointLayoutError(
-            "the checkpoint has several items",
-            path,
-            expected="one item, or one called " + " or ".join(_USUAL_ITEMS),
-            found=", ".join(items),
-            hint="Choose one: item=... (--item NAME)",
-        )
-    name, folder = items.popitem()
-    return Location(folder, step, name)
+        raise _not_a_checkpoint(folder)
+    if len(items) == 1:
+        return items
+    whole = [name for name in WHOLE_ITEMS if name in items]
+    if len(whole) == 1:
+        return {whole[0]: items[whole[0]]}
+    if not whole and _are_parts(items):
+        return items
+    raise CheckpointLayoutError(
+        "the checkpoint has several items",
+        folder,
+        expected=f"one item; or one that is called {' or '.join(WHOLE_ITEMS)}; or the parts of one state, params and "
+        "opt_state and so on",
+        found=", ".join(items),
+        hint="Choose one, or several that are one state: item=... (--item NAME)",
+    )
+
+
+def _by_name(wanted: Items) -> Mapping[str, str]:
+    if isinstance(wanted, str):
+        return {wanted: wanted}
+    return wanted if isinstance(wanted, Mapping) else {name: name for name in wanted}
+
+
+def _item(folder: FilePath, items: Mapping[str, FilePath], name: str) -> FilePath:
+    if name not in items:
+        without = "a checkpoint without items" if _is_item(folder) else "no items with arrays"
+        names = ", ".join(items) or without
+        raise CheckpointNotFoundError(f"no item {name!r}", folder, expected=f"a folder {name!r}", found=names)
+    return items[name]
+
+
+def _are_parts(names: Iterable[str]) -> bool:
+    """Whether items are the parts of one training state, Linen's or NNX's, by their names.
+
+    Whatever else is beside `params` (`ema_params`, `data_iter`) is a field of that state: nothing of it is lost.
+    """
+    names = set(names)
+    return ("params" in names and "model" not in names) or ("model" in names and names <= _NNX_PARTS)
+
+
+def read_json_item(folder: FilePath) -> Any:
+    """The content of an item that was saved as JSON. Raises ValueError: it is none."""
+    files = [file for file in sorted(folder.iterdir()) if file.name not in _NOT_CONTENT]
+    if len(files) != 1 or not files[0].is_file():
+        raise ValueError("not one file")
+    return json.loads(files[0].read_bytes())
+
+
+def other_items(folder: FilePath) -> list[FilePath]:
+    """The folders of items that do not hold a tree of arrays: JSON, iterators, random keys."""
+    folders = [child for child in _folders(folder) if not _is_item(child)]
+    return [child for child in folders if not _is_unfinished(child.name) and not child.name.startswith(_OWN_FOLDERS)]
+
+
+def item_handlers(folder: FilePath) -> dict[str, str]:
+    """Which class of Orbax saved each item of a step; empty where nothing says so."""
+    file = folder / "_CHECKPOINT_METADATA"
+    if not file.is_file():
+        return {}
+    with reading(file, "who saved the checkpoint, as JSON"):
+        handlers = json.loads(file.read_text()).get("item_handlers")
+        return {str(name): str(handler) for name, handler in handlers.items()} if isinstance(handlers, dict) else {}
 
 
 def _not_a_checkpoint(path: FilePath) -> Exception:
@@ -132,7 +220,8 @@ def _folders(path: FilePath) -> list[FilePath]:
     return sorted(child for child in path.iterdir() if child.is_dir())
 
 
-def _items(path: FilePath) -> dict[str, FilePath]:
+def items_in(path: FilePath) -> dict[str, FilePath]:
+    """The items of a step that hold a tree of arrays."""
     items = {}
     for folder in _folders(path):
         if _is_item(folder) and not _is_unfinished(folder.name):
@@ -140,7 +229,7 @@ def _items(path: FilePath) -> dict[str, FilePath]:
     return items
 
 
-def _steps(path: FilePath) -> dict[int, FilePath]:
+def steps_in(path: FilePath) -> dict[int, FilePath]:
     """The step folders in `path`: those named by a number alone; if none, those with one common prefix."""
     if _is_item(path):
         return {}
@@ -148,7 +237,7 @@ def _steps(path: FilePath) -> dict[int, FilePath]:
     prefixed: dict[int, FilePath] = {}
     prefixes = set()
     for folder in _folders(path):
-        match = _STEP.fullmatch(folder.name)
+        match = STEP_NAME.fullmatch(folder.name)
         if not match or folder.name.startswith("ocdbt."):
             continue
         prefix, number = match[1], int(match[2])

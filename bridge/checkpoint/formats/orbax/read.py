@@ -44,6 +44,7 @@ from bridge.checkpoint.formats.orbax.files import (
     reading,
     tensorstore,
 )
+from bridge.checkpoint.formats.protocol import Around
 from bridge.checkpoint.formats.stored import Identity, changed, require_walkable
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
@@ -123,7 +124,7 @@ def read_metadata(path: str | FilePath, *, step: int | None = None, item: str | 
         path: a checkpoint folder, a step folder, or a CheckpointManager's folder of steps.
         step: the step; the latest by default.
         item: the item of a composite checkpoint; by default the only one with arrays, or the one called
-            `default`, `state`, `train_state`, `items`, `pytree` or `params`.
+            `default`, `state`, `train_state`, `items` or `pytree`. `open_source` joins several.
 
     Raises:
         CheckpointNotFoundError: nothing there, or no such step or item.
@@ -194,6 +195,8 @@ class _Entry:
 
 class OrbaxSource:
     """One item on disk: its rows, and tensorstore handles to its arrays, opened once. A `protocol.Source`."""
+
+    around = Around()
 
     def __init__(self, location: Location):
         self.path, self.step, self.item = location.root, location.step, location.item

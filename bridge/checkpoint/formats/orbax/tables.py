@@ -23,12 +23,14 @@ from bridge._errors import CheckpointWriteError, show_path
 from bridge._types import Path, Shape
 from bridge.checkpoint.formats.journal import Record
 from bridge.checkpoint.formats.orbax.files import first_clash, name_of, points_out
+from bridge.checkpoint.formats.protocol import JSON_ITEMS
 from bridge.checkpoint.tree.tree import Tree
 
 HANDLERS = {
     "v0": "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler",
     "v1": "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler",
 }
+_JSON = "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler"
 # Arrays are stored in chunks of at most this size, along their first axes: each is compressed by itself, and a reader
 # of one layer of a stack reads that layer.
 _CHUNK = 8 << 20
@@ -110,8 +112,30 @@ def check_names(path: FilePath, tree: Tree) -> None:
             )
 
 
+def take_json_items(metadata: Mapping[str, Any], besides: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The items that hold JSON, and the metadata without them; what cannot be the name of a folder stays there."""
+    rest = dict(metadata)
+    stored = rest.get(JSON_ITEMS)
+    if not isinstance(stored, dict):
+        return {}, rest
+    items = {name: content for name, content in stored.items() if name != besides and _is_folder_name(name)}
+    kept = {name: content for name, content in stored.items() if name not in items}
+    del rest[JSON_ITEMS]
+    return items, ({**rest, JSON_ITEMS: kept} if kept else rest)
+
+
+def _is_folder_name(name: str) -> bool:
+    """Orbax takes folders with `_` or `.` in front for its own."""
+    return bool(name) and not name.startswith((".", "_")) and not set("/\0") & set(name)
+
+
 def save_tables(
-    path: FilePath, version: str, item: str | None, metadata: dict[str, Any], started: int
+    path: FilePath,
+    version: str,
+    item: str | None,
+    metadata: dict[str, Any],
+    started: int,
+    json_items: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """The files in the checkpoint's folder that tell of the save, by name.
 
@@ -120,9 +144,11 @@ def save_tables(
         version, item: as for `OrbaxSink`.
         metadata: JSON types, Orbax's custom metadata.
         started: when the save began, in nanoseconds since 1970.
+        json_items: name -> content of items that hold JSON.
     """
+    json_items = json_items or {}
     saved = {
-        "item_handlers": {item: HANDLERS[version]} if item else HANDLERS[version],
+        "item_handlers": {item: HANDLERS[version], **dict.fromkeys(json_items, _JSON)} if item else HANDLERS[version],
         "metrics": {},
         "performance_metrics": {},
         "init_timestamp_nsecs": started,
@@ -135,6 +161,11 @@ def save_tables(
     }
     if version == "v1":
         files["orbax.checkpoint"] = ""
+    for name, content in json_items.items():
+        # What a CheckpointManager calls the file of its own item, and JsonSave that of any other.
+        file = "metrics" if name == "metrics" else "metadata"
+        files[f"{name}/{file}"] = json.dumps(content)
+        files[f"{name}/commit_success.txt"] = files["commit_success.txt"]
     return files
 
 

@@ -41,6 +41,7 @@ from bridge.checkpoint.formats.orbax.tables import (
     row_of,
     row_of_record,
     save_tables,
+    take_json_items,
 )
 from bridge.checkpoint.formats.sink import ResumableSink
 from bridge.checkpoint.formats.stored import host
@@ -224,7 +225,10 @@ class OrbaxSink(ResumableSink):
         """All files beside the arrays, by their place in the checkpoint."""
         rows = [self._rows[path] for path in self.tree.leaves]
         folder = f"{self.item}/" if self.item else ""
-        tables = save_tables(self.path, self.version, self.item, metadata, self._started)
+        json_items: dict[str, Any] = {}
+        if self.item and self.version == "v0":  # as CheckpointManager has them; elsewhere they stay in the metadata
+            json_items, metadata = take_json_items(metadata, besides=self.item)
+        tables = save_tables(self.path, self.version, self.item, metadata, self._started, json_items)
         for name, text in item_tables(self.tree, rows, self.version).items():
             tables[folder + name] = text
         return tables

@@ -34,6 +34,9 @@ def compare(
     b: Annotated[str, typer.Option("--b", metavar="PKG.MOD:ATTR", help="Another.")] = "",
     inputs: Annotated[list[str], typer.Option("--input", help="f32[2,28,28,1], i32[2,16], or a file batch.npz.")] = [],  # noqa: B006
     keywords: Annotated[list[str], typer.Option("--keyword", help="A keyword of both, as train=False.")] = [],  # noqa: B006
+    rngs: Annotated[
+        list[str], typer.Option("--rng", metavar="STREAM=SEED", help="A random stream of both, as dropout=0.")
+    ] = [],  # noqa: B006
     method: Annotated[list[str], typer.Option(help="What is called instead of __call__; twice: of a, of b.")] = [],  # noqa: B006
     checkpoint: Annotated[Path | None, typer.Option(help="Values of the Linen module; random ones without.")] = None,
     rules: Annotated[Path | None, typer.Option(help="TOML: from Linen's names to NNX's; derived without.")] = None,
@@ -52,7 +55,7 @@ def compare(
     if html is not None:
         _require_place(html)
     call = _call(inputs, keywords)
-    options = {"seeds": _seeds(seeds, call), **_training(steps, tx, loss)}
+    options = {"seeds": _seeds(seeds, call), "rngs": _streams(rngs), **_training(steps, tx, loss)}
     source = Source(call.args, call.kwargs, _methods(method), checkpoint, rules)
     with _doing("making both models", quiet=quiet or as_json), _aside(as_json):
         sides = linen_and_nnx(linen, nnx, source) if linen else any_two(a, b, source)
@@ -134,6 +137,19 @@ def _input(text: str) -> Any:
     if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
         raise typer.BadParameter(f"{text!r}: JAX has no {x.dtype} unless it is told: set JAX_ENABLE_X64=1")
     return x
+
+
+def _streams(texts: Sequence[str]) -> dict[str, Any] | None:
+    """The key of each random stream; None if none is given."""
+    import jax
+
+    streams = {}
+    for text in texts:
+        name, equals, seed = text.partition("=")
+        if not (name and equals and seed.isdecimal()):
+            raise typer.BadParameter(f"{text!r} is no random stream with its seed, such as dropout=0")
+        streams[name] = jax.random.key(int(seed))
+    return streams or None
 
 
 def _methods(names: Sequence[str]) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bridge._errors import show_path
+from bridge._errors import listed, show_path
 from bridge.cli.help import choices
 from bridge.cli.inspect import describe_source, print_source
 from bridge.cli.models import Models, check_of, read_models, target_of, transformation, write_rules
@@ -162,7 +162,6 @@ def convert(
         unproven=unproven,
     )
     work = _convert_steps if all_steps else _convert
-    _stream()
     raise typer.Exit(work(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json))
 
 
@@ -172,10 +171,11 @@ def _convert(
     """Plan, show, and unless it is a dry run write; the exit code."""
     from bridge.checkpoint.conversion import plan_conversion, source_of
 
+    _stream()
     with closing(source_of(source, options)) as opened:
         options = _fitting(opened, options, models)
         with progress_bar(quiet=quiet or as_json) as progress:
-            conversion = plan_conversion(opened, options, progress)
+            conversion = _with_streams_told(plan_conversion(opened, options, progress), models)
         losses = [] if options.lossy else conversion.losses
         shown = _Show(conversion, target, losses, dry_run=dry_run)
         if not (quiet or as_json):
@@ -198,6 +198,21 @@ def _fitting(opened: Source, options: ConversionOptions, models: Models) -> Conv
     return replace(options, target=target_of(models.model, options.tx, options.rng, tree))
 
 
+def _with_streams_told(conversion: Conversion, models: Models) -> Conversion:
+    """What a model has and its checkpoint will not have: restoring it into all of the model's state fails."""
+    import nnx_core
+
+    if conversion.options.to != "nnx" or models.model is None or conversion.options.rng != "drop":
+        return conversion
+    streams = nnx_core.to_flat_state(nnx_core.state(models.model, nnx_core.RngState))
+    if not streams:
+        return conversion
+    names = listed([show_path(path) for path, _ in streams], most=4)
+    note = f"random streams of the model are not in the result: {names}. --rng seed=0 writes new ones, --rng keep SRC's"
+    plan = replace(conversion.plan, notes=(*conversion.plan.notes, note))
+    return replace(conversion, plan=plan)
+
+
 def _convert_steps(
     source: Path, target: Path, options: ConversionOptions, models: Models, *, dry_run: bool, quiet: bool, as_json: bool
 ) -> int:
@@ -205,6 +220,7 @@ def _convert_steps(
     from bridge.checkpoint.conversion import LossyConversionError, source_of
     from bridge.checkpoint.steps import StepsReport, planned_steps, run_steps
 
+    _stream()
     with closing(source_of(source, replace(options, step=None))) as opened:
         options = _fitting(opened, options, models)
     losses = planned_steps(source, options)

@@ -252,7 +252,7 @@ class Comparison:
                 "which layers are which cannot be found out",
                 "two models that can be traced abstractly, and rules that fit them",
                 f"{type(error).__name__}: {error}",
-                "Give rules= that say what is what.",
+                "Give rules= (--rules) that say what is what; random streams that they draw from: rngs= (--rng).",
             ) from error
 
     def _units_of(self, subject: Subject) -> list[Unit]:

@@ -133,6 +133,18 @@ def two(a, b, shape="f32[8,5]"):
 
 
 @pytest.mark.slow
+def test_random_streams_are_given_by_name(run):
+    """Linen's keys are not those of a model in NNX; a ToNNX would draw the same."""
+    words = ("compare", *PAIR, "--keyword", "train=True")
+    code, _, err = run(*words)
+    assert code == 1
+    assert "(--rng)" in err
+    code, out, _ = run(*words, "--rng", "dropout=0", "--seeds", "1")
+    assert code == 3
+    assert "they first part at Dropout_0" in out
+
+
+@pytest.mark.slow
 def test_equal_models_are_exit_code_0(run):
     code, out, err = run("compare", *PAIR)
     assert (code, err) == (0, "")
@@ -347,6 +359,7 @@ USAGE = {
     "loss alone": ((*PAIR, "--loss", f"{HERE}:twice"), "--loss is for --steps"),
     "method of functions": ((*two("twice", "thrice"), "--method", "encode"), "--method is for models"),
     "no seeds": ((*PAIR, "--seeds", "0"), "--seeds"),
+    "stream": ((*PAIR, "--rng", "dropout"), "'dropout' is no random stream with its seed"),
     "keyword": ((*PAIR, "--keyword", "train"), "'train' is no keyword argument"),
     "taken": ((*PAIR, "--keyword", "steps=3"), "compare has an option of that name"),
     "methods": ((*PAIR, *("--method", "a") * 3), "--method is given once for both models, or twice"),

@@ -178,8 +178,13 @@ def test_random_streams_that_linen_has_not_are_made_anew(tmp_path, run):
     params = {"params": {"first": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}}
     source = checkpoint_run.save(params, tmp_path / "in", "orbax")
     words = ("--nnx", f"{__name__}:Noisy", "--rng")
-    assert run("convert", source, tmp_path / "without", "--to", "nnx", *words, "drop")[0] == 0
-    assert run("convert", source, tmp_path / "with", "--to", "nnx", *words, "seed=3")[0] == 0
+    code, out, _ = run("convert", source, tmp_path / "without", "--to", "nnx", *words, "drop")
+    assert code == 0
+    assert "random streams of the model are not in the result: " in out
+    assert "--rng seed=0 writes new ones" in out
+    code, out, _ = run("convert", source, tmp_path / "with", "--to", "nnx", *words, "seed=3")
+    assert code == 0
+    assert "random streams of the model" not in out
     streams = [path for path in checkpoint_run.load(tmp_path / "with", "orbax") if "rngs" in path]
     assert streams
     assert not any("rngs" in path for path in checkpoint_run.load(tmp_path / "without", "orbax"))

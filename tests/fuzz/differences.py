@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from tests.fuzz import programs as p
+from tests.fuzz.graphs import Settings
 
 
 class Difference(NamedTuple):
@@ -49,6 +50,20 @@ def _may_share_variables(program: p.Program) -> bool:
     return max(references.values(), default=0) > 1 or any(isinstance(x, p.Attach) for x in statements(program.body))
 
 
+def _has_static_without_hash(program: p.Program) -> bool:
+    return any(isinstance(static, Settings) for thing in program.graph.things for static in _statics(thing.members))
+
+
+def _statics(members: Iterable[tuple[str, Any]]) -> Iterator[Any]:
+    for _, (kind, content) in members:
+        if kind == "static":
+            yield content
+        elif kind == "dict":
+            yield from _statics(content)
+        elif kind in ("list", "tuple"):
+            yield from _statics(("", item) for item in content)
+
+
 def _references(members: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int]]:
     for _, (kind, content) in members:
         if kind in ("cell", "thing"):
@@ -76,6 +91,11 @@ DIFFERENCES = (
         "the documentation of `pop`: a Variable is removed from the graph; flax leaves it at all places but the first",
         lambda s: isinstance(s, p.Pop),
         _may_share_variables,
+    ),
+    Difference(
+        "a static attribute may be of any kind, equality decides; flax wants one with a hash in a transform",
+        lambda s: True,
+        _has_static_without_hash,
     ),
 )
 

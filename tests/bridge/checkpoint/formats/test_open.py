@@ -1,5 +1,6 @@
 """Which format a path holds, the trees of sources and sinks, and the errors that both share."""
 
+import importlib
 import json
 import os
 from contextlib import closing
@@ -21,6 +22,7 @@ from bridge._errors import (
 )
 from bridge.checkpoint import convert, read_metadata, save_as_linen
 from bridge.checkpoint.formats.open import FORMATS, SINK_FORMATS, open_sink, open_source
+from bridge.checkpoint.formats.protocol import Source
 from bridge.checkpoint.tree.layout import Leaf
 from bridge.checkpoint.tree.tree import Tree
 from tests.support.checkpoint_files import describe, load, save
@@ -281,3 +283,22 @@ def test_what_is_written_to_while_it_is_read_is_an_error(format, tmp_path):
             (path / "more").write_text("")
             with pytest.raises(CheckpointChangedError, match=r"(?s)more.*no such file.*inode"):
                 source.require_unchanged()
+
+
+def test_every_source_has_the_methods_of_the_protocol():
+    """A converter that asks one whether it has changed meets each of them."""
+    promised = {name for name, member in vars(Source).items() if callable(member) and not name.startswith("_")}
+    assert promised == {"read", "require_unchanged", "close"}
+    sources = set()
+    for name in ("stored", "npz", "joined", "orbax.read", "orbax.step"):
+        members = vars(importlib.import_module(f"bridge.checkpoint.formats.{name}")).values()
+        sources |= {kind for kind in members if isinstance(kind, type) and {"read", "close"} <= vars(kind).keys()}
+    assert {kind.__name__ for kind in sources} >= {
+        "FileSource",
+        "NpzSource",
+        "JoinedSource",
+        "OrbaxSource",
+        "_OneArray",
+    }
+    ours = [kind for kind in sources if kind.__module__.startswith("bridge.")]
+    assert all(promised <= vars(kind).keys() for kind in ours)

@@ -64,6 +64,7 @@ def test_a_step_that_is_an_item_of_one_array_is_the_step(tmp_path):
     source = open_source(tmp_path / "run")
     assert source.read(("step",)) == 70
     assert source.tree.leaves["step",].shape == ()
+    source.require_unchanged()
 
 
 def test_the_parts_of_an_nnx_state_are_joined(tmp_path):

@@ -165,7 +165,7 @@ def _advice(linen: Sequence[Unit], nnx: Sequence[Unit], ambiguous: Sequence[Doub
         example = _place(linen[0]), _place(nnx[0]), linen[0].family is not None
     if example is not None:
         first, second, below = show_path(example[0]), show_path(example[1]), "/**" if example[2] else ""
-        lines.append(f"  derive(..., rename={{{first!r}: {second!r}}}), or in a rules file:")
+        lines.append(f"  derive(..., rename={{{first!r}: {second!r}}}), or in a rules file (--rules):")
         lines.append(f'  [[rule]]\n  from = "*/{first}{below}"\n  to = "*/{second}{below}"')
     if linen:
         first = show_path(_place(linen[0]))

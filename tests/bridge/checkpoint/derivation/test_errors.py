@@ -50,7 +50,7 @@ def test_models_that_differ(linen, counts, text):
 def test_the_error_says_what_to_write():
     with pytest.raises(DerivationError) as error:
         derive(mlp(5, 3), Wide, X)
-    assert """derive(..., rename={'layers_0': 'fc1'}), or in a rules file:
+    assert """derive(..., rename={'layers_0': 'fc1'}), or in a rules file (--rules):
   [[rule]]
   from = "*/layers_0/**"
   to = "*/fc1/**"

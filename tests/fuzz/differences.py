@@ -93,6 +93,10 @@ DIFFERENCES = (
         _may_share_variables,
     ),
     Difference(
+        "FAULTS A9: a static may stand where data stood; in a transform flax takes it for data by the name's old mark",
+        lambda s: isinstance(s, p.Attach) and s.what == "static",
+    ),
+    Difference(
         "a static attribute may be of any kind, equality decides; flax wants one with a hash in a transform",
         lambda s: True,
         _has_static_without_hash,

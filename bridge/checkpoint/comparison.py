@@ -29,8 +29,8 @@ from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.canonical import Form, Parts, Role, take_apart
 from bridge.checkpoint.tree.inner import below, outside
 from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
-from bridge.checkpoint.tree.ops import Op, Read
-from bridge.checkpoint.tree.tree import Tree
+from bridge.checkpoint.tree.ops import Op
+from bridge.checkpoint.tree.tree import Tree, read_of, reads_of
 
 # Elements that are compared at once: their float64 copies are small beside the leaves.
 _AT_ONCE = 1 << 20
@@ -219,13 +219,12 @@ def _whole(side: _Side, state: _State, place: Path) -> _Side:
     leaves = state.source.tree.leaves
 
     def read(path: Path) -> Op:
-        leaf = leaves[(*state.place, *path)]
-        return Read(leaf.path, leaf.shape, leaf.dtype)
+        return read_of(leaves[(*state.place, *path)])
 
     made = {(*place, *path): op.on(read) for path, op in side.made.items()}
     forms = {(*place, *path): leaf for path, leaf in side.leaves.items()}
     for path in outside(state.source.tree, state.place):
-        made[path] = Read(path, leaves[path].shape, leaves[path].dtype)
+        made[path] = read_of(leaves[path])
         forms[path] = leaves[path]
     return _Side(side.source, made, forms, frozenset((*place, *path) for path in side.streams))
 
@@ -237,13 +236,12 @@ def _common(form: Form) -> Form:
 
 def _as_stored(source: Source) -> _Side:
     leaves = source.tree.leaves
-    return _Side(source, {path: Read(path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()}, leaves)
+    return _Side(source, reads_of(leaves), leaves)
 
 
 def _by_key(state: _State, parts: Parts, form: Form) -> _Side:
     leaves = state.tree.leaves
-    made: dict[Path, Op] = {path: Read(path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
-    return _named(state.source, made, leaves, parts, form)
+    return _named(state.source, reads_of(leaves), leaves, parts, form)
 
 
 def _as_nnx(state: _State, rules: LeafRules | None, form: Form) -> _Side:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from bridge._errors import (
     show_path,
 )
 from bridge._types import Path
+from bridge._versions import version_of
 from bridge.checkpoint.beside import carried
 from bridge.checkpoint.formats.door import local_path
 from bridge.checkpoint.formats.open import open_sink, open_source
@@ -253,16 +253,8 @@ class Conversion:
         return {
             "converted_from": str(self.source.path),
             **({"unproven": self.plan.unproven} if self.plan.unproven else {}),
-            "converted_by": f"linen-nnx-bridge {_own_version()}",
+            "converted_by": f"linen-nnx-bridge {version_of('linen-nnx-bridge')}",
         }
-
-
-def _own_version() -> str:
-    """Of the installed package; a checkout that is not installed has none, and converts all the same."""
-    try:
-        return metadata.version("linen-nnx-bridge")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def source_of(path: str | FilePath, options: ConversionOptions) -> Source:

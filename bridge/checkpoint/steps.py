@@ -87,7 +87,7 @@ def run_steps(source: str | FilePath, target_path: str | FilePath, options: Conv
             hint="Go on with what an earlier run left: resume=True (--resume). Or choose another path.",
         )
     for step, folder in folders.items():
-        with Conversion.open(source, _options_of(step, source, options)) as conversion:
+        with _open_step(step, source, options) as conversion:
             if step in there:
                 _require_same(folder, conversion, options)
                 skipped.append(step)
@@ -115,23 +115,21 @@ def planned_steps(source: FilePath, options: ConversionOptions) -> dict[int, lis
         )
     losses: dict[int, list[str]] = {}
     for step in steps:
-        with Conversion.open(source, _options_of(step, source, options)) as conversion:
+        with _open_step(step, source, options) as conversion:
             losses[step] = conversion.losses
     return losses
 
 
-def _options_of(step: int, source: FilePath, options: ConversionOptions) -> ConversionOptions:
-    """Those of one step: its state is the item that it was, or, joined of several, the one that Orbax expects."""
-    options = replace(options, step=step)
-    if options.target_item is not None or options.target_format != "orbax":
-        return options
-    with closing(open_source(source, format=options.source_format, step=step, item=options.item)) as opened:
-        items, name = opened.around.items, opened.item
-    if not items:
-        return options
+def _open_step(step: int, source: FilePath, options: ConversionOptions) -> Conversion:
+    """The conversion of one step: its state is the item that it was, or, joined of several, the one Orbax expects."""
+    conversion = Conversion.open(source, replace(options, step=step))
+    items, name = conversion.source.around.items, conversion.source.item
+    if options.target_item is not None or options.target_format != "orbax" or not items:
+        return conversion
     # A CheckpointManager that finds an item `default` takes no names of others, but for its own `metrics`.
     named = any(holds == "JSON" and item != "metrics" for item, holds in items.items())
-    return replace(options, target_item=name or ("state" if named else "default"))
+    item = name or ("state" if named else "default")
+    return replace(conversion, options=replace(conversion.options, target_item=item))
 
 
 def _require_same(folder: FilePath, conversion: Conversion, options: ConversionOptions) -> None:

@@ -7,7 +7,7 @@ Knows sources and hashes; knows nothing of layouts or of how the leaves were mad
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -19,7 +19,8 @@ from bridge.checkpoint.formats.open import open_source
 from bridge.checkpoint.formats.protocol import Items, Source
 from bridge.checkpoint.options import MAX_MEMORY
 from bridge.checkpoint.stream import Batch, Progress, batches, leaf_hash, values
-from bridge.checkpoint.tree.ops import Read
+from bridge.checkpoint.tree.layout import Leaf
+from bridge.checkpoint.tree.tree import reads_of
 
 #: The key of the hashes in the metadata of a checkpoint: a list of `[keys of the path, SHA-256]`.
 HASHES = "hashes"
@@ -106,14 +107,13 @@ def verify_source(
     wrong: dict[str, list[Path]] = {"other bits": [], "unreadable": []}
     wrong["missing"] = [path for path in expected if path not in leaves]
     wrong["unexpected"] = [path for path in leaves if path not in expected]
-    ops = {path: Read(path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
-    for batch in batches(ops, leaves, leaves, max_memory):
-        for path, digest in _hashes(batch, source).items():
+    for hashes in _hashed(source, leaves, max_memory):
+        for path, digest in hashes.items():
             if digest is None:
                 wrong["unreadable"].append(path)
             elif digest != expected.get(path, digest):
                 wrong["other bits"].append(path)
-        done += sum(leaves[path].nbytes for path in batch.leaves)
+        done += sum(leaves[path].nbytes for path in hashes)
         if progress is not None:
             progress("verifying", done, source.tree.nbytes)
     if any(wrong.values()):
@@ -125,12 +125,16 @@ def verify_source(
 def wrong_bits(source: Source, expected: Mapping[Path, str], *, max_memory: int = MAX_MEMORY) -> list[Path]:
     """Those of the leaves in `expected`, as far as they are there, that have another hash or cannot be read."""
     leaves = {path: leaf for path, leaf in source.tree.leaves.items() if path in expected}
-    ops = {path: Read(path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     wrong: list[Path] = []
-    for batch in batches(ops, leaves, leaves, max_memory):
-        hashes = _hashes(batch, source)
+    for hashes in _hashed(source, leaves, max_memory):
         wrong += [path for path, digest in hashes.items() if digest != expected[path]]
     return wrong
+
+
+def _hashed(source: Source, leaves: Mapping[Path, Leaf], max_memory: int) -> Iterator[dict[Path, str | None]]:
+    """The hashes of these leaves, batch by batch."""
+    for batch in batches(reads_of(leaves), leaves, leaves, max_memory):
+        yield _hashes(batch, source)
 
 
 def _hashes(batch: Batch, source: Source) -> dict[Path, str | None]:

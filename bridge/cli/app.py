@@ -12,12 +12,12 @@ import platform
 import re
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
 from bridge._errors import BridgeError
+from bridge._versions import version_of
 from bridge.cli.compare import compare
 from bridge.cli.convert import convert
 from bridge.cli.demo import demo
@@ -64,15 +64,8 @@ def versions() -> dict[str, str]:
     >>> list(versions())
     ['linen-nnx-bridge', 'jax', 'flax', 'python']
     """
-    packages = {name: _version_of(name) for name in ("linen-nnx-bridge", "jax", "flax")}
+    packages = {name: version_of(name) for name in ("linen-nnx-bridge", "jax", "flax")}
     return {**packages, "python": platform.python_version()}
-
-
-def _version_of(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "unknown"  # run from a folder, without an installation
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

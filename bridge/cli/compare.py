@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bridge.cli.models import transformation
-from bridge.cli.show import console, plain, print_json, table
+from bridge.cli.show import Json, console, plain, print_json, table
 from bridge.cli.words import load_attribute, parse_input, parse_keyword, users_code
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def compare(
     loss: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="Trained on: (output, inputs) -> scalar.")] = "",
     html: Annotated[Path | None, typer.Option(help="Write the report as a page; must not exist.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the verdict alone.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Run two models on the same values and inputs. Exit codes: 0 equal, 1 an error, 2 wrong usage, 3 not equal."""
     from bridge.cli.sides import Source, any_two, linen_and_nnx

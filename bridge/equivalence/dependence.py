@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from bridge.tracing.data_flow import as_they_are
 from bridge.tracing.trace import is_array
 
 #: Dtypes in half precision, each with a bit of its own.
@@ -66,8 +67,8 @@ class _Walk:
         if name == "scan":
             body = getattr(programs[0], "jaxpr", programs[0])
             # No parameter counts them in every JAX: what is taken apart along an axis is a round's alone.
-            carry = _as_they_are(equation.outvars, body.outvars)
-            start = _as_they_are(equation.invars, body.invars) - carry
+            carry = as_they_are(equation.outvars, body.outvars)
+            start = as_they_are(equation.invars, body.invars) - carry
             return self._repeated(body, masks, start, carry)
         program = getattr(programs[0], "jaxpr", programs[0])
         forms = (len(program.invars), len(program.outvars))
@@ -209,11 +210,6 @@ def ranges_of(program: Any, before: Any, inputs: Any) -> dict[int, Range]:
 def narrower(one: Range, other: Range) -> Range:
     """What is safe for both."""
     return min(one[0], other[0]), min(one[1], other[1])
-
-
-def _as_they_are(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    """How many values a scan does not take apart, or put together, along its axis."""
-    return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True))
 
 
 def _programs(params: Any) -> Iterator[Any]:

@@ -106,8 +106,8 @@ class DataFlow:
         taken from the first walk: after it a layer seems to need the layers behind it, of the round before.
         """
         body = getattr(equation.params["jaxpr"], "jaxpr", equation.params["jaxpr"])
-        stop = _as_they_are(equation.invars, body.invars)  # constants, and what is carried on
-        start = stop - _as_they_are(equation.outvars, body.outvars)
+        stop = as_they_are(equation.invars, body.invars)  # constants, and what is carried on
+        start = stop - as_they_are(equation.outvars, body.outvars)
         if equation.params["reverse"]:
             self._backwards |= functools.reduce(operator.or_, inputs[stop:], 0)
         outputs = self._walk(body, inputs)
@@ -133,6 +133,6 @@ def _in_one_stack(first: Instance, second: Instance) -> bool:
     return False
 
 
-def _as_they_are(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+def as_they_are(outside: Sequence[Any], inside: Sequence[Any]) -> int:
     """How many values a scan does not take apart, or put together, along its axis."""
     return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True))

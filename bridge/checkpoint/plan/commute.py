@@ -23,11 +23,12 @@ import optax
 
 from bridge._errors import show_path
 from bridge._types import Location, Path, Shape
-from bridge.checkpoint.plan.slots import SlotError, follow, is_new, read_of
+from bridge.checkpoint.plan.slots import SlotError, follow, is_new
 from bridge.checkpoint.tree import layout, opt_state
 from bridge.checkpoint.tree.canonical import Key, Role
 from bridge.checkpoint.tree.layout import Leaf
 from bridge.checkpoint.tree.ops import Add, Block, Cast, Fill, Join, Op, OpError, Pick, Read, Region, Reshape, Transpose
+from bridge.checkpoint.tree.tree import read_of
 
 # Updates in float64 that differ by more than this part of the largest one differ by more than rounding: states that an
 # optimizer keeps in float32 whatever its params are move them by 1e-7, a weight decay of 1e-5 by more than this.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from bridge._types import Path
 from bridge.checkpoint.tree.canonical import Form, Key, Role
+from bridge.checkpoint.tree.inner import names_below
 
 _ROOT = ("opt_state",)
 
@@ -40,7 +41,7 @@ def from_keys(keys: Iterable[Key]) -> EmptyNodes:
             paths.append((*_ROOT, *key.prefix, *of_params))
     empty: dict[Path, str] = {}
     lists: set[Path] = set()
-    for path, names in _names_below(paths).items():
+    for path, names in names_below(paths).items():
         is_label = path[-1:] == ("inner_states",)  # of a multi_transform; labels may be digits too
         if path[:1] != _ROOT or is_label or not all(map(str.isdecimal, names)):
             continue
@@ -49,15 +50,6 @@ def from_keys(keys: Iterable[Key]) -> EmptyNodes:
             if index not in names:
                 empty[(*path, index)] = "None"
     return EmptyNodes(empty, frozenset(lists))
-
-
-def _names_below(paths: Iterable[Path]) -> dict[Path, set[str]]:
-    """The keys of each node above these paths."""
-    below: dict[Path, set[str]] = {}
-    for path in paths:
-        for depth, name in enumerate(path):
-            below.setdefault(path[:depth], set()).add(name)
-    return below
 
 
 def tails(keys: Iterable[Key], form: Form) -> frozenset[Path]:
@@ -69,13 +61,13 @@ def tails(keys: Iterable[Key], form: Form) -> frozenset[Path]:
 def fitting(nodes: EmptyNodes, paths: Iterable[Path]) -> EmptyNodes:
     """Those that go with leaves and masked params at these paths."""
     taken = set(paths)
-    above = _names_below((*taken, *nodes.empty))
+    above = names_below((*taken, *nodes.empty))
     empty: dict[Path, str] = {}
     for path, kind in nodes.empty.items():
         inside = any(path[:depth] in taken for depth in range(len(path) + 1))
         if not inside and path not in above:
             empty[path] = kind
-    below = _names_below((*taken, *empty))
+    below = names_below((*taken, *empty))
     lists: set[Path] = set()
     for path in nodes.sequences:
         names = below.get(path)

@@ -16,8 +16,8 @@ from bridge.checkpoint.options import ConversionOptions
 from bridge.checkpoint.plan.note import NOTE, read_note
 from bridge.checkpoint.plan.plan import Plan
 from bridge.checkpoint.tree.inner import around, below, outside, states_in
-from bridge.checkpoint.tree.ops import Op, Read
-from bridge.checkpoint.tree.tree import Tree
+from bridge.checkpoint.tree.ops import Op
+from bridge.checkpoint.tree.tree import Tree, read_of
 
 
 def place_in(tree: Tree, metadata: Mapping[str, Any], asked: Path | None, where: object = "(tree)") -> Path:
@@ -76,8 +76,7 @@ def embedded(plan: Plan, tree: Tree, place: Path, options: ConversionOptions) ->
         return plan
 
     def whole(path: Path) -> Op:
-        leaf = tree.leaves[(*place, *path)]
-        return Read(leaf.path, leaf.shape, leaf.dtype)
+        return read_of(tree.leaves[(*place, *path)])
 
     rest = outside(tree, place)
     dropped = {(*place, *path): why for path, why in plan.dropped.items()}
@@ -93,11 +92,6 @@ def embedded(plan: Plan, tree: Tree, place: Path, options: ConversionOptions) ->
             notes = [f"{notes[0]}; what is outside of it is carried unchanged: {len(rest)} leaves"]
         target = around(tree, place, plan.target)
         inside = {(*place, *path): op for path, op in made.items()}
-        every = {path: inside[path] if path in inside else _copy(tree, path) for path in target.leaves}
+        every = {path: inside[path] if path in inside else read_of(tree.leaves[path]) for path in target.leaves}
         changes = {"made": every, "target": target, "memo": replace(plan.memo, place=place)}
     return replace(plan, source=tree, dropped=dropped, asked=frozenset(asked), notes=(*notes, *plan.notes), **changes)
-
-
-def _copy(tree: Tree, path: Path) -> Op:
-    leaf = tree.leaves[path]
-    return Read(path, leaf.shape, leaf.dtype)

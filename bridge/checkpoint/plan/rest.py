@@ -10,11 +10,11 @@ import numpy as np
 
 from bridge._errors import listed, show_path
 from bridge.checkpoint.plan.draft import Draft, Request
-from bridge.checkpoint.plan.slots import read_of
 from bridge.checkpoint.plan.target import fresh_stream
 from bridge.checkpoint.tree.canonical import STEP, Key, Role
 from bridge.checkpoint.tree.layout import Leaf
 from bridge.checkpoint.tree.ops import Cast, Fill, Op
+from bridge.checkpoint.tree.tree import read_of
 
 
 def take_rest(draft: Draft) -> None:

@@ -20,6 +20,7 @@ from bridge._types import Location, Path
 from bridge.checkpoint.tree.canonical import Key, Role
 from bridge.checkpoint.tree.layout import Leaf
 from bridge.checkpoint.tree.ops import Cast, Fill, Op, OpError, Read, without_added
+from bridge.checkpoint.tree.tree import read_of
 
 
 class SlotError(BridgeError, ValueError):
@@ -144,11 +145,6 @@ def _follow_one(
         result.made[group.key(location)] = op.on(lambda old: read_of(forms[group.leaves[old]]))
     except OpError as error:
         raise SlotError(first, location, "leaves that can be put together as the param's are", str(error)) from error
-
-
-def read_of(leaf: Leaf) -> Read:
-    """The leaf as it is."""
-    return Read(leaf.path, leaf.shape, leaf.dtype)
 
 
 def is_new(op: Op) -> bool:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from bridge._types import Location
 from bridge.checkpoint.plan.draft import Draft, Request
-from bridge.checkpoint.plan.slots import read_of
 from bridge.checkpoint.plan.target import aim
 from bridge.checkpoint.rules.apply import Rules
 from bridge.checkpoint.tree.canonical import Key, Role
 from bridge.checkpoint.tree.ops import Op, Read
+from bridge.checkpoint.tree.tree import read_of
 
 
 def take_variables(draft: Draft) -> None:

@@ -28,7 +28,7 @@ def states_in(tree: Tree) -> list[Path]:
     kind = tree.layout.kind
     if kind is not Kind.UNKNOWN and kind not in _LOOK_LIKE_MODULES:
         return []
-    names = _names_below([*tree.leaves, *tree.empty])
+    names = names_below([*tree.leaves, *tree.empty])
     places: list[Path] = []
     for path in names:
         if not path or any(path[: len(outer)] == outer for outer in places):
@@ -81,7 +81,7 @@ def outside(tree: Tree, place: Path) -> list[Path]:
     return [path for path in tree.leaves if path[: len(place)] != place]
 
 
-def _names_below(paths: Iterable[Path]) -> dict[Path, set[str]]:
+def names_below(paths: Iterable[Path]) -> dict[Path, set[str]]:
     """The keys of each node, in the order in which the nodes come, outer ones first."""
     names: dict[Path, set[str]] = {}
     for path in paths:

@@ -13,6 +13,7 @@ from typing import Any
 
 from bridge._types import Path
 from bridge.checkpoint.tree.layout import Layout, Leaf, detect
+from bridge.checkpoint.tree.ops import Op, Read
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,16 @@ class Tree:
         (('b', 'x'), ('b', 'y'), ('a',))
         """
         return tuple(path for path in depth_first(self) if path in self.leaves)
+
+
+def read_of(leaf: Leaf) -> Read:
+    """The leaf as it is."""
+    return Read(leaf.path, leaf.shape, leaf.dtype)
+
+
+def reads_of(leaves: Mapping[Path, Leaf]) -> dict[Path, Op]:
+    """Each leaf as it is, under its path."""
+    return {path: read_of(leaf) for path, leaf in leaves.items()}
 
 
 def depth_first(tree: Tree) -> list[Path]:

@@ -303,7 +303,7 @@ def test_a_checkout_that_is_not_installed_converts(saved, rules, tmp_path, monke
     def not_installed(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(conversion.metadata, "version", not_installed)
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
     convert(saved("nnx", "orbax"), tmp_path / "out", **options("nnx", rules))
     with closing(open_source(tmp_path / "out")) as source:
         assert source.metadata["converted_by"] == "linen-nnx-bridge unknown"

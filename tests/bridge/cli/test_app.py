@@ -49,7 +49,7 @@ def test_a_package_that_is_not_installed_has_an_unknown_version(monkeypatch):
     def not_installed(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(command_line.metadata, "version", not_installed)
+    monkeypatch.setattr(metadata, "version", not_installed)
     assert versions()["linen-nnx-bridge"] == "unknown"
     assert versions()["python"] == sys.version.split()[0]
 

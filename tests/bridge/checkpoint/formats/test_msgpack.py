@@ -172,6 +172,23 @@ def test_opening_reads_no_array_and_a_read_allocates_it_once(path):
     assert_trees_equal(jnp.asarray(whole) + 1, jnp.asarray(tree["big"]) + 1)
 
 
+def test_arrays_that_are_read_and_let_go_do_not_add_up(path):
+    size = 1 << 22
+    write(path, {str(i): np.full(size, i, "uint8") for i in range(8)})
+    with closing(open_source(path)) as source:
+        tracemalloc.start()
+        try:
+            held = source.read(("0",))
+            assert tracemalloc.get_traced_memory()[0] >= size
+            del held
+            assert tracemalloc.get_traced_memory()[0] < size // 4
+            for i in range(8):
+                assert int(source.read((str(i),))[::4096].max()) == i
+            assert tracemalloc.get_traced_memory()[1] < size + size // 4
+        finally:
+            tracemalloc.stop()
+
+
 @given(st.data())
 def test_a_region_is_that_part_of_the_array(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("m") / "a.msgpack"

@@ -89,14 +89,26 @@ def is_container(value: Any) -> bool:
     return kind_of(value) in _CONTAINERS
 
 
-def can_change(value: Any) -> bool:
-    """Whether `value` is a container that may change without an object being told: a list, a State, a user's pytree.
+def counting_states(value: Any) -> list[Any] | None:
+    """The States that count every change of what `value` holds; None if it may change without being counted.
 
-    Tuples and namedtuples change only if what is in them does.
+    A tuple changes only if what is in it does. A State counts its changes, those of a level of it at its root. A list,
+    a dict and a user's pytree tell nobody.
     """
-    if isinstance(value, tuple):
-        return any(map(can_change, value))
-    return kind_of(value) in _CONTAINERS
+    kind = kind_of(value)
+    if kind == STATE:
+        return [value._root]
+    if kind not in _CONTAINERS:
+        return []
+    if not isinstance(value, tuple):
+        return None
+    states: list[Any] = []
+    for child in value:
+        below = counting_states(child)
+        if below is None:
+            return None
+        states += below
+    return states
 
 
 _CONTAINERS = (SEQUENCE, DICT, STATE, PYTREE)
@@ -123,7 +135,7 @@ def contents(container: Any, *, deep: bool = True, depth: int = 0) -> Iterator[A
     yield _OPEN
     if kind == STATE and not deep:
         yield container
-        yield track(container)
+        yield track(container._root)
         yield _CLOSE
         return
     if kind == STATE:

@@ -43,9 +43,9 @@ from nnx_core.graph.classify import (
     STATE,
     STATIC,
     VARIABLE,
-    can_change,
     children,
     contents,
+    counting_states,
     kind_of,
     one_level,
 )
@@ -208,10 +208,10 @@ class Packer:
         #: For each value the cell it lives in; for each loose leaf its group.
         self.cells: list[list[Cell]] = [[] for _ in groups]
         self.loose_groups: list[int] = []
-        #: (object, key, contents) of each plain container that an object holds.
+        #: (object, key, contents) of each container that an object holds and nothing counts the changes of.
         self.containers: list[tuple[Object, Hashable, list[Any]]] = []
-        #: Objects and Variables with their versions, taken before they were read: another thread may change them.
-        self.versions: list[tuple[Object | Variable[Any], int]] = []
+        #: What counts its changes, with its version, taken before it was read: another thread may change it.
+        self.versions: list[tuple[Object | Variable[Any] | State, int]] = []
         #: Configuration that can be changed in place.
         self.fixed: list[Fixed] = []
         self.refs = refs
@@ -392,8 +392,11 @@ class Packer:
         kind = kind_of(value)
         if kind == STATIC or (kind == NUMBER and obj._nnx_mark(key) is None):
             return self.static(value)
-        if can_change(value):
+        states = counting_states(value)
+        if states is None:
             self.containers.append((obj, key, list(contents(value, deep=False))))
+        else:
+            self.versions.extend((state, track(state)) for state in states)
         return self.walk(value, place.below(key), OwnedBy(obj, (key,)))
 
 

@@ -2,7 +2,7 @@
 
 Law: a plan is used only while everything it saw is unchanged, so a stale plan cannot run. Checked in two
 steps: the one global reading of `_changes` (nothing at all has changed: the usual case), then the version of
-each object it saw. Plain lists and dicts cannot count their changes and are compared, shallowly.
+each object and State it saw. Plain lists and dicts cannot count their changes and are compared, shallowly.
 A plan keeps no object alive: it holds objects weakly, and Variables, which refer to none, strongly.
 """
 
@@ -46,7 +46,7 @@ class Plan:
         self._known = list(map(_held, packer.refs.objects))
         self._places: list[Any] = packer.refs.places  # of a walk, which has a Place for everything
         self._variables = [(x, version) for x, version in packer.versions if isinstance(x, Variable)]
-        self._objects = [(weakref.ref(x), version) for x, version in packer.versions if isinstance(x, Object)]
+        self._objects = [(weakref.ref(x), version) for x, version in packer.versions if not isinstance(x, Variable)]
         self._containers = [_container(*container) for container in packer.containers]
         self._cells = packer.cells
         self._fixed = packer.fixed

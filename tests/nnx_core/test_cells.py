@@ -3,6 +3,8 @@
 The oracle is the same program without any transform (law 2), or a Python loop.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -331,3 +333,43 @@ def test_a_state_on_an_object_is_a_container_of_cells():
     raw["m"] = ones(2) * 100  # past the State's own methods
     nnx.jit(write)(h)
     assert_trees_equal(h.moments["m"], ones(2) * 101)
+
+
+class Moments(NamedTuple):
+    count: jax.Array
+    moments: object
+
+
+# How an object may hold `level`, a mapping that is written to through another name.
+HELD = {
+    "itself": lambda level: level,
+    "in a list": lambda level: [level],
+    "in a dict": lambda level: {"k": level},
+    "in a tuple": lambda level: (ones(1), level),
+    "in tuples in a namedtuple": lambda level: Moments(ones(1), ((level,), ())),
+    "in a list in a tuple": lambda level: ([level],),
+}
+
+
+@pytest.mark.parametrize("hold", HELD.values(), ids=HELD)
+@pytest.mark.parametrize("kind", ["dict", "State", "level of a State"])
+def test_what_is_added_to_a_held_mapping_from_outside_is_seen(kind, hold):
+    contents = {"a": ones(2)}
+    outer = nnx.State({"level": contents})
+    level = {"dict": contents, "State": nnx.State(contents), "level of a State": outer["level"]}[kind]
+    other_name = outer["level"] if kind == "level of a State" else level
+
+    class Holder(nnx.Module):
+        def __init__(self):
+            self.held = nnx.data(hold(level))
+
+    def total(h):
+        return sum(x.sum() for x in jax.tree.leaves(nnx.to_pure_dict(nnx.state(h))))
+
+    h, f = Holder(), nnx.jit(total)
+    for key, size in (("b", 3), ("c", 4)):
+        assert_trees_equal(f(h), total(h))
+        other_name[key] = ones(size)
+    assert_trees_equal(f(h), total(h))
+    del other_name["a"]
+    assert_trees_equal(f(h), total(h))

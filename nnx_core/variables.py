@@ -346,6 +346,8 @@ class Variable(Generic[A]):
                 f" metadata with v.set_metadata({name}=...)."
             )
         object.__setattr__(self, name, value)
+        if name == "__class__":  # what kind of Variable it is belongs to the structure
+            touch(self)
 
     def __getitem__(self, key: Any) -> Any:
         return self.get_value(index=key)

@@ -450,3 +450,17 @@ def test_row49_types_made_for_a_name_are_importable(name):
     model = nnx.List([kind(jnp.ones(1))])
     assert pickle.loads(pickle.dumps(nnx.graphdef(model))) == nnx.graphdef(model)
     assert type(pickle.loads(pickle.dumps(model))[0]) is kind
+
+
+def test_another_class_is_another_structure():
+    class Holder(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones(2))
+
+    def kind(m):
+        return jnp.float32(1 if type(m.w) is nnx.Param else 2)
+
+    m, f = Holder(), nnx.jit(kind)
+    assert f(m) == 1
+    m.w.__class__ = nnx.BatchStat
+    assert f(m) == kind(m) == 2

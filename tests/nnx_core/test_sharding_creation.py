@@ -1,4 +1,4 @@
-"""Where new Variables go on eight devices: as with flax.nnx, on automatic and on explicit axes; and where we part.
+"""Where new Variables go on eight devices, where flax.nnx is no oracle; where it is, see `test_sharding_as_flax`.
 
 Law: what a mesh does is a matter of places; the numbers are those of one device.
 """
@@ -20,18 +20,22 @@ from jax.sharding import PartitionSpec as P
 
 import nnx_core as nnx
 from nnx_core import modes, sharding
+from tests.support.placed_layers import (
+    AXES,
+    TX,
+    X,
+    keys,
+    layer_of,
+    linear,
+    loss_fn,
+    make_mesh,
+    numbers,
+    places,
+    spec_of,
+)
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-
-AXES = ("data", "model")
-RULES = [("embed", "data"), ("mlp", "model")]
-TX = optax.adam(0.1)
-X = np.arange(32, dtype=np.float32).reshape(4, 8) / 32
-
-
-def make_mesh(*types):
-    return jax.make_mesh((2, 4), AXES, axis_types=types)
 
 
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -47,263 +51,6 @@ def auto():
 @pytest.fixture
 def explicit():
     return make_mesh(AxisType.Explicit, AxisType.Explicit)
-
-
-def ramp_init(key, shape, dtype=jnp.float32):
-    """Cheap to compile, and of another value in every place."""
-    return jnp.arange(np.prod(shape), dtype=dtype).reshape(shape) / 32 - 0.5
-
-
-def spec_of(x):
-    """The spec without the Nones at its end; None on one device."""
-    if isinstance(x.sharding, jax.sharding.SingleDeviceSharding):
-        return None
-    spec = tuple(x.sharding.spec)
-    while spec and spec[-1] is None:
-        spec = spec[:-1]
-    return spec
-
-
-def places(lib, tree):
-    return {path: spec_of(v.get_value()) for path, v in lib.to_flat_state(lib.state(tree))}
-
-
-def numbers(lib, tree):
-    return {path: np.asarray(v.get_value()) for path, v in lib.to_flat_state(lib.state(tree))}
-
-
-def linear(lib, names=AXES, **metadata):
-    init = lib.with_partitioning(ramp_init, names, **metadata)
-    return lib.Linear(4, 8, kernel_init=init, rngs=lib.Rngs(0))
-
-
-def unplaced(lib):
-    with lib.use_eager_sharding(False):
-        return linear(lib)
-
-
-def loss_fn(model):
-    return (model(jnp.asarray(X[:, :4])) ** 2).mean()
-
-
-# ---- as with flax.nnx ----
-
-PROGRAMS = {}
-
-
-def program(f):
-    """Into the table, under its name; called with a library and a mesh, it gives a tree of modules and Variables."""
-    PROGRAMS[f.__name__] = f
-    return f
-
-
-@program
-def all_axes(lib, mesh):
-    with jax.set_mesh(mesh):
-        return {"w": lib.Param(jnp.asarray(X), out_sharding=AXES)}
-
-
-@program
-def few_names(lib, mesh):
-    with jax.set_mesh(mesh):
-        return {"w": lib.Param(jnp.asarray(X), out_sharding=("data",))}
-
-
-@program
-def a_partition_spec(lib, mesh):
-    with jax.set_mesh(mesh):
-        return {"w": lib.Param(jnp.asarray(X), out_sharding=P(None, "model"))}
-
-
-@program
-def a_numpy_value(lib, mesh):
-    with jax.set_mesh(mesh):
-        return {"w": lib.Param(X, out_sharding=AXES)}
-
-
-@program
-def logical_names(lib, mesh):
-    with jax.set_mesh(mesh), lib.logical_axis_rules(RULES):
-        return {"w": lib.Param(jnp.asarray(X), out_sharding=("embed", "mlp"))}
-
-
-@program
-def rules_of_its_own(lib, mesh):
-    with jax.set_mesh(mesh):
-        return {"w": lib.Param(jnp.asarray(X), out_sharding=("embed", None), sharding_rules=tuple(RULES))}
-
-
-@program
-def two_axes_for_one(lib, mesh):
-    with jax.set_mesh(mesh):
-        return {"w": lib.Param(jnp.asarray(X), out_sharding=(None, AXES))}
-
-
-@program
-def a_mesh_in_the_metadata(lib, mesh):
-    return {"w": lib.Param(jnp.asarray(X), out_sharding=AXES, mesh=mesh)}
-
-
-@program
-def a_named_sharding(lib, mesh):
-    return {"w": lib.Param(jnp.asarray(X), out_sharding=NamedSharding(mesh, P("data")))}
-
-
-@program
-def no_names(lib, mesh):
-    given = jax.device_put(jnp.asarray(X), NamedSharding(mesh, P("data")))
-    with jax.set_mesh(mesh):
-        return {"none": lib.Param(given, out_sharding=None), "empty": lib.Param(given, out_sharding=())}
-
-
-@program
-def a_layer(lib, mesh):
-    with jax.set_mesh(mesh):
-        return linear(lib)
-
-
-@program
-def a_layer_and_its_moments(lib, mesh):
-    with jax.set_mesh(mesh):
-        model = linear(lib)
-        return {"model": model, "optimizer": lib.Optimizer(model, TX, wrt=lib.Param)}
-
-
-@program
-def moments_elsewhere(lib, mesh):
-    with jax.set_mesh(mesh):
-        model = linear(lib, optimizer_sharding=("model", None))
-        return {"model": model, "optimizer": lib.Optimizer(model, TX, wrt=lib.Param)}
-
-
-@program
-def made_in_jit(lib, mesh):
-    def make():
-        model = linear(lib)
-        return {"model": model, "optimizer": lib.Optimizer(model, TX, wrt=lib.Param)}
-
-    with jax.set_mesh(mesh):
-        return lib.jit(make)()
-
-
-def layer_of(lib):
-    """A function of a key."""
-    init = lib.with_partitioning(ramp_init, AXES)
-    return lambda key: lib.Linear(4, 8, kernel_init=init, rngs=lib.Rngs(key))
-
-
-def keys():
-    return jax.random.split(jax.random.key(0), 3)
-
-
-@program
-def made_in_vmap(lib, mesh):
-    with jax.set_mesh(mesh):
-        return lib.vmap(layer_of(lib))(keys())
-
-
-@program
-def made_in_vmap_in_jit(lib, mesh):
-    with jax.set_mesh(mesh):
-        return lib.jit(lib.vmap(layer_of(lib)))(keys())
-
-
-@program
-def made_in_scan(lib, mesh):
-    with jax.set_mesh(mesh):
-        return lib.scan(layer_of(lib), in_axes=0, out_axes=0)(keys())
-
-
-@program
-def made_in_remat(lib, mesh):
-    with jax.set_mesh(mesh):
-        return lib.remat(lambda: linear(lib))()
-
-
-@program
-def named_later(lib, mesh):
-    with jax.set_mesh(mesh):
-        w = lib.Param(jnp.asarray(X))
-        w.set_metadata(out_sharding=AXES)
-        return {"w": w}
-
-
-@program
-def updated_with_what_is_everywhere(lib, mesh):
-    with jax.set_mesh(mesh):
-        model = linear(lib)
-        lib.update(model, {"kernel": jnp.ones((4, 8))})
-        return model
-
-
-@program
-def updated_from_a_state(lib, mesh):
-    with jax.set_mesh(mesh):
-        model = linear(lib)
-        lib.update(model, lib.state(unplaced(lib)))
-        return model
-
-
-@program
-def merged_and_cloned(lib, mesh):
-    model = unplaced(lib)
-    with jax.set_mesh(mesh):
-        placed = linear(lib)
-        parts = {"merged": model, "placed": placed}
-        return {name: (lib.merge(*lib.split(m)), lib.clone(m)) for name, m in parts.items()}
-
-
-@program
-def copied_with_another_value(lib, mesh):
-    with jax.set_mesh(mesh):
-        return {"w": linear(lib).kernel.replace(jnp.ones((4, 8)))}
-
-
-@program
-def mapped_over(lib, mesh):
-    with jax.set_mesh(mesh):
-        state = lib.state(linear(lib))
-        return lib.merge(lib.graphdef(linear(lib)), jax.tree.map(lambda x: x * 2, state))
-
-
-@program
-def switched_off(lib, mesh):
-    with jax.set_mesh(mesh), lib.use_eager_sharding(False):
-        off = {"names": AXES, "sharding": NamedSharding(mesh, P("data"))}
-        return {name: lib.Param(jnp.asarray(X), out_sharding=names) for name, names in off.items()}
-
-
-@program
-def switched_for_one(lib, mesh):
-    with jax.set_mesh(mesh):
-        off = lib.Param(jnp.asarray(X), out_sharding=AXES, eager_sharding=False)
-        with lib.use_eager_sharding(False):
-            on = lib.Param(jnp.asarray(X), out_sharding=AXES, eager_sharding=True)
-        return {"off": off, "on": on, "moments of off": lib.Optimizer({"w": off}, TX, wrt=lib.Param)}
-
-
-@program
-def trained_in_jit(lib, mesh):
-    @lib.jit
-    def step(model, optimizer):
-        optimizer.update(model, lib.grad(loss_fn)(model))
-
-    with jax.set_mesh(mesh):
-        model = linear(lib)
-        optimizer = lib.Optimizer(model, TX, wrt=lib.Param)
-        for _ in range(2):
-            step(model, optimizer)
-        return {"model": model, "optimizer": optimizer}
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_new_variables_are_where_flax_puts_them(name, mesh):
-    ours, theirs = PROGRAMS[name](nnx, mesh), PROGRAMS[name](flax_nnx, mesh)
-    assert places(nnx, ours) == places(flax_nnx, theirs)
-    assert_trees_close(numbers(nnx, ours), numbers(flax_nnx, theirs))
-
-
-# ---- where we part ----
 
 
 def test_names_that_the_mesh_has_not_move_nothing(mesh):

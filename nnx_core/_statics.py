@@ -10,6 +10,7 @@ Knows nothing of graphs.
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -89,3 +90,34 @@ def _same(a: Any, b: Any) -> bool:
     except Exception:  # noqa: BLE001  # whatever the class raises; arrays in a tuple raise ValueError
         return dataclasses.is_dataclass(a) and _same(vars(a), vars(b))  # which compare their fields as a tuple
     return isinstance(answer, bool | np.bool_) and bool(answer)
+
+
+# ---- metadata of a Variable, as a part of a structure ----
+
+
+def freeze_metadata(metadata: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Metadata as a hashable, order-free tuple; lists in it come back as lists."""
+    if not metadata:
+        return ()
+    return tuple((k, _frozen(v)) for k, v in sorted(metadata.items()))
+
+
+def thaw_metadata(frozen: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """The inverse of `freeze_metadata`."""
+    return {k: _thawed(v) for k, v in frozen}
+
+
+def _frozen(value: Any) -> Any:
+    if type(value) is list:
+        return _FrozenList(map(_frozen, value))
+    part = fixed(value)
+    # What compares well is left as it is: there are readers of frozen metadata beside `thaw_metadata`.
+    return value if type(part) is Fixed and part.content is value else part
+
+
+def _thawed(part: Any) -> Any:
+    return list(map(_thawed, part)) if type(part) is _FrozenList else unfixed(part)
+
+
+class _FrozenList(tuple[Any, ...]):
+    """A list among metadata, while it is part of a structure."""

@@ -20,7 +20,7 @@ from nnx_core._changes import touch
 from nnx_core._errors import InPlaceError, TraceError
 from nnx_core._in_place import fitted_part, written
 from nnx_core._repr import show_fields
-from nnx_core._statics import Fixed, fixed, unfixed
+from nnx_core._statics import freeze_metadata, thaw_metadata
 from nnx_core._trace import Site, caller, current_trace, show_site
 from nnx_core.modes import var_defaults
 
@@ -527,34 +527,6 @@ def _unflatten(aux: Any, children: Any) -> Variable[Any]:
 
 
 _VALUE_KEY = jax.tree_util.GetAttrKey("value")
-
-
-def freeze_metadata(metadata: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Metadata as a hashable, order-free tuple; lists in it come back as lists."""
-    if not metadata:
-        return ()
-    return tuple((k, _frozen(v)) for k, v in sorted(metadata.items()))
-
-
-def thaw_metadata(frozen: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """The inverse of `freeze_metadata`."""
-    return {k: _thawed(v) for k, v in frozen}
-
-
-def _frozen(value: Any) -> Any:
-    if type(value) is list:
-        return _FrozenList(map(_frozen, value))
-    part = fixed(value)
-    # What compares well is left as it is: there are readers of frozen metadata beside `thaw_metadata`.
-    return value if type(part) is Fixed and part.content is value else part
-
-
-def _thawed(part: Any) -> Any:
-    return list(map(_thawed, part)) if type(part) is _FrozenList else unfixed(part)
-
-
-class _FrozenList(tuple[Any, ...]):
-    """A list among metadata, while it is part of a structure."""
 
 
 def _register(kind: type) -> None:

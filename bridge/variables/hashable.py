@@ -1,7 +1,7 @@
 """Hashable stand-ins for what has no hash: the fields of Linen modules, whatever they hold; names and rules of axes.
 
 Law: two stand-ins are equal iff what they stand for is, and a stand-in never changes.
-Metadata that has to come back as it was is frozen by `nnx_core.variables.freeze_metadata`, which has an inverse.
+Metadata that has to come back as it was is frozen by `nnx_core._statics.freeze_metadata`, which has an inverse.
 Knows values and the fields of modules; knows nothing of variables.
 """
 

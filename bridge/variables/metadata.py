@@ -31,8 +31,9 @@ import nnx_core as nnx
 from bridge.variables._errors import AxisIndexError, AxisNameError
 from bridge.variables.hashable import with_tuples
 from bridge.variables.kinds import variable_type
+from nnx_core._statics import freeze_metadata, thaw_metadata
 from nnx_core.sharding import get_named_sharding, get_var_pspec, keep_rules_in
-from nnx_core.variables import current_keys, freeze_metadata, thaw_metadata
+from nnx_core.variables import current_keys
 
 keep_rules_in(nn.get_logical_axis_rules, nn.set_logical_axis_rules)
 

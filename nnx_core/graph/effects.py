@@ -15,6 +15,7 @@ import jax
 
 from nnx_core._borrowed import Borrowing
 from nnx_core._errors import TraceError, show_path
+from nnx_core._statics import freeze_metadata, thaw_metadata
 from nnx_core._trace import current_trace, show_site
 from nnx_core.graph.cells import ArrayCell, write_cell
 from nnx_core.graph.classify import (
@@ -29,7 +30,7 @@ from nnx_core.graph.objects import Object, is_array
 from nnx_core.graph.pack import Leaves, OwnedBy, Packer, Place, Refs, Spec
 from nnx_core.graph.structure import Element, GraphDef
 from nnx_core.graph.unpack import Unpacker, Watch, is_unchanged
-from nnx_core.variables import Variable, freeze_metadata, set_metadata_dict, thaw_metadata
+from nnx_core.variables import Variable, set_metadata_dict
 
 _ABSENT: Any = object()
 

@@ -11,6 +11,7 @@ import jax
 
 from nnx_core import filters as filterlib
 from nnx_core._errors import NotAGraphError, Path
+from nnx_core._statics import freeze_metadata, thaw_metadata
 from nnx_core.graph._errors import DuplicateVariableError, IndexSpaceError, StaticDataError
 from nnx_core.graph.api import (
     ABSENT,
@@ -31,7 +32,7 @@ from nnx_core.graph.unpack import Unpacker
 from nnx_core.graph.walk import find_duplicates, recursive_map
 from nnx_core.modes import sharing_allowed
 from nnx_core.state import FlatState, State
-from nnx_core.variables import Variable, freeze_metadata, set_metadata_dict, set_raw, thaw_metadata
+from nnx_core.variables import Variable, set_metadata_dict, set_raw
 
 A = TypeVar("A")
 Index = int

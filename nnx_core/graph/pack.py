@@ -32,7 +32,7 @@ from nnx_core._errors import (
     StructureError,
     show_path,
 )
-from nnx_core._statics import Fixed
+from nnx_core._statics import Fixed, freeze_metadata
 from nnx_core.graph.cells import ArrayCell, Cell, Way
 from nnx_core.graph.classify import (
     ARRAY,
@@ -66,7 +66,7 @@ from nnx_core.graph.structure import (
     static,
 )
 from nnx_core.state import State, sorted_keys
-from nnx_core.variables import Variable, freeze_metadata, is_ref
+from nnx_core.variables import Variable, is_ref
 
 Group = Hashable
 Spec = Any

@@ -13,6 +13,7 @@ import jax
 
 from nnx_core._changes import track
 from nnx_core._depth import ROOM
+from nnx_core._statics import thaw_metadata
 from nnx_core._trace import Handed, current_trace
 from nnx_core.graph.cells import ArrayCell, Cell
 from nnx_core.graph.classify import contents, is_container, plain_containers, same_things
@@ -32,7 +33,7 @@ from nnx_core.graph.structure import (
     template_of,
 )
 from nnx_core.state import State
-from nnx_core.variables import Variable, new_variable, set_metadata_dict, thaw_metadata
+from nnx_core.variables import Variable, new_variable, set_metadata_dict
 
 
 class Watch:

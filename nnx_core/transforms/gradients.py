@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx_core._errors import Path, SpecError, show_path
+from nnx_core._statics import thaw_metadata
 from nnx_core.filters import Filter
 from nnx_core.graph.classify import ARRAY, NUMBER, PYTREE, kind_of, one_level
 from nnx_core.graph.objects import Object
@@ -21,7 +22,7 @@ from nnx_core.graph.structure import LEAVES, Element, LeafDef, Node, Ref, Variab
 from nnx_core.state import State
 from nnx_core.transforms.groups import Diff, DiffState, FilterGroups, Rest
 from nnx_core.transforms.lift import name_of
-from nnx_core.variables import Variable, new_variable, thaw_metadata
+from nnx_core.variables import Variable, new_variable
 
 _ABSENT: Any = object()
 _FORM = "Give it the form of the value it belongs to; None stands for zero."

@@ -50,6 +50,12 @@ def _may_share_variables(program: p.Program) -> bool:
     return max(references.values(), default=0) > 1 or any(isinstance(x, p.Attach) for x in statements(program.body))
 
 
+def _attaches_over_a_static(program: p.Program) -> bool:
+    """Whether something new may take the name of a static member."""
+    statics = {name for thing in program.graph.things for name, (kind, _) in thing.members if kind == "static"}
+    return any(isinstance(x, p.Attach) and p.attached_name(x) in statics for x in statements(program.body))
+
+
 def _has_static_without_hash(program: p.Program) -> bool:
     return any(isinstance(static, Settings) for thing in program.graph.things for static in _statics(thing.members))
 
@@ -100,6 +106,11 @@ DIFFERENCES = (
     Difference(
         "FAULTS A9: a static may stand where data stood; in a transform flax takes it for data by the name's old mark",
         lambda s: isinstance(s, p.Attach) and s.what == "static",
+    ),
+    Difference(
+        "FAULTS A9: data may stand where a static stood; by the old mark flax leaves a tracer there, as a static",
+        lambda s: isinstance(s, p.Attach),
+        _attaches_over_a_static,
     ),
     Difference(
         "a static attribute may be of any kind, equality decides; flax wants one with a hash in a transform",

@@ -114,6 +114,11 @@ class Attach(Statement):
     j: int
 
 
+def attached_name(s: Attach) -> str:
+    """The name of the new member."""
+    return "abcz"[s.j % 4]
+
+
 @dataclass(frozen=True)
 class Grow(Statement):
     """One more element for the plain lists and dicts of the i-th object."""

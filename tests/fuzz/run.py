@@ -184,7 +184,6 @@ class Run:
 
     def attach(self, s: p.Attach, m: Any, x: Any) -> Any:
         target = pick([o for o in objects_of(m) if type(o).__name__ in ("Node", "Record", "List", "Dict")], s.i)
-        name = "abcz"[s.j % 4]
         make = {
             "param": lambda: self.nnx.Param(jnp.full(2, x)),
             "array": lambda: jnp.full(2, x),
@@ -193,7 +192,7 @@ class Run:
             "alias": lambda: pick(reachable(m), s.j),
             "list": lambda: [self.nnx.Param(jnp.full(2, x)), jnp.full(2, x)],
         }
-        self.library.attach(target, name, make[s.what]())
+        self.library.attach(target, p.attached_name(s), make[s.what]())
         return x
 
     def grow(self, s: p.Grow, m: Any, x: Any) -> Any:

@@ -17,8 +17,8 @@ def place(layer: Module) -> str:
     return locate(layer) or type(layer).__name__
 
 
-class InputShapeError(NnxError, ValueError):
-    """A layer was called with the wrong rank or number of features."""
+class InputShapeError(NnxError, ValueError, TypeError):
+    """A layer was called with the wrong rank or number of features; JAX raises either, depending on the operation."""
 
     def __init__(self, layer: Module, expected: str, found: tuple[int, ...], fix: str):
         super().__init__(

@@ -6,7 +6,7 @@ nox -s oldest  the suite on the lowest versions that pyproject.toml allows; `new
 nox -s grids   the suite with the full grids of dtypes, optimizers and pairs, of which it otherwise runs the diagonal
 nox -s models  what packages on PyPI ship: Linen networks through the bridge, programs in flax.nnx on nnx_core
 nox -s fuzz    random programs over random graphs: `nox -s fuzz -- --fuzz-minutes 60 --fuzz-seed 1`
-nox -s docs    the API reference into build/docs
+nox -s docs    the site, the guide and the API reference, into build/site
 """
 
 import re
@@ -101,9 +101,10 @@ def fuzz(session):
 
 @nox.session
 def docs(session):
-    """The API reference, from the docstrings."""
+    """The site: a dead link, or a name that is not found, is an error."""
     session.install("-e", ".[docs]")
-    session.run("pdoc", "--output-directory", "build/docs", "nnx_core", "bridge")
+    env = {"NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
+    session.run("mkdocs", "build", "--strict", env=env)
 
 
 def lowest() -> list[str]:

@@ -168,7 +168,7 @@ def _linen(module: nn.Module, variables: Mapping[str, Any], method: Method) -> S
     def run(values: Values, keys: Keys, args: Any, kwargs: Any) -> tuple[Any, Values]:
         variables = tree_of(values.items())
         # As one argument each, so that no keyword of the model's is taken for one of `apply`.
-        output, updates = module.apply(variables, args, kwargs, method=invoke, mutable=_WRITABLE, rngs=keys)
+        output, updates = nn.Module.apply(module, variables, args, kwargs, method=invoke, mutable=_WRITABLE, rngs=keys)
         return output, _flat(updates)
 
     def listened(values: Values, keys: Keys, args: Any, kwargs: Any, listener: Listener) -> tuple[Any, Values]:

@@ -21,12 +21,13 @@ from bridge.linen_in_nnx._errors import SubmoduleAccessError
 from bridge.linen_in_nnx.config import Wrapped
 from bridge.linen_in_nnx.submodules import Submodule, Wrapper, look, method_at
 from bridge.variables.identity import same_leaves
-from bridge.variables.mapping import locations, nest, put
+from bridge.variables.mapping import EMPTY, locations, nest, put
 from bridge.variables.metadata import BOX, to_linen_value, to_nnx_variable
 from nnx_core._changes import touch
 from nnx_core._errors import TraceError
 from nnx_core.graph.api import plan_of
 from nnx_core.graph.containers import DictStorage
+from nnx_core.graph.objects import Marked
 
 
 class LinenScope(DictStorage[Any]):
@@ -147,8 +148,8 @@ def write_value(variable: nnx.Variable[Any], value: Any, location: Location) -> 
 
 
 def is_empty(value: Any) -> bool:
-    """Whether there is nothing in a value that Linen returned: it then needs no Variable."""
-    return not isinstance(value, jax.Array) and not jax.tree.leaves(value)
+    """Whether this stands for a collection without variables; axis names, None or `{}` are values."""
+    return type(value) is type(EMPTY)
 
 
 # ---- structure ----
@@ -182,6 +183,16 @@ def scoped(x: Any) -> Any:
     if isinstance(x, dict):
         return LinenScope({key: scoped(child) for key, child in x.items()})
     return x
+
+
+def nested_variables(x: Any) -> Mapping[str, Any] | None:
+    """`x` if it is nested dicts of Variables alone, as `linen_vars_to_nnx_attrs` makes them; else None."""
+    if isinstance(x, Marked):
+        x = x.value
+    if isinstance(x, LinenScope) or not isinstance(x, Mapping) or not x:
+        return None
+    below = (nested_variables(child) for child in x.values() if not isinstance(child, nnx.Variable))
+    return None if any(child is None for child in below) else x
 
 
 # ---- the node ----

@@ -146,8 +146,17 @@ def _call_parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 @functools.cache
 def _by_name(method: str | None) -> Callable[..., Any]:
     # One function for each name: JAX and Linen remember what they made of a function by the object.
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         return (module if method is None else getattr(module, method))(*args, **kwargs)
+
+    return call
+
+
+def unpacking(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` with its arguments as a tuple and a dict, so that no keyword is taken for one of `nn.Module.apply`."""
+
+    def call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return method(module, *args, **kwargs)
 
     return call
 

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from flax import linen as nn
 
 import nnx_core as nnx
 from bridge._errors import UnboundModuleError, show_path
 from bridge._types import Location
-from bridge.linen_in_nnx._errors import AlreadyInitializedError, NoOwnerError, NoRngsError, UnknownValueError
+from bridge.linen_in_nnx._errors import AlreadyInitializedError, NoOwnerError, UnknownValueError
 from bridge.linen_in_nnx.abstract_run import AbstractRun, calls_in, from_shapes
 from bridge.linen_in_nnx.as_graph import LinenNode, LinenScope, is_empty, nodes_in
+from bridge.linen_in_nnx.config import unpacking
 from bridge.linen_in_nnx.rngs import Keys, RngSource
 from bridge.linen_in_nnx.submodules import Submodule, method_at
 from bridge.variables.mapping import leaves, variables_from
@@ -92,16 +94,9 @@ def init_one(wrapper: LinenNode, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         raise AlreadyInitializedError(type(wrapper.module).__name__, count)
 
 
-def init_keys(wrapper: LinenNode, rngs: RngSource) -> Keys:
-    """The keys for making variables: from `rngs`, or the wrapper's own streams.
-
-    Raises:
-      NoRngsError: if there are none.
-    """
-    keys = Keys(wrapper.rngs if rngs is None else rngs, exact=wrapper._nnx_wrapped.exact)
-    if not keys.by_name:
-        raise NoRngsError(type(wrapper.module).__name__)
-    return keys
+def keys_for(wrapper: LinenNode, rngs: RngSource) -> Keys:
+    """The keys of one call: from `rngs`, or the wrapper's own streams."""
+    return Keys(wrapper.rngs if rngs is None else rngs, exact=wrapper._nnx_wrapped.exact)
 
 
 def make_variables(
@@ -117,13 +112,19 @@ def make_variables(
     `note` is told of them before anything is changed.
     """
     wrapped, there = wrapper._nnx_wrapped, wrapper._nnx_inventory().variables
-    keys = init_keys(wrapper, rngs)
+    keys = keys_for(wrapper, rngs)
     run, kwargs = wrapped.method(method, args, kwargs)
-    init = functools.partial(wrapped.module.init, keys.by_name, method=keys.watching(run))
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, kwargs))):
-        variables = from_shapes(type(wrapped.module).__name__, init, args, kwargs)
-    else:
-        variables = init(*args, **kwargs)
+    watched = keys.watching(unpacking(run))
+
+    def init(*args: Any, **kwargs: Any) -> Any:
+        return nn.Module.init(wrapped.module, keys.by_name, args, kwargs, method=watched)
+
+    is_abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, kwargs)))
+    with keys.required(wrapped.module):
+        if is_abstract:
+            variables = from_shapes(type(wrapped.module).__name__, init, args, kwargs)
+        else:
+            variables = init(*args, **kwargs)
     missing = [(location, value) for location, value in leaves(variables) if location not in there]
     new = {location: value for location, value in missing if not is_empty(value)}
     if new:

@@ -11,13 +11,16 @@ Knows streams, keys and Linen's scopes; knows nothing of variables.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import flax.errors
 import jax
+from flax import linen as nn
 
 import nnx_core as nnx
+from bridge.linen_in_nnx._errors import NoRngsError
 
 #: What stands for random keys: streams, keys or seeds by name, or one key or seed (for `params`).
 RngSource = nnx.Rngs | nnx.RngStream | Mapping[str, Any] | jax.Array | int | None
@@ -52,12 +55,26 @@ class Keys:
     def watching(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """`method`, a function of a bound Linen module, seen by `settle`."""
 
-        def watched(module: Any, *args: Any, **kwargs: Any) -> Any:
+        def watched(module: Any, /, *args: Any, **kwargs: Any) -> Any:
             # Linen's own, and shared with the scopes of lifted transforms: read in `settle`, once the call is over.
             self._counters = module.scope.root.rng_counters
             return method(module, *args, **kwargs)
 
         return watched
+
+    @contextmanager
+    def required(self, module: nn.Module) -> Iterator[None]:
+        """What draws a key in here says so if there are none at all; what draws none needs none.
+
+        Raises:
+          NoRngsError: if Linen asks for a key of `module`.
+        """
+        try:
+            yield
+        except flax.errors.InvalidRngError as error:
+            if self.by_name:
+                raise  # Linen says which one is missing
+            raise NoRngsError(type(module).__name__) from error
 
     def settle(self) -> None:
         """Count the streams that the watched call drew from.

@@ -90,18 +90,32 @@ class Submodule:
         def kind(module: nn.Module) -> str:
             return type(submodule_at(module, self._path)).__name__
 
-        name = self._wrapper.module.apply(self._wrapper._nnx_linen_variables(), method=kind)
+        name = nn.Module.apply(self._wrapper.module, self._wrapper._nnx_linen_variables(), method=kind)
         return f"Submodule({'.'.join(self._path)}: {name})"
 
 
 def method_at(path: Path, name: str | None) -> Callable[..., Any]:
     """A function of the wrapped module, bound, that calls the submodule at `path`, or its method `name`."""
 
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        if name is None and (own_method := _method_at(module, path)) is not None:
+            return own_method(*args, **kwargs)
         submodule: Any = submodule_at(module, path)
         return (submodule if name is None else getattr(submodule, name))(*args, **kwargs)
 
     return call
+
+
+def _method_at(module: nn.Module, path: Path) -> Callable[..., Any] | None:
+    """The method that stands at `path`, where a submodule has the same name: what Linen's instance answers."""
+    *above, name = path
+    try:
+        owner = submodule_at(module, tuple(above))
+    except SubmoduleAccessError:
+        return None
+    nn.Module.__dir__(owner)  # makes Linen run `setup`
+    attribute = None if of_class(type(owner), name) is None else getattr(owner, name, None)
+    return attribute if inspect.ismethod(attribute) and attribute.__self__ is owner else None
 
 
 def submodule_at(module: nn.Module, path: Path) -> nn.Module:
@@ -114,9 +128,10 @@ def submodule_at(module: nn.Module, path: Path) -> nn.Module:
 
 
 def _child(path: Path, module: nn.Module, name: str) -> nn.Module:
-    attribute = getattr(module, name, None)  # asking makes Linen run `setup`
+    attribute = getattr(module, name, None)  # asking makes Linen run `setup`, unless it is a field
     if isinstance(attribute, nn.Module) and attribute.name == name:
         return attribute
+    nn.Module.__dir__(module)  # makes Linen run `setup`
     # Its name may be another than the attribute's: `layers_0` in a list. `_state` and `parent` are Linen's own.
     attributes = {key: getattr(module, key) for key in vars(module) if key not in ("parent", "_state")}
     for child in modules_in(attributes):
@@ -133,6 +148,11 @@ def holds_modules(x: Any) -> bool:
 def has_setup(module: nn.Module) -> bool:
     """Whether the class of `module` has a `setup` of its own."""
     return inspect.getattr_static(type(module), "setup") is not inspect.getattr_static(nn.Module, "setup")
+
+
+def has_getattr(module: nn.Module) -> bool:
+    """Whether the class of `module` answers for attributes that it has not."""
+    return inspect.getattr_static(type(module), "__getattr__") is not inspect.getattr_static(nn.Module, "__getattr__")
 
 
 def of_class(kind: type[nn.Module], name: str) -> Any:
@@ -156,7 +176,7 @@ def look(wrapper: Wrapper, path: Path, name: str) -> Any:
         return _outside(getattr(submodule_at(module, path), name), wrapper)
 
     try:
-        return wrapper.module.apply(wrapper._nnx_linen_variables(), method=read)
+        return nn.Module.apply(wrapper.module, wrapper._nnx_linen_variables(), method=read)
     except flax.errors.FlaxError as error:
         raise AttributeError(f"{'.'.join((*path, name))} of {type(wrapper.module).__name__}: {error}") from error
 

@@ -30,13 +30,23 @@ from bridge.linen_in_nnx._errors import (
     StateAttributeError,
 )
 from bridge.linen_in_nnx.abstract_run import abstract_run
-from bridge.linen_in_nnx.as_graph import Inventory, LinenNode, LinenScope, at_home, filled, is_empty, write_value
-from bridge.linen_in_nnx.config import WHEN_TRAINING, Wrapped
-from bridge.linen_in_nnx.init import init_keys, init_one, lazy_init, make_variables, record
-from bridge.linen_in_nnx.rngs import Keys, RngSource
-from bridge.linen_in_nnx.submodules import has_setup, holds_modules, look, of_class, reported
+from bridge.linen_in_nnx.as_graph import (
+    Inventory,
+    LinenNode,
+    LinenScope,
+    at_home,
+    filled,
+    is_empty,
+    nested_variables,
+    write_value,
+)
+from bridge.linen_in_nnx.config import WHEN_TRAINING, Wrapped, unpacking
+from bridge.linen_in_nnx.init import init_one, keys_for, lazy_init, make_variables, record
+from bridge.linen_in_nnx.rngs import RngSource
+from bridge.linen_in_nnx.submodules import has_getattr, has_setup, holds_modules, look, of_class, reported
 from bridge.nnx_in_linen.host import captured_around, is_linen_initializing, made_around, mutable_around, placed
-from bridge.variables.mapping import leaves, variables_from
+from bridge.variables.load import load_into
+from bridge.variables.mapping import leaves, locations, variables_from
 from bridge.variables.metadata import to_nnx_variable
 from nnx_core._changes import touch
 
@@ -83,7 +93,9 @@ class ToNNX(LinenNode):
             rngs = rngs.fork()
         elif rngs is not None:
             rngs = nnx.Rngs(rngs)  # streams of its own, with the same keys
-        self.rngs = rngs
+        self.__dict__["rngs"] = rngs  # past __setattr__: a field of the Linen module may have this name
+        self._nnx_arrange()
+        touch(self)
 
     # ---- calls ----
 
@@ -128,20 +140,24 @@ class ToNNX(LinenNode):
 
     def _apply(self, args: Any, kwargs: Any, rngs: RngSource, method: Any, mutable: Any) -> Any:
         inventory, wrapped = self._nnx_inventory(), self._nnx_wrapped
-        keys = Keys(self.rngs if rngs is None else rngs, exact=wrapped.exact)
+        keys = keys_for(self, rngs)
         run, kwargs = wrapped.method(method, args, kwargs)
         if mutable is None:
             mutable = _writable(inventory.collections) or False
         captured = in_filter(mutable, "intermediates") and captured_around()
+        captured = kwargs.pop("capture_intermediates", captured)
         try:
             with reported(self):
-                result = wrapped.module.apply(
+                # By the class: `init` and `apply` may be names of the user's (a policy with its own `init`).
+                result = nn.Module.apply(
+                    wrapped.module,
                     filled(inventory.template),
-                    *args,
+                    args,
+                    kwargs,
                     rngs=keys.by_name or None,
-                    method=keys.watching(placed(run)),
+                    method=keys.watching(placed(unpacking(run))),
                     mutable=mutable,
-                    **{"capture_intermediates": captured, **kwargs},
+                    capture_intermediates=captured,
                 )
         except LINEN_NOT_FOUND as error:
             if inventory.variables or mutable_around() is not None:
@@ -157,15 +173,16 @@ class ToNNX(LinenNode):
     def _init(self, args: Any, kwargs: Any, rngs: RngSource, method: Any) -> Any:
         """What the first call returns while the Linen module around is initialised: what Linen's own `init` does."""
         wrapped, around = self._nnx_wrapped, mutable_around()
-        keys = init_keys(self, rngs)
+        keys = keys_for(self, rngs)
         run, kwargs = wrapped.method(method, args, kwargs)
-        with reported(self):
-            output, variables = wrapped.module.init_with_output(
+        with reported(self), keys.required(wrapped.module):
+            output, variables = nn.Module.init_with_output(
+                wrapped.module,
                 keys.by_name,
-                *args,
-                method=keys.watching(placed(run)),
+                args,
+                kwargs,
+                method=keys.watching(placed(unpacking(run))),
                 mutable=DenyList("intermediates") if around is None else around,
-                **kwargs,
             )
         keys.settle()
         new = variables_from(leaf for leaf in leaves(variables) if not is_empty(leaf[1]))
@@ -217,7 +234,8 @@ class ToNNX(LinenNode):
         return getattr(self.module, name)
 
     def _of_setup(self, name: str) -> Any:
-        if has_setup(self.module) and name not in WHEN_TRAINING:  # which are set, not computed
+        # Training flags are set, not computed.
+        if name not in WHEN_TRAINING and (has_setup(self.module) or has_getattr(self.module)):
             try:
                 return look(self, (), name)
             except AttributeError as error:
@@ -232,8 +250,11 @@ class ToNNX(LinenNode):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
+        nested = nested_variables(value)
         if name in self.__dict__:
             super().__setattr__(name, value)
+        elif nested is not None:
+            self._put_variables(name, nested)
         elif name in self._nnx_variables and not (name in WHEN_TRAINING and isinstance(value, bool | None)):
             self._set_variable(name, value)
         elif self._nnx_wrapped.has(name):
@@ -273,6 +294,23 @@ class ToNNX(LinenNode):
             raise StateAttributeError(name, value)
         self._nnx_variables[name] = value
         touch(self)
+
+    def _put_variables(self, name: str, nested: Mapping[str, Any]) -> None:
+        """Write into the Variables below `name`, and hold those that are given and not there.
+
+        Raises:
+          VariablesMismatchError: if one that is there is not given, or is given in another shape or dtype.
+        """
+        self._nnx_check_can_write(name)
+        given = dict(locations({name: nested}))
+        variables = self._nnx_inventory().variables
+        there = {location: x for location, x in variables.items() if location[1] == name and len(location) > 2}
+        new = {location: x for location, x in given.items() if location not in there}
+        if there:
+            known = {location: x for location, x in given.items() if location in there}
+            load_into(there, known, f"{name} of ToNNX({type(self.module).__name__})")
+        if new:
+            self._nnx_add(new)
 
     # ---- training and evaluation ----
 

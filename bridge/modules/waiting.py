@@ -18,7 +18,15 @@ import numpy as np
 import nnx_core as nnx
 from bridge._errors import linen_not_found, linen_place
 from bridge._types import Location, Path
-from bridge.nnx_in_linen.host import Host, LinenRngs, LinenStream, MissingRng, give_back_streams, hosted
+from bridge.nnx_in_linen.host import (
+    Host,
+    LinenRngs,
+    LinenStream,
+    MissingRng,
+    give_back_streams,
+    hosted,
+    intermediates_made,
+)
 from bridge.variables.kinds import variable_type
 from bridge.variables.mapping import EMPTY, inside, leaves, nest, put
 from bridge.variables.metadata import to_nnx_variable
@@ -130,7 +138,7 @@ def fill(child: Any, waiting: Waiting, path: Path, may_make: Callable[[str], boo
         level, whole_location = _level(waiting, location[:-1]), inside(location, path)
         if level is not None and location[-1] in level:
             replacements[id(variable)] = _fitting(variable, level.pop(location[-1]), whole_location)
-        elif not may_make(location[0]):
+        elif not may_make(location[0]) and not isinstance(variable, nnx.Intermediate):
             raise linen_not_found(whole_location, empty=location[0] not in waiting)
     _put_in_place(child, replacements)
     rest: Waiting = {}
@@ -186,7 +194,13 @@ def abstract(factory: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs, owner: str) -> 
         return _stream_for(x, rngs, owner) if isinstance(x, LinenStream) else x
 
     with hosted(None):  # a host would hand its keys to the streams that are walked over
-        return nnx.recursive_map(with_streams, nnx.eval_shape(make))
+        module = nnx.recursive_map(with_streams, nnx.eval_shape(make))
+    last = dict(nnx.to_flat_state(nnx.state(module, nnx.Intermediate)))
+    if last:  # nobody gives these, as what a call sows: they are as the constructor made them
+        values = intermediates_made(make)
+        for path, variable in last.items():
+            variable.set_raw_value(values[path])
+    return module
 
 
 def _stream_for(stream: LinenStream, rngs: nnx.Rngs, owner: str) -> nnx.RngStream:

@@ -19,8 +19,8 @@ import nnx_core as nnx
 from bridge._errors import linen_not_found, linen_place, show_path
 from bridge._types import Location
 from bridge.nnx_in_linen._errors import ConstructorChangedError, KeptGraphDefError, UnexpectedVariablesError
-from bridge.nnx_in_linen.host import Host, give_back_streams, hosted, no_key
-from bridge.nnx_in_linen.stand_ins import Sight, owning_nothing, seen_by
+from bridge.nnx_in_linen.host import Host, give_back_streams, hosted, intermediates_made, no_key
+from bridge.nnx_in_linen.stand_ins import Sight, located, owning_nothing, seen_by
 from bridge.nnx_in_linen.structure import Recipe, Slot, Structure, distinct, location_of, remember, structure_of
 from bridge.nnx_in_linen.subject import Subject
 from bridge.variables.metadata import to_nnx_variable
@@ -179,6 +179,8 @@ class Call:
     def _subject(self) -> Subject:
         unknown = self._unknown(self.structure)
         subject = self._built(self.structure)
+        if self.base.intermediates and self._give_intermediates(subject.module):
+            subject = Subject(subject.module)
         if not unknown:
             return subject
         rest = _attached(subject.module, unknown)
@@ -205,6 +207,29 @@ class Call:
             for location, value in self.values.items()
             if location not in structure.slots and not reserved(location[1], location[0])
         }
+
+    def _give_intermediates(self, module: nnx.Module) -> bool:
+        """Give `module` the Intermediates of its constructor that Linen has not, as they were made; whether any."""
+        given = False
+        for path, x in self._made_intermediates().items():
+            if location_of(path, x) not in self.values:
+                given = attach(module, location_of(path, x), x.copy()) or given
+        return given
+
+    def _made_intermediates(self) -> dict[Path, nnx.Variable[Any]]:
+        made, streams = self.base.intermediates, self.host.streams
+        if not self.recipe.abstract:
+            return made  # the constructor ran for real
+        paths = frozenset(made)
+
+        def numbers() -> dict[Path, Any]:
+            return intermediates_made(lambda: self.recipe.make(Host.abstract(streams)))
+
+        needed = remember(self.base.memo, (paths, streams), lambda: keys_needed(self.recipe, streams, paths))
+        if needed:
+            return dict(nnx.to_flat_state(nnx.state(self.recipe.make(self.host), nnx.Intermediate)))
+        values = remember(self.base.memo, nnx.Intermediate, numbers)
+        return {path: x.replace(values[path]) for path, x in made.items()}
 
     def _require_places(self, rest: Mapping[Location, Any], later: Structure, module: nnx.Module) -> None:
         """Raise UnexpectedVariablesError if there is a variable that no call can have created.
@@ -259,7 +284,7 @@ class Call:
             host = Host.abstract(self.host.streams)
             module = self.recipe.make(host) if self.structure is self.base else self._built(self.structure).module
             _attached(module, {at: x for at, x in self.values.items() if at not in self.structure.slots})
-            with hosted(host):
+            with hosted(host), located(module):
                 _invoke(module, self.method, self.args, self.kwargs)
             if not self.recipe.keep_rngs:
                 give_back_streams(module)

@@ -167,6 +167,20 @@ def captured_around() -> Callable[[nn.Module, str], bool] | bool:
     return lambda module, method: isinstance(module.parent, nn.Module) and wanted(module, method)
 
 
+# Where in the module around the code is that runs, if no stand-in on Linen's stack says it: in an abstract run.
+_path_inside: ContextVar[tuple[str, ...]] = ContextVar("bridge_path_inside", default=())
+
+
+@contextmanager
+def inside(path: tuple[str, ...]) -> Iterator[None]:
+    """Run code that is at `path` in the Linen module around."""
+    token = _path_inside.set(path)
+    try:
+        yield
+    finally:
+        _path_inside.reset(token)
+
+
 def placed(method: Callable[..., Any]) -> Callable[..., Any]:
     """`method`, a function of a bound Linen module, in which this has the path of the Linen module around.
 
@@ -174,9 +188,12 @@ def placed(method: Callable[..., Any]) -> Callable[..., Any]:
     """
     if mutable_around() is None or (around := current_linen_module()) is None:
         return method
+    # `path` may be a name of the user's in the Linen module around; a stand-in has no scope until it is asked for.
+    around_path = around.path if "_sight" in vars(around) else around.scope.path
+    path = (*around_path, *_path_inside.get())
 
-    def run(module: Any, *args: Any, **kwargs: Any) -> Any:
-        module.scope.path = module.scope.debug_path = around.path
+    def run(module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        module.scope.path = module.scope.debug_path = path
         return method(module, *args, **kwargs)
 
     return run
@@ -284,6 +301,25 @@ class LinenRngs(nnx.Rngs):
             return super().__getattr__(name)  # it has keys of its own
         self._nnx_assign({name: LinenStream.named(name)}, ())
         return self.__dict__[name]  # type: ignore[no-any-return]  # __dict__ is dict[str, Any]
+
+
+def intermediates_made(make: Callable[[], nnx.Object]) -> dict[Any, Any]:
+    """The values of the Intermediates that `make` makes, by path; nothing else of it is computed.
+
+    >>> import nnx_core as nnx, jax.numpy as jnp
+    >>> intermediates_made(lambda: nnx.Dict(kernel=nnx.Param(jnp.ones(9)), last=nnx.Intermediate(0.5)))
+    {('last',): Array(0.5, dtype=float32, weak_type=True)}
+    """
+
+    def values() -> list[Any]:
+        state = dict(nnx.to_flat_state(nnx.state(make(), nnx.Intermediate)))
+        paths.extend(state)
+        return [x.get_raw_value() for x in state.values()]
+
+    paths: list[Any] = []
+    with jax.ensure_compile_time_eval():  # constants in every trace
+        numbers = jax.jit(values)()
+    return dict(zip(paths, numbers, strict=True))
 
 
 def give_back_streams(module: nnx.Object) -> None:

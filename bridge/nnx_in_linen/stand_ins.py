@@ -32,7 +32,7 @@ from flax import linen as nn
 from flax.core.scope import LazyRng, Scope, child_rng_token
 
 import nnx_core as nnx
-from bridge.nnx_in_linen.host import has_table, module_stack, named_method, somebody_watches, uncaptured
+from bridge.nnx_in_linen.host import has_table, inside, module_stack, named_method, somebody_watches, uncaptured
 from nnx_core._errors import Path
 from nnx_core._trace import current_trace
 from nnx_core.graph.watched import Method, Watched, plain_class, public_methods, set_class, watched_class
@@ -260,6 +260,25 @@ class Sight:
         return scope
 
 
+class Places:
+    """What an abstract run knows of the modules in it: only where they are. Linen sees none of their calls.
+
+    Args:
+      module: the root.
+    """
+
+    def __init__(self, module: nnx.Module):
+        self._places = {id(x): (path, x) for path, x in nnx.iter_modules(module)}
+
+    def call(self, module: Any, name: str, method: Method, args: Any, kwargs: Any) -> Any:
+        """`method(module, *args, **kwargs)`, at the path of the module."""
+        place = self._places.get(id(module))
+        if place is None or place[1] is not module:
+            return method(module, *args, **kwargs)
+        with inside(tuple(map(str, place[0]))):
+            return method(module, *args, **kwargs)
+
+
 _UNOWNING = Unowning()
 
 
@@ -284,7 +303,7 @@ def _child(parent: Scope, name: str) -> Scope:
 
 # ---- the classes of modules that Linen can see into ----
 
-_sight: ContextVar[Sight | None] = ContextVar("bridge_sight", default=None)
+_sight: ContextVar[Sight | Places | None] = ContextVar("bridge_sight", default=None)
 
 
 class _Visible(Watched):
@@ -311,13 +330,25 @@ def visible_class(cls: type) -> type | None:
 
 
 @contextmanager
-def seen_by(sight: Sight) -> Iterator[None]:
+def seen_by(sight: Sight | Places) -> Iterator[None]:
     """Run a method of the module that `sight` shows."""
     token = _sight.set(sight)
     try:
         yield
     finally:
         _sight.reset(token)
+
+
+@contextmanager
+def located(module: nnx.Module) -> Iterator[None]:
+    """Run a method of `module` abstractly: wrapped Linen modules in it know where they are."""
+    for _, x in list(nnx.iter_modules(module)):
+        set_class(x, visible_class(type(x)) or type(x))
+    try:
+        with seen_by(Places(module)):
+            yield
+    finally:
+        plain(module)
 
 
 def plain(module: nnx.Module) -> None:

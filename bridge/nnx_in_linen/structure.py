@@ -89,6 +89,22 @@ class Keywords(_Untouched):
         """The names."""
         return self._value.keys()
 
+    def values(self) -> Any:
+        """What is given for them."""
+        return self._value.values()
+
+    def items(self) -> Any:
+        """(name, value) of each."""
+        return self._value.items()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """What is given for `name`, or the default."""
+        return self._value.get(name, default)
+
+    def copy(self) -> dict[str, Any]:
+        """A dict of them."""
+        return dict(self._value)
+
     def __contains__(self, name: object) -> bool:
         return name in self._value
 
@@ -250,8 +266,9 @@ class Structure:
     """
 
     def __init__(self, module: nnx.Module, shapes: "Structure | None" = None):
-        # Collected by the call, not kept by Linen unless it asks: the module has to do without at the start.
-        nnx.pop(module, nnx.Intermediate)
+        # Collected by the call, not kept by Linen unless it asks: the module has to do without what a call sowed, and
+        # gets what its constructor made anew.
+        self.intermediates = dict(nnx.to_flat_state(nnx.pop(module, nnx.Intermediate)))
         self.module = module
         self.graphdef, state = nnx.split(module)
         self.slots: dict[Location, Slot] = {}

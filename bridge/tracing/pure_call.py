@@ -65,7 +65,7 @@ def linen_call(module: nn.Module, method: Method, rngs: Any, args: Any, kwargs: 
     streams = streams_of(rngs)
 
     def init(args: Any, kwargs: Any) -> Any:
-        variables = module.init(streams, *args, **kwargs, method=function)
+        variables = nn.Module.init(module, streams, *args, **kwargs, method=function)
         return {name: tree for name, tree in variables.items() if name not in TRANSIENT}
 
     def flat(variables: Any) -> Values:
@@ -74,7 +74,9 @@ def linen_call(module: nn.Module, method: Method, rngs: Any, args: Any, kwargs: 
     def writing(values: Values, keys: Any, args: Any, kwargs: Any) -> tuple[Any, Values]:
         mutable = core.DenyList(("params", *TRANSIENT))
         variables = tree_of(values.items())
-        output, written = module.apply(variables, *args, **kwargs, method=function, mutable=mutable, rngs=keys)
+        output, written = nn.Module.apply(
+            module, variables, *args, **kwargs, method=function, mutable=mutable, rngs=keys
+        )
         return output, flat(written)
 
     def run(values: Values, keys: Any, args: Any, kwargs: Any) -> Any:

@@ -142,8 +142,12 @@ def trace_linen(module: nn.Module, method: Method, rngs: Any, args: Any, kwargs:
     rngs = jax.random.key(0) if rngs is None else rngs
     call = getattr(type(module), method) if isinstance(method, str) else method
     log = _Log()
+
+    def init(args: Any, kwargs: Any) -> Any:
+        return nn.Module.init(module, rngs, *args, method=call, **kwargs)
+
     with nn.intercept_methods(_listener(log, _rank)):
-        variables = _abstractly(lambda args, kwargs: module.init(rngs, *args, **kwargs, method=call), args, kwargs)
+        variables = _abstractly(init, args, kwargs)
     lasting = [(at, x) for at, x in leaves(variables) if x is not EMPTY and at[0] not in TRANSIENT]
     values = {at: meta.unbox(x) for at, x in lasting}
     streams = rngs if isinstance(rngs, Mapping) else {"params": rngs}
@@ -168,7 +172,7 @@ def trace_linen_on(
 
     def run(values: Any, args: Any, kwargs: Any) -> None:
         mutable = core.DenyList(("params", *TRANSIENT))
-        module.apply(tree_of(values.items()), *args, method=call, mutable=mutable, rngs=streams, **kwargs)
+        nn.Module.apply(module, tree_of(values.items()), *args, method=call, mutable=mutable, rngs=streams, **kwargs)
 
     log = _Log()
     with nn.intercept_methods(_listener(log, _rank)):

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 import nnx_core as nnx
@@ -21,7 +22,7 @@ from bridge._errors import RenameClashError, VariablesMismatchError, cut_short, 
 from bridge._types import Location, Path
 from bridge.variables.kinds import variable_type
 from bridge.variables.mapping import EMPTY, leaves, linen_tree, locations
-from bridge.variables.metadata import to_nnx_variable
+from bridge.variables.metadata import to_linen_value, to_nnx_variable
 from nnx_core._errors import TraceError
 from nnx_core._trace import current_trace
 
@@ -142,6 +143,25 @@ def variables_of(model: nnx.Object, rename: Rename | None = None) -> dict[str, A
     variables = [target for target in _targets(model) if _is_required(target[1])]
     renamed = _renamed(variables, renaming(back))
     return linen_tree({(location[0], *path): variable for location, (path, variable) in renamed.items()})
+
+
+def load_into(
+    targets: Mapping[Location, nnx.Variable[Any]], given: Mapping[Location, nnx.Variable[Any]], name: str
+) -> None:
+    """Write the values of `given` into the Variables at the same locations.
+
+    Raises:
+      VariablesMismatchError: unless everything fits in what is called `name`; nothing has been written then.
+    """
+    matches = _Matches(list(targets.items()))
+    for location, variable in given.items():
+        matches.find(location, location, to_linen_value(variable))
+    report = matches.report()
+    if not report.complete:
+        raise VariablesMismatchError(
+            report.missing, report.unexpected, report.wrong_shape, report.wrong_dtype, target=name
+        )
+    matches.write()
 
 
 # ---- renaming ----------------------------------------------------------------------------------------------
@@ -298,11 +318,22 @@ def _form(value: Any) -> _Form:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return _Form(tuple(value.shape), str(value.dtype))
     treedef = jax.tree.structure(value)
-    if treedef.num_nodes == 1 and treedef.num_leaves == 1:  # a number
-        return _Form((), str(jnp.result_type(value)))
-    shapes = jax.tree.map(jnp.shape, value)
-    dtypes = jax.tree.map(lambda x: str(jnp.result_type(x)), value)
+    if treedef.num_nodes == 1 and treedef.num_leaves == 1:  # a number, or what JAX knows nothing of
+        return _Form((), _dtype_name(value))
+    shapes = jax.tree.map(lambda x: np.shape(x) if _is_numeric(x) else (), value)
+    dtypes = jax.tree.map(_dtype_name, value)
     return _Form(str(shapes), str(dtypes))
+
+
+def _is_numeric(x: Any) -> bool:
+    """Whether `x` is an array or a number: a collection may hold anything, a text or a function too."""
+    return (hasattr(x, "dtype") and hasattr(x, "shape")) or isinstance(x, bool | int | float | complex)
+
+
+def _dtype_name(x: Any) -> str:
+    if not _is_numeric(x):
+        return type(x).__name__
+    return str(x.dtype) if hasattr(x, "dtype") else str(jnp.result_type(x))
 
 
 def _placed(value: Any, target: Any) -> Any:
@@ -314,7 +345,7 @@ def _placed(value: Any, target: Any) -> Any:
 
 def place(x: Any, target: Any) -> Any:
     """`x` as a JAX array, on the devices that `target` is sharded to; the very same array if it is there already."""
-    if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer):
+    if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer) or not _is_numeric(x):
         return x
     sharding = getattr(target, "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):

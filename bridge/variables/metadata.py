@@ -25,6 +25,7 @@ import numpy as np
 from flax import linen as nn
 from flax import serialization
 from flax.core import meta
+from flax.linen import summary
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import nnx_core as nnx
@@ -386,6 +387,15 @@ def _unflatten(aux: Any, children: Any) -> NNXMeta:
 
 
 jax.tree_util.register_pytree_with_keys(NNXMeta, _flatten_with_keys, _unflatten, _flatten)
+
+
+def _in_table(dumper: Any, box: NNXMeta) -> Any:
+    """How `nn.tabulate`, which writes YAML, shows a box whose value is a text already: as it shows a Partitioned."""
+    names = _names(box.metadata.get(NAMES))
+    return dumper.represent_str(str(box.value) if names is None else f"{box.value} [dim]P[/dim]{names}")
+
+
+summary.yaml.SafeDumper.add_representer(NNXMeta, _in_table)  # the YAML that Linen's tables are written with
 serialization.register_serialization_state(
     NNXMeta,
     lambda box: serialization.to_state_dict(box.value),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,14 +64,15 @@ def compare(
         raise typer.BadParameter("--method is for models: both are functions")
     with _doing("comparing", quiet=quiet or as_json), _aside(as_json):
         report = _compared(sides, source, options)
+    report = replace(report, notes=(*sides.notes, *report.notes))
     if html is not None:
         report.save_html(html)
     code = 0 if report.equal else _NOT_EQUAL
     if as_json:
         page = None if html is None else str(html)
-        print_json({**report.as_dict(), "values": list(sides.notes), "html": page, "exit_code": code})
+        print_json({**report.as_dict(), "html": page, "exit_code": code})
     else:
-        _print(report, sides.notes, html, quiet=quiet)
+        _print(report, html, quiet=quiet)
     raise typer.Exit(code)
 
 
@@ -192,7 +194,7 @@ def _doing(what: str, *, quiet: bool) -> Iterator[None]:
         yield
 
 
-def _print(report: Report, notes: Sequence[str], html: Path | None, *, quiet: bool) -> None:
+def _print(report: Report, html: Path | None, *, quiet: bool) -> None:
     tables = report.tables()
     cells = [cell for each in tables for row in each.rows for cell in row]
     screen = console(2 * max(map(len, cells), default=0))
@@ -200,7 +202,7 @@ def _print(report: Report, notes: Sequence[str], html: Path | None, *, quiet: bo
     screen.print(plain(report.headline), style=color)
     if quiet:
         return
-    for line in (f"a: {report.a}", f"b: {report.b}", *notes):
+    for line in (f"a: {report.a}", f"b: {report.b}", *report.notes):
         screen.print(plain(line), soft_wrap=True)
     if report.first is not None:
         screen.print(plain(f"they first part at {report.first.place}"), style=color, soft_wrap=True)

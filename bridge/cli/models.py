@@ -93,6 +93,7 @@ def derived_rules(
     keywords: Mapping[str, Any],
     *,
     method: Any = "__call__",
+    rename: Mapping[tuple[str, ...], tuple[str, ...]] | None = None,
     unproven: bool = False,
 ) -> Derived:
     """What `derive` makes of both modules; `unproven` rules are marked as such, which takes the place of a warning."""
@@ -101,7 +102,7 @@ def derived_rules(
     with users_code("the models cannot be called with these inputs"), warnings.catch_warnings():
         if unproven:
             warnings.simplefilter("ignore", UnsureDerivationWarning)
-        return derive(linen, nnx, *inputs, method=method, unproven=unproven, **keywords)
+        return derive(linen, nnx, *inputs, method=method, rename=rename, unproven=unproven, **keywords)
 
 
 def linen_module(reference: str) -> Any:

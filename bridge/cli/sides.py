@@ -11,17 +11,22 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import typer
 
-from bridge._errors import VariablesMismatchError
+from bridge._errors import VariablesMismatchError, show_path
+from bridge._types import Path as ModulePath
 from bridge.cli.models import derived_rules, linen_module, made_of_rngs, nnx_module
 from bridge.cli.words import load_attribute, users_code
 from bridge.equivalence.drawing import Draw
 from bridge.tracing.pure_call import linen_call
 from bridge.variables.mapping import tree_of
+
+if TYPE_CHECKING:
+    from bridge.checkpoint.derivation.derived import Derived
+    from bridge.tracing.pairs import Doubt
 
 _SEED = 0  # of random values
 
@@ -181,16 +186,67 @@ def _of_checkpoint(side: Side, method: str, source: Source) -> Mapping[str, Any]
 def _rules(linen: Side, nnx: Side, source: Source) -> tuple[Any, str]:
     """What is made of what, and who says so.
 
-    Rules that no run has proven do here: whether they lead to the same model is what the comparison finds out.
+    Rules that no run has proven do here: whether they lead to the same model is what the comparison finds out. So do
+    names that the order of calls is against.
     """
+    from bridge.checkpoint.derivation.derive import DerivationError
     from bridge.checkpoint.rules.apply import read_rules
 
     if source.rules is not None:
         return read_rules(source.rules), f"rules: {source.rules}"
-    call = linen.model, nnx.model, source.inputs, source.keywords
-    derived = derived_rules(*call, method=source.methods, unproven=True)
-    how = f"; not proven: {derived.unproven}" if derived.unproven else " and proven on random numbers"
+    try:
+        derived = _derived(linen, nnx, source)
+    except DerivationError as error:
+        named = None if error.linen or error.nnx else _by_names(linen, nnx, source, error.ambiguous)
+        if named is None:
+            raise
+        return named
+    how = _sureness(derived)
+    if derived.exchanged:
+        pairs = ", ".join(f"{ours} = {theirs}" for ours, theirs in derived.exchanged)
+        how = f"{how}, only with layers exchanged, against the order of calls: {pairs}"
     return derived, f"rules: derived from both models{how}"
+
+
+def _derived(linen: Side, nnx: Side, source: Source, rename: Mapping[ModulePath, ModulePath] | None = None) -> Derived:
+    call = linen.model, nnx.model, source.inputs, source.keywords
+    return derived_rules(*call, method=source.methods, rename=rename, unproven=True)
+
+
+def _sureness(derived: Derived) -> str:
+    return f"; not proven: {derived.unproven}" if derived.unproven else " and proven on random numbers"
+
+
+def _by_names(linen: Side, nnx: Side, source: Source, doubts: Sequence[Doubt]) -> tuple[Derived, str] | None:
+    """Layers that are called in another order than their names have: the names hold, and what the order says is told.
+
+    None where names do not say of each what it is.
+    """
+    from bridge.checkpoint.derivation.derive import UnknownPathError
+
+    named = {doubt.linen: doubt.nnx for doubt in doubts}
+    called = {doubt.linen: doubt.other for doubt in doubts}
+    try:
+        derived = _derived(linen, nnx, source, named)
+    except UnknownPathError:
+        return None
+    how = f"rules: derived from both models, by names against the order of calls ({_pairs(named)}){_sureness(derived)}"
+    if derived.unproven and _is_proven(linen, nnx, source, called):
+        how = f"{how}; both compute the same only with layers exchanged, by the order of calls: {_pairs(called)}"
+    return derived, how
+
+
+def _pairs(paths: Mapping[ModulePath, ModulePath]) -> str:
+    return ", ".join(f"{show_path(ours)} = {show_path(theirs)}" for ours, theirs in paths.items())
+
+
+def _is_proven(linen: Side, nnx: Side, source: Source, rename: Mapping[ModulePath, ModulePath]) -> bool:
+    from bridge.checkpoint.derivation.derive import DerivationError, UnknownPathError
+
+    try:
+        return not _derived(linen, nnx, source, rename).unproven
+    except (DerivationError, UnknownPathError):
+        return False
 
 
 def _crossed(linen: Side, nnx: Side, rules: Any, source: Source) -> tuple[Side, Side, str]:

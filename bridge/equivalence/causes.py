@@ -20,6 +20,8 @@ from bridge.equivalence.recording import Event
 from bridge.equivalence.report import Cause, Finding, Parting
 from bridge.equivalence.rows import Evidence, show
 
+_MOST_NAMED = 4
+
 
 @dataclass(frozen=True)
 class Case:
@@ -300,9 +302,24 @@ def _finding_in(case: Case, path: Path) -> Finding:
 
 def _exchanged(exchanged: Sequence[LayerPair]) -> Parting:
     first = exchanged[0]
-    pairs = ", ".join(f"{show(pair.a)} = {show(pair.b)}" for pair in exchanged[:4])
+    pairs = named_pairs(exchanged)
     text = f"layers have each other's variables, or are called in each other's place: by their numbers {pairs}."
     return Parting(show(first.a), show(first.b), "order", f"{text} {_advice('order')}")
+
+
+def named_pairs(pairs: Sequence[LayerPair]) -> str:
+    """Which layer of a is which of b, for people; the first few.
+
+    >>> named_pairs([LayerPair(("q",), (), ("d",), ()), LayerPair(("d",), (0,), ("q",), (1,))])
+    'q = d, d[0] = q[1]'
+    """
+    named = [f"{_indexed(pair.a, pair.a_index)} = {_indexed(pair.b, pair.b_index)}" for pair in pairs]
+    more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
+    return f"{', '.join(named[:_MOST_NAMED])}{more}"
+
+
+def _indexed(path: Path, index: Sequence[int]) -> str:
+    return show(path) + "".join(f"[{n}]" for n in index)
 
 
 def _mode(a: str, b: str, ours: Event, theirs: Event) -> Parting:

@@ -18,7 +18,7 @@ import numpy as np
 import nnx_core as nnx
 from bridge._errors import BridgeError, show_path
 from bridge._types import Location
-from bridge.equivalence.causes import Case, parting
+from bridge.equivalence.causes import Case, named_pairs, parting
 from bridge.equivalence.counterparts import Counterparts, Match, counterparts
 from bridge.equivalence.effects import compare_effects
 from bridge.equivalence.findings import BEFORE, Findings, is_near
@@ -471,6 +471,7 @@ class Comparison:
             tuple(self.findings.not_compared),
             jax.default_backend(),
             {name: importlib.metadata.version(name) for name in ("jax", "flax")},
+            _notes(self.pairs),
         )
 
     def _parting(self, rows: Sequence[Evidence]) -> Parting:
@@ -484,6 +485,13 @@ class Comparison:
         layers = {show_path(at): layer_of(at, paths) for at in self.a.values}
         held = frozenset(at[1:-1] for at, _ in self.pairs.located or ())
         return parting(Case(self.findings.all, rows, self.pairs.exchanged, draws, layers, held))
+
+
+def _notes(pairs: Counterparts) -> tuple[str, ...]:
+    """That layers were paired by their numbers, which the reader would not expect."""
+    if not pairs.exchanged:
+        return ()
+    return (f"paired by their numbers, against names or the order of calls: {named_pairs(pairs.exchanged)}",)
 
 
 def _same(findings: Findings, match: Match) -> bool:

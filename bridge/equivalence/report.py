@@ -122,6 +122,7 @@ class Report:
       first: where they first part; None if they are equal.
       seeds: of the draws that inputs were made of.
       not_compared: what was left out, and why.
+      notes: how values were found, and paired where the order of calls, names and numbers do not say the same.
     """
 
     a: str
@@ -133,6 +134,7 @@ class Report:
     not_compared: tuple[str, ...]
     backend: str
     versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -191,6 +193,7 @@ class Report:
             "rows": [_document(row) for row in self.rows],
             "seeds": [int(seed) for seed in self.seeds],
             "not_compared": list(self.not_compared),
+            "notes": list(self.notes),
             "backend": self.backend,
             "versions": dict(self.versions),
         }
@@ -206,7 +209,7 @@ class Report:
           PageWriteError: its folder is not there, or cannot be written to.
           MissingDependencyError: matplotlib is not installed.
         """
-        paragraphs = {"Compared": [f"a: {self.a}", f"b: {self.b}"]}
+        paragraphs = {"Compared": [f"a: {self.a}", f"b: {self.b}", *self.notes]}
         if self.first is not None:
             paragraphs["Where they first part"] = [self.first.place, self.first.text]
         if self.not_compared:
@@ -216,7 +219,7 @@ class Report:
 
     def __str__(self) -> str:
         """The verdict first, where they part, the rows that matter, and what was left out."""
-        lines = [self.headline, f"  a: {self.a}", f"  b: {self.b}"]
+        lines = [self.headline, f"  a: {self.a}", f"  b: {self.b}", *(f"  {note}" for note in self.notes)]
         if self.first is not None:
             lines += [f"they first part at {self.first.place}", textwrap.indent(self.first.text, "  ")]
         lines += map(str, self.tables())

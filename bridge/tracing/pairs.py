@@ -43,12 +43,19 @@ class Link:
 
 @dataclass(frozen=True)
 class Doubt:
-    """A module, or a variable, of Linen that could be paired in two ways, and the likelier counterpart."""
+    """A module, or a variable, of Linen that could be paired in two ways.
+
+    Attributes:
+      nnx: the likelier counterpart: the one of that name, or of that shape.
+      is_module: whether the whole module is meant.
+      other: the other one.
+    """
 
     linen: Path
     nnx: Path
     is_module: bool
     text: str
+    other: Path
 
 
 @dataclass(frozen=True)
@@ -418,7 +425,8 @@ def _against_names(linen: list[Unit], nnx: list[Unit], pairs: Pairs) -> Iterator
         other = _named_like(ours, theirs, linen, nnx)
         if other is not None:
             text = f"by the order of calls it is {show_path(theirs.path)}, by its name {show_path(other.path)}"
-            yield Doubt(ours.path, other.path, True, f"{show_path(ours.path)} ({ours.kind}): {text}")
+            whole = f"{show_path(ours.path)} ({ours.kind}): {text}"
+            yield Doubt(ours.path, other.path, True, whole, theirs.path)
 
 
 def _shapes_against_names(links: list[Link]) -> Iterator[Doubt]:
@@ -434,7 +442,7 @@ def _shapes_against_names(links: list[Link]) -> Iterator[Doubt]:
         other = named.get(name(link.linen), theirs)
         if other != theirs:
             text = f"{ours}: by its shape it is {theirs}, by its name {show_path(other.location)}"
-            yield Doubt(ours.location[1:], theirs.location[1:], False, text)
+            yield Doubt(ours.location[1:], theirs.location[1:], False, text, other.location[1:])
 
 
 def _named_like(unit: Unit, partner: Unit, linen: list[Unit], nnx: list[Unit]) -> Unit | None:

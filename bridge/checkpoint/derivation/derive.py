@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -378,7 +378,15 @@ def _proven(base: Proposal, make_bench: Callable[[], Bench], always: bool) -> De
         advice = f"Say what is what: derive(..., rename={{{first!r}: {unsure[0].nnx[0]!r}}}), or as it should be."
         lines = [str(group) for group in unsure]
         raise UnprovenDerivationError(derived, f"{why}: no output and no gradient tells layers apart", lines, advice)
-    return replace(proposal.derived, proof=proof, unproven="")
+    return replace(proposal.derived, exchanged=tuple(_exchanged(proposal)), proof=proof, unproven="")
+
+
+def _exchanged(proposal: Proposal) -> Iterator[tuple[str, str]]:
+    """Pairs of layers that the order of calls would have paired otherwise."""
+    for group, order in zip(proposal.groups, proposal.orders, strict=True):
+        for number, chosen in enumerate(order):
+            if chosen != number:
+                yield _name_of(group.pairs[chosen][0]), _name_of(group.pairs[number][1])
 
 
 def _exchangeable(proposal: Proposal, ties: Sequence[Sequence[tuple[int, int]]]) -> tuple[Unsure, ...]:

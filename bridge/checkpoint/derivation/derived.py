@@ -92,6 +92,7 @@ class Derived:
       to: where `apply` goes.
       unsure: what the order of calls alone has paired, and nothing has confirmed.
       reworked: what is not the same array on both sides.
+      exchanged: (Linen's layer, NNX's) that are not called in the same order, as runs of both models have shown.
       proof: what has shown that it is right; None if nothing has.
       unproven: why there is no proof; "" if there is one.
     """
@@ -102,6 +103,7 @@ class Derived:
     to: To = "nnx"
     unsure: tuple[Unsure, ...] = ()
     reworked: tuple[Reworked, ...] = ()
+    exchanged: tuple[tuple[str, str], ...] = ()
     proof: Proof | None = field(default=None, compare=False)
     unproven: str = field(default="it was made by hand", compare=False)
 
@@ -223,6 +225,7 @@ class Derived:
         linen_width = max(len(linen) for linen, _, _ in rows)
         nnx_width = max(len(nnx) for _, nnx, _ in rows)
         lines = [f"{linen:{linen_width}}  {nnx:{nnx_width}}  {how}" for linen, nnx, how in rows]
+        lines += [f"{linen} -> {nnx}: against the order of calls" for linen, nnx in self.exchanged]
         lines += [f"{group}: check with compare_forward" for group in self.unsure]
         if self.unproven:
             lines.append(f"not proven: {self.unproven}")

@@ -187,7 +187,7 @@ def test_json_is_one_document(run):
     found = json.loads(out, parse_constant=pytest.fail)
     assert (code, err, found["exit_code"], found["equal"], found["html"]) == (3, "", 3, False, None)
     assert (found["first"]["a"], found["first"]["cause"]) == ("norm", "computation")
-    assert found["values"][0] == "values: random ones near those that init makes, seed 0"
+    assert found["notes"][0] == "values: random ones near those that init makes, seed 0"
     assert {row["verdict"] for row in found["rows"]} >= {"equal", "wrong", "fed wrong"}
     code, out, _ = run("compare", *PAIR, "--json")
     assert (code, json.loads(out)["exit_code"], json.loads(out)["first"]) == (0, 0, None)
@@ -230,6 +230,86 @@ def test_a_page_without_matplotlib_is_exit_code_1(run, tmp_path, monkeypatch):
     code, _, err = run("compare", *PAIR, "--html", tmp_path / "report.html")
     assert code == 1
     assert "pip install 'linen-nnx-bridge[plot]'" in err
+
+
+# ---- layers in another order ----
+
+
+class InOrder(nn.Module):
+    """One after the other."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="second")(nn.relu(nn.Dense(4, name="first")(x)))
+
+
+class OutOfOrder(nnx.Module):
+    """The other way round."""
+
+    def __init__(self, rngs):
+        self.first, self.second = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.first(nnx.relu(self.second(x)))
+
+
+class Towers(nn.Module):
+    """Side by side."""
+
+    names = ("query", "document")
+
+    @nn.compact
+    def __call__(self, x):
+        query, document = (nn.Dense(3, name=name)(x) for name in self.names)
+        return query - 2 * document
+
+
+class Unnamed(Towers):
+    """With names that say nothing."""
+
+    names = (None, None)
+
+
+class OtherFirst(nnx.Module):
+    """The same, the other one called first."""
+
+    def __init__(self, rngs):
+        self.query, self.document = nnx.Linear(4, 3, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        document = self.document(x)
+        return self.query(x) - 2 * document
+
+
+def crossed(linen, nnx_class):
+    return ("compare", "--linen", f"{HERE}:{linen}", "--nnx", f"{HERE}:{nnx_class}", "--input", "f32[2,4]")
+
+
+def test_layers_called_in_another_order_are_a_verdict(run, tmp_path):
+    page = tmp_path / "report.html"
+    code, out, err = run(*crossed("InOrder", "OutOfOrder"), "--json", "--html", page)
+    found = json.loads(out)
+    assert (code, err, found["equal"], found["exit_code"]) == (3, "", False, 3)
+    assert (found["first"]["a"], found["first"]["b"], found["first"]["cause"]) == ("first", "first", "order")
+    assert {row["a"] for row in found["rows"]} == {"(root)", "first", "second"}
+    notes = " ".join(found["notes"])
+    assert "by names against the order of calls (first = first, second = second); not proven" in notes
+    assert "only with layers exchanged, by the order of calls: first = second, second = first" in notes
+    assert "only with layers exchanged, by the order of calls: first = second" in page.read_text()
+
+
+def test_towers_called_in_another_order_are_paired_by_their_names(run):
+    code, out, err = run(*crossed("Towers", "OtherFirst"))
+    assert (code, err) == (0, "")
+    expected = "by names against the order of calls (query = query, document = document) and proven on random numbers"
+    assert f"rules: derived from both models, {expected}" in out.splitlines()
+
+
+def test_a_pairing_that_only_exchanged_layers_prove_is_said(run):
+    code, out, err = run(*crossed("Unnamed", "OtherFirst"))
+    assert (code, err) == (0, "")
+    assert "only with layers exchanged, against the order of calls: " in out
+    assert "Dense_0 = query" in out
 
 
 # ---- any two models ----------------------------------------------------------------------------------------
@@ -285,7 +365,7 @@ def test_the_values_of_a_checkpoint(run, tmp_path):
     for rules in ((), ("--rules", tmp_path / "rules.toml")):
         code, out, _ = run("compare", *words, *rules, "--json")
         found = json.loads(out)
-        assert (code, found["values"][0]) == (0, f"values: those of {path}")
+        assert (code, found["notes"][0]) == (0, f"values: those of {path}")
         kinds = [finding["what"] for finding in found["findings"]]
         assert kinds.count("parameter") >= 6, "of rules with patterns too"
         assert kinds.count("gradient") >= 6

@@ -168,6 +168,10 @@ def test_layers_called_in_another_order_are_told_by_their_numbers():
     report = compare((Heads(), variables), model, X, seeds=(0,))
     assert report.equal, str(report)
     assert {(row.a, row.b) for row in report.rows[1:]} == {("query", "q"), ("key", "k")}
+    (note,) = report.notes
+    assert note.startswith("paired by their numbers, against names or the order of calls: ")
+    assert "query = q" in note
+    assert "key = k" in note
 
 
 class Turned(nn.Module):

@@ -43,6 +43,12 @@ def test_equal_reports_say_how_equal():
     assert str(near).endswith("\nseeds 0, 1, cpu, jax 0.10.2")
 
 
+def test_notes_stand_below_what_was_compared():
+    told = dataclasses.replace(report([Finding("output", "", "", SAME, True, 0)]), notes=("values: those of x.npz",))
+    assert "\n  b: NNX MLP\n  values: those of x.npz\n" in str(told)
+    assert told.as_dict()["notes"] == ["values: those of x.npz"]
+
+
 def test_nothing_compared_is_not_equal():
     empty = report(not_compared=("the models: neither can be run",))
     assert (empty.equal, empty.bit_equal) == (False, False)

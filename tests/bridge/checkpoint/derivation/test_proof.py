@@ -75,6 +75,8 @@ def test_what_no_output_tells_apart_asks_for_a_rule(name):
 def test_the_proof_says_what_it_has_compared():
     pair = RIGHT["axial embeddings"]
     derived = derive(pair.linen, pair.make, jax.ShapeDtypeStruct((2, 4, 4, 8), "float32"))
+    assert derived.exchanged == (("col", "across"), ("row", "down"))
+    assert "col -> across: against the order of calls\n" in str(derived)
     assert derived.proof.seeds == (0, 1, 2)
     assert (derived.proof.outputs, derived.proof.gradients) == (1, 4)
     assert derived.proof.worst <= 1

@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from nnx_core._errors import Path, StateMismatchError
+from nnx_core._foreign import require_own
 from nnx_core._repr import show_fields
 from nnx_core.graph.containers import DictStorage, ListStorage
 from nnx_core.graph.objects import Object
@@ -240,7 +241,7 @@ def capture(
     """
     if isinstance(fn, type) and issubclass(fn, Variable):
         return lambda f: capture(f, fn, *var_types, init=init, method_outputs=method_outputs)
-    if not callable(fn):
+    if not callable(require_own(fn)):
         raise TypeError(f"nnx.capture needs a module, a method or a function, found {type(fn).__name__}.")
     for kind in (*var_types, *([] if method_outputs is None else [method_outputs])):
         if not (isinstance(kind, type) and issubclass(kind, Variable)):

@@ -15,6 +15,7 @@ from typing import Any as AnyType
 import jax
 
 from nnx_core._errors import FilterError, Path
+from nnx_core._foreign import is_foreign
 
 PathParts = Path  # flax.nnx's name
 Predicate = Callable[[PathParts, AnyType], bool]
@@ -37,6 +38,12 @@ def to_predicate(filter: Filter) -> Predicate:
     if isinstance(filter, str):
         return WithTag(filter)
     if isinstance(filter, type):
+        if is_foreign(filter):
+            raise FilterError(
+                f"{filter.__module__}.{filter.__qualname__} is a type of another NNX library, and nothing in a graph of"
+                f" nnx_core is of it. Expected nnx_core's: nnx.{filter.__name__}, or"
+                " bridge.flax_nnx.variable_type(...) for a type of your own."
+            )
         return OfType(filter)
     if filter is ... or filter is True:
         return Everything()

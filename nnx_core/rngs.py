@@ -15,6 +15,7 @@ import numpy as np
 
 from nnx_core import filters as filterlib
 from nnx_core._errors import MissingRngError, NnxError, Path
+from nnx_core._foreign import require_own
 from nnx_core.graph.api import graphdef
 from nnx_core.graph.objects import Object
 from nnx_core.graph.walk import iter_graph, recursive_map
@@ -404,7 +405,7 @@ def restore_rngs(backups: Iterable[tuple[Any, ...]], /) -> None:
 
 
 def _is_function(node: Any) -> bool:
-    return callable(node) and not isinstance(node, Object | Variable)
+    return callable(require_own(node)) and not isinstance(node, Object | Variable)
 
 
 def _around_call(f: Any, prepare: Callable[[Any], SplitBackups]) -> Any:

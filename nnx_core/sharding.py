@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from nnx_core._axis_names import axis_names, sharding_of
 from nnx_core._errors import MetadataError, Path, show_path
+from nnx_core._foreign import is_foreign, require_own
 from nnx_core.graph.api import split
 from nnx_core.graph.classify import plain_key
 from nnx_core.graph.structure import GraphDef
@@ -195,11 +196,12 @@ def _described(tree: A, of_variable: Callable[[Variable[Any], Path], Any], of_ar
     """`tree` with of_variable(v, path) as the value of every Variable v, and `of_array` for every array beside them."""
 
     def leaf(keys: Any, x: Any) -> Any:
+        require_own(x, tuple(map(plain_key, keys)))
         if isinstance(x, Variable):
             return new_variable(type(x), of_variable(x, tuple(map(plain_key, keys))), dict(x._var_metadata))
         return of_array if hasattr(x, "shape") else None
 
-    return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=_is_variable)
+    return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=lambda x: _is_variable(x) or is_foreign(type(x)))
 
 
 def _is_variable(x: Any) -> bool:

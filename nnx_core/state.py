@@ -12,6 +12,7 @@ import jax
 from nnx_core import filters as filterlib
 from nnx_core._changes import touch
 from nnx_core._errors import FilterError, Path, StateMismatchError, show_path
+from nnx_core._foreign import require_own
 from nnx_core._repr import show_fields, show_value
 from nnx_core.variables import Variable, is_ref
 
@@ -297,7 +298,7 @@ def iter_leaves(mapping: Mapping[Any, Any], prefix: Path = ()) -> Iterator[tuple
     """(path, value) of nested mappings, sorted; an empty mapping yields nothing."""
     for path, value in _entries(mapping, prefix):
         if not isinstance(value, Mapping):
-            yield path, value
+            yield path, require_own(value, path)
 
 
 def _entries(mapping: Mapping[Any, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:

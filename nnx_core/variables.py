@@ -18,6 +18,7 @@ from nnx_core._axis_names import insert_name, remove_name
 from nnx_core._borrowed import Borrowing
 from nnx_core._changes import touch
 from nnx_core._errors import InPlaceError, TraceError
+from nnx_core._foreign import is_foreign, own, require_own
 from nnx_core._in_place import fitted_part, written
 from nnx_core._repr import show_fields
 from nnx_core._statics import freeze_metadata, thaw_metadata
@@ -117,6 +118,8 @@ class Variable(Generic[A]):
         elif isinstance(value, Variable):
             metadata = {**value._var_metadata, **metadata}
             value = value._raw_value
+        elif is_foreign(type(value)):
+            require_own(value, (type(self).__name__,))
         if eager_sharding is not None:
             metadata[EAGER_SHARDING] = eager_sharding
         _fill(self, value, {_OLD_KEYS.get(k, k): v for k, v in metadata.items()} if metadata else {})
@@ -158,8 +161,10 @@ class Variable(Generic[A]):
         With an index (`...` for all of it), and always in a `jax.Ref`, shape, dtype and devices stay, as in
         numpy: `value` is broadcast and cast. What does not fit raises WriteError.
         """
-        if isinstance(value, Variable):
+        if isinstance(value, Variable) or (is_foreign(type(value)) and hasattr(value, "get_value")):
             value = value.get_value()
+        elif is_foreign(type(value)):
+            require_own(value, ("value",))
         raw = self._raw_value
         if is_ref(raw):  # may be written under any trace: that is what it is for
             self._write_ref(raw, ... if index is MISSING else index, self._run_hooks("on_set_value", value))
@@ -381,6 +386,7 @@ class Variable(Generic[A]):
     __hash__ = None  # type: ignore[assignment]  # == is elementwise, as for arrays
 
 
+own(Variable)
 _set_raw = Variable._raw_value.__set__  # type: ignore[attr-defined]  # the slot itself: no __setattr__ on the way
 _set_metadata = Variable._var_metadata.__set__  # type: ignore[attr-defined]
 _set_trace = Variable._trace_state.__set__  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from flax.errors import LazyInitError
 
 from bridge._errors import BridgeError, show_path
+from nnx_core._foreign import is_foreign
 
 
 class NotALinenModuleError(BridgeError, TypeError):
@@ -20,6 +21,8 @@ class NotALinenModuleError(BridgeError, TypeError):
         hint = "Pass a module of flax.linen."
         if isinstance(found, type):
             hint = f"Make one first: ToNNX({found.__name__}(...), rngs=...)."
+        elif is_foreign(type(found)):
+            hint = "It is a module of flax.nnx: bridge.flax_nnx.FromFlax(module) makes it one of nnx_core."
         elif type(found).__module__.startswith("nnx_core") or hasattr(found, "_nnx_items"):
             hint = "It is an NNX module already: use it as it is."
         super().__init__(
@@ -81,7 +84,8 @@ class NoOwnerError(BridgeError, TypeError):
         super().__init__(
             "lazy_init finds the modules to initialise in what it is given.\n"
             f"  expected: an NNX module, or a method of one\n  found: {found!r}\n"
-            "Pass the module itself, or one of its methods: bridge.lazy_init(model.encode, x)."
+            "Pass the module itself, or one of its methods: bridge.lazy_init(model.encode, x). A module of flax.nnx:"
+            " bridge.flax_nnx.FromFlax(module)."
         )
 
 

@@ -21,6 +21,7 @@ from bridge.nnx_in_linen.host import Host, LinenRngs, give_back_streams, hosted,
 from bridge.nnx_in_linen.stand_ins import visible_class
 from bridge.variables.mapping import location_of as location_of_variable
 from nnx_core._errors import Path
+from nnx_core._foreign import is_foreign
 from nnx_core.graph.pack import Refs
 from nnx_core.graph.structure import GraphDef, Node, nodes
 from nnx_core.graph.unpack import Unpacker
@@ -237,7 +238,7 @@ def has_parameter(factory: Any, name: str) -> bool:
 
 def require_factory(factory: Any) -> None:
     """Raise NotAFactoryError unless `factory` is a class or function."""
-    if isinstance(factory, nnx.Object | nn.Module):
+    if isinstance(factory, nnx.Object | nn.Module) or is_foreign(type(factory)):
         raise NotAFactoryError(factory, instance=True)
     if not callable(factory):
         raise NotAFactoryError(factory, instance=False)

@@ -28,6 +28,7 @@ import nnx_core as nnx
 from bridge._types import Location, Path
 from bridge.variables.kinds import collection_of
 from bridge.variables.metadata import to_linen_value, to_nnx_variable
+from nnx_core._foreign import require_own
 
 
 @jax.tree_util.register_static
@@ -162,6 +163,8 @@ def _variables(attrs: Mapping[Any, Any], path: Path) -> Iterator[tuple[Path, Any
             yield (*path, str(key)), child
         elif isinstance(child, Mapping):
             yield from _variables(child, (*path, str(key)))
+        else:
+            require_own(child, (*path, str(key)))  # what is no Variable is left out, but not one of flax.nnx
 
 
 # ---- keys ----

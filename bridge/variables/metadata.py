@@ -32,6 +32,7 @@ import nnx_core as nnx
 from bridge.variables._errors import AxisIndexError, AxisNameError
 from bridge.variables.hashable import with_tuples
 from bridge.variables.kinds import variable_type
+from nnx_core._foreign import require_own
 from nnx_core._statics import freeze_metadata, thaw_metadata
 from nnx_core.sharding import get_named_sharding, get_var_pspec, keep_rules_in
 from nnx_core.variables import current_keys
@@ -80,6 +81,7 @@ def to_nnx_variable(collection: str, value: Any) -> nnx.Variable[Any]:
     ('in', 'out')
     """
     kind = variable_type(collection)
+    require_own(value, (collection,))
     # An NNXMeta with nothing to say, or in a collection of another type, crosses like any other box.
     if isinstance(value, NNXMeta) and value.metadata and value.var_type is kind:
         return value.to_nnx_variable()

@@ -12,6 +12,7 @@ import jax
 from nnx_core import filters as filterlib
 from nnx_core._changes import now
 from nnx_core._errors import FilterError, Path, StateMismatchError
+from nnx_core._foreign import require_own
 from nnx_core._trace import Handed, is_handed
 from nnx_core.graph._errors import LeafCountError, PopError, ReadOnlyError
 from nnx_core.graph.cells import ArrayCell, Cell, require_writable
@@ -153,11 +154,14 @@ def merge(
     if isinstance(graphdef, GraphState):
         states, graphdef = (graphdef, *states), graphdef._graphdef
     if not isinstance(graphdef, GraphDef):
-        raise TypeError(f"nnx.merge needs a GraphDef first, as nnx.split returns it; found {type(graphdef).__name__}.")
+        raise TypeError(f"nnx.merge needs a GraphDef first, as nnx.split returns it; found {_library_name(graphdef)}.")
     leaves = by_path(graphdef.paths, tuple(map(_state_of, states)), require_all=True)
     refs = Refs()
     # As `raw_value_of`, without its call: this is what a merge of many Variables does most.
-    values = [leaf._raw_value if isinstance(leaf, Variable) else leaf for leaf in leaves]
+    values = [
+        leaf._raw_value if isinstance(leaf, Variable) else require_own(leaf, path)
+        for path, leaf in zip(graphdef.paths, leaves, strict=True)
+    ]
     variables = variables_by_index(graphdef, leaves)
     adopted = _adopted(variables, recreate_variables if copy is None else copy)
     unpacker = Unpacker((apart(graphdef, values),), refs, templates=graphdef.templates, adopted=adopted)
@@ -168,6 +172,14 @@ def merge(
         if objects[index]._var_metadata != leaf._var_metadata:
             objects[index].set_metadata(leaf._var_metadata)
     return merged
+
+
+def _library_name(x: Any) -> str:
+    """The name of the class of `x`; that of another library's GraphDef would say nothing."""
+    name = type(x).__name__
+    if name != "GraphDef":
+        return name
+    return f"{name} of {type(x).__module__} (for a module of flax.nnx: bridge.flax_nnx.FromFlax)"
 
 
 def variables_by_index(graphdef: GraphDef, leaves: list[Any]) -> dict[int, Variable[Any]]:
@@ -315,6 +327,7 @@ def update(node: Any, state: Any, /, *states: Any, strict: bool = False) -> None
     cells = iter(plan.cells)
     writes: list[tuple[Path, Cell | None, Any]] = []  # without a cell: a number, or a leaf that no object holds
     for place, leaf in zip((*layout, *numbers), leaves, strict=True):
+        require_own(leaf, place.path)
         cell = next(cells) if place.owned else None
         if leaf is not ABSENT:
             writes.append((place.path, cell, leaf))

@@ -13,11 +13,13 @@ import jax
 import numpy as np
 
 from nnx_core._changes import track
+from nnx_core._errors import Path
+from nnx_core._foreign import ForeignObjectError, is_foreign
 from nnx_core.graph.objects import Object, is_array
 from nnx_core.state import State, sorted_keys
 from nnx_core.variables import Variable
 
-VARIABLE, OBJECT, SEQUENCE, DICT, STATE, ARRAY, NUMBER, STATIC, PYTREE = range(9)
+VARIABLE, OBJECT, SEQUENCE, DICT, STATE, ARRAY, NUMBER, STATIC, PYTREE, FOREIGN = range(10)
 _kinds: dict[type, int] = {list: SEQUENCE, tuple: SEQUENCE, dict: DICT, type(None): STATIC, str: STATIC}
 
 
@@ -38,6 +40,8 @@ def _classify(x: Any) -> int:
         return STATE
     if isinstance(x, type):
         return STATIC
+    if is_foreign(type(x)):
+        return FOREIGN
     if isinstance(x, np.ndarray) or (is_array(x) and not isinstance(x, np.generic)):
         return ARRAY
     if isinstance(x, Number | np.generic):
@@ -58,8 +62,12 @@ def one_level(x: Any) -> tuple[list[Hashable], list[Any], Any]:
     return keys, children, treedef
 
 
-def children(x: Any) -> list[tuple[Hashable, Any]]:
-    """(key, child) of one object, container or pytree, keys sorted; nothing for leaves and Variables."""
+def children(x: Any, path: Path = ()) -> list[tuple[Hashable, Any]]:
+    """(key, child) of one object, container or pytree, keys sorted; nothing for leaves and Variables.
+
+    Raises:
+      ForeignObjectError: if `x`, which is at `path`, is of another NNX library.
+    """
     kind = kind_of(x)
     if kind == OBJECT:
         items = x._nnx_items()
@@ -67,12 +75,14 @@ def children(x: Any) -> list[tuple[Hashable, Any]]:
     if kind == DICT:
         return [(key, x[key]) for key in sorted_keys(x)]
     if kind == STATE:
-        return children(x._mapping)
+        return children(x._mapping, path)
     if kind == SEQUENCE:
         return list(enumerate(x))
     if kind == PYTREE:
         keys, values, _ = one_level(x)
         return list(zip(keys, values, strict=True))
+    if kind == FOREIGN:
+        raise ForeignObjectError(path, type(x))
     return []
 
 

@@ -19,6 +19,7 @@ from nnx_core import _trace
 from nnx_core._borrowed import Borrowing, current_borrowing
 from nnx_core._changes import touch
 from nnx_core._errors import TraceError
+from nnx_core._foreign import own
 from nnx_core._repr import show_fields
 from nnx_core._statics import fixed as as_part
 from nnx_core._statics import unfixed
@@ -220,6 +221,9 @@ class Object:
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
         return show_fields(type(self).__name__, [(f"{k}=", v) for k, v in self._nnx_items().items()])
+
+
+own(Object)
 
 
 def require_fitting_mark(obj: Object, key: Hashable, marked: Marked) -> None:

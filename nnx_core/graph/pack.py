@@ -32,11 +32,13 @@ from nnx_core._errors import (
     StructureError,
     show_path,
 )
+from nnx_core._foreign import ForeignObjectError
 from nnx_core._statics import Fixed, freeze_metadata
 from nnx_core.graph.cells import ArrayCell, Cell, Way
 from nnx_core.graph.classify import (
     ARRAY,
     DICT,
+    FOREIGN,
     NUMBER,
     OBJECT,
     PYTREE,
@@ -258,6 +260,8 @@ class Packer:
             return self._leaf(x, place, owner, kind)
         if kind == PYTREE:
             return self._pytree(x, place, owner)
+        if kind == FOREIGN:
+            raise ForeignObjectError(place.path, type(x))
         node_kind = type(x)
         if kind in (DICT, STATE):
             if kind == STATE:

@@ -4,6 +4,7 @@ Law: every object, Variable and leaf is visited once, under the path where it is
 before parents, keys in sorted order. Nothing here changes what it walks.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from types import FrameType
@@ -13,6 +14,7 @@ from nnx_core import _trace
 from nnx_core import filters as filterlib
 from nnx_core._depth import ROOM
 from nnx_core._errors import Path, show_path
+from nnx_core._foreign import ForeignObjectError
 from nnx_core.graph.classify import DICT, PYTREE, SEQUENCE, STATE, children, kind_of, one_level
 from nnx_core.graph.objects import Object, is_data
 from nnx_core.graph.pack import Packer, Place, Refs
@@ -47,7 +49,8 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
             if id(child) in seen or child is node:
                 continue
             seen.add(id(child))
-        branch.append(((*path, key), child, iter(children(child))))
+        below = (*path, key)
+        branch.append((below, child, iter(children(child, below))))
 
 
 def require_unshared(node: Any) -> None:
@@ -110,13 +113,13 @@ def _map(f: Callable[[Path, Any], Any], x: Any, path: Path, done: dict[int, Any]
             return done[id(x)]
         copy = x.__copy__()
         done[id(x)] = copy  # a cycle back to x meets the copy
-        for key, child in children(x):
+        for key, child in children(x, path):
             new = _map(f, child, (*path, key), done)
             if new is not child:
                 copy._nnx_assign({key: new}, ())
         done[id(x)] = f(path, copy)
         return done[id(x)]
-    pairs = children(x)
+    pairs = children(x, path)
     if not pairs:
         return f(path, x)
     mapped = [_map(f, child, (*path, key), done) for key, child in pairs]
@@ -150,7 +153,7 @@ def find_duplicates(node: Any, /, *, only: filterlib.Filter = ...) -> list[list[
             if id(x) in seen:
                 continue
             seen[id(x)] = x
-        pending.extend(((*path, key), child) for key, child in reversed(children(x)))
+        pending.extend(((*path, key), child) for key, child in reversed(children(x, path)))
     return [shared for shared in paths.values() if len(shared) > 1]
 
 
@@ -176,9 +179,11 @@ def _path_in(namespace: Mapping[str, Any], thing: Any) -> Path | None:
     """The path of `thing` from the first object of `namespace` that holds it."""
     for root in list(namespace.values()):
         if isinstance(root, Object) and root is not thing:
-            for path, node in iter_graph(root, graph=True):
-                if node is thing:
-                    return (type(root).__name__, *path)
+            # What cannot be walked (a part of it is of another library) is passed over: this only serves a message.
+            with contextlib.suppress(ForeignObjectError):
+                for path, node in iter_graph(root, graph=True):
+                    if node is thing:
+                        return (type(root).__name__, *path)
     return None
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from nnx_core._changes import now
 from nnx_core._errors import StructureUpdateError
+from nnx_core._foreign import require_own
 from nnx_core.graph.effects import After, Forced, apply, check_writes, collect
 from nnx_core.graph.objects import Object
 from nnx_core.graph.pack import Describe, Leaves, Packer, Place, Refs, Spec
@@ -257,9 +258,12 @@ def unbound(f: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Object, ..
     The object is an argument like the others, or what the method writes would be lost.
     """
     callee: Any = f
+    require_own(f)
     owner = getattr(callee, "__self__", None)
     if isinstance(owner, Object) and inspect.ismethod(callee):
         return callee.__func__, (owner,)
+    if inspect.ismethod(callee):
+        require_own(owner, ("self",))
     if isinstance(callee, Object):
         return type(callee).__call__, (callee,)
     return f, ()

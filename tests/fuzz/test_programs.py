@@ -23,11 +23,14 @@ CORE, FLAX = library_of(nnx_core), library_of(flax.nnx)
 CELL = Cell("Param", (2,), "float32", 1, ())
 ONE = Graph((CELL,), (Thing("Node", (("a", ("cell", 0)),)),))
 
+#: All of a state is written back, and what moves up in a List is written: compiled, numpy's arrays come back as JAX's,
+#: or as they were if nothing was written.
+WRITES_ARRAYS = (p.StateCarry, p.Back, p.Delete)
+
 
 def check(program: p.Program, way: str) -> None:
     """nnx_core, with `way` around the program, does what Python does."""
-    if way in ("jit", "remat") and any(isinstance(x, p.StateCarry | p.Back) for x in statements(program.body)):
-        # All of a state is written back: numpy's arrays come back as JAX's, or as they were if nothing was written.
+    if way in ("jit", "remat") and any(isinstance(x, WRITES_ARRAYS) for x in statements(program.body)):
         way = f"{way}, with arrays of JAX"
     expected = outcome(program, Plain(CORE), "with arrays of JAX" if way in PREPARED else "as it is")
     assert_same(expected, outcome(program, Lifted(CORE), way), rolled_back=way != "as it is")

@@ -5,7 +5,6 @@ Knows what a user sees of an object: public attributes, items, Variables. It cal
 graphs in `nnx_core`, so that it can judge them.
 """
 
-import functools
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import nnx_core as nnx
+from tests.support.graphs import Graph, Library
+from tests.support.graphs import graphs as drawn_graphs
 
 LAW = settings(max_examples=60)  # nothing is compiled
 COMPILED_LAW = settings(max_examples=25)  # an example compiles once or more
@@ -187,126 +188,18 @@ class Record(nnx.Pytree):
     """An object that is not a module."""
 
 
-KINDS = (nnx.Param, nnx.BatchStat, nnx.Cache, Count)
-DTYPES = ("float32", "int32", "bfloat16")
-STATICS = (1, 2.5, True, "s", None, (1, "t"), jnp.tanh)
-NAMES = "abc"
+#: The classes above, for `tests.support.graphs`: there a graph is data, so that each `build` makes a fresh twin.
+CORE = Library(nnx, {"Node": Node, "Record": Record, "Count": Count})
 
 
-@dataclass(frozen=True)
-class VariableRecipe:
-    kind: type
-    shape: tuple[int, ...]
-    dtype: str
-    seed: int
-    metadata: tuple[tuple[str, Any], ...]
-
-    def build(self) -> nnx.Variable:
-        return self.kind(_numbers(self.shape, self.dtype, self.seed), **dict(self.metadata))
-
-
-def _numbers(shape, dtype, seed) -> jax.Array:
-    size = int(np.prod(shape))
-    return jnp.asarray((np.arange(size) + seed).reshape(shape).astype(jnp.dtype(dtype)))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A graph as data. `build` makes a fresh, equal graph each time: a twin that needs no clone.
-
-    Members are ("variable", i), ("object", i), ("array", seed), ("static", value) or (list | tuple | dict, members).
-    """
-
-    variables: tuple[VariableRecipe, ...]
-    objects: tuple[tuple[type, dict[str, Any]], ...]
-
-    def build(self) -> nnx.Pytree:
-        variables = [v.build() for v in self.variables]
-        objects = [kind() for kind, _ in self.objects]
-
-        def member(m):
-            match m:
-                case ("variable", i):
-                    return variables[i]
-                case ("object", i):
-                    return objects[i]
-                case ("array", seed):
-                    return _numbers((2,), "float32", seed)
-                case ("static", value):
-                    return value
-                case (kind, items) if kind is dict:
-                    return {k: member(v) for k, v in items.items()}
-                case (kind, items):
-                    return kind(member(v) for v in items)
-
-        for x, (_, items) in zip(objects, self.objects, strict=True):
-            for name, item in items.items():
-                attach(x, name, member(item))
-        return objects[0]
-
-
-def attach(x: nnx.Pytree, name: str, value: Any) -> None:
-    """Gives x one more member, in the way of its type."""
-    if isinstance(x, nnx.List):
-        x.append(value)
-    elif isinstance(x, nnx.Dict):
-        x[name] = value
-    else:
-        setattr(x, name, value)
-
-
-_VARIABLES = st.lists(
-    st.builds(
-        VariableRecipe,
-        kind=st.sampled_from(KINDS),
-        shape=st.sampled_from([(), (2,), (1, 3)]),
-        dtype=st.sampled_from(DTYPES),
-        seed=st.integers(0, 9),
-        metadata=st.sampled_from([(), (("tag", "x"),), (("note", 1), ("tag", "y"))]),
-    ),
-    min_size=1,
-    max_size=4,
-)
-_COUNTS = st.integers(1, 4)
-_kinds = functools.cache(st.sampled_from)
-
-
-@st.composite
-def recipes(draw, *, object_kinds=(Node, Record, nnx.List, nnx.Dict), containers=(list, tuple, dict)) -> Recipe:
-    """A root over a pool of objects and Variables wired at random: sharing and cycles included."""
-    variables = draw(_VARIABLES)
-    n = draw(_COUNTS)
-    leaves, values = _members(len(variables), n, containers)
-    objects = []
-    for i in range(n):
-        kind = Node if i == 0 else draw(_kinds(object_kinds))
-        objects.append((kind, draw(values if issubclass(kind, Node | Record) else leaves)))
-    return Recipe(tuple(variables), tuple(objects))
-
-
-@functools.cache  # to make a strategy takes longer than to draw from it
-def _members(variables, objects, containers):
-    """What List and Dict have: leaves by name; and other objects: containers too."""
-    leaf = st.one_of(
-        st.tuples(st.just("variable"), st.integers(0, variables - 1)),
-        st.tuples(st.just("object"), st.integers(0, objects - 1)),
-        st.tuples(st.just("array"), st.integers(0, 9)),
-        st.tuples(st.just("static"), st.sampled_from(STATICS)),
-    )
-    nested = [_container(kind, leaf) for kind in containers]
-    nested += [_container(kind, st.one_of(*nested)) for kind in containers]
-    names = st.sampled_from(NAMES)
-    return st.dictionaries(names, leaf, max_size=3), st.dictionaries(names, st.one_of(leaf, *nested), max_size=3)
-
-
-def _container(kind, member):
-    items = st.dictionaries(st.sampled_from("xy"), member, max_size=2) if kind is dict else st.lists(member, max_size=2)
-    return st.tuples(st.just(kind), items)
+def recipes(things=("Node", "Record", "List", "Dict"), **options) -> st.SearchStrategy[Graph]:
+    """Graphs as data, without Rngs: keys have no axis to map over, and what the laws write is numbers."""
+    return drawn_graphs(things=things, **options)
 
 
 def graphs(**options) -> st.SearchStrategy[nnx.Pytree]:
     """Fresh object graphs with sharing, cycles, containers, several Variable kinds, statics and plain arrays."""
-    return recipes(**options).map(Recipe.build)
+    return recipes(**options).map(lambda graph: graph.build(CORE))
 
 
 # ---- random effects --------------------------------------------------------------------------------------------
@@ -326,28 +219,28 @@ def _retag(root, i, j):
 
 def _create(root, i, j):
     x = _pick(objects_of(root), i)
-    attach(x, "fresh", nnx.Param(jnp.ones(2)))
+    CORE.attach(x, "fresh", nnx.Param(jnp.ones(2)))
 
 
 def _alias(root, i, j):
-    attach(_pick(objects_of(root), i), "again", _pick(reachable(root), j))
+    CORE.attach(_pick(objects_of(root), i), "again", _pick(reachable(root), j))
 
 
 def _note(root, i, j):
     x = _pick(objects_of(root), i)
-    attach(x, "note", f"seen {j}")
+    CORE.attach(x, "note", f"seen {j}")
 
 
 def _table(root, i, j):
     x = _pick(objects_of(root), i)
-    attach(x, "table", jnp.arange(2.0))
+    CORE.attach(x, "table", jnp.arange(2.0))
 
 
 def _rewrite(root, i, j):
     """A new value for a plain array."""
     for x in objects_of(root):
         for name, value in _walking_order(members(x)):
-            if isinstance(value, jax.Array):
+            if is_array(value) and not is_identity(value):
                 if isinstance(x, nnx.List | nnx.Dict):
                     x[name] = value + 1
                 else:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from tests.fuzz import programs as p
-from tests.fuzz.graphs import Settings
+from tests.support.graphs import Settings
 
 
 class Difference(NamedTuple):

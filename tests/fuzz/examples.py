@@ -4,7 +4,7 @@ Law: a name says what went wrong. All run over one small graph, or the one that 
 """
 
 from tests.fuzz import programs as p
-from tests.fuzz.graphs import Cell, Graph, Settings, Thing
+from tests.support.graphs import Cell, Graph, Settings, Thing
 
 SMALL = Graph(
     (Cell("Param", (2,), "float32", 1, ()), Cell("Count", (2,), "int32", 3, (("tag", "x"),))),

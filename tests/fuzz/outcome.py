@@ -64,11 +64,16 @@ class Outcome(NamedTuple):
     errors: list[Exception]
 
 
+class TracerLeftError(AssertionError):
+    """A call left a tracer in the objects it was given: nothing can be said of them any more."""
+
+
 def outcome(program: Program, run: Run, way: str = "as it is", *, strict: bool = True) -> Outcome:
     """Runs a program.
 
     Raises:
-      AssertionError: if a tracer stays behind, or a transform of the whole program raises and changes something.
+      TracerLeftError: if a tracer stays behind.
+      AssertionError: if a transform of the whole program raises and changes something.
     """
     m = program.graph.build(run.library)
     origin = reachable(m)
@@ -83,8 +88,9 @@ def outcome(program: Program, run: Run, way: str = "as it is", *, strict: bool =
                 x = f(m, x)
             except Exception as error:  # noqa: BLE001  # any: to say of which kind it is
                 out.errors.append(error)
+            if tracers_in(m):
+                raise TracerLeftError(f"{way} left a tracer behind")
             after = portrait(m, origin=origin, strict=strict)
-            assert not tracers_in(m), f"{way} left a tracer behind"
             failed = bool(out.errors)
             if failed and way not in (*UNTRANSFORMED, *PREPARED):
                 assert after == before, f"{way} raised, and changed {first_difference(before, after)}"

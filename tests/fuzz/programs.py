@@ -13,7 +13,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.fuzz.graphs import CELL_KINDS, STATICS, Graph, graphs
+from tests.support.graphs import CELL_KINDS, STATICS, Graph, graphs
 
 STEADY_WRITES = ("whole", "add", "broadcast", "number", "wide", "part", "set", "value", "full")
 LOOSE_WRITES = ("replace", "wrong shape", "copy_from")
@@ -455,5 +455,6 @@ def _nested(scope: Scope) -> st.SearchStrategy[Statement]:
 def programs(scope: Scope = Scope()) -> st.SearchStrategy[Program]:
     """Whole programs: a graph, some statements, one or two rounds."""
     statics = tuple(static for static in STATICS if type(static).__name__ not in scope.without)
-    random_graphs = graphs(arrays="arrays" not in scope.without, statics=statics)
+    arrays = () if "arrays" in scope.without else ("array", "numpy")
+    random_graphs = graphs(arrays=arrays, statics=statics)
     return st.builds(Program, random_graphs, bodies(scope), st.integers(1, 2))

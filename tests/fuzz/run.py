@@ -25,7 +25,7 @@ from tests.fuzz.compare import (
     reachable,
     variables_of,
 )
-from tests.fuzz.graphs import Library
+from tests.support.graphs import Library
 
 
 def wrapped(x: Any) -> Any:

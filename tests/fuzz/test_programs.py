@@ -14,10 +14,10 @@ from tests.fuzz import programs as p
 from tests.fuzz.compare import portrait
 from tests.fuzz.differences import flax_differs, statements
 from tests.fuzz.examples import EXAMPLES
-from tests.fuzz.graphs import Cell, Graph, Thing, graphs, library_of
 from tests.fuzz.lifted import Lifted
-from tests.fuzz.outcome import PREPARED, assert_same, outcome
+from tests.fuzz.outcome import PREPARED, TracerLeftError, assert_same, outcome
 from tests.fuzz.plain import Plain
+from tests.support.graphs import Cell, Graph, Thing, graphs, library_of
 
 CORE, FLAX = library_of(nnx_core), library_of(flax.nnx)
 CELL = Cell("Param", (2,), "float32", 1, ())
@@ -41,7 +41,11 @@ def check_flax(program: p.Program, way: str) -> None:
     if flax_differs(program):
         return
     expected = outcome(program, Lifted(CORE), way, strict=False)
-    assert_same(expected, outcome(program, Lifted(FLAX), way, strict=False), rolled_back=False)
+    try:
+        actual = outcome(program, Lifted(FLAX), way, strict=False)
+    except TracerLeftError:  # law 5: ours leaves none, and what flax left there cannot be compared
+        return
+    assert_same(expected, actual, rolled_back=False)
 
 
 @pytest.mark.slow

@@ -19,7 +19,20 @@ from nnx_core.graph.pack import Refs
 from nnx_core.graph.replay import replay
 from nnx_core.graph.tree import NodeStates, from_tree, to_tree
 from nnx_core.transforms.prefix import prefix
-from tests.strategies import LAW, Affine, Count, Node, Tied, apply_all, effects, graphs, portrait, reachable, recipes
+from tests.strategies import (
+    CORE,
+    LAW,
+    Affine,
+    Count,
+    Node,
+    Tied,
+    apply_all,
+    effects,
+    graphs,
+    portrait,
+    reachable,
+    recipes,
+)
 from tests.tolerance import assert_trees_equal
 
 flax_nnx = pytest.importorskip("flax.nnx", reason="the oracle of this file")
@@ -310,8 +323,8 @@ def test_prefix_without_a_match_as_flax_nnx():
 
 @LAW
 @given(recipes(), effects())
-def test_replay_equals_the_call(recipe, todo):
-    mine, twin = recipe.build(), recipe.build()
+def test_replay_equals_the_call(drawn, todo):
+    mine, twin = drawn.build(CORE), drawn.build(CORE)
     origin, twins = reachable(mine), reachable(twin)
     apply_all(todo, twin)
     assert replay(lambda x: (apply_all(todo, x), x)[1], (mine,), {}) is mine

@@ -6,6 +6,7 @@ Knows the classes of a library by name alone; compares nothing and runs nothing.
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -44,15 +45,16 @@ STATICS = (1, 2.5, True, "s", None, (1, "t"), jnp.tanh, Settings(3))
 class Library:
     """The classes that a graph is made of, in one of the two libraries."""
 
-    def __init__(self, nnx: ModuleType):
+    def __init__(self, nnx: ModuleType, own: Mapping[str, type] | None = None):
+        """own: the user's classes Node, Record and Count; by default they are made."""
         self.nnx = nnx
         self.is_flax = nnx.__name__.startswith("flax")
-        own = {
+        own = own or {
             "Node": type("Node", (nnx.Module,), {"__doc__": "A module without attributes of its own."}),
             "Record": type("Record", (nnx.Pytree,), {"__doc__": "An object that is not a module."}),
             "Count": type("Count", (nnx.Variable,), {"__doc__": "A Variable type of the user's own."}),
         }
-        self._kinds = own | {kind: getattr(nnx, kind) for kind in (*CELL_KINDS, *THING_KINDS) if kind not in own}
+        self._kinds = dict(own) | {kind: getattr(nnx, kind) for kind in (*CELL_KINDS, *THING_KINDS) if kind not in own}
 
     def kind(self, name: str) -> type:
         """The class of that name."""
@@ -169,35 +171,64 @@ def _named(member: st.SearchStrategy[Any], names: str, most: int) -> st.SearchSt
     return st.dictionaries(st.sampled_from(names), member, max_size=most).map(lambda items: tuple(items.items()))
 
 
-def _containers(member: st.SearchStrategy[Any], in_tuples: st.SearchStrategy[Any]) -> list[st.SearchStrategy[Any]]:
-    return [
-        st.tuples(st.just("list"), st.lists(member, max_size=2).map(tuple)),
-        st.tuples(st.just("tuple"), st.lists(in_tuples, max_size=2).map(tuple)),
-        st.tuples(st.just("dict"), _named(member, "xy", 2)),
-    ]
+def _containers(
+    member: st.SearchStrategy[Any], in_tuples: st.SearchStrategy[Any], kinds: tuple[str, ...]
+) -> list[st.SearchStrategy[Any]]:
+    contents = {
+        "list": st.lists(member, max_size=2).map(tuple),
+        "tuple": st.lists(in_tuples, max_size=2).map(tuple),
+        "dict": _named(member, "xy", 2),
+    }
+    return [st.tuples(st.just(kind), contents[kind]) for kind in kinds]
 
 
 @st.composite
-def graphs(draw: st.DrawFn, *, arrays: bool = True, statics: tuple[Any, ...] = STATICS) -> Graph:
+def graphs(
+    draw: st.DrawFn,
+    *,
+    arrays: tuple[str, ...] = ("array", "numpy"),
+    statics: tuple[Any, ...] = STATICS,
+    containers: tuple[str, ...] = ("list", "tuple", "dict"),
+    things: tuple[str, ...] = THING_KINDS,
+) -> Graph:
     """Graphs with sharing, cycles, all kinds of Variables, arrays of JAX and numpy, containers and statics.
 
     An array never stands right in a tuple, where nobody could write to it.
     """
     pool = draw(st.lists(cells(), min_size=1, max_size=3))
-    kinds = draw(st.lists(st.sampled_from(THING_KINDS), max_size=3))
-    cell = st.tuples(st.just("cell"), st.integers(0, len(pool) - 1))
-    thing = st.tuples(st.just("thing"), st.integers(0, len(kinds)))
-    plain = st.tuples(st.sampled_from(("array", "numpy")), st.integers(0, 9))
-    static = st.tuples(st.just("static"), st.sampled_from(statics))
-    in_tuples = st.one_of(cell, thing, static)
-    leaf = st.one_of(cell, thing, plain, static) if arrays else in_tuples
-    nested = _containers(leaf, in_tuples)
-    nested += _containers(st.one_of(*nested), st.one_of(*nested))
-    things = []
-    for kind in ("Node", *kinds):
-        value = leaf if kind in ("List", "Dict") else st.one_of(cell, leaf, *nested)
-        things.append(Thing(kind, draw(_named(value, NAMES, 3))))
-    return connected(Graph(tuple(pool), tuple(things)))
+    kinds = draw(st.lists(st.sampled_from(things), max_size=3))
+    in_lists, in_objects = _members(len(pool), len(kinds), arrays, statics, containers)
+    members = [draw(in_lists if kind in ("List", "Dict") else in_objects) for kind in ("Node", *kinds)]
+    return connected(Graph(tuple(pool), tuple(map(Thing, ("Node", *kinds), members))))
+
+
+def _members(
+    n_cells: int, n_things: int, arrays: tuple[str, ...], statics: tuple[Any, ...], containers: tuple[str, ...]
+) -> tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]]:
+    """What a List or Dict has: leaves by name. And what other objects have: containers too."""
+    # By identity: of the statics some have no hash, and 1 and True are equal.
+    key = (n_cells, n_things, arrays, tuple(map(id, statics)), containers)
+    if key not in _MEMBERS:
+        _MEMBERS[key] = _new_members(n_cells, n_things, arrays, statics, containers)
+    return _MEMBERS[key]
+
+
+_MEMBERS: dict[Any, Any] = {}  # to make a strategy takes longer than to draw from it
+
+
+def _new_members(
+    n_cells: int, n_things: int, arrays: tuple[str, ...], statics: tuple[Any, ...], containers: tuple[str, ...]
+) -> tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]]:
+    cell = st.tuples(st.just("cell"), st.integers(0, n_cells - 1))
+    thing = st.tuples(st.just("thing"), st.integers(0, n_things))
+    in_tuples = st.one_of(cell, thing, st.tuples(st.just("static"), st.sampled_from(statics)))
+    leaf = in_tuples
+    if arrays:
+        leaf = st.one_of(in_tuples, st.tuples(st.sampled_from(arrays), st.integers(0, 9)))
+    nested = _containers(leaf, in_tuples, containers)
+    if nested:
+        nested += _containers(st.one_of(*nested), st.one_of(*nested), containers)
+    return _named(leaf, NAMES, 3), _named(st.one_of(cell, leaf, *nested), NAMES, 3)
 
 
 def connected(graph: Graph) -> Graph:

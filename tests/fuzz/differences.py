@@ -38,7 +38,7 @@ TRANSFORMS = (p.Jit, p.Functional, p.Remat, p.Grad, p.Vmap, p.VmapShared, p.Scan
 TRANSFORMS += (p.CondSame, p.Stack, p.StateCarry, p.Returned)
 
 
-def _nested(statement: p.Statement, outer: type | tuple[type, ...], inner: type | tuple[type, ...]) -> bool:
+def nested(statement: p.Statement, outer: type | tuple[type, ...], inner: type | tuple[type, ...]) -> bool:
     """Whether it is an `outer` with an `inner` somewhere in it."""
     inside = list(statements(statement))[1:]
     return isinstance(statement, outer) and any(isinstance(x, inner) for x in inside)
@@ -87,11 +87,11 @@ DIFFERENCES = (
     ),
     Difference(
         "law 4, REQUIREMENTS 45: an object of an outer trace can be handed to a transform that only reads it",
-        lambda s: _nested(s, p.Closed, TRANSFORMS),
+        lambda s: nested(s, p.Closed, TRANSFORMS),
     ),
     Difference(
         "laws 2 and 3 of `capture`: the module that its function sees has no members of flax's own",
-        lambda s: _nested(s, p.Capture, p.Shape),
+        lambda s: nested(s, p.Capture, p.Shape),
     ),
     Difference(
         "the same laws: flax cannot sort the member of its own, a string, with the numbers of a List",

@@ -42,7 +42,7 @@ def _as_jax(nnx: Any, f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
 #: Law 2: each of these is the thing itself. The second is what "vmap" does to arrays of numpy.
 UNTRANSFORMED = ("as it is", "with arrays of JAX")
 #: Transforms that see arrays of JAX where the graph has arrays of numpy.
-PREPARED = ("vmap", "jit, with arrays of JAX", "remat, with arrays of JAX")
+PREPARED = ("with arrays of JAX", "vmap", "jit, with arrays of JAX", "remat, with arrays of JAX")
 WAYS: dict[str, Way] = {
     "as it is": lambda nnx, f: f,
     "with arrays of JAX": _as_jax,

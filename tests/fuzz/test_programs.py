@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import nnx_core
 from tests.fuzz import programs as p
 from tests.fuzz.compare import portrait
-from tests.fuzz.differences import flax_differs, statements
+from tests.fuzz.differences import TRANSFORMS, flax_differs, nested, statements
 from tests.fuzz.examples import EXAMPLES
 from tests.fuzz.lifted import Lifted
 from tests.fuzz.outcome import PREPARED, TracerLeftError, assert_same, outcome
@@ -32,6 +32,8 @@ def check(program: p.Program, way: str) -> None:
     """nnx_core, with `way` around the program, does what Python does."""
     if way in ("jit", "remat") and any(isinstance(x, WRITES_ARRAYS) for x in statements(program.body)):
         way = f"{way}, with arrays of JAX"
+    elif way == "as it is" and any(nested(x, TRANSFORMS, WRITES_ARRAYS) for x in statements(program.body)):
+        way = "with arrays of JAX"
     expected = outcome(program, Plain(CORE), "with arrays of JAX" if way in PREPARED else "as it is")
     assert_same(expected, outcome(program, Lifted(CORE), way), rolled_back=way != "as it is")
 

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from nnx_core import kinds
 
 ROOT = Path(__file__).parent.parent
-#: A page is run by people in a process of its own: names of Variable types that other tests registered are unknown there.
+#: People run a page in a process of its own: names of Variable types that other tests registered are unknown there.
 REGISTRY = {"_types": dict(kinds._types), "_names": dict(kinds._names)}
 FILES = [ROOT / "README.md", *sorted((ROOT / "migration_guide").rglob("*.md"))]
 

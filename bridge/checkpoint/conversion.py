@@ -27,17 +27,18 @@ from bridge._errors import (
 from bridge._types import Path
 from bridge._versions import version_of
 from bridge.checkpoint.beside import carried
+from bridge.checkpoint.blocks import InBlocks, too_large
 from bridge.checkpoint.formats.door import local_path
 from bridge.checkpoint.formats.open import open_sink, open_source
 from bridge.checkpoint.formats.protocol import Items, Sink, Source
 from bridge.checkpoint.options import MAX_MEMORY, Check, ConversionOptions, LeafRules
 from bridge.checkpoint.plan.place import embedded, metadata_of, place_in
 from bridge.checkpoint.plan.plan import Plan, plan_of
-from bridge.checkpoint.stream import Progress, batches, by_source, values
+from bridge.checkpoint.stream import Done, LeafHash, Progress, batches, by_source, values
 from bridge.checkpoint.tree.canonical import Known
 from bridge.checkpoint.tree.inner import below
 from bridge.checkpoint.tree.layout import Kind, Layout
-from bridge.checkpoint.tree.ops import Read
+from bridge.checkpoint.tree.ops import Op, Read
 from bridge.checkpoint.tree.tree import Tree
 from bridge.checkpoint.verification import (
     HASHES,
@@ -217,24 +218,41 @@ class Conversion:
         if options.target_format == "msgpack":  # one file, written from its start to its end
             made = {path: self.plan.made[path] for path in tree.order}
         hashes: dict[Path, str] = {}
-        done = 0
+        budget = options.max_memory // _SHARES
+        done = Done(options.progress, "converting", tree.nbytes)
         with ThreadPoolExecutor(1) as writer:
             pending: Future[None] | None = None
-            for batch in batches(made, leaves, self.source.tree.leaves, options.max_memory // _SHARES):
+            for batch in batches(made, leaves, self.source.tree.leaves, budget):
+                large = too_large(batch, budget)
                 fresh: dict[Path, Any] = {}
-                for path, (value, digest) in values(batch, self.source.read).items():
-                    hashes[path] = digest
-                    if path not in sink.done:
-                        fresh[path] = value
+                if large is None:
+                    for path, (value, digest) in values(batch, self.source.read).items():
+                        hashes[path] = digest
+                        if path not in sink.done:
+                            fresh[path] = value
                 if pending is not None:
                     pending.result()  # raises what the writer has raised
                 pending = writer.submit(sink.write, fresh) if fresh else None
-                done += sum(leaves[path].nbytes for path in batch.leaves)
-                if options.progress is not None:
-                    options.progress("converting", done, tree.nbytes)
+                if large is not None:
+                    hashes[large[0]] = self._write_in_blocks(*large, sink, budget, done)
+                else:
+                    done.add(sum(leaves[path].nbytes for path in batch.leaves))
             if pending is not None:
                 pending.result()
         return {path: hashes[path] for path in self.plan.made}
+
+    def _write_in_blocks(self, path: Path, op: Op, sink: Sink, budget: int, done: Done) -> str:
+        """A leaf that does not fit the budget, for which all others wait; its hash."""
+        digest = LeafHash(op.shape, op.dtype)
+        parts = InBlocks(op, self.source.read, budget, sink.chunk(path), sink.path.parent)
+        with parts.hashed(digest) as made:
+            told = done.telling(made)
+            if path in sink.done:
+                for _ in told:
+                    pass
+            else:
+                sink.write_blocks(path, told)
+        return digest.hexdigest()
 
     def _require_read_as_written(self, hashes: Mapping[Path, str], options: ConversionOptions) -> None:
         """Raise VerificationError if the source is one that was converted, and has other bits than it had then.
@@ -285,9 +303,20 @@ def plan_conversion(source: Source, options: ConversionOptions, progress: Progre
     plan = replace(
         plan,
         left_out=(*source.around.left_out, *without_place),
-        notes=(*source.around.notes, *plan.notes),
+        notes=(*source.around.notes, *plan.notes, *_read_whole(source, plan, options.max_memory)),
     )
     return Conversion(source, layout, plan, options)
+
+
+def _read_whole(source: Source, plan: Plan, max_memory: int) -> list[str]:
+    """A line for the leaf with the largest part that cannot be read in less memory."""
+    read = {path for op in plan.made.values() for path in op.sources()}
+    large = [path for path in read if source.tree.leaves[path].nbytes > max_memory // _SHARES]
+    path = max(large, key=source.piece, default=None)
+    if path is None or source.piece(path) <= max_memory // _SHARES:
+        return []
+    size = f"{show_path(path)} is stored in parts of {source.piece(path)} bytes, each of which is read whole"
+    return [f"{size}: memory may exceed the {max_memory} bytes asked for"]
 
 
 def state_in(source: Source, options: ConversionOptions) -> tuple[Path, Tree]:

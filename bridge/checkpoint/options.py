@@ -87,7 +87,9 @@ class ConversionOptions:
       target_format: 'orbax', 'orbax-v1', 'safetensors' or 'msgpack'.
       target_item: of Orbax's formats: the item that the state is in; by default 'default' for v0 where the target is
         called by a number, as the steps of a CheckpointManager are, and otherwise none; 'state' for v1.
-      max_memory: bytes of leaves in memory at once; one leaf that is larger is held alone.
+      max_memory: bytes of leaves in memory at once. A leaf that is larger is read, made and written block by block; if
+        its axes change places, through a temporary file beside the target. What the source holds in one piece (a chunk
+        of Orbax, an array of npz in Fortran's order) is read whole, and a note of the plan says so.
       resume: go on with what a killed run has left.
       verify: read everything again at the end and compare hashes. What an earlier run wrote is always verified.
       check: called last with the paths of source and target, to run both models, say: False or an AssertionError

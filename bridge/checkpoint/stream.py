@@ -12,38 +12,100 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from bridge._types import Path
+from bridge._types import Path, Shape
 from bridge.checkpoint.formats.stored import host, pieces
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.layout import Leaf
-from bridge.checkpoint.tree.ops import Block, Fill, Op, Pick, Read, Reader, Region, Reshape
+from bridge.checkpoint.tree.ops import Block, Fill, Op, Pick, Read, Reader
+from bridge.checkpoint.tree.regions import Region, shape_of
 
+T = TypeVar("T")
 #: Called with what is being done, the bytes done and the bytes in all.
 Progress = Callable[[str, int, int], None]
 
+
+class Done:
+    """How many of the bytes of a checkpoint are done, for a `progress` that may be None.
+
+    >>> done = Done(print, "converting", 24)
+    >>> done.add(16)
+    converting 16 24
+    >>> [region for region, value in done.telling([("all", np.zeros(1))])]
+    converting 24 24
+    ['all']
+    """
+
+    def __init__(self, progress: Progress | None, doing: str, total: int):
+        self._progress, self._doing, self._total, self._bytes = progress, doing, total, 0
+
+    def add(self, nbytes: int) -> None:
+        """So many more are done."""
+        self._bytes += nbytes
+        if self._progress is not None:
+            self._progress(self._doing, self._bytes, self._total)
+
+    def telling(self, blocks: Iterable[tuple[T, Any]]) -> Iterator[tuple[T, Any]]:
+        """`blocks`, each told when it was used."""
+        for region, value in blocks:
+            yield region, value
+            nbytes = value.nbytes
+            del value
+            self.add(nbytes)
+
+
 _THREADS = min(4, os.cpu_count() or 1)
-_M_ARENA_MAX = -8  # mallopt's number for it
+# mallopt's numbers
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+_LARGE = 1 << 20  # bytes; what is as large goes back to the operating system when it is freed
 
 
 def share_freed_memory() -> None:
     """From now on what one thread frees another can use. For a process whose threads do nothing but stream leaves.
 
-    glibc keeps what a thread has freed for that thread: a stream of 256 MiB at a time then holds nearly twice as much.
+    glibc keeps what a thread has freed for that thread, and gaps between what is in use: a stream of 256 MiB at a time
+    then holds nearly twice as much, and more the longer it is.
     To be called before a checkpoint is opened, which starts the threads. Where there is no glibc, nothing changes.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+class LeafHash:
+    """SHA-256 of a leaf that comes in parts: its dtype, its shape and its bytes in row-major order, little-endian.
+
+    >>> parts = LeafHash((2, 3), "float64")
+    >>> parts.update(np.zeros((1, 3)))
+    >>> parts.update(np.ones((1, 3)))
+    >>> parts.hexdigest() == leaf_hash(np.repeat([[0.0], [1.0]], 3, axis=1))
+    True
+    """
+
+    def __init__(self, shape: Shape, dtype: str):
+        self._digest = hashlib.sha256(f"{_plain_name(dtype)}{list(shape)}".encode())
+
+    def update(self, part: Any) -> None:
+        """The next elements: an array, or a string."""
+        if isinstance(part, str):
+            self._digest.update(part.encode())
+            return
+        for piece in pieces(host(part)):
+            self._digest.update(piece)
+
+    def hexdigest(self) -> str:
+        """The hash of all that came."""
+        return self._digest.hexdigest()
 
 
 def leaf_hash(value: Any) -> str:
-    """SHA-256 of a leaf: its dtype, its shape and its bytes in row-major order, little-endian.
+    """The `LeafHash` of a whole leaf.
 
     Args:
       value: an array (numpy or JAX, any strides), a Python number, a string, or typed random keys.
@@ -53,13 +115,8 @@ def leaf_hash(value: Any) -> str:
     >>> leaf_hash(np.float32(0.0)) == leaf_hash(np.float32(-0.0))
     False
     """
-    shape, dtype = layout.describe(value)
-    digest = hashlib.sha256(f"{_plain_name(dtype)}{list(shape)}".encode())
-    if isinstance(value, str):
-        digest.update(value.encode())
-        return digest.hexdigest()
-    for piece in pieces(host(value)):
-        digest.update(piece)
+    digest = LeafHash(*layout.describe(value))
+    digest.update(value)
     return digest.hexdigest()
 
 
@@ -118,7 +175,7 @@ class Batch:
 
 
 def bytes_read(op: Op, sizes: Mapping[Path, int]) -> Counter[Path]:
-    """Bytes that `op.value` reads, by source leaf: a `Pick` or `Block` reads its part alone.
+    """Bytes that `op.value` reads, by source leaf: of one that is cut only its part.
 
     Args:
       op: how a leaf is made.
@@ -129,23 +186,10 @@ def bytes_read(op: Op, sizes: Mapping[Path, int]) -> Counter[Path]:
     Counter({('kernel',): 64})
     """
     read: Counter[Path] = Counter()
-    pending: list[tuple[Op, float]] = [(op, 1.0)]  # what is read of, and how much of it
-    while pending:
-        outer, part = pending.pop()
-        match outer:
-            case Read():
-                read[outer.path] += round(sizes[outer.path] * part)
-            case Pick() | Block():
-                pending.append((outer.of, part * _size(outer) / max(_size(outer.of), 1)))
-            case Reshape():  # a region of it reads the whole source
-                pending.append((outer.of, 1.0))
-            case _:
-                pending.extend((inner, part) for inner in reversed(outer._parts()))
+    for leaf, region in op.reads():
+        part = 1.0 if region is None else math.prod(shape_of(region)) / max(math.prod(leaf.shape), 1)
+        read[leaf.path] += round(sizes[leaf.path] * part)
     return read
-
-
-def _size(op: Op) -> int:
-    return math.prod(op.shape)
 
 
 def _is_view(op: Op) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 from bridge._errors import BridgeError, CheckpointCorruptError, CheckpointLayoutError, cut_short, show_path
 from bridge._types import Path
+from bridge.checkpoint.blocks import hash_in_blocks, too_large
 from bridge.checkpoint.formats.open import open_source
 from bridge.checkpoint.formats.protocol import Items, Source
 from bridge.checkpoint.options import MAX_MEMORY
@@ -134,14 +135,19 @@ def wrong_bits(source: Source, expected: Mapping[Path, str], *, max_memory: int 
 def _hashed(source: Source, leaves: Mapping[Path, Leaf], max_memory: int) -> Iterator[dict[Path, str | None]]:
     """The hashes of these leaves, batch by batch."""
     for batch in batches(reads_of(leaves), leaves, leaves, max_memory):
-        yield _hashes(batch, source)
+        yield _hashes(batch, source, max_memory)
 
 
-def _hashes(batch: Batch, source: Source) -> dict[Path, str | None]:
+def _hashes(batch: Batch, source: Source, budget: int) -> dict[Path, str | None]:
     """The hash of each leaf; None for one that cannot be read."""
     try:
+        if large := too_large(batch, budget):
+            path, op = large
+            return {path: hash_in_blocks(op, source.read, budget)}
         return {path: digest for path, (_, digest) in values(batch, source.read).items()}
     except CheckpointCorruptError:  # one damaged leaf fails its batch: each is read again, to tell which
+        if len(batch.leaves) == 1:
+            return dict.fromkeys(batch.leaves)
         return {path: _hash_alone(path, source) for path in batch.leaves}
 
 

@@ -70,6 +70,10 @@ class JoinedSource:
             )
         return part.read(path[1:], region)
 
+    def piece(self, path: Path) -> int:
+        """Bytes that reading any part of a leaf takes, beside the part."""
+        return 0 if path in self.values else self.parts[path[0]].piece(path[1:])
+
     def require_unchanged(self) -> None:
         """Raise CheckpointChangedError if somebody wrote to one of the parts since they were opened."""
         for part in self.parts.values():

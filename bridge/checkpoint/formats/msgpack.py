@@ -22,11 +22,13 @@ import msgpack
 import numpy as np
 
 from bridge._errors import CheckpointCorruptError, show_path
-from bridge._types import Path
+from bridge._types import Path, Shape
 from bridge.checkpoint.formats import stored
 from bridge.checkpoint.formats.journal import Record, sync_folder, write_durably
 from bridge.checkpoint.formats.one_file import FileSink
 from bridge.checkpoint.formats.stored import ArrayFile, FileSource, Stored, number_type, pieces
+from bridge.checkpoint.tree.layout import Leaf
+from bridge.checkpoint.tree.regions import Region
 from bridge.checkpoint.tree.tree import Tree, depth_first
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # flax's extension types
@@ -410,46 +412,82 @@ class MsgpackSink(FileSink):
         return self._put_chunks(offset, array)
 
     def _put_array(self, offset: int, array: np.ndarray, code: int) -> int:
-        inner = b"\x93" + msgpack.packb(array.shape) + msgpack.packb(array.dtype.name) + _bin_head(array.nbytes)
-        offset = self.put(offset, _ext_head(code, len(inner) + array.nbytes) + inner)
+        offset = self.put(offset, _array_head(array.shape, array.dtype, code))
         return self.put_array(offset, array)
 
     def _put_chunks(self, offset: int, array: np.ndarray) -> int:
-        """As flax cuts arrays near msgpack's limit: flat parts of 2^30 bytes."""
-        shape = {str(axis): size for axis, size in enumerate(array.shape)}
-        count = max(1, self._chunk_bytes // array.dtype.itemsize)
-        starts = range(0, array.size, count)
+        chunks = _Chunks(self, offset, array.shape, array.dtype, self._chunk_bytes)
+        for piece in pieces(array):
+            chunks.put(piece)
+        return chunks.offset
+
+    def _begin_blocks(self, leaf: Leaf, first: Any) -> _Blocks:
+        """What comes before the leaf is written here, and its bytes as they come."""
+        wanted = self.tree.order[self._next]
+        if leaf.path != wanted:
+            raise self._unstorable(f"leaves in the order of tree.order: {show_path(wanted)}", show_path(leaf.path))
+        offset = self.put(self._size, self._before[leaf.path])
+        shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+        if math.prod(shape) * dtype.itemsize > self._chunk_bytes:
+            return _Blocks(self, _Chunks(self, offset, shape, dtype, self._chunk_bytes), self._next + 1)
+        return _Blocks(self, _Plain(self, self.put(offset, _array_head(shape, dtype, _ARRAY))), self._next + 1)
+
+
+class _Plain:
+    """The bytes of an array in row-major order, one after the other."""
+
+    def __init__(self, sink: FileSink, offset: int):
+        self._sink, self.offset = sink, offset
+
+    def put(self, piece: memoryview) -> None:
+        """Write the next bytes."""
+        self.offset = self._sink.put(self.offset, piece)
+
+
+class _Chunks:
+    """The same, cut as flax cuts arrays near msgpack's limit: flat parts of 2^30 bytes, each with a head."""
+
+    def __init__(self, sink: FileSink, offset: int, shape: Shape, dtype: np.dtype, chunk_bytes: int):
+        self._sink, self._dtype = sink, dtype
+        self._count, self._size = max(1, chunk_bytes // dtype.itemsize), math.prod(shape)
+        self._index, self._left = 0, 0  # the next chunk, and bytes to come of the one before
+        sizes = {str(axis): size for axis, size in enumerate(shape)}
         packer = msgpack.Packer()
         head = packer.pack_map_header(3) + msgpack.packb(_CHUNKED) + msgpack.packb(True) + msgpack.packb("shape")
-        head += msgpack.packb(shape) + msgpack.packb("chunks") + packer.pack_map_header(len(starts))
-        offset = self.put(offset, head)
-        rest = _Flat(array)
-        for index, start in enumerate(starts):
-            size = min(count, array.size - start)
-            inner = b"\x93" + msgpack.packb((size,)) + msgpack.packb(array.dtype.name)
-            inner += _bin_head(size * array.dtype.itemsize)
-            head = msgpack.packb(str(index)) + _ext_head(_ARRAY, len(inner) + size * array.dtype.itemsize)
-            offset = self.put(offset, head + inner)
-            for piece in rest.take(size * array.dtype.itemsize):
-                offset = self.put(offset, piece)
-        return offset
+        head += msgpack.packb(sizes) + msgpack.packb("chunks")
+        self.offset = sink.put(offset, head + packer.pack_map_header(math.ceil(self._size / self._count)))
+
+    def put(self, piece: memoryview) -> None:
+        """Write the next bytes, and a head wherever a chunk begins."""
+        while piece:
+            if not self._left:
+                self._begin()
+            part, piece = piece[: self._left], piece[self._left :]
+            self.offset = self._sink.put(self.offset, part)
+            self._left -= len(part)
+
+    def _begin(self) -> None:
+        count = min(self._count, self._size - self._index * self._count)
+        head = msgpack.packb(str(self._index)) + _array_head((count,), self._dtype, _ARRAY)
+        self.offset = self._sink.put(self.offset, head)
+        self._index, self._left = self._index + 1, count * self._dtype.itemsize
 
 
-class _Flat:
-    """The bytes of an array in row-major order, handed out in runs."""
+class _Blocks:
+    """One array that is written block by block; it is the leaf before the one of number `after`."""
 
-    def __init__(self, array: np.ndarray):
-        self._pieces = pieces(array)
-        self._rest = memoryview(b"")
+    def __init__(self, sink: FileSink, rest: _Plain | _Chunks, after: int):
+        self._sink, self._rest, self._after = sink, rest, after
 
-    def take(self, count: int) -> Any:
-        """The next `count` bytes, in pieces."""
-        while count:
-            if not self._rest:
-                self._rest = next(self._pieces)
-            piece, self._rest = self._rest[:count], self._rest[count:]
-            count -= len(piece)
-            yield piece
+    def put(self, region: Region, value: Any) -> None:
+        """Write the next block."""
+        for piece in pieces(np.asarray(value)):
+            self._rest.put(piece)
+
+    def end(self) -> list[Record]:
+        """What the journal must know."""
+        self._sink.sync()
+        return [{"count": self._after, "size": self._rest.offset}]
 
 
 def _skeleton(tree: Tree) -> tuple[dict[Path, bytes], bytes]:
@@ -477,6 +515,13 @@ def _skeleton(tree: Tree) -> tuple[dict[Path, bytes], bytes]:
     if not entries:
         pending = packer.pack_map_header(0)
     return before, pending
+
+
+def _array_head(shape: Shape, dtype: np.dtype, code: int) -> bytes:
+    """What stands before the bytes of an array."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    inner = b"\x93" + msgpack.packb(shape) + msgpack.packb(dtype.name) + _bin_head(nbytes)
+    return _ext_head(code, len(inner) + nbytes) + inner
 
 
 def _bin_head(length: int) -> bytes:

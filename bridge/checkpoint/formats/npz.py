@@ -74,6 +74,7 @@ class NpzSource:
 
     def __post_init__(self) -> None:
         self._identity = self._now()
+        self._opened: IO[bytes] | None = None  # the member that was read last, if there is more in it
 
     def _now(self) -> Identity:
         assert self.archive.fp is not None  # until it is closed
@@ -85,26 +86,51 @@ class NpzSource:
             raise changed(self.path, self._identity, now)
 
     def read(self, path: Path, region: Region | None = None) -> np.ndarray:
-        """An array or a region of it: a copy. Only a read of all of it checks the member's checksum."""
+        """An array or a region of it: a copy.
+
+        Only a read of all of it, also in runs from the first number to the last, checks the member's checksum. Runs
+        that follow each other decompress it once.
+        """
         member = self.members[path]
         if region is not None and member.fortran:
             region = region[::-1]
         first, block, rest = stored.rows(member.shape, region)
         array = np.empty(block, member.stored_as)
-        with self.lock, _reading(self.path, member.name), self.archive.open(member.name) as opened:
-            whole = array.nbytes == member.nbytes
-            if whole:
-                opened.read(member.start)  # a seek would switch the checksum off
-            else:
-                opened.seek(member.start + first * member.dtype.itemsize)
+        with self.lock, _reading(self.path, member.name):
+            offset = member.start + first * member.dtype.itemsize
+            opened = self._at(member, offset)
             _fill(opened, array)
-            if whole and opened.read(1):  # zipfile compares the checksum at the end
+            is_end = offset + array.nbytes == member.start + member.nbytes
+            if is_end and opened.read(1):  # zipfile compares the checksum at the end
                 raise ValueError("more bytes than its shape has")
+            if is_end:
+                self._let_go()
         array = array.astype(array.dtype.newbyteorder("="), copy=False).view(member.dtype)[(*rest, ...)]
         return array.T if member.fortran else array
 
+    def _at(self, member: _Member, offset: int) -> IO[bytes]:
+        """The member, with the bytes from `offset` on to be read next."""
+        if self._opened is None or self._opened.name != member.name or self._opened.tell() > offset:
+            self._let_go()
+            self._opened = self.archive.open(member.name)
+            self._opened.read(member.start)  # a seek would switch the checksum off
+        if self._opened.tell() != offset:
+            self._opened.seek(offset)
+        return self._opened
+
+    def _let_go(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def piece(self, path: Path) -> int:
+        """Bytes that reading any part of a leaf takes: all of it, where its last axis is the slowest."""
+        member = self.members[path]
+        return member.nbytes if member.fortran and len(member.shape) > 1 else 0
+
     def close(self) -> None:
         """Let go of the file."""
+        self._let_go()
         self.archive.close()
 
 

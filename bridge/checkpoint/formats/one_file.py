@@ -25,6 +25,7 @@ from bridge.checkpoint.formats.protocol import UNFINISHED
 from bridge.checkpoint.formats.sink import ResumableSink
 from bridge.checkpoint.formats.stored import pieces
 from bridge.checkpoint.tree.layout import Leaf
+from bridge.checkpoint.tree.regions import Region
 
 _COPIED_AT_ONCE = 1 << 25
 _CLOSED = -1
@@ -114,7 +115,7 @@ class FileSink(ResumableSink):
 
     def _put(self, leaves: Mapping[Path, Any]) -> list[Record]:
         record = self._put_leaves(leaves)
-        os.fsync(self._file)
+        self.sync()
         return [record]
 
     def put(self, offset: int, data: Any) -> int:
@@ -130,6 +131,10 @@ class FileSink(ResumableSink):
         for piece in pieces(array):
             offset = self.put(offset, piece)
         return offset
+
+    def sync(self) -> None:
+        """What was put is on disk when this returns."""
+        os.fsync(self._file)
 
     def with_head(self, head: bytes, old_size: int) -> FilePath:
         """A copy of the file with `head` in place of its first `old_size` bytes."""
@@ -155,3 +160,19 @@ class FileSink(ResumableSink):
         if self._file != _CLOSED:
             handle, self._file = self._file, _CLOSED
             os.close(handle)
+
+
+class Run:
+    """An array that is written block by block, one after the other from `offset` on, and then tells `record`."""
+
+    def __init__(self, sink: FileSink, offset: int, record: Record):
+        self._sink, self._offset, self._record = sink, offset, record
+
+    def put(self, region: Region, value: Any) -> None:
+        """Write the next block."""
+        self._offset = self._sink.put_array(self._offset, np.asarray(value))
+
+    def end(self) -> list[Record]:
+        """What the journal must know."""
+        self._sink.sync()
+        return [self._record]

@@ -9,13 +9,13 @@ Knows trees of leaves; knows no format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Protocol
 
-from bridge._types import Path
-from bridge.checkpoint.tree.ops import Region
+from bridge._types import Path, Shape
+from bridge.checkpoint.tree.regions import Region
 from bridge.checkpoint.tree.tree import Tree
 
 #: What the name of a file ends in until it is whole.
@@ -72,6 +72,9 @@ class Source(Protocol):
         """A leaf, or a region of it: numpy array of the stored dtype; a Python number or string as saved; typed
         random keys as such. Raises CheckpointCorruptError."""
 
+    def piece(self, path: Path) -> int:
+        """Bytes in memory that reading any part of a leaf takes, beside the part: a chunk that is stored as one."""
+
     def require_unchanged(self) -> None:
         """Raise CheckpointChangedError if somebody wrote to it since it was opened. To be asked after the last read."""
 
@@ -82,10 +85,20 @@ class Source(Protocol):
 class Sink(Protocol):
     """A checkpoint that is being written. Use as a context manager: an exception leaves it unfinished, resumable."""
 
+    path: FilePath  #: what it will be
     done: frozenset[Path]  #: leaves that an earlier run, killed, had written whole
 
     def write(self, leaves: Mapping[Path, Any]) -> None:
         """Write some leaves of the tree, each once. Raises CheckpointWriteError (disk full, ...)."""
+
+    def write_blocks(self, path: Path, blocks: Iterable[tuple[Region, Any]]) -> None:
+        """Write one array that comes in runs of elements, in row-major order. Raises CheckpointWriteError.
+
+        It is on disk when this returns; a leaf of which some blocks are written is begun anew by the next run.
+        """
+
+    def chunk(self, path: Path) -> Shape | None:
+        """The shape of the chunks of an array, between which blocks end; None where they may end anywhere."""
 
     def finish(self, metadata: Mapping[str, Any]) -> None:
         """Put the checkpoint in its place, in one atomic step, with `metadata` (JSON types) beside the arrays."""

@@ -26,7 +26,7 @@ from bridge._errors import CheckpointCorruptError, CheckpointWriteError, show_pa
 from bridge._types import Path
 from bridge.checkpoint.formats import stored
 from bridge.checkpoint.formats.journal import Record
-from bridge.checkpoint.formats.one_file import FileSink
+from bridge.checkpoint.formats.one_file import FileSink, Run
 from bridge.checkpoint.formats.stored import ArrayFile, FileSource, Stored
 from bridge.checkpoint.tree.layout import Leaf
 
@@ -301,6 +301,10 @@ class SafetensorsSink(FileSink):
             begin, _ = self._spans[path]
             self.put_array(self._start + begin, array)
         return {"done": [self._index[path] for path in leaves], "strings": strings, "numbers": numbers}
+
+    def _begin_blocks(self, leaf: Leaf, first: Any) -> Run:
+        begin, _ = self._spans[leaf.path]
+        return Run(self, self._start + begin, {"done": [self._index[leaf.path]], "strings": {}, "numbers": []})
 
     def _take_leaves(self, record: Record) -> Iterable[Path]:
         for index, text in record["strings"].items():

@@ -8,23 +8,36 @@ Knows trees and journals; knows nothing of what a format writes where.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path as FilePath
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from bridge._errors import CheckpointExistsError, CheckpointWriteError, listed, show_path
-from bridge._types import Path
+from bridge._types import Path, Shape
 from bridge.checkpoint.formats.door import local_path, no_permission
 from bridge.checkpoint.formats.journal import Journal, Record, sync_folder
 from bridge.checkpoint.formats.nearby import bytes_in, what_is_at
 from bridge.checkpoint.tree import layout
+from bridge.checkpoint.tree.layout import Leaf
+from bridge.checkpoint.tree.regions import Region, run_of, shape_of
 from bridge.checkpoint.tree.tree import Tree
 
 # What reading a journal raises that is damaged: no JSON, other lines than ours, names and numbers that are not there.
 _DAMAGED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
+
+
+class BlockWriter(Protocol):
+    """What puts the blocks of one leaf on disk."""
+
+    def put(self, region: Region, value: Any) -> None:
+        """Write the next block."""
+
+    def end(self) -> list[Record]:
+        """All blocks are written, and on disk when this returns; what the journal must know of it."""
 
 
 class ResumableSink:
@@ -72,6 +85,40 @@ class ResumableSink:
         for record in records:
             self._take(record)
         self._written |= leaves.keys()
+
+    def write_blocks(self, path: Path, blocks: Iterable[tuple[Region, Any]]) -> None:
+        """Write one array that comes in runs of elements, in row-major order; it is on disk when this returns.
+
+        Raises:
+          CheckpointWriteError: as for `write`; or blocks that are not all of the leaf, in order.
+        """
+        leaf, journal = self._require_leaf(path), self._require_open()
+        writer: BlockWriter | None = None
+        done, shape = 0, tuple(leaf.shape)
+        for region, value in blocks:
+            run = run_of(shape, region)
+            if (
+                run is None
+                or run[0] != done
+                or (tuple(value.shape), str(value.dtype)) != (shape_of(region), leaf.dtype)
+            ):
+                raise self._wrong_block(leaf, done, f"{region}: {value.dtype}{list(value.shape)}")
+            with self._writing(leaf.nbytes):
+                writer = writer or self._begin_blocks(leaf, value)
+                writer.put(region, value)
+            done = run[1]
+        if writer is None or done != math.prod(shape):
+            raise self._wrong_block(leaf, done, "no more blocks")
+        with self._writing(leaf.nbytes):
+            records = writer.end()
+            journal.append(records)
+        for record in records:
+            self._take(record)
+        self._written.add(path)
+
+    def chunk(self, path: Path) -> Shape | None:
+        """The shape of the chunks of an array, between which blocks end; None where they may end anywhere."""
+        return None
 
     def finish(self, metadata: Mapping[str, Any]) -> None:
         """Put the checkpoint in its place, with `metadata` (JSON types).
@@ -139,6 +186,10 @@ class ResumableSink:
 
     def _put(self, leaves: Mapping[Path, Any]) -> list[Record]:
         """Write the leaves to disk; what the journal must know of it."""
+        raise NotImplementedError
+
+    def _begin_blocks(self, leaf: Leaf, first: Any) -> BlockWriter:
+        """What writes a leaf that comes in blocks, of which `first` is the first."""
         raise NotImplementedError
 
     def _take(self, record: Record) -> Iterable[Path]:
@@ -277,7 +328,7 @@ class ResumableSink:
 
     # errors
 
-    def _require_expected(self, path: Path, value: Any) -> None:
+    def _require_leaf(self, path: Path) -> Leaf:
         leaf, place = self.tree.leaves.get(path), show_path(path)
         if leaf is None:
             raise self._refused(
@@ -287,6 +338,10 @@ class ResumableSink:
             )
         if path in self._written:
             raise self._refused("a leaf is written twice", "each leaf once", f"{place} a second time")
+        return leaf
+
+    def _require_expected(self, path: Path, value: Any) -> None:
+        leaf, place = self._require_leaf(path), show_path(path)
         shape, dtype = layout.describe(value)
         if (shape, dtype) != (tuple(leaf.shape), leaf.dtype):
             raise self._refused(
@@ -294,6 +349,13 @@ class ResumableSink:
                 f"{place}: {leaf.dtype}{list(leaf.shape)}, as its tree says",
                 f"{dtype}{list(shape)}",
             )
+
+    def _wrong_block(self, leaf: Leaf, done: int, found: str) -> CheckpointWriteError:
+        return self._refused(
+            "the blocks of a leaf are not the leaf",
+            f"{show_path(leaf.path)}: {leaf.dtype}{list(leaf.shape)}, in runs of elements, from element {done} on",
+            found,
+        )
 
     @contextmanager
     def _writing(self, nbytes: int = 0) -> Iterator[None]:

@@ -1,13 +1,15 @@
 """Arrays that lie in a file as they lie in memory: their bytes, where each begins, reading one or a part of it.
 
-Law: `Stored.read(region)` equals `Stored.read()[region]` and touches only the rows between the region's first and
-last; nothing is read past the end of a file, nothing is allocated that the file does not hold.
+Law: `Stored.read(region)` equals `Stored.read()[region]`, touches only the rows between the region's first and
+last, and holds little more than the region; nothing is read past the end of a file, nothing is allocated that the
+file does not hold.
 Files are read and not mapped into memory: a view of a file that somebody cuts short ends the process.
 Knows offsets, number types and trees; knows nothing of what a format writes between the arrays.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -26,12 +28,14 @@ from bridge._types import Path, Shape
 from bridge.checkpoint.formats.protocol import Around
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.layout import Leaf
-from bridge.checkpoint.tree.ops import Region
+from bridge.checkpoint.tree.regions import Region, shape_of
 from bridge.checkpoint.tree.tree import Tree
 
 _PIECE_BYTES = 1 << 25  # what is copied at once of an array that is not contiguous
 # Keys in a path. What walks a tree calls itself once a level, and Python's limit is 1,000 calls, its callers' included.
 _DEEPEST = 500
+_COVERED = 1 << 22  # what is read at once of an array for the sake of a region with gaps
+_SHORT = 256  # bytes of a row of a region, below which what is between two rows is read with them
 _MOST_DIMENSIONS = 64  # numpy's own limit
 _LARGEST = 1 << 62
 
@@ -194,6 +198,12 @@ class Stored:
 
     def read(self, region: Region | None = None) -> np.ndarray:
         """The array, or a region of it."""
+        if region is not None and self._has_wide_gaps(region):
+            return self._gathered(region)
+        return self._covering(region)
+
+    def _covering(self, region: Region | None) -> np.ndarray:
+        """The region, out of the one run of elements that holds it."""
         first, block, rest = rows(self.shape, region)
         size = math.prod(block)
         if not size:
@@ -202,6 +212,29 @@ class Stored:
         spans = list(_cut(self.spans, begin, begin + size * self.dtype.itemsize))
         array = self.file.bytes(spans).view(self.dtype).reshape(block)
         return array[(*rest, ...)]  # `...`: an array, also without axes
+
+    def _has_wide_gaps(self, region: Region) -> bool:
+        """Whether the run that holds the region is large, and more than the region."""
+        count = math.prod(rows(self.shape, region)[1])
+        return count * self.dtype.itemsize > _COVERED and count > math.prod(shape_of(region)) > 0
+
+    def _gathered(self, region: Region) -> np.ndarray:
+        """The region, row by row, or as many rows at once as are little with what is between them."""
+        out = np.empty(shape_of(region), self.dtype)
+        axis = max(axis for axis, part in enumerate(region) if part.stop - part.start != self.shape[axis])
+        row, segment = math.prod(self.shape[axis:]), math.prod(shape_of(region[axis:]))
+        at_once = 1
+        if segment * self.dtype.itemsize < _SHORT:
+            at_once = max(1, _COVERED // (row * self.dtype.itemsize))
+        along = region[axis - 1]
+        for outer in itertools.product(*(range(part.start, part.stop) for part in region[: axis - 1])):
+            before = tuple(slice(index, index + 1) for index in outer)
+            place = tuple(index - part.start for index, part in zip(outer, region, strict=False))
+            for start in range(along.start, along.stop, at_once):
+                stop = min(start + at_once, along.stop)
+                part = self._covering((*before, slice(start, stop), *region[axis:]))
+                out[(*place, slice(start - along.start, stop - along.start))] = part.reshape(part.shape[axis - 1 :])
+        return out
 
 
 def _length(spans: Iterable[tuple[int, int]]) -> int:
@@ -264,6 +297,10 @@ class FileSource:
             return self.values[path]
         array = self.stored[path].read(region)
         return self.finish[path](array) if path in self.finish else array
+
+    def piece(self, path: Path) -> int:
+        """Bytes that reading any part of a leaf takes: none, as each byte can be read alone."""
+        return 0
 
     def require_unchanged(self) -> None:
         """Raise CheckpointChangedError if somebody wrote to one of the files since they were opened."""

@@ -3,14 +3,15 @@
 `Join((Read(("ir", "kernel"), ...), Read(("iz", "kernel"), ...)), axis=-1)` makes a fused kernel of two gates. The same
 expression tells shape and dtype before anything is read, gives the value, and one region of it for one device.
 Law: `op.value(read)` has `op.shape` and `op.dtype`; `op.value(read, region)` equals `op.value(read)[region]`, bit for
-bit, and reads no more of a source than it needs unless a reshape is in the way; `Read` alone copies nothing.
+bit, and reads what `op.reads(region)` tells, which is no more than it needs, unless a region of a reshaped source is no
+run of elements; `Read` alone copies nothing.
 Knows arrays and paths; knows nothing of files, layouts or models.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,9 +21,8 @@ import numpy as np
 
 from bridge._errors import BridgeError, show_path
 from bridge._types import Path, Shape
+from bridge.checkpoint.tree.regions import Region, boxes, run_of, shape_of, whole
 
-#: One slice an axis, with start and stop, without a step.
-Region = tuple[slice, ...]
 #: Gives the leaf at a path, or a region of it.
 Reader = Callable[[Path, Region | None], Any]
 
@@ -53,6 +53,10 @@ class Op:
         """The value, or a region of it."""
         raise NotImplementedError
 
+    def reads(self, region: Region | None = None) -> Iterator[tuple[Read, Region | None]]:
+        """What `value` reads for it: leaf and region, in order."""
+        raise NotImplementedError
+
     def on(self, leaf: Callable[[Path], Op]) -> Op:
         """The same expression with `leaf(path)` for each `Read(path)`; OpError if that does not fit."""
         raise NotImplementedError
@@ -69,9 +73,15 @@ class Op:
 
 
 class OfOne(Op):
-    """What is made of one other value."""
+    """What is made of one other value. A region of it needs `_inner(region)` of that."""
 
     of: Op
+
+    def reads(self, region: Region | None = None) -> Iterator[tuple[Read, Region | None]]:
+        yield from self.of.reads(self._inner(region))
+
+    def _inner(self, region: Region | None) -> Region | None:
+        return region
 
     def on(self, leaf: Callable[[Path], Op]) -> Op:
         return replace(self, of=self.of.on(leaf))  # type: ignore[type-var]  # each subclass is a dataclass
@@ -101,6 +111,9 @@ class Read(Op):
     def value(self, read: Reader, region: Region | None = None) -> Any:
         return read(self.path, region)
 
+    def reads(self, region: Region | None = None) -> Iterator[tuple[Read, Region | None]]:
+        yield self, region
+
     def on(self, leaf: Callable[[Path], Op]) -> Op:
         return leaf(self.path)
 
@@ -121,6 +134,9 @@ class Fill(Op):
 
     def value(self, read: Reader, region: Region | None = None) -> Any:
         return self.content if region is None else self.content[region]
+
+    def reads(self, region: Region | None = None) -> Iterator[tuple[Read, Region | None]]:
+        yield from ()
 
     def on(self, leaf: Callable[[Path], Op]) -> Op:
         return self
@@ -148,10 +164,13 @@ class Block(OfOne):
         _set(self, axis=axis, shape=(*shape[:axis], self.stop - self.start, *shape[axis + 1 :]), dtype=self.of.dtype)
 
     def value(self, read: Reader, region: Region | None = None) -> Any:
-        wanted = list(_whole(self.shape) if region is None else region)
+        return self.of.value(read, self._inner(region))
+
+    def _inner(self, region: Region | None) -> Region:
+        wanted = list(whole(self.shape) if region is None else region)
         old = wanted[self.axis]
         wanted[self.axis] = slice(old.start + self.start, old.stop + self.start)
-        return self.of.value(read, tuple(wanted))
+        return tuple(wanted)
 
     def _word(self) -> str:
         return f"{self.start}:{self.stop} along {self.axis}"
@@ -178,10 +197,12 @@ class Pick(OfOne):
         _set(self, axis=axis, shape=(*shape[:axis], *shape[axis + 1 :]), dtype=self.of.dtype)
 
     def value(self, read: Reader, region: Region | None = None) -> Any:
-        rest = _whole(self.shape) if region is None else region
-        block = (*rest[: self.axis], slice(self.index, self.index + 1), *rest[self.axis :])
-        value = self.of.value(read, block)
+        value = self.of.value(read, self._inner(region))
         return value.reshape((*value.shape[: self.axis], *value.shape[self.axis + 1 :]))
+
+    def _inner(self, region: Region | None) -> Region:
+        rest = whole(self.shape) if region is None else region
+        return (*rest[: self.axis], slice(self.index, self.index + 1), *rest[self.axis :])
 
     def _word(self) -> str:
         return f"{self.index} along {self.axis}"
@@ -223,30 +244,31 @@ class Join(Op):
         _set(self, axis=axis, shape=(*base[:axis], size, *base[axis:]), dtype=first.dtype)
 
     def value(self, read: Reader, region: Region | None = None) -> Any:
+        values = [part.value(read, inner) for part, inner in self._wanted(region)]
         if self.stack:
-            values = self._stacked(read, region)
             return _library(values).stack(values, axis=self.axis)
-        values = self._joined(read, region)
         return values[0] if len(values) == 1 else _library(values).concatenate(values, axis=self.axis)
 
-    def _stacked(self, read: Reader, region: Region | None) -> list[Any]:
-        if region is None:
-            return [part.value(read) for part in self.parts]
-        rest = (*region[: self.axis], *region[self.axis + 1 :])
-        return [part.value(read, rest) for part in self.parts[region[self.axis]]]
+    def reads(self, region: Region | None = None) -> Iterator[tuple[Read, Region | None]]:
+        for part, inner in self._wanted(region):
+            yield from part.reads(inner)
 
-    def _joined(self, read: Reader, region: Region | None) -> list[Any]:
+    def _wanted(self, region: Region | None) -> Iterator[tuple[Op, Region | None]]:
+        """The parts that a region has something of, and what."""
         if region is None:
-            return [part.value(read) for part in self.parts if part.shape[self.axis]]
+            yield from ((part, None) for part in self.parts if self.stack or part.shape[self.axis])
+            return
         before, along, after = region[: self.axis], region[self.axis], region[self.axis + 1 :]
-        values, offset = [], 0
+        if self.stack:
+            yield from ((part, (*before, *after)) for part in self.parts[along])
+            return
+        offset = 0
         for part in self.parts:
             size = part.shape[self.axis]
             start, stop = max(along.start - offset, 0), min(along.stop - offset, size)
             if start < stop:
-                values.append(part.value(read, (*before, slice(start, stop), *after)))
+                yield part, (*before, slice(start, stop), *after)
             offset += size
-        return values
 
     def on(self, leaf: Callable[[Path], Op]) -> Op:
         return Join(tuple(part.on(leaf) for part in self.parts), self.axis, self.stack)
@@ -279,10 +301,12 @@ class Transpose(OfOne):
         _set(self, axes=axes, shape=tuple(self.of.shape[axis] for axis in axes), dtype=self.of.dtype)
 
     def value(self, read: Reader, region: Region | None = None) -> Any:
-        inner = None
-        if region is not None:
-            inner = tuple(region[self.axes.index(axis)] for axis in range(len(self.axes)))
-        return self.of.value(read, inner).transpose(self.axes)
+        return self.of.value(read, self._inner(region)).transpose(self.axes)
+
+    def _inner(self, region: Region | None) -> Region | None:
+        if region is None:
+            return None
+        return tuple(region[self.axes.index(axis)] for axis in range(len(self.axes)))
 
     def _word(self) -> str:
         return f"transpose {list(self.axes)}"
@@ -290,7 +314,9 @@ class Transpose(OfOne):
 
 @dataclass(frozen=True)
 class Reshape(OfOne):
-    """The same numbers in row-major order under another shape; one size may be -1. A region needs the whole source.
+    """The same numbers in row-major order under another shape; one size may be -1.
+
+    A region that is a run of elements needs those alone, any other the whole source.
 
     >>> Reshape(Read(("kernel",), (2, 3, 4), "float32"), (2, -1)).shape
     (2, 12)
@@ -312,8 +338,24 @@ class Reshape(OfOne):
         _set(self, shape=tuple(shape), dtype=self.of.dtype)
 
     def value(self, read: Reader, region: Region | None = None) -> Any:
-        whole = self.of.value(read).reshape(self.shape)
-        return whole if region is None else whole[region]
+        runs = self._runs(region)
+        if region is None or runs is None:
+            everything = self.of.value(read).reshape(self.shape)
+            return everything if region is None else everything[region]
+        values = [self.of.value(read, run).reshape(-1) for run in runs]
+        joined = values[0] if len(values) == 1 else _library(values).concatenate(values)
+        return joined.reshape(shape_of(region))
+
+    def reads(self, region: Region | None = None) -> Iterator[tuple[Read, Region | None]]:
+        for run in self._runs(region) or [None]:
+            yield from self.of.reads(run)
+
+    def _runs(self, region: Region | None) -> list[Region] | None:
+        """The regions of the source that a region is made of, in order; None for all of it."""
+        run = None if region is None else run_of(self.shape, region)
+        if run is None or run[0] == run[1]:
+            return None
+        return boxes(self.of.shape, *run)
 
     def _word(self) -> str:
         return f"reshape {list(self.shape)}"
@@ -430,10 +472,6 @@ def _axis(op: Op, axis: int, rank: int) -> int:
 
 def _from_front(axis: int, rank: int) -> int:
     return axis + rank if axis < 0 else axis
-
-
-def _whole(shape: Sequence[int]) -> Region:
-    return tuple(slice(0, size) for size in shape)
 
 
 def _library(values: list[Any]) -> Any:

@@ -257,6 +257,10 @@ class OrbaxSource:
             future = store[wanted].read()
         return self._value(entry, future)
 
+    def piece(self, path: Path) -> int:
+        """Bytes that reading any part of a leaf takes, beside the part: its chunks are stored whole."""
+        return _chunk_bytes(self._arrays[path]) if path in self._arrays else 0
+
     def require_unchanged(self) -> None:
         """Raise CheckpointChangedError if a file in the folder is another than when it was opened, or new, or gone."""
         now = _identities(self.path)

@@ -130,6 +130,10 @@ class _OneArray:
         """The array, or a region of it."""
         return self._inner.read((*_ONE_ARRAY, *path), region)
 
+    def piece(self, path: Path) -> int:
+        """Bytes that reading any part of it takes, beside the part."""
+        return self._inner.piece((*_ONE_ARRAY, *path))
+
     def require_unchanged(self) -> None:
         """Raise CheckpointChangedError if somebody wrote to the item since it was opened."""
         self._inner.require_unchanged()

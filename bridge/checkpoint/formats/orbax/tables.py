@@ -59,8 +59,12 @@ class Row:
         return name_of(self.path)
 
 
-def row_of(path: Path, value: Any) -> Row:
-    """The row of a leaf: array, typed random keys, Python or numpy number, string."""
+def row_of(path: Path, value: Any, shape: Shape | None = None) -> Row:
+    """The row of a leaf: array, typed random keys, Python or numpy number, string.
+
+    Args:
+      shape: of the array that `value` is a block of; by default `value` is all of it.
+    """
     if isinstance(value, str):
         return Row(path, "string", text=value)
     if isinstance(value, bool | int | float | complex | np.generic):
@@ -71,8 +75,8 @@ def row_of(path: Path, value: Any) -> Row:
     kind = "jax.Array"
     if value.dtype.name in _WIDE and not isinstance(value, jax.Array):
         kind = "np.ndarray"
-    shape = tuple(value.shape)
-    return Row(path, kind, shape, _chunk(shape, value.dtype.itemsize), impl)
+    shape = tuple(value.shape) if shape is None else shape
+    return Row(path, kind, shape, chunk_of(shape, value.dtype.itemsize), impl)
 
 
 def record_of(row: Row) -> Record:
@@ -215,7 +219,7 @@ def _keys(tree: Tree, path: Path) -> list[dict[str, Any]]:
     return keys
 
 
-def _chunk(shape: Shape, itemsize: int) -> Shape:
+def chunk_of(shape: Shape, itemsize: int) -> Shape:
     """The shape of a chunk: the whole array, or as much of its first axes as fits into _CHUNK."""
     chunk = list(shape)
     for axis in range(len(shape)):

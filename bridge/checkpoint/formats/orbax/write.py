@@ -36,6 +36,7 @@ from bridge.checkpoint.formats.orbax.tables import (
     HANDLERS,
     Row,
     check_names,
+    chunk_of,
     item_tables,
     record_of,
     row_of,
@@ -45,6 +46,8 @@ from bridge.checkpoint.formats.orbax.tables import (
 )
 from bridge.checkpoint.formats.sink import ResumableSink
 from bridge.checkpoint.formats.stored import host
+from bridge.checkpoint.tree.layout import Leaf
+from bridge.checkpoint.tree.regions import Region
 from bridge.checkpoint.tree.tree import Tree
 
 _SUFFIX = f"{UNFINISHED_SAVE}-linen-nnx"
@@ -169,9 +172,18 @@ class OrbaxSink(ResumableSink):
         for path, row in rows.items():
             if row.text is None:
                 array = _numbers(leaves[path])
-                begun.append((self._create(row, array), row.chunk, array))
+                begun.append((self._create(row, array.dtype), row.chunk, array))
         _write_all((future.result(), chunk, array) for future, chunk, array in begun)
         return [record_of(row) for row in rows.values()]
+
+    def chunk(self, path: Path) -> Shape | None:
+        """The shape of the chunks of an array, between which blocks end."""
+        leaf = self.tree.leaves[path]
+        return chunk_of(tuple(leaf.shape), np.dtype(leaf.dtype).itemsize)
+
+    def _begin_blocks(self, leaf: Leaf, first: Any) -> _Blocks:
+        row = row_of(leaf.path, first, tuple(leaf.shape))
+        return _Blocks(row, self._create(row, _numbers(first).dtype).result())
 
     def _complete(self, metadata: Mapping[str, Any]) -> FilePath:
         for name, text in self._tables(dict(metadata)).items():
@@ -191,7 +203,7 @@ class OrbaxSink(ResumableSink):
 
     # leaves
 
-    def _create(self, row: Row, array: np.ndarray) -> Any:
+    def _create(self, row: Row, dtype: np.dtype) -> Any:
         spec: dict[str, Any] = {
             "kvstore": {
                 "driver": "ocdbt",
@@ -212,14 +224,14 @@ class OrbaxSink(ResumableSink):
                 spec,
                 create=True,
                 delete_existing=True,  # what a killed run had begun to write
-                dtype=self._ts.dtype(array.dtype),
-                shape=array.shape,
+                dtype=self._ts.dtype(dtype),
+                shape=row.shape,
                 chunk_layout=self._ts.ChunkLayout(chunk_shape=[max(size, 1) for size in row.chunk]),
                 context=self._context,
             )
         except (ValueError, TypeError) as error:
             wanted = f"{show_path(row.path)}: a number type that it can hold"
-            raise self._refused("Orbax cannot store a leaf", wanted, f"{array.dtype}: {first_words(error)}") from error
+            raise self._refused("Orbax cannot store a leaf", wanted, f"{dtype}: {first_words(error)}") from error
 
     def _tables(self, metadata: dict[str, Any]) -> dict[str, str]:
         """All files beside the arrays, by their place in the checkpoint."""
@@ -235,6 +247,22 @@ class OrbaxSink(ResumableSink):
 
     def _reason(self, error: Exception) -> str:
         return getattr(error, "strerror", None) or _cause(error)
+
+
+class _Blocks:
+    """One array that is written block by block."""
+
+    def __init__(self, row: Row, store: Any):
+        self._row, self._store = row, store
+
+    def put(self, region: Region, value: Any) -> None:
+        """Write the next block; its chunks are on disk when this returns."""
+        part = self._store[region].translate_to[(0,) * len(region)]
+        _write_all([(part, self._row.chunk, _numbers(value))])
+
+    def end(self) -> list[Record]:
+        """What the journal must know."""
+        return [record_of(self._row)]
 
 
 def _numbers(value: Any) -> np.ndarray:

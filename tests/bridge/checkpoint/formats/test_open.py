@@ -288,7 +288,7 @@ def test_what_is_written_to_while_it_is_read_is_an_error(format, tmp_path):
 def test_every_source_has_the_methods_of_the_protocol():
     """A converter that asks one whether it has changed meets each of them."""
     promised = {name for name, member in vars(Source).items() if callable(member) and not name.startswith("_")}
-    assert promised == {"read", "require_unchanged", "close"}
+    assert promised == {"read", "piece", "require_unchanged", "close"}
     sources = set()
     for name in ("stored", "npz", "joined", "orbax.read", "orbax.step"):
         members = vars(importlib.import_module(f"bridge.checkpoint.formats.{name}")).values()

@@ -31,6 +31,7 @@ from bridge.checkpoint.blocks import InBlocks, too_large
 from bridge.checkpoint.formats.door import local_path
 from bridge.checkpoint.formats.open import open_sink, open_source
 from bridge.checkpoint.formats.protocol import Items, Sink, Source
+from bridge.checkpoint.formats.stores import is_on_store
 from bridge.checkpoint.options import MAX_MEMORY, Check, ConversionOptions, LeafRules
 from bridge.checkpoint.plan.place import embedded, metadata_of, place_in
 from bridge.checkpoint.plan.plan import Plan, plan_of
@@ -172,7 +173,7 @@ class Conversion:
         return self._run(local_path(target), replace(self.options, **given))
 
     def _run(self, path: FilePath, options: ConversionOptions) -> ConvertReport:
-        require_apart(path, FilePath(self.source.path))
+        require_apart(path, self.source.path)
         if self.losses and not options.lossy:
             raise LossyConversionError(self.source.path, self.losses)
         start = time.monotonic()
@@ -191,7 +192,7 @@ class Conversion:
             if verified:
                 _verify(path, hashes, options)
             if options.check is not None:
-                _require_check(options.check, FilePath(self.source.path), path)
+                _require_check(options.check, self.source.path, path)
         return ConvertReport(
             source=str(self.source.path),
             target=str(path),
@@ -444,7 +445,7 @@ def convert(
 
 def require_apart(path: FilePath, source: FilePath) -> None:
     """The target may lie beside the source's folder, never in it: nothing there is to be touched."""
-    here, there = path.resolve(), source.resolve()
+    here, there = (place if is_on_store(place) else place.resolve() for place in (path, source))
     if here == there or there in here.parents:
         raise CheckpointExistsError(
             "the target is inside the source", path, expected="a path outside of it", found=f"the source {there}"

@@ -59,6 +59,19 @@ def _no_local_path(path: str, scheme: str) -> CheckpointAccessError:
     )
 
 
+def only_orbax(path: object, found: str) -> CheckpointAccessError:
+    """For a checkpoint on a store in one of the other formats."""
+    scheme = str(path).partition(":")[0]
+    copy = _COPY[scheme].format(path=path)
+    return CheckpointAccessError(
+        "only Orbax checkpoints are read and written on a store",
+        path,
+        expected="a folder that Orbax wrote, or `orbax`, `orbax-v1` as the format",
+        found=found,
+        hint=f"Copy it here first, or from here afterwards: {copy}",
+    )
+
+
 def no_permission(path: object, what: str) -> CheckpointAccessError:
     """For what the operating system does not let this process read, or write: `what`."""
     return CheckpointAccessError(

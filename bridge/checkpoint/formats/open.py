@@ -7,6 +7,7 @@ Knows the formats by name, and imports one when it is used; knows nothing of Lin
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -17,9 +18,10 @@ from bridge._errors import (
     CheckpointNotFoundError,
     near_misses,
 )
-from bridge.checkpoint.formats.door import local_path, no_permission
+from bridge.checkpoint.formats.door import local_path, no_permission, only_orbax
 from bridge.checkpoint.formats.nearby import contents, neighbours, what_is_at
 from bridge.checkpoint.formats.protocol import UNFINISHED, Around, Items, Sink, Source
+from bridge.checkpoint.formats.stores import asking, is_on_store, place_of
 from bridge.checkpoint.tree.tree import Tree
 
 #: What `open_source` reads and `open_sink` writes.
@@ -72,10 +74,11 @@ def open_source(
     >>> source.format, source.tree.leaves["kernel",].shape, float(source.read(("kernel",)).sum())
     ('msgpack', (2, 3), 6.0)
     """
-    path = local_path(path)
+    path = place_of(path)
     _require_known(format, FORMATS, path, "read")
     try:
-        return _open(path, format, step, item, separator)
+        with asking(path):
+            return _open(path, format, step, item, separator)
     except PermissionError as error:
         if isinstance(error, BridgeError):
             raise
@@ -98,14 +101,15 @@ def steps_at(path: str | FilePath) -> dict[int, FilePath]:
     >>> {step: place.name for step, place in steps_at(folder).items()}
     {3: 'checkpoint_3', 12: 'checkpoint_12'}
     """
-    path = local_path(path)
-    if not path.is_dir():
-        return {}
-    by_step = _step_files(sorted(path.iterdir()))
-    if not any(place.is_file() for place in by_step.values()):
-        from bridge.checkpoint.formats.orbax.files import steps_in
+    path = place_of(path)
+    with asking(path):
+        if not path.is_dir():
+            return {}
+        by_step: Mapping[int, FilePath] = _step_files(sorted(path.iterdir()))
+        if is_on_store(path) or not any(place.is_file() for place in by_step.values()):
+            from bridge.checkpoint.formats.orbax.files import finished_steps
 
-        by_step = steps_in(path)
+            by_step = finished_steps(path)
     return dict(sorted(by_step.items()))
 
 
@@ -162,6 +166,9 @@ def _open(path: FilePath, format: str | None, step: int | None, item: Items | No
         raise CheckpointNotFoundError(
             "no checkpoint", path, expected="a checkpoint", found="nothing at this path", hint=neighbours(path)
         )
+    if is_on_store(path):
+        _require_orbax(path, format)
+        format = "orbax"
     file = path if path.is_file() else _file_in(path, step, format)
     if file is None and format in (None, *_ORBAX):
         from bridge.checkpoint.formats.orbax.step import open_step
@@ -180,6 +187,21 @@ def _open(path: FilePath, format: str | None, step: int | None, item: Items | No
     if own_step is not None:
         source.around = Around(steps=tuple(sorted(_step_files(sorted(path.iterdir())))))
     return source
+
+
+def _require_orbax(path: FilePath, format: str | None) -> None:
+    """On a store, what is no folder of Orbax's is refused for what it is, and not for what it is not."""
+    if format is not None:
+        found = "" if format in _ORBAX else format
+    elif path.is_file():
+        found = _by_name(path) or "a file"
+    elif any((path / name).exists() for name in _ORBAX_MARKS):
+        found = ""
+    else:
+        models = _models(sorted(path.iterdir()), None)
+        found = ", ".join(model.name for model in models[:8])
+    if found:
+        raise only_orbax(path, found)
 
 
 def _require_known(format: str | None, known: tuple[str, ...], path: FilePath, what: str) -> None:

@@ -9,34 +9,41 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
 from bridge._errors import (
+    CheckpointAccessError,
     CheckpointCorruptError,
     CheckpointLayoutError,
     CheckpointNotFoundError,
     MissingDependencyError,
 )
 from bridge._types import Path
-from bridge.checkpoint.formats.door import local_path, no_permission
+from bridge.checkpoint.formats.door import no_permission
 from bridge.checkpoint.formats.nearby import contents, neighbours, what_is_at
 from bridge.checkpoint.formats.protocol import Items
+from bridge.checkpoint.formats.stores import asking, has_no_answer, is_on_store, no_answer, place_of
 
 UNFINISHED_SAVE = ".orbax-checkpoint-tmp"
+#: The file that Orbax writes last. On a store, where nothing is renamed, it alone tells a finished save.
+COMMIT_MARKER = "commit_success.txt"
 _PARTIAL = ".partial_save"  # what Orbax v1 adds to the name of a checkpoint that comes in several saves
 #: `12`, `step_12`, `checkpoint_12`: what CheckpointManager and flax.training.checkpoints call the folder of a step.
 STEP_NAME = re.compile(r"(.*_)?(\d+)")
 #: Items of these names are whole states.
 WHOLE_ITEMS = ("default", "state", "train_state", "items", "pytree")
 _NNX_PARTS = frozenset({"model", "optimizer", "opt_state", "step"})
-_NOT_CONTENT = ("commit_success.txt", "_CHECKPOINT_METADATA")
+_NOT_CONTENT = (COMMIT_MARKER, "_CHECKPOINT_METADATA")
 # Folders beside or in place of items that Orbax keeps for itself.
 _OWN_FOLDERS = ("ocdbt.process_", "array_metadatas", "checkpoint_metadata", "descriptor")
 # What tensorstore and json raise when a file is missing, cut short, empty, unreadable or not what it should be.
 ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, OverflowError)
+# Questions to a store at a time.
+_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,12 @@ def locate(path: str | FilePath, step: int | None, item: str | None) -> Location
 
 def find_step(path: str | FilePath, step: int | None) -> StepFolder:
     """The step in a folder of steps, by default the latest; any other folder as it is."""
-    path = local_path(path)
+    path = place_of(path)
+    with asking(path):
+        return _find_step(path, step)
+
+
+def _find_step(path: FilePath, step: int | None) -> StepFolder:
     if not path.exists():
         raise CheckpointNotFoundError(
             "no checkpoint",
@@ -91,19 +103,64 @@ def find_step(path: str | FilePath, step: int | None) -> StepFolder:
             "not an Orbax checkpoint",
             path,
             expected="a folder",
-            found=what_is_at(path),
+            found="an object" if is_on_store(path) else what_is_at(path),
         )
     if _is_unfinished(path.name):
         raise _unfinished(path, path.name)
     steps = steps_in(path)
-    if step is None and steps and all(map(STEP_NAME.fullmatch, items_in(path))):
+    if step is None and steps and not any(map(_is_item, _no_steps(path))):
+        steps = _finished(path, steps)
         step = max(steps)
     if step is None:
+        _require_finished(path)
         return StepFolder(path)
-    if step not in steps:
+    if step in steps:
+        _require_finished(steps[step])
+    else:
         listed = ", ".join(map(str, sorted(steps))) or "no step folders"
         raise CheckpointNotFoundError(f"no step {step}", path, expected=f"a folder for step {step}", found=listed)
     return StepFolder(steps[step], step, tuple(sorted(steps)))
+
+
+def finished_steps(path: FilePath) -> dict[int, FilePath]:
+    """The steps in a folder of steps, without those that somebody is still writing; none if it is one checkpoint."""
+    steps = steps_in(path)
+    return _finished(path, steps) if steps else {}
+
+
+# --- on a store ---------------------------------------------------------------------------------------------
+
+
+def _finished(path: FilePath, steps: Mapping[int, FilePath]) -> Mapping[int, FilePath]:
+    """Those of the steps that are whole. Where folders are renamed, all that have their name are."""
+    if not is_on_store(path):
+        return steps
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        is_whole = dict(zip(steps, pool.map(_is_committed, steps.values()), strict=True))
+    whole = {step: folder for step, folder in steps.items() if is_whole[step]}
+    if not whole:
+        raise _uncommitted(path, f"steps without it: {', '.join(map(str, sorted(steps)))}")
+    return whole
+
+
+def _require_finished(folder: FilePath) -> None:
+    """On a store, a checkpoint, a step or an item of one has the marker that is written last."""
+    if is_on_store(folder) and not _is_committed(folder) and not (_is_item(folder) and _is_committed(folder.parent)):
+        raise _uncommitted(folder, contents(folder))
+
+
+def _is_committed(folder: FilePath) -> bool:
+    return (folder / COMMIT_MARKER).exists()
+
+
+def _uncommitted(path: FilePath, found: str) -> CheckpointCorruptError:
+    return CheckpointCorruptError(
+        "the checkpoint was never finished",
+        path,
+        expected=f"{COMMIT_MARKER}, which is written last",
+        found=found,
+        hint="If you know it for a whole copy of a checkpoint, put an empty file of that name there.",
+    )
 
 
 # --- items --------------------------------------------------------------------------------------------------
@@ -214,6 +271,11 @@ def _unfinished(path: FilePath, found: str) -> CheckpointCorruptError:
 
 def _is_item(path: FilePath) -> bool:
     return (path / "_METADATA").is_file()
+
+
+def _no_steps(path: FilePath) -> list[FilePath]:
+    """The folders that are not called as steps are."""
+    return [folder for folder in _folders(path) if not STEP_NAME.fullmatch(folder.name)]
 
 
 def _folders(path: FilePath) -> list[FilePath]:
@@ -332,10 +394,15 @@ def caches(library: Any, chunk_bytes: int, index_bytes: int) -> Any:
 def reading(place: FilePath, expected: str) -> Iterator[None]:
     """Whatever tensorstore or json raise in here becomes one CheckpointCorruptError that names `place`."""
     try:
-        yield
+        with asking(place):
+            yield
     except ERRORS as error:
+        if isinstance(error, CheckpointAccessError):
+            raise
         if isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error):
             raise no_permission(place, "read") from error
+        if is_on_store(place) and has_no_answer(error):
+            raise no_answer(place, first_words(error)) from error
         raise CheckpointCorruptError(
             "the checkpoint is damaged", place, expected=expected, found=first_words(error)
         ) from error

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -46,6 +46,8 @@ from bridge.checkpoint.formats.orbax.files import (
 )
 from bridge.checkpoint.formats.protocol import Around
 from bridge.checkpoint.formats.stored import Identity, changed, require_walkable
+from bridge.checkpoint.formats.stores import StoredIdentity, is_on_store, kvstore
+from bridge.checkpoint.formats.stores import identities as stored_identities
 from bridge.checkpoint.tree import layout
 from bridge.checkpoint.tree.layout import Kind, Layout, Leaf
 from bridge.checkpoint.tree.ops import Region
@@ -441,9 +443,9 @@ class OrbaxSource:
 
     def _open(self, entry: _Entry, context: Any) -> Any:
         ts = tensorstore("Reading an Orbax checkpoint")
-        base = {"driver": "file", "path": f"{self.path}/"}
-        store: dict[str, Any] = {"driver": "file", "path": f"{self.path}/{entry.name}/"}
+        store = kvstore(self.path, entry.name)
         if self._in_database():
+            base = kvstore(self.path)
             store = {"driver": "ocdbt", "base": base, "path": f"{entry.name}/", "cache_pool": "cache_pool#index"}
         # Files that are older than this flag leave chunks of zeros out; in all others an absent chunk is a
         # lost one.
@@ -482,8 +484,10 @@ class _PartCache:
             return self._stores[entry.path]
 
 
-def _identities(root: FilePath) -> dict[str, Identity]:
+def _identities(root: FilePath) -> Mapping[str, Identity | StoredIdentity]:
     """Every file of the checkpoint: a finished one is never written to again."""
+    if is_on_store(root):
+        return stored_identities(root)
     identities = {}
     for folder, _, files in os.walk(root):
         for name in files:

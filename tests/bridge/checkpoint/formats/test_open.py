@@ -222,8 +222,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("url", "hint"),
     [
-        ("gs://bucket/run", "gsutil cp -r gs://bucket/run DIR"),
-        ("s3://bucket/run", "rclone copy s3://bucket/run DIR"),
+        ("az://bucket/run", "Copy it here first, or mount it"),
         ("file:///data/run", "without the scheme: /data/run"),
         ("https://example.org/a.msgpack", "Copy it here first, or mount it"),
     ],

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bridge.cli.models import transformation
-from bridge.cli.show import Json, console, plain, print_json, table
+from bridge.cli.show import Json, console, plain, print_json, print_table
 from bridge.cli.words import load_attribute, parse_input, parse_keyword, users_code
 
 if TYPE_CHECKING:
@@ -28,28 +28,57 @@ if TYPE_CHECKING:
 _NOT_EQUAL = 3
 
 
+# The options whose texts take more than a line.
+_Inputs = Annotated[
+    list[str], typer.Option("--input", metavar="INPUT", help="f32[2,28,28,1], i32[2,16], or a file batch.npz.")
+]
+_Keywords = Annotated[
+    list[str], typer.Option("--keyword", metavar="NAME=VALUE", help="A keyword of both, as train=False.")
+]
+_Rngs = Annotated[
+    list[str], typer.Option("--rng", metavar="STREAM=SEED", help="A random stream of both, as dropout=0.")
+]
+_Methods = Annotated[
+    list[str], typer.Option("--method", metavar="NAME", help="Called instead of __call__; twice: of a, of b.")
+]
+_Checkpoint = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="Values of the Linen module; random ones without.")
+]
+_Rules = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True, dir_okay=False, metavar="FILE", help="TOML: from Linen's names to NNX's; derived without."
+    ),
+]
+_Seeds = Annotated[
+    int | None, typer.Option(min=1, metavar="COUNT", help="How many draws of random inputs; 2 by default.")
+]
+_Steps = Annotated[int, typer.Option(min=0, metavar="COUNT", help="How many training steps to compare.")]
+
+
 def compare(
     linen: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The Linen module.")] = "",
     nnx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The NNX module; it takes Linen's values.")] = "",
     a: Annotated[str, typer.Option("--a", metavar="PKG.MOD:ATTR", help="Any model, or a function.")] = "",
     b: Annotated[str, typer.Option("--b", metavar="PKG.MOD:ATTR", help="Another.")] = "",
-    inputs: Annotated[list[str], typer.Option("--input", help="f32[2,28,28,1], i32[2,16], or a file batch.npz.")] = [],  # noqa: B006
-    keywords: Annotated[list[str], typer.Option("--keyword", help="A keyword of both, as train=False.")] = [],  # noqa: B006
-    rngs: Annotated[
-        list[str], typer.Option("--rng", metavar="STREAM=SEED", help="A random stream of both, as dropout=0.")
-    ] = [],  # noqa: B006
-    method: Annotated[list[str], typer.Option(help="What is called instead of __call__; twice: of a, of b.")] = [],  # noqa: B006
-    checkpoint: Annotated[Path | None, typer.Option(help="Values of the Linen module; random ones without.")] = None,
-    rules: Annotated[Path | None, typer.Option(help="TOML: from Linen's names to NNX's; derived without.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many draws of random inputs; 2 by default.")] = None,
-    steps: Annotated[int, typer.Option(min=0, help="How many training steps to compare.")] = 0,
+    inputs: _Inputs = [],  # noqa: B006  typer makes a list of its own
+    keywords: _Keywords = [],  # noqa: B006
+    rngs: _Rngs = [],  # noqa: B006
+    method: _Methods = [],  # noqa: B006
+    checkpoint: _Checkpoint = None,
+    rules: _Rules = None,
+    seeds: _Seeds = None,
+    steps: _Steps = 0,
     tx: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="The optax transformation of the steps.")] = "",
     loss: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="Trained on: (output, inputs) -> scalar.")] = "",
-    html: Annotated[Path | None, typer.Option(help="Write the report as a page; must not exist.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the verdict alone.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page there; must not exist.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the verdict alone.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run two models on the same values and inputs. Exit codes: 0 equal, 1 an error, 2 wrong usage, 3 not equal."""
+    """Run two models on the same values and inputs: outputs, gradients, state, training, and layer by layer.
+
+    Exit codes: 0 equal, 1 an error, 2 wrong usage, 3 not equal.
+    """
     from bridge.cli.sides import Source, any_two, linen_and_nnx
 
     _require_two(linen, nnx, a, b)
@@ -134,6 +163,8 @@ def _input(text: str) -> Any:
     import jax
 
     if text.endswith(".npz"):
+        if not Path(text).is_file():
+            raise typer.BadParameter(f"--input: there is no file at {text}")
         return Path(text)
     x = parse_input(text)
     if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
@@ -195,9 +226,7 @@ def _doing(what: str, *, quiet: bool) -> Iterator[None]:
 
 
 def _print(report: Report, html: Path | None, *, quiet: bool) -> None:
-    tables = report.tables()
-    cells = [cell for each in tables for row in each.rows for cell in row]
-    screen = console(2 * max(map(len, cells), default=0))
+    screen = console()
     color = "bold green" if report.equal else "bold red"
     screen.print(plain(report.headline), style=color)
     if quiet:
@@ -207,7 +236,7 @@ def _print(report: Report, html: Path | None, *, quiet: bool) -> None:
     if report.first is not None:
         screen.print(plain(f"they first part at {report.first.place}"), style=color, soft_wrap=True)
         screen.print(plain(report.first.text), soft_wrap=True)
-    for each in tables:
+    for each in report.tables():
         _print_table(screen, each)
     for text in report.not_compared:
         screen.print(plain(f"not compared: {text}"), soft_wrap=True)
@@ -217,11 +246,7 @@ def _print(report: Report, html: Path | None, *, quiet: bool) -> None:
 
 
 def _print_table(screen: Any, each: Table) -> None:
+    title = f"{each.title}: {each.note}" if each.note else each.title
+    screen.print(plain(title), soft_wrap=True)
     if each.rows:
-        shown = table(*each.headings, right=tuple(each.right))
-        shown.title, shown.title_justify = each.title, "left"
-        for number, row in enumerate(each.rows):
-            shown.add_row(*map(plain, row), style="red" if number in each.bad else None)
-        screen.print(shown)
-    if each.note:
-        screen.print(plain(each.note if each.rows else f"{each.title}: {each.note}"), soft_wrap=True)
+        print_table(screen, each.headings, each.rows, tuple(each.right), each.bad)

@@ -7,7 +7,7 @@ Knows rich; knows nothing of checkpoints.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,7 +43,11 @@ def table(*headings: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def print_table(
-    screen: Console, headings: Sequence[str], rows: Iterable[Sequence[object]], right: tuple[str, ...] = ()
+    screen: Console,
+    headings: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    right: tuple[str, ...] = (),
+    bad: Collection[int] = (),
 ) -> None:
     """A table if each of its rows fits a line of the screen; else each row as lines of its own, its first cell first.
 
@@ -52,20 +56,23 @@ def print_table(
       headings: of the columns.
       rows: cells; shown as text.
       right: the columns that are numbers.
+      bad: the numbers of the rows that show what is wrong, from 0.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     shown = table(*headings, right=right)
-    for row in cells:
-        shown.add_row(*map(plain, row))
+    styles = ["red" if number in bad else "" for number in range(len(cells))]
+    for row, style in zip(cells, styles, strict=True):
+        shown.add_row(*map(plain, row), style=style)
     natural = _natural_width(headings, cells)
     if not screen.is_terminal:
         screen.width = max(screen.width, natural)
     if natural <= screen.width:
         screen.print(shown)
         return
-    for row in cells:
+    for row, style in zip(cells, styles, strict=True):
         for line in _stacked(headings, row, screen.width):
-            screen.print(plain(line), soft_wrap=True)  # a terminal folds it, and what is copied from there is whole
+            # A terminal folds it, and what is copied from there is whole.
+            screen.print(plain(line), style=style, soft_wrap=True)
 
 
 def _natural_width(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:

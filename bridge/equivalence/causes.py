@@ -7,14 +7,15 @@ Knows findings and rows; runs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from bridge._types import Path
 from bridge.equivalence.counterparts import LayerPair
 from bridge.equivalence.findings import BEFORE
+from bridge.equivalence.layers import are_of_one_class, may_be_one
 from bridge.equivalence.numbers import Difference, difference
 from bridge.equivalence.recording import Event
 from bridge.equivalence.report import Cause, Finding, Parting
@@ -33,7 +34,7 @@ class Case:
       exchanged: layers that hold each other's variables.
       draws: whether each model draws random numbers in this call.
       layers: path of a variable in a -> the layer that it is of.
-      held: layers of a whose variables b has too, be it in a layer that does the work of several.
+      held: layers of a -> those of b that have their variables, be it one that does the work of several.
     """
 
     findings: Sequence[Finding]
@@ -41,7 +42,7 @@ class Case:
     exchanged: Sequence[LayerPair]
     draws: tuple[bool, bool]
     layers: Mapping[str, Path]
-    held: frozenset[Path] = frozenset()
+    held: Mapping[Path, Collection[Path]] = field(default_factory=dict)
 
 
 def parting(case: Case) -> Parting:
@@ -146,12 +147,17 @@ def _between(case: Case, evidence: Evidence) -> Parting:
     a, b = (show(event.parent.path) if event.parent is not None else "" for event in (ours, theirs))
     other = _called_otherwise(case.rows, evidence)
     if other is not None:
-        text = f"expected {evidence.row.a} before or after {other.row.a} as in a; b calls the two in the other order."
+        one, two = _named_calls(evidence, other)
+        text = f"expected {one} before or after {two} as in a; b calls the two in the other order."
         return Parting(evidence.row.a, evidence.row.b, "order", f"{text} {_advice('order')}")
     options = f" ({evidence.row.text})" if evidence.row.text else ""
     numbers = _numbers(evidence.natural)
     text = f"before {evidence.row.a}, what it is fed differs by {numbers}, though all layers before it agree{options}."
     left_out = _left_out(case, evidence.pair.a.event)
+    instead = _instead_of(case, left_out, evidence.pair.b.event)
+    if left_out is not None and instead is not None:
+        text = f"{left_out.row.a} is called in a, and {instead.row.b} in its place in b: {text}"
+        return Parting(left_out.row.a, instead.row.b, "order", f"{text} {_advice('order')}")
     if left_out is not None:
         text = f"{left_out.row.a} is called in a, and nothing in its place in b: {text}"
         return Parting(a, b, "structure", f"{text} {_advice('structure')}")
@@ -172,12 +178,38 @@ def _left_out(case: Case, event: Event) -> Evidence | None:
         return other.parent is event.parent and other.begin < event.begin
 
     paired = [row.pair.a.event.begin for row in case.rows if row.pair is not None and is_before(row.pair.a.event)]
+    known = {row.pair.a.event.path for row in case.rows if row.pair is not None}
+    called = {row.pair.b.event.path for row in case.rows if row.pair is not None}
+    called |= {row.event.path for row in case.rows if row.event is not None and row.row.b}
     for row in case.rows:
-        if row.event is not None and row.event.path in case.held:
+        if row.event is not None and row.event.path not in known and called & set(case.held.get(row.event.path, ())):
             continue
         if row.event is not None and row.row.a and is_before(row.event) and row.event.begin > max(paired, default=-1):
             return row
     return None
+
+
+def _instead_of(case: Case, left_out: Evidence | None, event: Event) -> Evidence | None:
+    """What b calls in the place of a layer of the same class whose variables it has elsewhere, and calls nothing of."""
+    if left_out is None or left_out.event is None or left_out.event.path not in case.held:
+        return None
+
+    def is_before(other: Event) -> bool:
+        return other.parent is event.parent and other.begin < event.begin
+
+    kind = left_out.event.kind
+    alone = [row for row in case.rows if row.event is not None and row.row.b and is_before(row.event)]
+    alike = [row for row in alone if row.event is not None and are_of_one_class(kind, row.event.kind)]
+    path, held = left_out.event.path, case.held
+    return next((row for row in alike if row.event and not may_be_one(path, row.event.path, held)), None)
+
+
+def _named_calls(one: Evidence, other: Evidence) -> tuple[str, str]:
+    """Two layers, or two calls of one."""
+    names = (one.row.a, other.row.a)
+    if names[0] != names[1]:
+        return names
+    return f"call {one.row.call} of {names[0]}", f"call {other.row.call}"
 
 
 def _row_at(case: Case, event: Event | None) -> Evidence | None:

@@ -24,6 +24,7 @@ from bridge.equivalence.effects import compare_effects
 from bridge.equivalence.findings import BEFORE, Findings, is_near
 from bridge.equivalence.inputs import Inputs, inputs_of
 from bridge.equivalence.inspection import Inspection, layer_of
+from bridge.equivalence.layers import held_in
 from bridge.equivalence.numbers import is_inexact, is_key, on_host, same_bits
 from bridge.equivalence.outcome import Kind, Outcome, Run
 from bridge.equivalence.report import Finding, Parting, Report
@@ -483,7 +484,7 @@ class Comparison:
             draws = self._draws(self.a, "a", seen), self._draws(self.b, "b", seen)
         paths = {row.pair.a.event.path for row in rows if row.pair is not None}
         layers = {show_path(at): layer_of(at, paths) for at in self.a.values}
-        held = frozenset(at[1:-1] for at, _ in self.pairs.located or ())
+        held = held_in(self.pairs, self.a.values, self.b.values)
         return parting(Case(self.findings.all, rows, self.pairs.exchanged, draws, layers, held))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from bridge._types import Location, Path
 from bridge.equivalence.counterparts import Counterparts
 from bridge.equivalence.findings import Findings
-from bridge.equivalence.layers import Pair, Turn, pair_calls
+from bridge.equivalence.layers import Pair, Turn, by_steps, held_in, pair_calls
 from bridge.equivalence.numbers import Difference, is_inexact
 from bridge.equivalence.recording import Event, Place, record
 from bridge.equivalence.report import Finding
@@ -55,10 +55,13 @@ class Inspection:
         except Exception as error:  # noqa: BLE001  the model does run, compiled: all that is lost is where they part
             findings.leave_out(f"layers: the models do not run without jit: {type(error).__name__}: {error}")
             return []
-        pairs = pair_calls(self.pairs, ours, theirs)
+        held = held_in(self.pairs, self.a.values, self.b.values)
+        pairs = pair_calls(self.pairs, ours, theirs, held)
+        parameters = self._parameters(pairs, findings)
+        pairs = by_steps(pairs, [path for path, off in parameters.items() if not off.equal])
         is_equal = all(finding.equal for finding in findings.all) and not any(map(_differ_in_dtype, pairs))
         fed = [] if is_equal else self._fed(self.b, to_feed(pairs), findings)
-        rows = evidence(pairs, ours, theirs, fed, findings, self._parameters(pairs, findings))
+        rows = evidence(pairs, ours, theirs, fed, findings, parameters)
         _compare_dtypes(rows, findings)
         return self._probed(rows, findings) if is_equal else rows
 

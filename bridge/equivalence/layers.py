@@ -8,8 +8,8 @@ Knows records, pairs of layers and numbers; knows nothing of how models are run.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 import nnx_core as nnx
 from bridge._types import Location, Path
 from bridge.equivalence.counterparts import Counterparts, LayerPair
+from bridge.equivalence.numbers import difference, is_inexact, on_host
 from bridge.equivalence.recording import Event, stacked
 from bridge.tracing.trace import family_of
 
@@ -94,7 +95,7 @@ def _one_by_one(
     ours: Sequence[Path], theirs: Sequence[Path], a: Mapping[Path, Any], b: Mapping[Path, Any]
 ) -> dict[Path, Path]:
     chosen: dict[Path, Path] = {}
-    for is_same in (_are_of_one_class, lambda kind, other: True):
+    for is_same in (are_of_one_class, lambda kind, other: True):
         for path in ours:
             free = [other for other in theirs if other not in chosen.values()]
             other = next((other for other in free if is_same(a[path], b[other])), None)
@@ -103,16 +104,38 @@ def _one_by_one(
     return chosen
 
 
-def _are_of_one_class(kind: Any, other: Any) -> bool:
+def are_of_one_class(kind: Any, other: Any) -> bool:
+    """Whether two classes are the same, or the same layer in both APIs."""
     family = family_of(kind)
     return kind.__name__ == other.__name__ or (family is not None and family is family_of(other))
+
+
+def held_in(pairs: Counterparts, a: Iterable[Location], b: Iterable[Location]) -> dict[Path, set[Path]]:
+    """Path of a layer in `a` -> those in `b` that have a counterpart of one of its variables."""
+    held: dict[Path, set[Path]] = {}
+    located = pairs.located
+    for at, there in ((at, at) for at in set(a) & set(b)) if located is None else located:
+        held.setdefault(at[1:-1], set()).add(there[1:-1])
+    return held
+
+
+def may_be_one(path: Path, other: Path, held: Mapping[Path, Collection[Path]]) -> bool:
+    """Whether a layer of `a` is not known to be another one of `b`: a wrapper stands for the layer inside of it."""
+    partners = held.get(path, (other,))
+    return any(other[: len(known)] == known or known[: len(other)] == other for known in partners)
 
 
 # ---- which call is which ----
 
 
-def pair_calls(pairs: Counterparts, a: Sequence[Event], b: Sequence[Event]) -> list[Pair]:
-    """Calls that are to do the same, in the order of `a`."""
+def pair_calls(
+    pairs: Counterparts, a: Sequence[Event], b: Sequence[Event], held: Mapping[Path, Collection[Path]]
+) -> list[Pair]:
+    """Calls that are to do the same, in the order of `a`.
+
+    Args:
+      held: which layers have each other's variables, see `held_in`: no others are the same.
+    """
     a, b = outside_of_wrappers(a), outside_of_wrappers(b)
     kinds = [{event.path: event.kind for event in events} for events in (a, b)]
     paths = path_pairs(pairs, *kinds)
@@ -127,7 +150,7 @@ def pair_calls(pairs: Counterparts, a: Sequence[Event], b: Sequence[Event]) -> l
         elif path in paths:
             both = zip(ours, calls_b.get((paths[path], method), []), strict=False)
             result += [Pair(Turn(x), Turn(y), n) for n, (x, y) in enumerate(both, start=1)]
-    result += _without_variables(result, a, b)
+    result += _without_variables(result, a, b, held)
     begun = {id(event): n for n, event in enumerate(a)}
     return sorted(result, key=lambda pair: (begun[id(pair.a.event)], pair.a.lane or 0))
 
@@ -188,7 +211,9 @@ def _unravel(n: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(n, sizes))
 
 
-def _without_variables(known: Sequence[Pair], a: Sequence[Event], b: Sequence[Event]) -> Iterator[Pair]:
+def _without_variables(
+    known: Sequence[Pair], a: Sequence[Event], b: Sequence[Event], held: Mapping[Path, Collection[Path]]
+) -> Iterator[Pair]:
     """Layers that have none, such as dropout: of one class, in calls that are paired, in order."""
     done_a = {id(pair.a.event) for pair in known}
     done_b = {id(pair.b.event) for pair in known}
@@ -200,7 +225,7 @@ def _without_variables(known: Sequence[Pair], a: Sequence[Event], b: Sequence[Ev
         for key, events in ours.items():
             others = theirs.get(key, [])
             if len(events) == len(others):
-                both = zip(events, others, strict=True)
+                both = [(x, y) for x, y in zip(events, others, strict=True) if may_be_one(x.path, y.path, held)]
                 yield from (Pair(Turn(x), Turn(y), n) for n, (x, y) in enumerate(both, start=1))
 
 
@@ -213,3 +238,57 @@ def _inside(events: Sequence[Event], done: set[int]) -> dict[int, dict[Any, list
         kind = family_of(event.kind) or event.kind.__name__
         inside.setdefault(id(event.parent), {}).setdefault((kind, event.method), []).append(event)
     return inside
+
+
+# ---- steps of a scan in another order ----
+
+
+def by_steps(pairs: Sequence[Pair], differing: Collection[Path]) -> list[Pair]:
+    """The pairs, those of the steps of a scan by the variables that each step has: one of both may run in reverse.
+
+    Args:
+      differing: layers of `a` that have not the variables of their counterparts: their steps are as they are called.
+    """
+    alike: dict[tuple[Path, str], list[Pair]] = {}
+    for pair in pairs:
+        if pair.a.lane is None and pair.b.lane is None:
+            alike.setdefault((pair.a.event.path, pair.a.event.method), []).append(pair)
+    orders: dict[Path, tuple[int, ...]] = {}
+    for (path, _), steps in alike.items():
+        order = _order_of_steps(steps) if path not in differing else None
+        if order is not None:
+            orders[path] = order
+    moved: dict[int, Turn] = {}
+    for (path, _), steps in alike.items():
+        order = _order_around(path, len(steps), orders)
+        for pair, number in zip(steps, order, strict=True):
+            moved[id(pair)] = steps[number].b
+    return [replace(pair, b=moved.get(id(pair), pair.b)) for pair in pairs]
+
+
+def _order_of_steps(steps: Sequence[Pair]) -> tuple[int, ...] | None:
+    """For each step of a's the one of b's that has its variables; None if they stand as they are, or some have none."""
+    ours = [_sorted(pair.a.event.own) for pair in steps]
+    theirs = [_sorted(pair.b.event.own) for pair in steps]
+    if len(steps) == 1 or not ours[0].size or all(map(_are_equal, ours, theirs)):
+        return None
+    order: list[int] = []
+    for x in ours:
+        order += [n for n, y in enumerate(theirs) if n not in order and _are_equal(x, y)][:1]
+    return tuple(order) if len(order) == len(steps) else None
+
+
+def _sorted(own: Sequence[Any]) -> np.ndarray:
+    """All numbers, whatever the layout of the variables."""
+    numbers = [np.abs(on_host(x)).ravel() for x in own if is_inexact(x)]
+    return np.sort(np.concatenate(numbers)) if numbers else np.zeros(0)
+
+
+def _are_equal(x: np.ndarray, y: np.ndarray) -> bool:
+    return x.shape == y.shape and difference(y, x).equal
+
+
+def _order_around(path: Path, count: int, orders: Mapping[Path, tuple[int, ...]]) -> tuple[int, ...]:
+    """That of a layer itself, or of one inside of it that runs as often."""
+    inside = [order for known, order in orders.items() if known[: len(path)] == path and len(order) == count]
+    return inside[0] if inside else tuple(range(count))

@@ -41,6 +41,7 @@ class Event:
       is_rehearsal: whether Linen only tries the body of a scan, before the scan itself.
       call: 1 for the layer's first call that ran.
       begin, end: when, counted in beginnings and ends of all calls.
+      own: the layer's own variables in this call; none where they are mapped or traced.
       is_fed: whether it was fed what another layer was fed; `inputs` are what it would have been fed otherwise.
     """
 
@@ -55,6 +56,7 @@ class Event:
     call: int = 0
     begin: int = 0
     end: int = 0
+    own: list[Any] = field(default_factory=list)
     is_fed: bool = False
 
     @property
@@ -112,6 +114,8 @@ class Recording:
         self.events.append(event)
         if event.is_rehearsal:
             return run(*args, **kwargs)
+        own = layer.own_arrays()
+        event.own = [] if any(isinstance(x, jax.core.Tracer) for x in own) else own
         self._take((args, kwargs), event.inputs)
         if place in self._feed:
             args, kwargs = self._fed(event, args, kwargs)

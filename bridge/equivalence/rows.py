@@ -106,6 +106,7 @@ def _with_wrong_code(rows: Iterable[Evidence]) -> set[int]:
         is_fed_otherwise = evidence.natural is not None and not evidence.natural.equal
         if evidence.pair is not None and (is_fed_otherwise or evidence.is_given_otherwise):
             first[id(evidence.pair.a.event)] = (-1, False)  # what it was fed is to blame
+    given_otherwise = {id(row.pair.a.event) for row in rows if row.pair is not None and row.is_given_otherwise}
     for evidence in rows:
         if evidence.pair is None or evidence.pair.a.event.parent is None:
             continue
@@ -113,6 +114,9 @@ def _with_wrong_code(rows: Iterable[Evidence]) -> set[int]:
         if natural is not None and not (natural.equal and not natural.forms):
             moment = (event.begin, True)
             first[id(event.parent)] = min(first.get(id(event.parent), moment), moment)
+            # A layer that has not as many arrays as in a does otherwise inside: that is its caller's code.
+            caller = next((above for above in event.around() if id(above) not in given_otherwise), None)
+            first[id(caller)] = min(first.get(id(caller), moment), moment)
         for above in event.around() if evidence.row.verdict == "wrong" else ():
             moment = (event.end, False)
             first[id(above)] = min(first.get(id(above), moment), moment)

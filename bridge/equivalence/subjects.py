@@ -65,6 +65,15 @@ class Layer:
     itself: Any
     method: str
 
+    def own_arrays(self) -> list[Any]:
+        """Its own variables, as this call has them: of a layer in a scan those of one step."""
+        if isinstance(self.itself, nn.Module):
+            trees = self.itself.variables.values()
+            own = [x for tree in trees for x in tree.values() if not isinstance(x, Mapping)]
+            return [x for x in jax.tree.leaves(own) if is_array(x)]
+        own = [x for x in vars(self.itself).values() if isinstance(x, nnx.Variable)]
+        return [x for x in map(_raw, own) if is_array(x)]
+
 
 class Listener(Protocol):
     """Is told of every call of a layer, and runs it."""

@@ -59,8 +59,7 @@ def test_a_package_that_is_not_installed_has_an_unknown_version(monkeypatch):
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_no_option_and_no_choice_breaks(width, monkeypatch):
-    """`compare` has its own file and texts without choices."""
-    for command in ("inspect", "convert", "diff", "verify", "demo"):
+    for command in COMMANDS:
         words = set(re.split(r"[\s,│]+", helped(width, command, monkeypatch=monkeypatch)))
         assert options()[command] <= words
     words = set(re.split(r"[\s,│.]+", helped(width, "convert", monkeypatch=monkeypatch)))
@@ -69,7 +68,7 @@ def test_no_option_and_no_choice_breaks(width, monkeypatch):
 
 
 def test_no_line_of_narrow_help_is_too_wide(monkeypatch):
-    for command in ("inspect", "convert", "diff", "verify", "demo"):
+    for command in COMMANDS:
         assert max(map(len, helped(60, command, monkeypatch=monkeypatch).splitlines())) <= 60
 
 
@@ -81,8 +80,8 @@ def test_every_command_knows_json_and_its_exit_codes(monkeypatch):
 
 
 def test_quiet_has_a_short_form():
-    having = [name for name, words in options().items() if "--quiet" in words and name != "compare"]
-    assert having == ["convert", "diff", "verify", "demo"]
+    having = [name for name, words in options().items() if "--quiet" in words]
+    assert having == ["convert", "compare", "diff", "verify", "demo"]
     assert all("-q" in options()[name] for name in having)
 
 

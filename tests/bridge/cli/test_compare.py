@@ -156,6 +156,7 @@ def test_equal_models_are_exit_code_0(run):
     ):
         assert said in lines
     assert any(line.split()[:1] == ["gradient"] for line in lines)
+    assert any(line.startswith("compared: the sizes are those of the worst of each row") for line in lines)
     assert lines[-1].startswith("seeds 0, 1, cpu")
 
 
@@ -174,7 +175,7 @@ def test_unequal_models_are_exit_code_3_and_it_says_where(run):
 
 @pytest.mark.slow
 def test_quiet_is_the_verdict_alone(run):
-    code, out, err = run("compare", *PAIR, "--quiet")
+    code, out, err = run("compare", *PAIR, "-q")
     assert (code, err, len(out.splitlines())) == (0, "", 1)
     code, out, err = run("compare", *WRONG, "--quiet")
     assert (code, err, len(out.splitlines())) == (3, "", 1)
@@ -349,9 +350,9 @@ def test_a_batch_file_is_an_input(run, tmp_path):
     code, _, err = run("compare", *words, "--seeds", "3")
     assert code == 2
     assert "--seeds: no input is drawn at random" in " ".join(err.replace("│", " ").split())
-    code, _, err = run("compare", *words[:-1], tmp_path / "absent.npz")
-    assert code == 1
-    assert "absent.npz" in err
+    code, _, err = run("compare", *words[:-1], "absent.npz")
+    assert code == 2
+    assert "--input: there is no file at absent.npz" in " ".join(err.replace("│", " ").split())
 
 
 # ---- values, training, methods -----------------------------------------------------------------------------
@@ -443,7 +444,8 @@ USAGE = {
     "keyword": ((*PAIR, "--keyword", "train"), "'train' is no keyword argument"),
     "taken": ((*PAIR, "--keyword", "steps=3"), "compare has an option of that name"),
     "methods": ((*PAIR, *("--method", "a") * 3), "--method is given once for both models, or twice"),
-    "rules": ((*two("twice", "thrice"), "--rules", "x.toml"), "--rules lead from a Linen model to an NNX model"),
+    "no rules": ((*PAIR, "--rules", "absent.toml"), "'absent.toml' does not exist"),
+    "rules": ((*two("twice", "thrice"), "--rules", __file__), "--rules lead from a Linen model to an NNX model"),
     "checkpoint": ((*two("Native", "Native"), "--checkpoint", "x"), "--checkpoint is for a Linen module"),
     "no model": (two("TEXT", "twice"), "to be compared are Linen modules"),
     "no linen": (("--linen", f"{HERE}:TEXT", "--nnx", f"{HERE}:Native", "--input", "8,5"), "is no Linen module"),

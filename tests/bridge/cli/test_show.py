@@ -51,6 +51,15 @@ def test_a_pipe_has_no_width():
     assert any(line.split() == [f"params/{name}", "(1,)", "float32", name] for line in lines)
 
 
+@pytest.mark.parametrize("width", [40, 120])
+def test_rows_that_show_what_is_wrong_are_red(width):
+    screen = Console(file=io.StringIO(), width=width, force_terminal=True, color_system="standard")
+    print_table(screen, HEADINGS, ROWS, bad={0})
+    red = [line for line in screen.file.getvalue().splitlines() if "\x1b[31m" in line]
+    assert ROWS[0][0] in red[0]
+    assert not any("int32" in line for line in red)
+
+
 def test_a_table_without_rows():
     assert "path" in "".join(printed(60, []))
 

@@ -11,13 +11,6 @@ import nnx_core as nnx
 from bridge.equivalence.compare import NotEquivalentError, assert_equivalent
 from tests.support.equivalence_pairs import FAULTS, PAIRS
 
-# What the engine does not find or locate yet, and why; strict, so that none stays here once it does.
-_NOT_YET = {
-    "no mask in the first block": "located, but the row of the block says that it is fed wrong",
-    "a stack in reverse": "located in a layer, which only has its parameters at another step",
-    "branches exchanged": "located in the layer of a branch, which is only called elsewhere",
-}
-
 # The suite runs some of each kind; `--grids` all.
 _SUITE = {
     *("a wrong weight, one element", "a missing bias", "a transposed block of a kernel"),
@@ -44,8 +37,6 @@ def names():
     parameters = []
     for name in FAULTS:
         marks = [] if name in _SUITE else [pytest.mark.grid]
-        if name in _NOT_YET:
-            marks.append(pytest.mark.xfail(strict=True, reason=_NOT_YET[name]))
         parameters.append(pytest.param(name, marks=marks))
     return parameters
 
@@ -102,7 +93,7 @@ def test_fault_is_found_and_located(name):
 
 def test_there_are_forty_faults_of_every_kind():
     assert len(_SUITE) >= 40
-    assert set(FAULTS) >= _SUITE | set(_NOT_YET)
+    assert set(FAULTS) >= _SUITE
     causes = {cause for fault in FAULTS.values() for cause in fault.causes.split()}
     assert causes >= {
         *("parameters", "computation", "dtype", "shape", "mode"),

@@ -357,7 +357,7 @@ FAULTS = (
         "parameters order", _order_of_the_stack, also=("layers/mix",), behind=("head",),
     ),
     Fault(
-        "a stack in reverse", "scanned layers", "", "", "computation order",
+        "a stack in reverse", "scanned layers", "layers", "layers", "order",
         model=lambda rngs: Stack(rngs, reverse=True), behind=("head",),
     ),
     Fault(
@@ -386,7 +386,7 @@ FAULTS = (
         finding="parameter",
     ),
     Fault(
-        "branches exchanged", "a branch that is not taken", "", "", "computation order structure",
+        "branches exchanged", "a branch that is not taken", "often", "seldom", "order",
         model=BranchesTheOtherWay, behind=("head",),
     ),
     Fault(

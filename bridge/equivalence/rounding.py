@@ -37,7 +37,7 @@ class Rounding:
             return 0.0
         size = largest([x_a, x_b])
         least = min(self._outcomes[0].allowed(what, at), self._outcomes[1].allowed(what, other))
-        eps = _half_eps(least) or max(float(jnp.finfo(x.dtype).eps) for x in (x_a, x_b))
+        eps = last_bit(least, x_a, x_b)
         if not 0 < size <= _LAST_BITS * eps * self._scale:
             return 0.0
         noise = 0.0
@@ -62,6 +62,21 @@ class Rounding:
         return one, two
 
 
-def _half_eps(tolerance: float) -> float:
-    """The last bit of the dtype in half precision that is held to this tolerance on this backend; 0.0 for none."""
-    return next((float(jnp.finfo(name).eps) for name in HALVES if relative_tolerance(name) == tolerance), 0.0)
+def last_bit(tolerance: float, *values: Any) -> float:
+    """How far apart one rounding can bring two programs, relative to the number that is rounded.
+
+    That is the distance of neighbouring numbers, `finfo.eps`: each program is off by at most half of it, the unit
+    roundoff, but to either side (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 2.2). So a
+    float32 that is moved by it is another bfloat16 for sure; moved by half of it, a third of them are the same.
+
+    Args:
+      tolerance: of the dtype in half precision that counts, on this backend; 0.0 where none does.
+      *values: else the coarsest of these counts; what is not inexact does not.
+
+    >>> import numpy as np
+    >>> last_bit(0.0, np.float32(1)) == 2.0**-23, last_bit(relative_tolerance("bfloat16")) == 2.0**-7
+    (True, True)
+    """
+    names = [name for name in HALVES if tolerance and relative_tolerance(name) == tolerance]
+    names = names or [x.dtype.name for x in values if is_inexact(x)]
+    return max((float(jnp.finfo(name).eps) for name in names), default=0.0)

@@ -27,12 +27,11 @@ from bridge.equivalence.dependence import Range, ranges_of
 from bridge.equivalence.drawing import Draw, with_last_bits_moved
 from bridge.equivalence.inputs import drawn
 from bridge.equivalence.numbers import Difference, difference, is_inexact, is_key, on_host
-from bridge.equivalence.rounding import NOISE
+from bridge.equivalence.rounding import NOISE, last_bit
 from bridge.equivalence.weights import weighed
 from bridge.tracing.pure_call import Values, linen_call, module_of, nnx_call, streams_of
 from bridge.tracing.trace import Method, is_array
 
-_HALF_EPS = {6.4e-2: 2.0**-8, 8e-3: 2.0**-11}
 _MOST_SHOWN = 5
 
 
@@ -262,7 +261,7 @@ class Bench:
 
     def _noise(self, point: Point, rules: Any, expected: Run, made: Values) -> dict[Any, float]:
         """What the last bit of every number does to Linen's own gradients, and to what it writes."""
-        eps = _HALF_EPS.get(self.tolerance, 2.0**-23)
+        eps = last_bit(self.tolerance, *point.values.values())
         values, inputs = with_last_bits_moved((dict(point.values), point.inputs), eps, point.salt)
         other = self.linen(Point(values, inputs, point.salt))
         noise: dict[Any, float] = {}

@@ -59,6 +59,8 @@ class Done:
             self.add(nbytes)
 
 
+#: Leaves of one batch: whatever reads or writes keeps something for each of them while it waits.
+MOST_LEAVES = 1000
 _THREADS = min(4, os.cpu_count() or 1)
 # mallopt's numbers
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
@@ -152,7 +154,7 @@ class Batch:
         for source, size in reads.items():
             before, whole = self._reads.get(source, 0), self._sizes[source]
             more += min(before + size, whole) - min(before, whole)
-        if self.leaves and self.nbytes + more > budget:
+        if self.leaves and (self.nbytes + more > budget or len(self.leaves) >= MOST_LEAVES):
             return False
         self.leaves[path] = op
         self.nbytes += more
@@ -200,7 +202,9 @@ def _is_view(op: Op) -> bool:
 def batches(
     made: Mapping[Path, Op], target: Mapping[Path, Leaf], source: Mapping[Path, Leaf], budget: int
 ) -> Iterator[Batch]:
-    """`made` in its own order, cut into batches of at most `budget` bytes; a leaf larger than that is one by itself.
+    """`made` in its own order, cut into batches of at most `budget` bytes and `MOST_LEAVES` leaves.
+
+    A leaf larger than the budget is a batch by itself.
 
     Args:
       made: target path -> how it is made.

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from bridge.checkpoint.stream import batches, by_source, bytes_read, leaf_hash, values
+from bridge.checkpoint.stream import MOST_LEAVES, batches, by_source, bytes_read, leaf_hash, values
 from bridge.checkpoint.tree.ops import Block, Cast, Fill, Join, Read, Reshape, Transpose, unstack
 from tests.support.checkpoint_fakes import MemorySource, leaf_of
 
@@ -148,3 +148,10 @@ def test_an_error_of_a_thread_comes_out():
     (batch,) = batches(ops, {OTHER: leaf_of(OTHER, LEAVES[OTHER])}, MemorySource(LEAVES).tree.leaves, 100)
     with pytest.raises(ValueError, match="cut short"):
         values(batch, Broken(LEAVES).read)
+
+
+def test_a_batch_has_a_thousand_leaves_at_most():
+    ops = {("new", str(i)): Fill(np.ones(1)) for i in range(2 * MOST_LEAVES + 1)}
+    target = {path: leaf_of(path, np.ones(1)) for path in ops}
+    sizes = [len(batch.leaves) for batch in batches(ops, target, {}, 10**9)]
+    assert sizes == [MOST_LEAVES, MOST_LEAVES, 1]

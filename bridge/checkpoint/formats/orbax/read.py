@@ -20,6 +20,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -421,7 +422,7 @@ class OrbaxSource:
 
     def _open_arrays(self) -> dict[Path, Any]:
         arrays = [entry for entry in self._entries.values() if not entry.is_empty and entry.typestr != "string"]
-        if self._in_database() and arrays and not (self.path / "manifest.ocdbt").is_file():
+        if self._in_database and arrays and not (self.path / "manifest.ocdbt").is_file():
             raise CheckpointCorruptError(
                 "the checkpoint is damaged",
                 self.path,
@@ -444,7 +445,7 @@ class OrbaxSource:
     def _open(self, entry: _Entry, context: Any) -> Any:
         ts = tensorstore("Reading an Orbax checkpoint")
         store = kvstore(self.path, entry.name)
-        if self._in_database():
+        if self._in_database:
             base = kvstore(self.path)
             store = {"driver": "ocdbt", "base": base, "path": f"{entry.name}/", "cache_pool": "cache_pool#index"}
         # Files that are older than this flag leave chunks of zeros out; in all others an absent chunk is a
@@ -458,6 +459,7 @@ class OrbaxSource:
         }
         return ts.open(spec, open=True, read=True, context=context)
 
+    @cached_property
     def _in_database(self) -> bool:
         return bool(self._table.get("use_ocdbt", (self.path / "manifest.ocdbt").exists()))
 

@@ -58,6 +58,10 @@ class _Group:
     def key(self, location: Location) -> Key:
         return Key(self.role, self.prefix, location, self.tail)
 
+    def path(self, location: Location) -> Path | None:
+        """Where the slot of a variable is, if it has one."""
+        return self.leaves.get(location, self.masked.get(location))
+
 
 def follow(
     leaves: Mapping[Key, Path],
@@ -86,7 +90,8 @@ def follow(
     for group in _groups(leaves, masked):
         followers: dict[Location, None] = {}  # in the order of the slots, each once
         for old in (*group.leaves, *group.masked):
-            followers |= dict.fromkeys(made_from.get(old, ()))
+            for location in made_from.get(old, ()):
+                followers[location] = None
         for location in followers:
             _follow_one(result, group, location, variables[location], forms, variable_forms)
         for old, path in group.leaves.items():
@@ -132,8 +137,7 @@ def _follow_one(
     if absent == sources and group.masked.keys() >= set(sources):
         result.masked.add(group.key(location))
         return
-    paths = {**group.masked, **group.leaves}
-    first = next(paths[old] for old in sources if old in paths)
+    first = next(path for old in sources if (path := group.path(old)) is not None)
     if absent:
         found = f"none for {', '.join(map(show_path, absent))}"
         raise SlotError(first, location, "an entry for each param that it is made from", found)

@@ -57,6 +57,8 @@ from bridge.checkpoint.tree.tree import Tree
 
 # Bytes of chunks that are kept while leaves are read in part.
 _CACHE = 16 << 20
+_INDEX = 10**8  # bytes kept of the index of a database
+_OPENED_AT_ONCE = 1000
 _EMPTY = {"Dict": dict, "List": list, "Tuple": tuple}
 
 
@@ -431,15 +433,18 @@ class OrbaxSource:
             )
         # Chunks are not cached: a leaf is read once. The index of a database is, for every leaf looks into it.
         ts = tensorstore("Reading an Orbax checkpoint")
-        context = caches(ts, chunk_bytes=0, index_bytes=10**8)
-        opened = {}
-        for entry in arrays:
-            with reading(self.path, f"the array {show_path(entry.path)}"):
-                opened[entry.path] = self._open(entry, context)
+        context = caches(ts, chunk_bytes=0, index_bytes=_INDEX)
         stores = {}
-        for path, future in opened.items():
-            with reading(self.path, f"the array {show_path(path)}"):
-                stores[path] = future.result()
+        # The index is a tree by names: neighbours are in one node of it, and what is asked for at once stays in memory.
+        by_name = sorted(arrays, key=lambda entry: entry.name)
+        for first in range(0, len(by_name), _OPENED_AT_ONCE):
+            opened = {}
+            for entry in by_name[first : first + _OPENED_AT_ONCE]:
+                with reading(self.path, f"the array {show_path(entry.path)}"):
+                    opened[entry.path] = self._open(entry, context)
+            for path, future in opened.items():
+                with reading(self.path, f"the array {show_path(path)}"):
+                    stores[path] = future.result()
         return stores
 
     def _open(self, entry: _Entry, context: Any) -> Any:

@@ -23,9 +23,9 @@ CORE, FLAX = library_of(nnx_core), library_of(flax.nnx)
 CELL = Cell("Param", (2,), "float32", 1, ())
 ONE = Graph((CELL,), (Thing("Node", (("a", ("cell", 0)),)),))
 
-#: All of a state is written back, and what moves up in a List is written: compiled, numpy's arrays come back as JAX's,
-#: or as they were if nothing was written.
-WRITES_ARRAYS = (p.StateCarry, p.Back, p.Delete)
+#: All of a state is written back, and so is what stands in a container whose structure changes: compiled, numpy's
+#: arrays come back as JAX's, or as they were if nothing was written.
+WRITES_ARRAYS = (p.StateCarry, p.Back, p.Delete, p.Grow, p.Attach, p.Pop)
 
 
 def check(program: p.Program, way: str) -> None:

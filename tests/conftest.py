@@ -3,12 +3,14 @@
 Eight CPU devices, so that meshes mean something; matrix products in full float32, so that one tolerance table
 (`tests/tolerance.py`) holds on every platform; no 64-bit; hypothesis draws the same examples in every run.
 What XLA compiled is kept on disk (`tests/support/compile_cache.py`): that saves time and changes no result.
-The suite runs the diagonal of the large grids; `--grids` runs all of them.
+The suite runs the diagonal of the large grids, and a sample of what is many times the same; `--grids` runs all.
 """
 
 import gc
 import os
 import sys
+import zlib
+from collections import defaultdict
 
 import pytest
 
@@ -54,23 +56,42 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without `--grids`, what is marked `grid` is deselected; with `--first-cases`, what is `slow`, and all but one
-    case of each other test."""
-    kept: list[pytest.Item] = []
-    left_out: list[pytest.Item] = []
+    """Without `--grids`, what is marked `grid` is deselected, and all but a sample of what is marked `sample`; with
+    `--first-cases`, what is `slow`, and all but one case of each other test."""
+    in_suite = items if config.getoption("--grids") else _without_grids(items)
+    kept = list(_first_cases(in_suite)) if config.getoption("--first-cases") else in_suite
+    if len(kept) < len(items):
+        chosen = set(map(id, kept))
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
+        items[:] = kept
+
+
+def _function(item):
+    return item.nodeid.partition("[")[0]
+
+
+def _without_grids(items):
+    """Not what is marked `grid`; of what is marked `sample(n)`, n cases of each function."""
+    in_suite = [item for item in items if not item.get_closest_marker("grid")]
+    cases = defaultdict(list)
+    for item in in_suite:
+        if item.get_closest_marker("sample"):
+            cases[_function(item)].append(item)
+    left_out: set[int] = set()
+    for those in cases.values():
+        (size,) = those[0].get_closest_marker("sample").args
+        # Drawn by their names: as good as at random, the same in every run, and hardly others when a case is added.
+        drawn = sorted(those, key=lambda item: zlib.crc32(item.name.encode()))
+        left_out.update(map(id, drawn[size:]))
+    return [item for item in in_suite if id(item) not in left_out]
+
+
+def _first_cases(items):
     functions: set[str] = set()
     for item in items:
-        function = item.nodeid.partition("[")[0]
-        in_grid = item.get_closest_marker("grid") and not config.getoption("--grids")
-        is_another = function in functions or item.get_closest_marker("slow")
-        if in_grid or (is_another and config.getoption("--first-cases")):
-            left_out.append(item)
-        else:
-            kept.append(item)
-            functions.add(function)
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = kept
+        if _function(item) not in functions and not item.get_closest_marker("slow"):
+            functions.add(_function(item))
+            yield item
 
 
 @pytest.fixture

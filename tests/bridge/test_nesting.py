@@ -150,6 +150,7 @@ class LinenNoDropoutBlock(LinenBlock):
     rate: float = 0.0
 
 
+@pytest.mark.sample(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES, ids=lambda f: f.__name__)
 def test_in_every_place_the_linen_block_has(place):

@@ -250,6 +250,7 @@ def test_two_transforms_trace_as_none(outer, inner):
     assert portrait(m) == before
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize(("outer", "inner"), RUN)
 def test_two_transforms_equal_none(outer, inner):
     m, twin = Wave(), Wave()
@@ -277,6 +278,7 @@ def test_new_state_leaves_two_transforms(outer, inner):
     assert_no_tracer(m)
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize(("outer", "inner"), without({"while_loop"}))
 def test_gradients_go_through_two_transforms(outer, inner):
     m = Wave()

@@ -68,6 +68,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("make", CHAINS.values(), ids=CHAINS)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 def test_five_steps_equal_pure_optax(make, compiled):

@@ -110,6 +110,7 @@ def bits(tree):
     return sorted((str(x.dtype), x.shape, x.tobytes()) for x in map(plain, jax.tree.leaves(tree)))
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_four_compiled_steps_equal_pure_optax(case):
     make, extra = case

@@ -94,6 +94,7 @@ def by_optimizer(tx, steps):
     return model, optimizer
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("labels", [LABELS, PREFIXES], ids=["labels", "prefixes"])
 @pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_dicts_do_what_optax_does_with_them(make, labels):

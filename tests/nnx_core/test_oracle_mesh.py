@@ -156,6 +156,7 @@ def training_on_a_mesh(lib):
     return [step(m, X) for _ in range(3)], places(lib, m), m
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_gives_what_it_gives_with_flax(name):
     assert jax.device_count() >= 8

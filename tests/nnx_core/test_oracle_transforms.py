@@ -490,6 +490,7 @@ def eval_shape_of_a_constructor_and_a_call(lib):
     return m, lib.eval_shape(lambda m, x: m(x), make(lib), X)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_gives_what_it_gives_with_flax(name):
     same(PROGRAMS[name])

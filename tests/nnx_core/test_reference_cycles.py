@@ -185,6 +185,7 @@ ACTS |= {"clone": lambda: nnx.clone(net()), "call": lambda: net()(x())}
 ACTS |= {name: mistake(act) for name, act in MISTAKES.items()}
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_nothing_stays_alive(act):
     assert left_alive(act) == 0

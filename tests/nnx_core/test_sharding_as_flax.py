@@ -230,6 +230,7 @@ def trained_in_jit(lib, mesh):
         return {"model": model, "optimizer": optimizer}
 
 
+@pytest.mark.sample(18)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_new_variables_are_where_flax_puts_them(name, mesh):
     ours, theirs = PROGRAMS[name](nnx, mesh), PROGRAMS[name](flax_nnx, mesh)

@@ -384,6 +384,7 @@ def test_what_one_variable_says_is_kept(mesh):
 # ---- layers, and jit with in_shardings ----
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("broadcast_dims", [(), (0,), (1,)])
 @pytest.mark.parametrize("staged", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("ambient", [False, True], ids=["no mesh around", "mesh around"])

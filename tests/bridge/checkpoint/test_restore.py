@@ -46,6 +46,7 @@ def fingerprint(*objects):
     return [np.asarray(x) for x in jax.tree.leaves(nnx.to_pure_dict(nnx.state(objects, nnx.Not(nnx.RngState))))]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_training_goes_on_to_the_last_bit(make, tmp_path):
     tx = make()

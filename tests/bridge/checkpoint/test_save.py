@@ -69,6 +69,7 @@ def adam():
 # ---- the old code goes on ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_the_old_code_goes_on_to_the_last_bit(tmp_path, make):

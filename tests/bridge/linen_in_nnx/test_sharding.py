@@ -127,6 +127,7 @@ def from_shapes(box, mesh):
 WAYS = [from_out_shardings, from_constraint, from_lifted_out_shardings, from_shapes]
 
 
+@pytest.mark.sample(6)
 @boxes
 @pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("ambient", [False, True], ids=["mesh given", "mesh around"])

@@ -161,6 +161,7 @@ CASES = {
 }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("run", CASES.values(), ids=list(CASES))
 def test_every_transform_equals_linens(run):
     ours, theirs = Around(Ours, run), Around(LinenBlock, run)

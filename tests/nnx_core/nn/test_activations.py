@@ -86,6 +86,7 @@ def test_every_activation_of_linen_and_flax_nnx_is_the_same_function():
 ELSEWHERE = {"DtypeLikeInexact", "Initializer", "default_bias_init", "default_embed_init", "default_kernel_init"}
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", sorted(set(initializers.__all__) - ELSEWHERE))
 def test_initializer_gives_the_values_of_flax_nnx(name):
     assert_trees_equal(drawn(getattr(initializers, name)), drawn(getattr(flax.nnx.initializers, name)))

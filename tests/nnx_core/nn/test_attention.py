@@ -224,6 +224,7 @@ DECODE = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("options", DECODE.values(), ids=DECODE)
 @pytest.mark.parametrize(
     "mask", [None, np.array([[[[1, 0, 1, 1]]], [[[0, 1, 1, 0]]]], np.int32)], ids=["no-mask", "mask"]

@@ -62,6 +62,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("inputs", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("row", OPTIONS.values(), ids=OPTIONS)
 def test_option(row, inputs):

@@ -55,6 +55,7 @@ OPTIONS = {
 IN_BFLOAT16 = ("mask", "reflect")
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("row", OPTIONS.values(), ids=OPTIONS)
 def test_option(row):
     assert_equal_to_twin(row, train=False)

@@ -60,6 +60,7 @@ OPTIONS = {
 IN_BFLOAT16 = ("circular-many-turns", "mask", "preferred-element-type", "transpose-kernel")
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("row", OPTIONS.values(), ids=OPTIONS)
 def test_option(row):
     assert_equal_to_twin(row, train=False)

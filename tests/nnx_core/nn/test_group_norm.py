@@ -67,6 +67,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sample(14)
 @pytest.mark.parametrize("inputs", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
 @pytest.mark.parametrize("row", OPTIONS.values(), ids=OPTIONS)
 def test_option(row, inputs):

@@ -139,6 +139,7 @@ def crossed():
         yield pytest.param(*case.values, dtype, column, id=name, marks=marks)
 
 
+@pytest.mark.sample(48)
 @pytest.mark.parametrize(("layer", "train", "dtype", "column"), list(crossed()))
 def test_matrix(layer, train, dtype, column, record_property):
     x = layer.example(dtype)

@@ -43,6 +43,7 @@ def crossed():
         yield pytest.param(*case.values, *dtypes, id=name, marks=marks)
 
 
+@pytest.mark.sample(56)
 @pytest.mark.parametrize(("layer", "train", "inputs", "dtype", "param_dtype"), list(crossed()))
 @pytest.mark.accelerator
 def test_forward_updates_and_gradients(layer, train, inputs, dtype, param_dtype, record_property):

@@ -53,6 +53,7 @@ def functional(lib, make, **dtypes):
     return values, jax.grad(loss, argnums=(0, 1), has_aux=True)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("inputs", "dtype", "param_dtype"), [(F32, None, F32), (F32, BF16, F32), (BF16, None, BF16), (F32, None, BF16)]
 )

@@ -54,6 +54,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("inputs", [jnp.float32, jnp.bfloat16, jnp.complex64], ids=lambda d: jnp.dtype(d).name)
 @pytest.mark.parametrize("row", OPTIONS.values(), ids=OPTIONS)
 def test_option(row, inputs):

@@ -164,6 +164,7 @@ def options_of(module):
     return {name: (type(x), x) for name, x in kept.items()}
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(("cls", "args", "kwargs", "own_args", "own_kwargs"), SPELLINGS.values(), ids=SPELLINGS)
 def test_options_as_users_have_them(cls, args, kwargs, own_args, own_kwargs):
     plain, own = cls(*args, rngs=nnx.Rngs(0), **kwargs), cls(*own_args, rngs=nnx.Rngs(0), **own_kwargs)
@@ -185,6 +186,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("make", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.parametrize("number", [N(2), np.uint8(2), np.array(2), on_device(2)], ids=lambda n: type(n).__name__)
 def test_layers_that_hold_others(make, number):
@@ -352,6 +354,7 @@ def test_masks_and_biases_under_strict_ranks(no_rank_promotion):
     )
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("row", LAYERS, ids=lambda row: row.name)
 def test_every_layer_under_strict_ranks(row, no_rank_promotion):
     layer = row.make(nnx, nnx.Rngs(0))

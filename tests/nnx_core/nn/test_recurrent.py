@@ -264,6 +264,7 @@ def in_python(cell, x, carry, lengths, reverse, keep_order):
 FLAGS = list(itertools.product([False, True], repeat=3))
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("lengths", [None, [2, 5]], ids=["full", "padded"])
 @pytest.mark.parametrize(("time_major", "reverse", "keep_order"), FLAGS)
 def test_flags_against_linen_and_a_python_loop(time_major, reverse, keep_order, lengths):

@@ -42,6 +42,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("inputs", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
 @pytest.mark.parametrize("row", OPTIONS.values(), ids=OPTIONS)
 def test_option(row, inputs):

@@ -31,6 +31,7 @@ def signature(function):
 LATER = {("MultiHeadAttention", "__call__"): "input_positions", ("Sequential", "__call__"): "rngs"}
 
 
+@pytest.mark.sample(16)
 @ROWS
 @pytest.mark.parametrize("method", ["__init__", None], ids=["init", "call"])
 def test_signature(row, method):
@@ -50,6 +51,7 @@ def test_public_attributes(row):
     assert public <= set(vars(ours))
 
 
+@pytest.mark.sample(12)
 @SAME_VALUES
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_initial_values(row, param_dtype):
@@ -131,6 +133,7 @@ LAYER_ARGUMENTS = {
 }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", LAYER_ARGUMENTS)
 def test_options_are_kept_under_their_names(name):
     layer_class = getattr(nnx, name)

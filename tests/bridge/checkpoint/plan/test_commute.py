@@ -44,6 +44,7 @@ OTHER_UPDATE = {
 WARNINGS = {"keeps another state once": OTHER_STATE, "the next update of this optimizer is another one": OTHER_UPDATE}
 
 
+@pytest.mark.sample(4)
 @pytest.mark.slow
 @each_optimizer
 def test_probe_finds_what_was_measured(name):
@@ -53,6 +54,7 @@ def test_probe_finds_what_was_measured(name):
     assert all(text in warning for text, warning in zip(expected, found, strict=True)), found
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", ["adamw_clip", "multi_steps", "prodigy", *sorted(OTHER_STATE), "lamb", "flatten"])
 def test_probe_finds_it_when_layers_are_taken_apart(name):
     found = probe(OPTIMIZERS[name](), STACKED, UNSTACK)

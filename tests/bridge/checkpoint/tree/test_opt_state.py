@@ -90,6 +90,7 @@ def test_a_live_state_is_a_template_too():
     assert_identical(restore_into_structure(tx.init(params), to_raw(state)), state)
 
 
+@pytest.mark.sample(4)
 @each_deterministic
 def test_next_update_is_equal_under_new_names(name):
     tx, params, state = trained(name)

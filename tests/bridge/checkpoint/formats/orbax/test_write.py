@@ -166,6 +166,7 @@ def theirs_of(tree_of, tmp_path_factory):
     return functools.cache(lambda name: standard(folder / name, tree_of(name)))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", TREES)
 def test_standard_checkpointer_restores_what_it_would_have_saved(name, tree_of, theirs_of, tmp_path):
     tree, theirs = tree_of(name), theirs_of(name)

@@ -165,4 +165,6 @@ _moved = moved_in("bridge")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "flax_nnx":  # imported when it is used, since it imports flax.nnx
+        return importlib.import_module("bridge.flax_nnx")
     return _PRIVATE[name] if name in _PRIVATE else _moved(name)

@@ -194,9 +194,9 @@ def state_of(node: Any) -> Any:
         return nnx.state(node)
     if not _is_flax(node) or isinstance(node, Mapping):
         return node
-    from flax import nnx as flax_nnx
+    from bridge.flax_nnx.states import their_state
 
-    return flax_nnx.state(node)
+    return their_state(node)
 
 
 def flat_state(node: Any) -> list[tuple[tuple[Hashable, ...], Any]] | None:
@@ -205,18 +205,18 @@ def flat_state(node: Any) -> list[tuple[tuple[Hashable, ...], Any]] | None:
         return list(nnx.to_flat_state(state_of(node)))
     if not _is_flax(node):
         return None
-    from flax import nnx as flax_nnx
+    from bridge.flax_nnx.states import their_flat_state
 
-    return list(flax_nnx.to_flat_state(state_of(node)))
+    return their_flat_state(state_of(node))
 
 
 def map_state(f: Callable[[tuple[Hashable, ...], Any], Any], node: Any) -> Any:
     """The State of a module, an optimizer or a State with `f(path, variable)` for each Variable."""
     if not _is_flax(node):
         return nnx.map_state(f, state_of(node))
-    from flax import nnx as flax_nnx
+    from bridge.flax_nnx.states import map_their_state
 
-    return flax_nnx.map_state(f, state_of(node))
+    return map_their_state(f, state_of(node))
 
 
 def raw_value(variable: Any) -> Any:

@@ -1,0 +1,81 @@
+"""Random streams among the arguments of a call: nnx_core's as flax.nnx's, and the other way round.
+
+Law: who draws n keys gets the n that the other library would have drawn from the same stream, and the stream goes on
+from there: both fold a count into a key. A call that fails moves no stream.
+Knows streams; knows nothing of modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx as flax_nnx
+
+import nnx_core as nnx
+
+
+class Streams:
+    """The streams that were handed over in one call."""
+
+    def __init__(self) -> None:
+        self._handed: dict[int, tuple[Any, Any]] = {}
+
+    def hand(self, stream: Any, make: Callable[[Any], Any]) -> Any:
+        """The stand-in for `stream`, one and the same for it in all of a call."""
+        if id(stream) not in self._handed:
+            self._handed[id(stream)] = stream, make(stream)
+        return self._handed[id(stream)][1]
+
+    def settle(self) -> None:
+        """Let the streams go on where their stand-ins are."""
+        for stream, stand_in in self._handed.values():
+            count = stand_in.count.get_raw_value()
+            if count is not stream.count.get_raw_value():
+                stream.count.set_raw_value(count)
+
+
+def _their_stream(stream: nnx.RngStream) -> Any:
+    new = flax_nnx.RngStream(stream.key.get_value(), tag=stream.tag)
+    new.count.set_raw_value(stream.count.get_raw_value())
+    return new
+
+
+def _our_stream(stream: Any) -> nnx.RngStream:
+    new = nnx.RngStream(stream.key.get_value(), tag=stream.tag)
+    new.count.set_raw_value(stream.count.get_raw_value())
+    return new
+
+
+def _filled(rngs: Any, streams: dict[str, Any]) -> Any:
+    """`rngs` with these very streams, which the constructor would copy."""
+    for name, stream in streams.items():
+        setattr(rngs, name, stream)
+    return rngs
+
+
+def as_theirs(tree: Any, streams: Streams) -> Any:
+    """`tree` with flax.nnx's streams in the place of nnx_core's."""
+
+    def translate(x: Any) -> Any:
+        if isinstance(x, nnx.RngStream):
+            return streams.hand(x, _their_stream)
+        if isinstance(x, nnx.Rngs):
+            return _filled(flax_nnx.Rngs(), {name: streams.hand(x[name], _their_stream) for name in x})
+        return x
+
+    return jax.tree.map(translate, tree, is_leaf=lambda x: isinstance(x, nnx.Object))
+
+
+def as_ours(tree: Any, streams: Streams) -> Any:
+    """`tree` with nnx_core's streams in the place of flax.nnx's."""
+
+    def translate(x: Any) -> Any:
+        if isinstance(x, flax_nnx.RngStream):
+            return streams.hand(x, _our_stream)
+        if isinstance(x, flax_nnx.Rngs):
+            return _filled(nnx.Rngs(), {name: streams.hand(x[name], _our_stream) for name in x})
+        return x
+
+    return jax.tree.map(translate, tree, is_leaf=lambda x: isinstance(x, flax_nnx.Pytree))

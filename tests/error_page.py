@@ -5,6 +5,7 @@ Law: a class that is not on the page, or says something else there, fails `test_
 
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -82,4 +83,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # as the tests: some cases have a mesh
     PAGE.write_text(page())

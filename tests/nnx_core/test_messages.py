@@ -11,6 +11,7 @@ import pytest
 
 import nnx_core as nnx
 from tests.support.error_cases import CASES as ERROR_CASES
+from tests.support.foreign_cases import MISTAKES
 from tests.support.message_cases import CASES
 
 ROOT = Path(nnx.__file__).parent
@@ -72,7 +73,7 @@ def reached(files, acts):
 @pytest.mark.slow
 def test_every_raise_of_the_core_has_a_case():
     files = [*ROOT.glob("*.py"), *ROOT.glob("graph/*.py"), *ROOT.glob("transforms/*.py")]
-    hit = reached(files, [act for act, *_ in (*ERROR_CASES.values(), *CASES.values())])
+    hit = reached(files, [act for act, *_ in (*ERROR_CASES.values(), *CASES.values(), *MISTAKES.values())])
     missing = [
         f"{path.relative_to(ROOT)}:{line}: {statement[:100]}"
         for path in files

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from flax import nnx as flax_nnx
 
 import nnx_core as nnx
 from nnx_core import traversals
@@ -170,6 +171,11 @@ def taken(method, *args):
 
 # name: (what to do, class, text); what to do about it is part of each text.
 CASES = {
+    "a Variable type of flax.nnx as a filter": (
+        lambda: nnx.state(Affine(), flax_nnx.Param),
+        "FilterError",
+        r"flax\.nnx.*Param is a type of another NNX library",
+    ),
     # transforms and their options
     "a Variable of a carry replaced at one of two places": (
         lambda: nnx.fori_loop(0, 2, replaced_once, nnx.Dict(a=(v := nnx.Param(X)), b=v)),

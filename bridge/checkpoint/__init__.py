@@ -1,10 +1,10 @@
 """Training checkpoints between Linen and NNX: in memory, on disk, into sharded models.
 
 Rooms, from the ground: `tree`, a checkpoint without bytes; `formats`, what is on disk, one file a format; `rules` and
-`derivation`, what goes where; `stream`, leaves read and written a batch at a time; `options`, what may be asked of a
-conversion; `plan`, a conversion before it runs; `beside`, what travels beside the leaves. Above them what users call:
-`conversion`, `steps` and `verification` from disk to disk, `comparison`, `in_memory`, `loading` into a model, `save`
-out of one.
+`derivation`, what goes where; `stream`, leaves read and written a batch at a time; `blocks`, one leaf in parts; `job`,
+several processes; `options`, what may be asked of a conversion; `plan`, a conversion before it runs; `beside`, what
+travels beside the leaves. Above them what users call: `conversion`, `steps` and `verification` from disk to disk,
+`comparison`, `in_memory`, `loading` into a model, `save` out of one.
 
 Law: nothing is written before all is known to fit; what is dropped, changed or guessed is said.
 Knows models by their variables alone; one optional dependency a file.
@@ -45,6 +45,7 @@ from bridge.checkpoint.in_memory import (
     train_state_to_states,
     variables_to_state,
 )
+from bridge.checkpoint.job import Job, JobError
 from bridge.checkpoint.loading import ShardingError, load_into
 from bridge.checkpoint.options import ConversionOptions, OptionError, UnprovenRulesError
 from bridge.checkpoint.plan.commute import probe
@@ -68,9 +69,9 @@ from bridge.checkpoint.verification import VerificationError, VerifyReport, veri
 
 __all__ = [
     # from disk to disk
-    "Conversion", "ConversionOptions", "ConvertReport", "DiffReport", "Difference", "LossyConversionError",
-    "OptionError", "StepsReport", "VerificationError", "VerifyReport", "convert", "convert_steps", "diff",
-    "open_conversion", "verify",
+    "Conversion", "ConversionOptions", "ConvertReport", "DiffReport", "Difference", "Job", "JobError",
+    "LossyConversionError", "OptionError", "StepsReport", "VerificationError", "VerifyReport", "convert",
+    "convert_steps", "diff", "open_conversion", "verify",
     # into a model, out of one
     "ShardingError", "load_into", "save_as_linen",
     # in memory

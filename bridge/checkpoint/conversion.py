@@ -8,8 +8,9 @@ Knows sources, plans and sinks; knows nothing of how a format stores a leaf or h
 from __future__ import annotations
 
 import itertools
+import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -32,10 +33,11 @@ from bridge.checkpoint.formats.door import local_path
 from bridge.checkpoint.formats.open import open_sink, open_source
 from bridge.checkpoint.formats.protocol import Items, Sink, Source
 from bridge.checkpoint.formats.stores import is_on_store
+from bridge.checkpoint.job import Job
 from bridge.checkpoint.options import MAX_MEMORY, Check, ConversionOptions, LeafRules
 from bridge.checkpoint.plan.place import embedded, metadata_of, place_in
 from bridge.checkpoint.plan.plan import Plan, plan_of
-from bridge.checkpoint.stream import Done, LeafHash, Progress, batches, by_source, values
+from bridge.checkpoint.stream import Done, LeafHash, Progress, batches, by_source, share, values
 from bridge.checkpoint.tree.canonical import Known
 from bridge.checkpoint.tree.inner import below
 from bridge.checkpoint.tree.layout import Kind, Layout
@@ -177,22 +179,15 @@ class Conversion:
         if self.losses and not options.lossy:
             raise LossyConversionError(self.source.path, self.losses)
         start = time.monotonic()
-        form = {"resume": options.resume, "item": options.target_item}
-        with open_sink(path, options.target_format, self.plan.target, **form) as sink:
-            resumed = len(sink.done)
-            with _unchanged(self.source):
-                hashes = self._write(sink, options)
-                if options.verify and HASHES in self.source.metadata:
-                    self._require_read_as_written(hashes, options)
-            beside, _ = carried(self.source)
-            sink.finish({**beside, **self.plan.metadata(), **self._provenance(), HASHES: hash_table(hashes)})
-        # Nobody but the hashes knows whether an earlier run, that wrote some leaves, has read the same source.
-        verified = bool(options.verify or resumed)
-        with _no_name_if_wrong(path):
-            if verified:
-                _verify(path, hashes, options)
-            if options.check is not None:
-                _require_check(options.check, self.source.path, path)
+        with options.job.together():
+            hashes, resumed = self._written(path, options)
+            # Nobody but the hashes knows whether an earlier run, that wrote some leaves, has read the same source.
+            verified = bool(options.verify or resumed)
+            with _no_name_if_wrong(path, options.job):
+                if verified:
+                    _verify(path, hashes, self._share(options), options)
+                if options.check is not None and options.job.rank == 0:
+                    _require_check(options.check, self.source.path, path)
         return ConvertReport(
             source=str(self.source.path),
             target=str(path),
@@ -209,18 +204,50 @@ class Conversion:
             steps=self.source.around.steps,
         )
 
-    def _write(self, sink: Sink, options: ConversionOptions) -> dict[Path, str]:
-        """Make and write every leaf; the hash of each. One batch is made while the one before it is written.
+    def _written(self, path: FilePath, options: ConversionOptions) -> tuple[dict[Path, str], int]:
+        """Write the target; the hash of each leaf, and how many an earlier run had written.
+
+        Each process of a job writes its share. The first opens the target before the others, and finishes it after.
+        """
+        job = options.job
+        job.agree("conversion", f"{self.source.path} to {path}, {options.target_format}: {len(self.plan.made)} leaves")
+        if job.rank:
+            job.gather()
+        form = {"resume": options.resume, "item": options.target_item, "part": (job.rank, job.count)}
+        with open_sink(path, options.target_format, self.plan.target, **form) as sink:
+            if job.rank == 0:
+                job.gather()
+            share = self._share(options)
+            with _unchanged(self.source):
+                own = self._write(sink, share, options)
+                if options.verify and HASHES in self.source.metadata:
+                    self._require_read_as_written(own, options)
+            resumed = len(sink.done & share.keys())
+            hashes, resumed = _told(job, sink, own, resumed)
+            hashes = {path: hashes[path] for path in self.plan.made}
+            if job.rank == 0:
+                beside, _ = carried(self.source)
+                sink.finish({**beside, **self.plan.metadata(), **self._provenance(), HASHES: hash_table(hashes)})
+        job.gather()
+        return hashes, resumed
+
+    def _share(self, options: ConversionOptions) -> dict[Path, Op]:
+        """The leaves that this process makes, in the order in which it does."""
+        made = by_source(self.plan.made)
+        if options.target_format == "msgpack":  # one file, written from its start to its end
+            made = {path: self.plan.made[path] for path in self.plan.target.order}
+        job = options.job
+        return made if job.count == 1 else share(made, self.plan.target.leaves, job.rank, job.count)
+
+    def _write(self, sink: Sink, made: Mapping[Path, Op], options: ConversionOptions) -> dict[Path, str]:
+        """Make and write these leaves; the hash of each. One batch is made while the one before it is written.
 
         Leaves that an earlier run wrote are made again, for their hashes, and not written again.
         """
-        tree, leaves = self.plan.target, self.plan.target.leaves
-        made = by_source(self.plan.made)
-        if options.target_format == "msgpack":  # one file, written from its start to its end
-            made = {path: self.plan.made[path] for path in tree.order}
+        leaves = self.plan.target.leaves
         hashes: dict[Path, str] = {}
         budget = options.max_memory // _SHARES
-        done = Done(options.progress, "converting", tree.nbytes)
+        done = Done(_asking(options), "converting", sum(leaves[path].nbytes for path in made))
         with ThreadPoolExecutor(1) as writer:
             pending: Future[None] | None = None
             for batch in batches(made, leaves, self.source.tree.leaves, budget):
@@ -240,7 +267,7 @@ class Conversion:
                     done.add(sum(leaves[path].nbytes for path in batch.leaves))
             if pending is not None:
                 pending.result()
-        return {path: hashes[path] for path in self.plan.made}
+        return hashes
 
     def _write_in_blocks(self, path: Path, op: Op, sink: Sink, budget: int, done: Done) -> str:
         """A leaf that does not fit the budget, for which all others wait; its hash."""
@@ -260,11 +287,13 @@ class Conversion:
 
         A leaf that went over as it was has been hashed on its way; one that others were made of is read once more.
         """
-        expected = stored_hashes(self.source)
+        expected, job = stored_hashes(self.source), options.job
         as_it_was = {op.path: path for path, op in self.plan.made.items() if type(op) is Read}
-        others = {path: digest for path, digest in expected.items() if path not in as_it_was}
-        wrong = [path for path, at in as_it_was.items() if expected.get(path, hashes[at]) != hashes[at]]
-        wrong += wrong_bits(self.source, others, max_memory=options.max_memory // 2)
+        others = [path for path in expected if path not in as_it_was][job.rank :: job.count]
+        wrong = [
+            path for path, at in as_it_was.items() if at in hashes and expected.get(path, hashes[at]) != hashes[at]
+        ]
+        wrong += wrong_bits(self.source, {path: expected[path] for path in others}, max_memory=options.max_memory // 2)
         if wrong:
             raise VerificationError(self.source.path, {"other bits": wrong})
 
@@ -383,6 +412,7 @@ def convert(
     rng: str | int = "drop",
     tx: Any = None,
     known: Known | None = None,
+    job: Job | None = None,
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Convert the checkpoint at `source` to Linen's or NNX's layout and write it to `target_path`.
@@ -394,6 +424,7 @@ def convert(
       rules: what becomes of the variables' names and values: `read_rules("file.toml")`, or `derive(...)`.
       target: a model, or a tree, State or TrainState, abstract or not, that the result must fit.
       max_memory: bytes of leaves in memory at once.
+      job: the processes that convert together: `Job.join(...)`, `Job.of_jax()`. Each makes the same call.
       lossy: go on if leaves have no place in the target, or number types change, though no rule says so.
       unproven: take derived rules that are not proven; the report and the target's metadata say so.
       The others, and these in full: the fields of `ConversionOptions`.
@@ -408,6 +439,7 @@ def convert(
       CheckpointAccessError: a path is a URL, or may not be read or written.
       CheckpointExistsError: there is something at `target_path`.
       CheckpointWriteError: disk full, no permission, an unfinished conversion that is not to be resumed, ...
+      JobError: another process of the job has ended, or was asked for something else.
       VerificationError: what was written reads differently, or `check` fails; it is set aside, as
         `NAME.failed-verification`.
       There is nothing at `target_path` then.
@@ -437,6 +469,7 @@ def convert(
         rng=rng,
         tx=tx,
         known=known,
+        job=job or Job(),
         progress=progress,
     )
     with Conversion.open(source, options) as conversion:
@@ -452,13 +485,41 @@ def require_apart(path: FilePath, source: FilePath) -> None:
         )
 
 
-def _verify(path: FilePath, hashes: dict[Path, str], options: ConversionOptions) -> None:
+def _asking(options: ConversionOptions) -> Progress:
+    """`progress` of the options. Whenever it is told, the other processes of the job are asked if they are there."""
+
+    def tell(doing: str, done: int, total: int) -> None:
+        options.job.check()
+        if options.progress is not None:
+            options.progress(doing, done, total)
+
+    return tell
+
+
+def _told(job: Job, sink: Sink, hashes: dict[Path, str], resumed: int) -> tuple[dict[Path, str], int]:
+    """The hashes of all leaves and the number of those resumed, of all processes; the first sink takes their leaves."""
+    if job.count == 1:
+        return hashes, resumed
+    told = job.gather(json.dumps([hash_table(hashes), resumed, sink.told() if job.rank else []]))
+    if job.rank:
+        sink.__exit__(None, None, None)  # whatever is open would be in the way of the first
+    job.gather()
+    whole: dict[Path, str] = {}
+    for table, _, records in map(json.loads, told):
+        whole |= {tuple(keys): digest for keys, digest in table}
+        if job.rank == 0:
+            sink.take(records)
+    return whole, sum(count for _, count, _ in map(json.loads, told))
+
+
+def _verify(path: FilePath, hashes: dict[Path, str], only: Collection[Path], options: ConversionOptions) -> None:
     try:
         written = open_source(path, format=options.target_format)
     except CheckpointCorruptError as error:
         raise VerificationError(path, {}, f"it cannot be opened: {error}") from error
     with closing(written):
-        verify_source(written, hashes, max_memory=options.max_memory // 2, progress=options.progress)
+        budget = options.max_memory // 2
+        verify_source(written, hashes, only=only, max_memory=budget, progress=_asking(options))
 
 
 def _require_check(check: Check, source: FilePath, path: FilePath) -> None:
@@ -483,13 +544,22 @@ def _unchanged(source: Source) -> Iterator[None]:
 
 
 @contextmanager
-def _no_name_if_wrong(path: FilePath) -> Iterator[None]:
+def _no_name_if_wrong(path: FilePath, job: Job) -> Iterator[None]:
     """A target that fails verification does not keep its name, by which someone could take it for whole."""
+    wrong: VerificationError | None = None
     try:
         yield
     except VerificationError as error:
-        error.add_note(f"It is now at {_set_aside(path)}")
-        raise
+        wrong = error
+    told = job.gather("" if wrong is None else str(wrong))
+    if not any(told):
+        return
+    [aside, *_] = job.gather("" if job.rank else str(_set_aside(path)))
+    if wrong is None:
+        rank = next(rank for rank, text in enumerate(told) if text)
+        wrong = VerificationError(path, {}, f"process {rank} of the job: {told[rank]}")
+    wrong.add_note(f"It is now at {aside}")
+    raise wrong
 
 
 def _set_aside(path: FilePath) -> FilePath:

@@ -7,7 +7,7 @@ Knows the words for layouts, rules and memory; knows nothing of how a checkpoint
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from bridge._errors import BridgeError
 from bridge._types import Location, Path
 from bridge.checkpoint.formats.protocol import Items
+from bridge.checkpoint.job import Job
 from bridge.checkpoint.rules.apply import RuleResult
 from bridge.checkpoint.stream import Progress
 from bridge.checkpoint.tree.canonical import Known
@@ -96,6 +97,7 @@ class ConversionOptions:
         means that the target is not to be used.
       unproven: take derived rules that are not proven; every report says so.
       lossy: go on if leaves have no place in the target, or number types change, though no rule says so.
+      job: the processes that convert together, each its share; the same call in each. Orbax's formats alone.
       progress: called as `progress("converting" or "verifying", bytes done, bytes in all)`.
 
     Raises:
@@ -135,6 +137,7 @@ class ConversionOptions:
     check: Check | None = None
     lossy: bool = False
     unproven: bool = False
+    job: Job = field(default_factory=Job)
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -154,6 +157,9 @@ class ConversionOptions:
             raise OptionError("outside", "'keep' or 'drop'", self.outside)
         if self.target_item is not None and not self.target_format.startswith("orbax"):
             raise OptionError("target_item", "none, as only Orbax's formats have items", self.target_item)
+        if self.job.count > 1 and not self.target_format.startswith("orbax"):
+            formats = "'orbax' or 'orbax-v1', where several processes write"
+            raise OptionError("target_format", formats, self.target_format)
         if not isinstance(self.max_memory, Integral) or self.max_memory < 1:
             raise OptionError("max_memory", "a number of bytes", self.max_memory)
 

@@ -61,6 +61,7 @@ class Done:
 
 #: Leaves of one batch: whatever reads or writes keeps something for each of them while it waits.
 MOST_LEAVES = 1000
+_LEAF_COST = 1 << 16  # what a leaf costs beside its bytes, as if it had so many more
 _THREADS = min(4, os.cpu_count() or 1)
 # mallopt's numbers
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
@@ -240,6 +241,24 @@ def by_source(made: Mapping[Path, Op]) -> dict[Path, Op]:
     for number, (path, op) in enumerate(made.items()):
         place[path] = min((first.setdefault(source, number) for source in op.sources()), default=-1)
     return dict(sorted(made.items(), key=lambda item: place[item[0]]))
+
+
+def share(made: Mapping[Path, Op], target: Mapping[Path, Leaf], rank: int, count: int) -> dict[Path, Op]:
+    """The part of `made` that is the share of process `rank` of `count`: neighbours, about as many bytes for each.
+
+    >>> leaves = {(n,): Leaf((n,), (2,), "float32", 8) for n in "abcd"}
+    >>> ops = {path: Read(path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    >>> [[name for (name,) in share(ops, leaves, rank, 3)] for rank in range(3)]
+    [['a'], ['b', 'c'], ['d']]
+    """
+    total = sum(target[path].nbytes + _LEAF_COST for path in made)
+    before, mine = 0, {}
+    for path, op in made.items():
+        cost = target[path].nbytes + _LEAF_COST
+        if (before + cost / 2) * count // total == rank:
+            mine[path] = op
+        before += cost
+    return mine
 
 
 def values(batch: Batch, read: Reader) -> dict[Path, tuple[Any, str]]:

@@ -7,7 +7,7 @@ Knows sources and hashes; knows nothing of layouts or of how the leaves were mad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -97,9 +97,17 @@ def verify(
 
 
 def verify_source(
-    source: Source, expected: Mapping[Path, str], *, max_memory: int = MAX_MEMORY, progress: Progress | None = None
+    source: Source,
+    expected: Mapping[Path, str],
+    *,
+    only: Collection[Path] | None = None,
+    max_memory: int = MAX_MEMORY,
+    progress: Progress | None = None,
 ) -> VerifyReport:
     """As `verify`, for a source that is open and hashes that are known.
+
+    Args:
+      only: the leaves to read, where other processes read the others; all by default.
 
     Raises:
       VerificationError: as for `verify`.
@@ -108,7 +116,9 @@ def verify_source(
     wrong: dict[str, list[Path]] = {"other bits": [], "unreadable": []}
     wrong["missing"] = [path for path in expected if path not in leaves]
     wrong["unexpected"] = [path for path in leaves if path not in expected]
-    for hashes in _hashed(source, leaves, max_memory):
+    mine = leaves if only is None else {path: leaf for path, leaf in leaves.items() if path in only}
+    nbytes = sum(leaf.nbytes for leaf in mine.values())
+    for hashes in _hashed(source, mine, max_memory):
         for path, digest in hashes.items():
             if digest is None:
                 wrong["unreadable"].append(path)
@@ -116,7 +126,7 @@ def verify_source(
                 wrong["other bits"].append(path)
         done += sum(leaves[path].nbytes for path in hashes)
         if progress is not None:
-            progress("verifying", done, source.tree.nbytes)
+            progress("verifying", done, nbytes)
     if any(wrong.values()):
         raise VerificationError(source.path, wrong)
     source.require_unchanged()

@@ -7,7 +7,8 @@ one JSON document; the exit code is 0 only if nothing was lost or changed that n
 from __future__ import annotations
 
 import enum
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,11 +20,12 @@ from bridge.cli.help import choices
 from bridge.cli.inspect import describe_source, print_source
 from bridge.cli.models import Models, check_of, read_models, target_of, transformation, write_rules
 from bridge.cli.show import Json, console, human_bytes, plain, print_json, print_table, progress_bar
-from bridge.cli.words import ITEM_HELP, SourceFormat, parse_bytes, parse_items, parse_rng
+from bridge.cli.words import ITEM_HELP, SourceFormat, parse_bytes, parse_items, parse_job, parse_rng
 
 if TYPE_CHECKING:
     from bridge.checkpoint.conversion import Conversion, ConvertReport
     from bridge.checkpoint.formats.protocol import Source
+    from bridge.checkpoint.job import Job
     from bridge.checkpoint.options import ConversionOptions
     from bridge.checkpoint.steps import StepsReport
     from bridge.checkpoint.tree.layout import Kind
@@ -89,6 +91,10 @@ _Layout = Annotated[
     LayoutName | None,
     typer.Option(metavar="LAYOUT", help=f"The layout of SRC, instead of detecting it: {choices(LayoutName)}."),
 ]
+_Job = Annotated[
+    str,
+    typer.Option(metavar="HOST:PORT,RANK,COUNT", help="One of COUNT processes that convert together."),
+]
 _Rng = Annotated[str, typer.Option(metavar="STREAMS", help="What becomes of random streams: drop, keep, seed=N.")]
 
 
@@ -125,6 +131,7 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, from metadata only.")] = False,
     lossy: Annotated[bool, typer.Option("--lossy", help="Go on although something is lost or changed.")] = False,
     unproven: Annotated[bool, typer.Option("--unproven", help="Take derived rules that no run has proven.")] = False,
+    job: _Job = "",
     verify_forward: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="Called last, with SRC and DST.")] = "",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result again.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -136,6 +143,7 @@ def convert(
     """
     from bridge.checkpoint.options import ConversionOptions
 
+    process = parse_job(job)
     if dry_run and verify_forward:
         raise typer.BadParameter("--verify-forward has nothing to check with --dry-run, which writes nothing")
     models = read_models(to.value, rules, inverse, linen, nnx, inputs, keywords, unproven)
@@ -162,7 +170,22 @@ def convert(
         unproven=unproven,
     )
     work = _convert_steps if all_steps else _convert
-    raise typer.Exit(work(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json))
+    with _joined(process) as joined:
+        options = replace(options, job=joined)
+        if joined.rank:  # the first speaks for all
+            quiet, as_json = True, False
+        exit_code = work(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json)
+    raise typer.Exit(exit_code)
+
+
+@contextmanager
+def _joined(process: tuple[str, int, int]) -> Iterator[Job]:
+    """The job of that process, whose errors end the others."""
+    from bridge.checkpoint.job import Job
+
+    _, _, count = process
+    with Job.join(*process) if count > 1 else Job() as job, job.together():
+        yield job
 
 
 def _convert(

@@ -70,6 +70,20 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def parse_job(text: str) -> tuple[str, int, int]:
+    """The address of process 0, which process this is, and how many there are; alone without a text.
+
+    >>> parse_job("10.0.0.1:4321,1,4"), parse_job("")
+    (('10.0.0.1:4321', 1, 4), ('', 0, 1))
+    """
+    if not text:
+        return "", 0, 1
+    match = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", text.strip())
+    if match is None or int(match[2]) >= int(match[3]):
+        raise typer.BadParameter(f"{text!r} is no process of a job, such as 10.0.0.1:4321,0,4 for the first of four")
+    return match[1], int(match[2]), int(match[3])
+
+
 def parse_tolerance(text: str) -> float:
     """How far numbers may be apart: zero or more, and not NaN, to which nothing compares.
 

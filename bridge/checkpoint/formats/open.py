@@ -113,7 +113,15 @@ def steps_at(path: str | FilePath) -> dict[int, FilePath]:
     return dict(sorted(by_step.items()))
 
 
-def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = False, item: str | None = None) -> Sink:
+def open_sink(
+    path: str | FilePath,
+    format: str,
+    tree: Tree,
+    *,
+    resume: bool = False,
+    item: str | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> Sink:
     """Begin to write a checkpoint of that `tree` to `path`.
 
     Args:
@@ -121,7 +129,8 @@ def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = F
       format: 'orbax' (its v0 layout), 'orbax-v1', 'msgpack' or 'safetensors'.
       tree: what will be written. A msgpack file takes the leaves in `tree.order` only; the others in any.
       resume: go on with what a killed run of the same conversion left; begin anew if it left nothing.
-      item: of Orbax's formats: the item in the checkpoint, as for `OrbaxSink`.
+      item, part: of Orbax's formats: the item in the checkpoint, and which of how many processes writes it here, as
+        for `OrbaxSink`.
 
     Raises:
       CheckpointExistsError: something is at `path`.
@@ -155,7 +164,8 @@ def open_sink(path: str | FilePath, format: str, tree: Tree, *, resume: bool = F
         return SafetensorsSink(path, tree, resume=resume)
     from bridge.checkpoint.formats.orbax.write import OrbaxSink
 
-    return OrbaxSink(path, tree, version="v1" if format == "orbax-v1" else "v0", item=item, resume=resume)
+    version = "v1" if format == "orbax-v1" else "v0"
+    return OrbaxSink(path, tree, version=version, item=item, resume=resume, part=part)
 
 
 # --- which format -------------------------------------------------------------------------------------------

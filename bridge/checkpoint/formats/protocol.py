@@ -100,6 +100,12 @@ class Sink(Protocol):
     def chunk(self, path: Path) -> Shape | None:
         """The shape of the chunks of an array, between which blocks end; None where they may end anywhere."""
 
+    def told(self) -> list[Mapping[str, Any]]:
+        """What process 0 must know of the leaves that this one has written, where several write together."""
+
+    def take(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """What another process has `told`."""
+
     def finish(self, metadata: Mapping[str, Any]) -> None:
         """Put the checkpoint in its place, in one atomic step, with `metadata` (JSON types) beside the arrays."""
 

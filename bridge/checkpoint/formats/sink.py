@@ -188,6 +188,14 @@ class ResumableSink:
         """Write the leaves to disk; what the journal must know of it."""
         raise NotImplementedError
 
+    def told(self) -> list[Record]:
+        """What process 0 must know of the leaves that this one has written, where several write together."""
+        raise NotImplementedError
+
+    def take(self, records: Iterable[Record]) -> None:
+        """What another process has `told`."""
+        raise NotImplementedError
+
     def _begin_blocks(self, leaf: Leaf, first: Any) -> BlockWriter:
         """What writes a leaf that comes in blocks, of which `first` is the first."""
         raise NotImplementedError

@@ -67,6 +67,8 @@ class OrbaxSink(ResumableSink):
             number, as the steps of a CheckpointManager are, and otherwise no item: the arrays are in the folder.
         resume: go on with what a killed run of the same `tree`, `version` and `item` left; if none left anything,
             begin.
+        part: `(rank, count)` of this process among those that write the checkpoint together: each its leaves, into a
+            database of its own. Process 0 opens its sink before the others, takes what they `told` and finishes.
 
     Attributes:
         done: leaves that an earlier run had written whole.
@@ -89,7 +91,7 @@ class OrbaxSink(ResumableSink):
     {'params': {'w': array([1., 1.], dtype=float32)}, 'opt': None}
     """
 
-    _same = "the same tree, version and item"
+    _same = "the same tree, version, item and number of processes"
     _leftovers = "that folder"
     # tensorstore says with these what the operating system refused
     _system_errors = (OSError, ValueError, RuntimeError)
@@ -102,10 +104,11 @@ class OrbaxSink(ResumableSink):
         version: str = "v0",
         item: str | None = None,
         resume: bool = False,
+        part: tuple[int, int] = (0, 1),
     ):
         if version not in HANDLERS:
             raise CheckpointWriteError("no such version of Orbax's layout", path, expected="v0 or v1", found=version)
-        self.version, self.item = version, item
+        self.version, self.item, (self._rank, self._count) = version, item, part
         self._started = time.time_ns()
         self._rows: dict[Path, Row] = {}
         self._ts = tensorstore("Writing an Orbax checkpoint")
@@ -118,15 +121,20 @@ class OrbaxSink(ResumableSink):
 
     @property
     def _content(self) -> FilePath:
-        return self._folder / "checkpoint"
+        return self._root / _process(self._rank) if self._rank else self._folder / "checkpoint"
 
     @property
     def _journal_path(self) -> FilePath:
-        return self._folder / "journal"
+        return self._folder / (f"journal.{self._rank}" if self._rank else "journal")
 
     @property
     def _root(self) -> FilePath:
-        return self._content / (self.item or "")
+        return self._folder / "checkpoint" / (self.item or "")
+
+    @property
+    def _database(self) -> FilePath:
+        """What this process writes its arrays into."""
+        return self._root / _process(self._rank) if self._count > 1 else self._root
 
     def _lay_out(self) -> None:
         check_names(self.path, self.tree)
@@ -142,6 +150,7 @@ class OrbaxSink(ResumableSink):
     def _identity(self) -> dict[str, str]:
         leaves = [(leaf.path, leaf.shape, leaf.dtype) for leaf in self.tree.leaves.values()]
         content = [self.version, self.item, leaves, sorted(self.tree.empty.items()), sorted(self.tree.sequences)]
+        content += [self._count] if self._count > 1 else []
         return {"digest": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
 
     def _take(self, record: Record) -> Iterable[Path]:
@@ -164,7 +173,8 @@ class OrbaxSink(ResumableSink):
     def _open_content(self, anew: bool) -> None:
         if anew:
             shutil.rmtree(self._content, ignore_errors=True)
-            self._root.mkdir(parents=True)
+            self._root.mkdir(parents=True, exist_ok=True)
+            self._database.mkdir(exist_ok=True)
 
     def _put(self, leaves: Mapping[Path, Any]) -> list[Record]:
         rows = {path: row_of(path, value) for path, value in leaves.items()}
@@ -185,7 +195,33 @@ class OrbaxSink(ResumableSink):
         row = row_of(leaf.path, first, tuple(leaf.shape))
         return _Blocks(row, self._create(row, _numbers(first).dtype).result())
 
+    def told(self) -> list[Record]:
+        """What process 0 must know of the leaves that this one has written."""
+        return [record_of(row) for row in self._rows.values()]
+
+    def take(self, records: Iterable[Record]) -> None:
+        """What another process has `told`."""
+        for record in records:
+            self._written.update(self._take(record))
+
+    def _join_databases(self) -> None:
+        """One index over the arrays of all processes, as Orbax makes it; they stay where they are."""
+
+        def opened(folder: FilePath) -> Any:
+            base = {"driver": "file", "path": f"{folder}/"}
+            spec = {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#index"}
+            return self._ts.KvStore.open(spec, context=self._context).result()
+
+        whole, transaction = opened(self._root), self._ts.Transaction(atomic=True)
+        for rank in range(self._count):
+            part = self._root / _process(rank)
+            if (part / "manifest.ocdbt").is_file():  # none for a process that had nothing to write
+                opened(part).experimental_copy_range_to(whole.with_transaction(transaction)).result()
+        transaction.commit_async().result()
+
     def _complete(self, metadata: Mapping[str, Any]) -> FilePath:
+        if self._count > 1:
+            self._join_databases()
         for name, text in self._tables(dict(metadata)).items():
             file = self._content / name
             file.parent.mkdir(exist_ok=True)
@@ -199,7 +235,11 @@ class OrbaxSink(ResumableSink):
         return self._content
 
     def _discard(self) -> None:
-        shutil.rmtree(self._folder)
+        if self._rank:
+            shutil.rmtree(self._content, ignore_errors=True)
+            self._journal_path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(self._folder)
 
     # leaves
 
@@ -207,7 +247,7 @@ class OrbaxSink(ResumableSink):
         spec: dict[str, Any] = {
             "kvstore": {
                 "driver": "ocdbt",
-                "base": {"driver": "file", "path": f"{self._root}/"},
+                "base": {"driver": "file", "path": f"{self._database}/"},
                 "path": f"{row.name}/",
                 "cache_pool": "cache_pool#index",
             },
@@ -263,6 +303,11 @@ class _Blocks:
     def end(self) -> list[Record]:
         """What the journal must know."""
         return [record_of(self._row)]
+
+
+def _process(rank: int) -> str:
+    """What Orbax calls the database of a process."""
+    return f"ocdbt.process_{rank}"
 
 
 def _numbers(value: Any) -> np.ndarray:

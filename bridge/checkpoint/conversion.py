@@ -546,20 +546,20 @@ def _unchanged(source: Source) -> Iterator[None]:
 @contextmanager
 def _no_name_if_wrong(path: FilePath, job: Job) -> Iterator[None]:
     """A target that fails verification does not keep its name, by which someone could take it for whole."""
-    wrong: VerificationError | None = None
     try:
         yield
     except VerificationError as error:
-        wrong = error
-    told = job.gather("" if wrong is None else str(wrong))
-    if not any(told):
-        return
-    [aside, *_] = job.gather("" if job.rank else str(_set_aside(path)))
-    if wrong is None:
-        rank = next(rank for rank, text in enumerate(told) if text)
-        wrong = VerificationError(path, {}, f"process {rank} of the job: {told[rank]}")
-    wrong.add_note(f"It is now at {aside}")
-    raise wrong
+        job.gather(str(error))
+        error.add_note(f"It is now at {_set_aside_once(path, job)}")
+        raise
+    wrong = [f"process {rank} of the job: {text}" for rank, text in enumerate(job.gather()) if text]
+    if wrong:
+        raise VerificationError(path, {}, f"{wrong[0]}\nIt is now at {_set_aside_once(path, job)}")
+
+
+def _set_aside_once(path: FilePath, job: Job) -> str:
+    """Where the first process of a job has put what all of them know to be wrong."""
+    return job.gather("" if job.rank else str(_set_aside(path)))[0]
 
 
 def _set_aside(path: FilePath) -> FilePath:

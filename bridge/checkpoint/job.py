@@ -15,7 +15,7 @@ import re
 import select
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Self
 
@@ -265,20 +265,24 @@ def _accepted(server: socket.socket, count: int, deadline: float) -> list[socket
                 raise JobError("a process does not belong to the job", f"each rank of {count} once", found)
             _keep_alive(connection)
             there[rank] = connection
-    except (JobError, OSError) as error:
-        wrong = error
-        if not isinstance(error, JobError):
-            missing = sorted(set(range(count)) - {0, *there})
-            wrong = JobError("not all processes have come", f"{count} processes", f"none of rank {missing}")
-        for each in there.values():
-            with suppress(OSError):
-                _write(each, {"refused": wrong.found})
-            each.close()
-        raise wrong from error
+    except JobError as error:
+        _refuse(there.values(), error.found)
+        raise
+    except OSError as error:
+        found = f"none of rank {sorted(set(range(count)) - {0, *there})}"
+        _refuse(there.values(), found)
+        raise JobError("not all processes have come", f"{count} processes", found) from error
     for each in there.values():
         _write(each, {"begin": count})
         each.settimeout(None)
     return [there[rank] for rank in range(1, count)]
+
+
+def _refuse(connections: Iterable[socket.socket], why: str) -> None:
+    for each in connections:
+        with suppress(OSError):
+            _write(each, {"refused": why})
+        each.close()
 
 
 def _hello(connection: socket.socket) -> dict[str, Any] | None:

@@ -95,6 +95,7 @@ _Job = Annotated[
     str,
     typer.Option(metavar="HOST:PORT,RANK,COUNT", help="One of COUNT processes that convert together."),
 ]
+_Check = Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="Called last, with SRC and DST.")]
 _Rng = Annotated[str, typer.Option(metavar="STREAMS", help="What becomes of random streams: drop, keep, seed=N.")]
 
 
@@ -132,7 +133,7 @@ def convert(
     lossy: Annotated[bool, typer.Option("--lossy", help="Go on although something is lost or changed.")] = False,
     unproven: Annotated[bool, typer.Option("--unproven", help="Take derived rules that no run has proven.")] = False,
     job: _Job = "",
-    verify_forward: Annotated[str, typer.Option(metavar="PKG.MOD:ATTR", help="Called last, with SRC and DST.")] = "",
+    verify_forward: _Check = "",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result again.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: Json = False,
@@ -143,7 +144,6 @@ def convert(
     """
     from bridge.checkpoint.options import ConversionOptions
 
-    process = parse_job(job)
     if dry_run and verify_forward:
         raise typer.BadParameter("--verify-forward has nothing to check with --dry-run, which writes nothing")
     models = read_models(to.value, rules, inverse, linen, nnx, inputs, keywords, unproven)
@@ -169,22 +169,35 @@ def convert(
         lossy=lossy,
         unproven=unproven,
     )
+    raise typer.Exit(_together(job, all_steps, source, target, options, models, dry_run, quiet, as_json))
+
+
+def _together(
+    job: str,
+    all_steps: bool,
+    source: Path,
+    target: Path,
+    options: ConversionOptions,
+    models: Models,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    """Convert one step or all, by this process or with the others of its job, for which the first speaks."""
     work = _convert_steps if all_steps else _convert
-    with _joined(process) as joined:
+    with _joined(job) as joined:
         options = replace(options, job=joined)
-        if joined.rank:  # the first speaks for all
-            quiet, as_json = True, False
-        exit_code = work(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json)
-    raise typer.Exit(exit_code)
+        quiet, as_json = quiet or joined.rank > 0, as_json and not joined.rank
+        return work(source, target, options, models, dry_run=dry_run, quiet=quiet, as_json=as_json)
 
 
 @contextmanager
-def _joined(process: tuple[str, int, int]) -> Iterator[Job]:
-    """The job of that process, whose errors end the others."""
+def _joined(text: str) -> Iterator[Job]:
+    """The job of which this process is a part, and whose others its errors end."""
     from bridge.checkpoint.job import Job
 
-    _, _, count = process
-    with Job.join(*process) if count > 1 else Job() as job, job.together():
+    address, rank, count = parse_job(text)
+    with Job.join(address, rank, count) if count > 1 else Job() as job, job.together():
         yield job
 
 

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from bridge.checkpoint.conversion import convert
+from bridge.checkpoint.conversion import _no_name_if_wrong, convert
 from bridge.checkpoint.formats.open import open_source
 from bridge.checkpoint.job import Job, JobError
 from bridge.checkpoint.options import ConversionOptions, OptionError
-from bridge.checkpoint.verification import verify
+from bridge.checkpoint.verification import VerificationError, verify
 from tests.support import checkpoint_run as run
 from tests.support.forked import Forked
 from tests.support.processes import run_processes
@@ -173,7 +173,7 @@ def test_only_orbax_is_written_by_several():
 LEAVES = 16
 SCRIPT = """
 import os, sys, time
-from bridge.checkpoint.conversion import convert
+from bridge.checkpoint.conversion import _no_name_if_wrong, convert
 from bridge.checkpoint.job import Job
 source, target, format, address, rank, count, dies, slow = sys.argv[1:]
 def tell(doing, done, total):
@@ -266,3 +266,20 @@ def test_the_command(source, tmp_path):
 def test_the_processes_of_jax_distributed(source, tmp_path):
     run_processes("tests.support.converting_job", source, tmp_path / "out", devices=1)
     assert verify(tmp_path / "out").leaves == LEAVES
+
+
+def test_what_one_finds_wrong_is_wrong_for_all(tmp_path):
+    """The threads are processes here; each writes its share of a target, of which one then reads other bits."""
+
+    def work(job):
+        with _no_name_if_wrong(tmp_path / "out", job):
+            if job.rank:
+                raise VerificationError(tmp_path / "out", {"other bits": [("w",)]})
+
+    (tmp_path / "out").mkdir()
+    found = in_threads(3, work)
+    assert all(isinstance(error, VerificationError) for error in found)
+    assert "process 1 of the job: verification failed" in str(found[0])
+    assert f"It is now at {tmp_path}/out.failed-verification" in str(found[0])
+    assert found[1].__notes__ == [f"It is now at {tmp_path}/out.failed-verification"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.failed-verification"]

@@ -17,13 +17,15 @@ from bridge.linen_in_nnx.wrapper import ToNNX
 from bridge.modules._errors import OutsideBridgeModuleError
 from bridge.modules.scope import ModuleStackEntry, current_context
 from bridge.modules.waiting import abstract
+from bridge.nnx_in_linen.host import made_by, made_kind
 
 
 def nnx_in_bridge_mdl(factory: Callable[[nnx.Rngs], nnx.Module], name: str | None = None) -> nnx.Module:
     """An NNX module as a submodule of the bridge module that is running.
 
     Args:
-      factory: a function of an `nnx.Rngs` that returns the module.
+      factory: a function of an `nnx.Rngs` that returns the module; of flax.nnx's, where its annotation says so
+        (`def make(rngs: flax.nnx.Rngs)`), if the module is one of flax.nnx.
       name: its name in a compact method, else `Class_0`; in `setup`, the attribute it is assigned to is its name.
 
     Raises:
@@ -42,8 +44,11 @@ def nnx_in_bridge_mdl(factory: Callable[[nnx.Rngs], nnx.Module], name: str | Non
     """
     entry = _running("nnx_in_bridge_mdl")
     scope, kind = entry.module.scope, type(entry.module).__name__
-    module = factory(scope.rngs) if scope._initializing else abstract(factory, scope.rngs, kind)
-    return _attached(entry, module, type(module), name)
+    if scope._initializing:
+        module = made_by(factory, (), {}, scope.rngs, None)
+    else:
+        module = abstract(factory, scope.rngs, kind)
+    return _attached(entry, module, made_kind(module), name)
 
 
 def linen_in_bridge_mdl(linen_module: nn.Module, name: str | None = None) -> nnx.Module:

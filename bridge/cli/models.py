@@ -119,10 +119,15 @@ def linen_module(reference: str) -> Any:
 
 
 def nnx_module(reference: str, *, abstract: bool) -> Any:
-    """The NNX module that a reference names, or that a class or a function (of `rngs`, or nothing) makes."""
+    """The NNX module that a reference names, or that a class or a function (of `rngs`, or nothing) makes.
+
+    One of flax.nnx too, which is wrapped.
+    """
     import nnx_core
+    from bridge.nnx_in_linen.host import adopted
 
     found = load_attribute(reference)
+    found = adopted(found)
     if callable(found) and not isinstance(found, nnx_core.Module):
         how = ", abstractly," if abstract else ""
         with users_code(f"{reference!r} cannot be made{how} from `rngs` or from nothing"):
@@ -134,12 +139,12 @@ def nnx_module(reference: str, *, abstract: bool) -> Any:
 
 def made_of_rngs(make: Callable[..., Any]) -> Any:
     """What a class or a function makes, which takes `rngs` or nothing."""
-    import inspect
-
     import nnx_core
+    from bridge.nnx_in_linen.host import made_by
+    from bridge.nnx_in_linen.structure import has_parameter
 
-    takes_rngs = "rngs" in inspect.signature(make).parameters
-    return make(rngs=nnx_core.Rngs(0)) if takes_rngs else make()
+    takes_rngs = has_parameter(make, "rngs")
+    return made_by(make, (), {}, nnx_core.Rngs(0) if takes_rngs else None)
 
 
 def target_of(model: Any, tx: Any, rng: str | int, source: Tree) -> Any:

@@ -22,6 +22,7 @@ from bridge._errors import BridgeError, show_path
 from bridge._types import Location, Path
 from bridge.equivalence.numbers import is_inexact
 from bridge.linen_in_nnx.wrapper import ToNNX
+from bridge.nnx_in_linen.host import adopted, made_kind
 from bridge.nnx_in_linen.wrapper import ToLinen
 from bridge.tracing.trace import TRANSIENT, Method, Unit, is_array, parted, trace_linen_on, trace_nnx
 from bridge.variables.mapping import EMPTY, leaves, location_of, tree_of
@@ -138,6 +139,7 @@ def subject_of(x: Any, method: Method, which: str) -> Subject:
         if not isinstance(variables, Mapping) or not all(isinstance(tree, Mapping) for tree in variables.values()):
             raise _unusable(which, f"variables of type {type(variables).__name__}")
         return _concrete(_linen(module, variables, method), which)
+    x = adopted(x)
     if isinstance(x, nnx.Module):
         return _concrete(_nnx(x, method), which)
     if isinstance(x, nn.Module):
@@ -157,7 +159,8 @@ def _concrete(subject: Subject, which: str) -> Subject:
 def _unusable(which: str, found: str) -> ComparisonError:
     return ComparisonError(
         f"{which} cannot be compared",
-        "(linen_module, {collection: variables}), a ToNNX or another NNX module, (ToLinen, variables), or a function",
+        "(linen_module, {collection: variables}), a ToNNX or another NNX module (flax.nnx's too), (ToLinen, variables),"
+        " or a function",
         found,
         "Give a Linen module as the tuple (module, variables); of a class, make the module first, with real numbers.",
     )
@@ -245,9 +248,11 @@ def _nnx(module: nnx.Module, method: Method) -> Subject:
         return trace_nnx(merged(given, None), call, (args, kwargs), {})
 
     parameters = [_location(path, x) for path, x in start if isinstance(x, nnx.Param) and is_inexact(_raw(x))]
-    name = type(module.module).__name__ if isinstance(module, ToNNX) else type(module).__name__
-    words = f"ToNNX({name})" if isinstance(module, ToNNX) else f"NNX {name}"
-    is_native = not isinstance(module, ToNNX)
+    kind = made_kind(module)
+    words = f"NNX {kind.__name__}" if kind is type(module) else f"flax.nnx {kind.__name__}"
+    if isinstance(module, ToNNX):
+        words = f"ToNNX({type(module.module).__name__})"
+    is_native = not isinstance(module, ToNNX) and kind is type(module)
     return Subject(words, "nnx", given, frozenset(parameters), run, listened, units, is_native)
 
 

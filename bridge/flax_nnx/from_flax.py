@@ -31,7 +31,7 @@ from bridge.flax_nnx.kinds import (
     to_ours,
     variable_type,
 )
-from bridge.flax_nnx.streams import Streams, as_theirs
+from bridge.flax_nnx.streams import Streams, as_theirs, given_back
 from nnx_core._changes import touch
 from nnx_core._errors import Path
 from nnx_core._trace import current_trace
@@ -53,12 +53,13 @@ class _Config:
     Args:
       graphdef: flax.nnx's own.
       metadata: path -> metadata of each Variable, as flax.nnx keeps it.
+      kind: the class of the module.
     """
 
-    __slots__ = ("graphdef", "metadata")
+    __slots__ = ("graphdef", "kind", "metadata")
 
-    def __init__(self, graphdef: Any, metadata: dict[Path, dict[str, Any]]):
-        self.graphdef, self.metadata = graphdef, metadata
+    def __init__(self, graphdef: Any, metadata: dict[Path, dict[str, Any]], kind: type):
+        self.graphdef, self.metadata, self.kind = graphdef, metadata, kind
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, _Config) and self.graphdef == other.graphdef)
@@ -70,10 +71,10 @@ class _Config:
             return hash(_Config)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Config, (self.graphdef, self.metadata)
+        return _Config, (self.graphdef, self.metadata, self.kind)
 
     def __repr__(self) -> str:
-        return getattr(getattr(self.graphdef, "type", None), "__name__", "flax.nnx module")
+        return self.kind.__name__
 
 
 class _Live:
@@ -108,7 +109,7 @@ class _Live:
             if isinstance(x, flax_nnx.Pytree):
                 attributes = vars(x)
                 self.before.append((attributes, list(attributes.values())))
-            elif isinstance(x, list | dict | tuple) or (hasattr(x, "shape") and not isinstance(x, flax_nnx.Variable)):
+            elif not isinstance(x, flax_nnx.Variable) and (isinstance(x, list | dict | tuple) or hasattr(x, "shape")):
                 self.is_countable = False  # changes that nothing counts
 
     def moved(self) -> bool:
@@ -263,13 +264,19 @@ class FromFlax(nnx.Module):
                     put_ours(cell, cell._raw_value, new_metadata)
                 metadata[path] = dict(leaf._var_metadata)
             _nest(wanted, path, cell)
-        config = _Config(graphdef, metadata)
+        config = _Config(graphdef, metadata, type(module))
         streams = {path: x.tag for path, x in _streams(module)}
         self._nnx_check_can_write(None)
         _sync(self.__dict__, wanted, (), streams, {_CONFIG})
         if self.__dict__.get(_CONFIG) != config or not known:
             self.__dict__[_CONFIG] = config
         touch(self)
+
+    @property
+    def _flax_kind(self) -> type:
+        """The class of the flax.nnx module."""
+        kind: type = self.__dict__[_CONFIG].kind
+        return kind
 
     # ---- attributes ----
 
@@ -334,6 +341,11 @@ class FromFlax(nnx.Module):
         if _CONFIG not in self.__dict__:
             return "FromFlax()"
         return super().__repr__()
+
+
+def adopt(module: Any) -> Any:
+    """`module` of flax.nnx as one of nnx_core, anything else as it is."""
+    return FromFlax(given_back(module)) if isinstance(module, flax_nnx.Module) else module
 
 
 # ---- levels ----

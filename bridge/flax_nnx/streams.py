@@ -7,13 +7,70 @@ Knows streams; knows nothing of modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx as flax_nnx
 
 import nnx_core as nnx
+
+
+class LentStream(flax_nnx.RngStream):
+    """A stream of flax.nnx while its keys are those of another one: each key is asked for when it is wanted."""
+
+    def __init__(self, lend: Callable[[str], jax.Array], tag: str):
+        self.lend, self.tag = lend, tag
+        self.key = flax_nnx.RngKey(jax.random.key(0), tag=tag)
+        self.count = flax_nnx.RngCount(jnp.uint32(0), tag=tag)
+
+    def __call__(self) -> jax.Array:
+        """The next key."""
+        return self.lend(self.tag)
+
+    def fork(self, *, split: int | tuple[int, ...] | None = None) -> Any:
+        """A stream of its own with the next key."""
+        key = self()
+        return flax_nnx.RngStream(key if split is None else jax.random.split(key, split), tag=self.tag)
+
+    def split(self, k: int | tuple[int, ...]) -> Any:
+        """A stream of its own with the next key, split."""
+        return self.fork(split=k)
+
+
+class LentRngs(flax_nnx.Rngs):
+    """Rngs of flax.nnx for a constructor, with every stream that it is asked for."""
+
+    def __init__(self, lend: Callable[[str], jax.Array], names: Iterable[str]):
+        super().__init__()
+        self.lend = lend
+        for name in names:
+            setattr(self, name, LentStream(lend, name))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "lend":
+            raise AttributeError(name)
+        stream = LentStream(self.lend, name)
+        setattr(self, name, stream)
+        return stream
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+
+def lent(rngs: nnx.Rngs) -> LentRngs:
+    """The streams of `rngs` for a constructor of flax.nnx, which draws from them themselves."""
+    return LentRngs(lambda name: rngs[name](), tuple(rngs))
+
+
+def given_back(module: Any) -> Any:
+    """`module`, whose lent streams are streams of its own from now on: the constructor is done."""
+    for _, x in list(flax_nnx.iter_graph(module, graph=True)):
+        if isinstance(x, LentStream | LentRngs):
+            del x.lend
+            object.__setattr__(x, "__class__", flax_nnx.RngStream if isinstance(x, LentStream) else flax_nnx.Rngs)
+    return module
 
 
 class Streams:

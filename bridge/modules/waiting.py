@@ -26,6 +26,7 @@ from bridge.nnx_in_linen.host import (
     give_back_streams,
     hosted,
     intermediates_made,
+    made_by,
 )
 from bridge.variables.kinds import variable_type
 from bridge.variables.mapping import EMPTY, inside, leaves, nest, put
@@ -186,7 +187,7 @@ def abstract(factory: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs, owner: str) -> 
     def make() -> Any:
         host = Host.abstract(tuple(rngs))
         with hosted(host):
-            module = nnx.clone(factory(LinenRngs.of(host)))
+            module = nnx.clone(made_by(factory, (), {}, LinenRngs.of(host), None))
             give_back_streams(module)
             return module
 

@@ -36,8 +36,8 @@ class NotAnNnxModuleError(BridgeError, TypeError):
     def __init__(self, factory: object, found: object):
         kind = type(found)
         hint = "Return an nnx_core.Module."
-        if kind.__module__.startswith("flax"):
-            hint = "It is a flax.nnx module: write `import nnx_core as nnx` instead of `from flax import nnx`."
+        if kind.__module__.startswith("flax.nnx"):
+            hint = "Of flax.nnx, return an nnx.Module."
         if any(base.__module__.startswith("flax.linen") for base in kind.__mro__):
             hint = "It is a Linen module already: use it as it is."
         super().__init__(

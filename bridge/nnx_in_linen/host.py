@@ -23,6 +23,7 @@ from flax.linen import module as linen_module
 
 import nnx_core as nnx
 from nnx_core._errors import TraceError
+from nnx_core._foreign import is_foreign
 from nnx_core._trace import current_trace
 from nnx_core.graph.watched import set_class
 
@@ -208,7 +209,7 @@ def is_linen_initializing() -> bool:
     module, host = module_stack()[-1], _host.get()
     if module is None and host is not None:
         return host.initializing
-    return module is not None and module.scope is not None and module.is_initializing()
+    return module is not None and module.scope is not None and nn.Module.is_initializing(module)
 
 
 def _live() -> Host | None:
@@ -349,6 +350,54 @@ def keep_streams(module: nnx.Object, host: Host) -> None:
                 x._take_key(host)
             set_class(x, nnx.RngStream)
             x._nnx_assign({}, ("shape",))
+
+
+# ---- classes of flax.nnx ----
+
+
+def is_of_flax_nnx(factory: Any) -> bool:
+    """Whether `factory` is a class of flax.nnx, or a function whose annotations say that it takes flax.nnx's Rngs."""
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    if isinstance(factory, type):
+        return is_foreign(factory)
+    kinds = [
+        annotation for annotation in getattr(factory, "__annotations__", {}).values() if isinstance(annotation, type)
+    ]
+    return any(map(is_foreign, kinds))
+
+
+def made_by(
+    factory: Callable[..., Any], args: Any, kwargs: Any, rngs: nnx.Rngs | None, name: str | None = "rngs"
+) -> Any:
+    """What `factory` makes with these arguments and streams, as a module of nnx_core if it is one of flax.nnx.
+
+    Args:
+      name: the keyword that the streams are passed as; None passes them by position.
+    """
+    if rngs is not None:
+        streams: Any = rngs
+        if is_of_flax_nnx(factory):
+            from bridge.flax_nnx.streams import lent  # imports flax.nnx, which is in use already
+
+            streams = lent(rngs)
+        args, kwargs = ((*args, streams), kwargs) if name is None else (args, {**kwargs, name: streams})
+    return adopted(factory(*args, **kwargs))
+
+
+def adopted(module: Any) -> Any:
+    """A module of flax.nnx as one of nnx_core; anything else as it is."""
+    if not is_foreign(type(module)):
+        return module
+    from bridge.flax_nnx.from_flax import adopt  # imports flax.nnx, which is in use already
+
+    return adopt(module)
+
+
+def made_kind(module: nnx.Module) -> type:
+    """The class that a module is named after: that of flax.nnx, if it is one of those."""
+    kind: type = getattr(module, "_flax_kind", None) or type(module)
+    return kind
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from flax import linen as nn
 import nnx_core as nnx
 from bridge._types import Location
 from bridge.nnx_in_linen._errors import KeyClashError, NotAFactoryError, NotAnNnxModuleError
-from bridge.nnx_in_linen.host import Host, LinenRngs, give_back_streams, hosted, keep_streams
+from bridge.nnx_in_linen.host import Host, LinenRngs, give_back_streams, hosted, keep_streams, made_by
 from bridge.nnx_in_linen.stand_ins import visible_class
 from bridge.variables.mapping import location_of as location_of_variable
 from nnx_core._errors import Path
@@ -176,11 +176,11 @@ class Recipe:
     def make(self, host: Host) -> nnx.Module:
         """A new module, with keys from `host`, whose streams are then Linen's."""
         with hosted(host):
-            kwargs = dict(self.kwargs)
+            kwargs, rngs = dict(self.kwargs), None
             if not self.skip_rng and _takes_rngs(self.factory, self.args, kwargs):
                 # What is kept must not depend on which streams Linen has this time.
-                kwargs["rngs"] = LinenRngs.of(host, only_common=self.keep_rngs)
-            module = self._checked(self.factory(*self.args, **kwargs), self.factory)
+                rngs = LinenRngs.of(host, only_common=self.keep_rngs)
+            module = self._checked(made_by(self.factory, self.args, kwargs, rngs), self.factory)
             module = nnx.clone(module)  # what was passed in as an argument stays the caller's
             set_modes(module, self.modes)
             if self.augment is not None:
@@ -212,9 +212,21 @@ def unwrapped(factory: Any) -> Any:
     return factory
 
 
+def _signature(factory: Any) -> inspect.Signature:
+    """The parameters of a class or function. Of a class of flax.nnx, whose metaclass hides them, its constructor's."""
+    target, given = factory, factory
+    while isinstance(target, functools.partial):
+        target = target.func
+    if isinstance(target, type) and is_foreign(target):
+        given = functools.partial(target.__init__, None)  # type: ignore[misc]  # only its parameters are asked for
+        if isinstance(factory, functools.partial):
+            given = functools.partial(given, *factory.args, **factory.keywords)
+    return inspect.signature(given)
+
+
 def _takes_rngs(factory: Factory, args: Any, kwargs: dict[str, Any]) -> bool:
     try:
-        signature = inspect.signature(factory)
+        signature = _signature(factory)
     except (TypeError, ValueError):  # written in C
         return True
     parameters = signature.parameters.values()
@@ -231,7 +243,7 @@ def _takes_rngs(factory: Factory, args: Any, kwargs: dict[str, Any]) -> bool:
 def has_parameter(factory: Any, name: str) -> bool:
     """Whether `factory` says that it takes this argument."""
     try:
-        return name in inspect.signature(factory).parameters
+        return name in _signature(factory).parameters
     except (TypeError, ValueError):  # not callable, or written in C
         return False
 

@@ -41,6 +41,7 @@ from bridge.nnx_in_linen.structure import (
     unwrapped,
 )
 from bridge.variables.metadata import NAMES, to_linen_value
+from nnx_core._foreign import is_foreign
 from nnx_core.graph.watched import Method, public_methods
 
 MetadataFn = Callable[[nnx.Variable[Any]], Any] | None
@@ -76,7 +77,8 @@ class ToLinen(nn.Module):
     model with Linen's values, pass those to `apply`; or wrap the layers one by one, in a Linen module.
 
     Args:
-      nnx_class: the NNX class, or any function that returns an `nnx.Module`; not an instance.
+      nnx_class: the NNX class, or any function that returns an `nnx.Module`; not an instance. A class of flax.nnx
+        will do, as it is, and a function whose annotation says that it takes flax.nnx's Rngs.
       args: its positional arguments, passed on as they are.
       kwargs: its keyword arguments, passed on as they are.
       skip_rng: do not pass `rngs`, although the constructor takes it.
@@ -250,9 +252,10 @@ def _linen_method(name: str) -> Method:
 
 def _methods_of(cls: Any) -> dict[str, Method]:
     """Linen methods for the public methods of an NNX class that ToLinen has not; none for a function."""
-    if not (isinstance(cls, type) and issubclass(cls, nnx.Module)):
+    if not (isinstance(cls, type) and (issubclass(cls, nnx.Module) or is_foreign(cls))):
         return {}
-    return {name: _linen_method(name) for name in public_methods(cls) if not hasattr(ToLinen, name)}
+    names = [name for name in public_methods(cls) if name == "__call__" or not hasattr(nnx.Module, name)]
+    return {name: _linen_method(name) for name in names if not hasattr(ToLinen, name)}
 
 
 def _blank(graphdef: nnx.GraphDef, shapes: nnx.State) -> nnx.Module:

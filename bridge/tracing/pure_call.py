@@ -19,6 +19,7 @@ from flax.core import meta
 
 import nnx_core as nnx
 from bridge._types import Location
+from bridge.nnx_in_linen.host import adopted, made_by
 from bridge.tracing.trace import TRANSIENT, TRANSIENT_TYPES, Method, parted
 from bridge.variables.kinds import collection_of
 from bridge.variables.mapping import EMPTY, leaves, tree_of
@@ -126,7 +127,8 @@ def nnx_call(module: nnx.Module, method: Method) -> Call:
 
 def module_of(made: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
     """The module itself, or what a function makes of `nnx.Rngs`, abstractly."""
-    return made if isinstance(made, nnx.Module) else nnx.eval_shape(lambda: made(nnx.Rngs(0)))
+    made = adopted(made)
+    return made if isinstance(made, nnx.Module) else nnx.eval_shape(lambda: made_by(made, (), {}, nnx.Rngs(0), None))
 
 
 def _location(path: Any, variable: nnx.Variable[Any]) -> Location:

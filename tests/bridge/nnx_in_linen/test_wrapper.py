@@ -96,8 +96,8 @@ def test_row_44_what_a_factory_returns_has_to_be_a_module():
 
     with pytest.raises(NotAnNnxModuleError, match=r"(?s)Dense in ToLinen.*It is a Linen module already"):
         to_linen(nn.Dense, 3).init(KEY, X)
-    with pytest.raises(NotAnNnxModuleError, match=r"write `import nnx_core as nnx` instead"):
-        to_linen(flax_nnx.Dropout, 0.5, skip_rng=True).init(KEY, X)
+    with pytest.raises(NotAnNnxModuleError, match=r"(?s)RngStream in ToLinen.*Of flax\.nnx, return an nnx\.Module"):
+        to_linen(flax_nnx.RngStream, 0, tag="a").init(KEY, X)
     with pytest.raises(NotAnNnxModuleError, match=r"(?s)expected: an nnx_core.Module\n  found: builtins.int"):
         to_linen(lambda: 3).init(KEY, X)
 

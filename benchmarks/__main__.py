@@ -23,6 +23,7 @@ from benchmarks import bridge as bridge_benchmark
 from benchmarks import checkpoint as checkpoint_benchmark
 from benchmarks import core as core_benchmark
 from benchmarks import dispatch as dispatch_benchmark
+from benchmarks import scale as scale_benchmark
 from benchmarks.figures import busy, report, write_json
 from benchmarks.small_models import small_models
 from benchmarks.timing import Step, Timing, Timings, interleaved, machine
@@ -109,6 +110,23 @@ def bridge(
     title = f"bridge, {layers} layers; host time, and wall beside it; tracing: trace and lower"
     content = {"benchmark": "bridge", "layers": layers, "repeats": repeats, "machine": about}
     report(console, title, figures, content, json_file)
+
+
+@app.command()
+def scale(
+    leaves: Annotated[str, typer.Option(help="Numbers of leaves, with commas between.")] = "1000,10000,100000",
+    large: Annotated[int, typer.Option(min=1, help="MiB of the one large leaf.")] = 4096,
+    memory: Annotated[int, typer.Option(min=1, help="MiB that a conversion may hold: --max-memory.")] = 256,
+    processes: Annotated[str, typer.Option(help="Numbers of processes, with commas between.")] = "1,2,4",
+    folder: Annotated[Path | None, typer.Option(help="Where the checkpoints go; a temporary folder.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers.")] = None,
+) -> None:
+    """How a conversion on disk grows: with the number of leaves, with one leaf, and by several processes."""
+    console, about = Console(), machine()
+    counts, jobs = ([int(word) for word in words.split(",") if word] for words in (leaves, processes))
+    figures, runs = scale_benchmark.figures(counts, large << 20, memory << 20, jobs, folder)
+    content = {"benchmark": "scale", "large": large << 20, "max_memory": memory << 20, "machine": about, "runs": runs}
+    report(console, f"checkpoints at scale, --max-memory {memory} MiB", figures, content, json_file)
 
 
 @app.command()

@@ -9,7 +9,6 @@ The numbers are random, so that compression cannot make the work smaller than it
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import statistics
 import subprocess
@@ -45,7 +44,6 @@ def figures(
                 shutil.rmtree(here / "nnx")
             shutil.rmtree(here / "orbax")
         runs.append(_run("in_memory", here / "linen", here / "none", leaves))
-    bound = max(memory, _leaf_bytes(size, leaves))
     found = []
     for variant, arrow in (("to_nnx", "Linen -> NNX"), ("to_linen", "NNX -> Linen")):
         plain, verified = (_only(runs, variant, verify) for verify in (0, 1))
@@ -53,10 +51,10 @@ def figures(
         found += [
             Figure(f"{arrow}, time / Orbax restore + save", _ratio(verified, orbax), 1.3),
             Figure("  without reading it again", _ratio(plain, orbax)),
-            Figure(f"{arrow}, peak memory / --max-memory", _median(verified, "peak") / bound, 1.5),
-            Figure("  of it in no file", _median(verified, "anon") / bound),
+            Figure(f"{arrow}, peak memory / --max-memory", _median(verified, "peak") / memory, 1.5),
+            Figure("  of it in no file", _median(verified, "anon") / memory),
         ]
-    found.append(Figure("Orbax restore + save, peak memory / the same", _median(orbax, "peak") / bound))
+    found.append(Figure("Orbax restore + save, peak memory / the same", _median(orbax, "peak") / memory))
     found.append(Figure("leaves copied by a conversion in memory", float(runs[-1]["copied"]), 0.0))
     return found, runs
 
@@ -83,10 +81,6 @@ def _run(variant: str, source: Path, target: Path, *numbers: int) -> dict[str, A
 
 
 # ---- one run, in a process of its own ------------------------------------------------------------------------
-
-
-def _leaf_bytes(size: int, leaves: int) -> int:
-    return math.prod(_shape(size, leaves)) * 4
 
 
 def _shape(size: int, leaves: int) -> tuple[int, int]:
@@ -127,7 +121,7 @@ def _orbax(source: Path, target: Path, memory: int) -> dict[str, Any]:
             checkpointer.save(target, checkpointer.restore(source, abstract))
             checkpointer.wait_until_finished()
 
-        return _measured(work)
+        return measured(work)
 
 
 def _convert(to: str) -> Callable[..., dict[str, Any]]:
@@ -150,7 +144,7 @@ def _convert(to: str) -> Callable[..., dict[str, Any]]:
                 if end.code:
                     raise
 
-        return _measured(work)
+        return measured(work)
 
     return run
 
@@ -171,7 +165,7 @@ def _in_memory(_: Path, __: Path, leaves: int) -> dict[str, Any]:
     return {"copied": sum(len(set(three)) > 1 for three in zip(*map(sorted, places), strict=True))}
 
 
-def _measured(work: Callable[[], Any]) -> dict[str, Any]:
+def measured(work: Callable[[], Any]) -> dict[str, Any]:
     """Seconds, and peak bytes above the start: `peak` of all, `anon` of what no file is behind."""
     Path("/proc/self/clear_refs").write_text("5")  # the high water mark is where the water is
     start, anon, over = _status(), [0], threading.Event()

@@ -46,7 +46,7 @@ def test_a_failing_run_says_what_failed(tmp_path):
 
 
 def test_peak_memory_is_that_of_the_work():
-    found = checkpoint._measured(lambda: np.ones(64 << 20, np.uint8).sum())
+    found = checkpoint.measured(lambda: np.ones(64 << 20, np.uint8).sum())
     assert 60 << 20 <= found["peak"] < 80 << 20
     assert found["seconds"] > 0
 

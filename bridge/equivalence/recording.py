@@ -1,7 +1,9 @@
 """What each layer of a model was fed and returned in one call, layer by layer, also inside of transforms.
 
-The model runs without `jit`, so that a scan is a loop and a branch is taken; where a transform traces all the same
-(vmap, remat), values come out by a callback, once for each lane of a vmap.
+The model runs as one program in which scans are written out. What cannot be that (a branch whose value decides, numpy,
+a transform that traces all the same, as vmap and remat do, a scan that is too long) runs operation by operation,
+without `jit`: there a scan is a loop, a branch is taken, and values come out of traces by a callback, once for each
+lane of a vmap.
 
 Law: the numbers are those of a call that nobody looks at; what was traced and never ran is in no record.
 In a *fed* run each layer is given what the layer of another record was fed, so that what it makes of it is its own.
@@ -21,10 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge._types import Path
+from bridge.equivalence.compiled import options_for
 from bridge.equivalence.numbers import is_key, on_host
 from bridge.equivalence.subjects import Keys, Layer, Subject, Values
 from bridge.linen_in_nnx.config import WHEN_TRAINING
-from bridge.tracing.trace import is_array
+from bridge.tracing.trace import is_array, parted
+
+#: XLA's option: what a layer returns in half precision is rounded to it before the next one has it.
+_AS_WRITTEN = {"xla_allow_excess_precision": False}
+
+#: Of a longer program compiling takes longer than running each operation by itself.
+_MOST_EQUATIONS = 4096
 
 #: Path of a layer, name of its method, and how often that was called before, traces included.
 Place = tuple[Path, str, int]
@@ -96,9 +105,9 @@ class Recording:
       feed: place -> arrays to be fed instead of the layer's own.
     """
 
-    def __init__(self, feed: Mapping[Place, Sequence[np.ndarray]] | None = None):
+    def __init__(self, feed: Mapping[Place, Sequence[Any]] | None = None, *, is_whole: bool = False):
         self.events: list[Event] = []
-        self._feed = feed or {}
+        self._feed, self._is_whole = feed or {}, is_whole
         self._counts: Counter[tuple[Path, str]] = Counter()
         self._open: list[Event] = []
         self._clock = 0
@@ -115,7 +124,8 @@ class Recording:
         if event.is_rehearsal:
             return run(*args, **kwargs)
         own = layer.own_arrays()
-        event.own = [] if any(isinstance(x, jax.core.Tracer) for x in own) else own
+        is_traced = any(isinstance(x, jax.core.Tracer) for x in own)
+        event.own = [] if is_traced and not self._is_whole else own
         self._take((args, kwargs), event.inputs)
         if place in self._feed:
             args, kwargs = self._fed(event, args, kwargs)
@@ -133,10 +143,12 @@ class Recording:
         for x in map(_numbers, filter(is_array, jax.tree.leaves(tree))):
             column: list[np.ndarray] = []
             columns.append(column)
-            if isinstance(x, jax.core.Tracer):
-                jax.debug.callback(_appending(column), x)
-            else:
+            if not isinstance(x, jax.core.Tracer):
                 column.append(on_host(x))
+            elif self._is_whole:
+                column.append(x)
+            else:
+                jax.debug.callback(_appending(column), x)
 
     def _fed(self, event: Event, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments with the arrays to be fed; as they are, where the two have not the same form."""
@@ -165,16 +177,59 @@ def record(
     feed: Mapping[Place, Sequence[np.ndarray]] | None = None,
 ) -> list[Event]:
     """The calls of one run, in the order in which they began."""
-    recording = Recording(feed)
-    with jax.disable_jit(), jax.default_matmul_precision("float32"):
-        subject.listened(values, keys, args, kwargs, recording)
-    jax.effects_barrier()
+    events = _as_one_program(subject, (dict(values), keys, args, kwargs), feed)
+    if events is None:
+        recording = Recording(feed)
+        with jax.disable_jit(), jax.default_matmul_precision("float32"):
+            subject.listened(values, keys, args, kwargs, recording)
+        jax.effects_barrier()
+        events = recording.events
     calls: Counter[tuple[Path, str]] = Counter()
-    events = [event for event in recording.events if event.ran]
+    events = [event for event in events if event.ran]
     for event in events:
         calls[event.path, event.method] += 1
         event.call = calls[event.path, event.method]
     return events
+
+
+def _as_one_program(
+    subject: Subject, call: Any, feed: Mapping[Place, Sequence[np.ndarray]] | None
+) -> list[Event] | None:
+    """The calls of one run, compiled with all that they are fed and return as its results; None if it cannot be."""
+    events: list[Event] = []
+
+    def run(call: Any, fed: Any) -> list[list[Any]]:
+        values, keys, args, kwargs = call
+        recording = Recording(dict(zip(feed or (), fed, strict=True)), is_whole=True)
+        with jax.disable_jit():
+            subject.listened(values, keys, args, kwargs, recording)
+        events[:] = recording.events
+        return [list(column) for column in _columns(events)]
+
+    traced, arrays = parted(run, call, list((feed or {}).values()))
+    try:
+        with jax.default_matmul_precision("float32"):
+            program = jax.jit(traced).trace(arrays)
+            if len(program.jaxpr.eqns) > _MOST_EQUATIONS:
+                return None
+            results = program.lower().compile({**(options_for(call[0]) or {}), **_AS_WRITTEN})(arrays)
+    except Exception:  # noqa: BLE001  numpy, an `if` on a value, a vmap or a branch: it is run step by step
+        return None
+    for column, values in zip(_columns(events), results, strict=True):
+        column[:] = [on_host(x) for x in values]
+    return events
+
+
+def _columns(events: Sequence[Event]) -> Iterator[list[Any]]:
+    """Everywhere arrays are; of their own variables, those of layers that are called several times."""
+    counts = Counter((event.path, event.method) for event in events)
+    for event in events:
+        yield from event.inputs
+        yield from event.outputs
+        if counts[event.path, event.method] > 1:
+            yield event.own
+        else:
+            event.own = []
 
 
 def fields_of(layer: Any) -> dict[str, Any]:

@@ -257,6 +257,32 @@ def calls(rounds: int, layers: int = LAYERS) -> list[Figure]:
     return figures
 
 
+def beside_flax_nnx(rounds: int, layers: int = LAYERS) -> list[Figure]:
+    """Calls of a network of one library in the other's hands.
+
+    Eager ones over those of the network alone; compiled ones over the other library's network, whose dispatch it is.
+    """
+    task = dispatch.problem(layers)
+    names = {flax.nnx: FLAX_NATIVE, nnx_core: NATIVE}
+    found = []
+    for text, wrap, inner, outer in (
+        ("FromFlax", bridge.flax_nnx.FromFlax, flax.nnx, nnx_core),
+        ("AsFlax", bridge.flax_nnx.AsFlax, nnx_core, flax.nnx),
+    ):
+        for how, base, goal, calls in (("jit", outer, 1.2, 10), ("eager", inner, 1.3, 1)):
+            jit = how == "jit"
+            steps = {
+                names[base]: call_nnx(base, native(base, task), task.x, jit=jit),
+                OURS: call_nnx(outer, wrap(native(inner, task)), task.x, jit=jit),
+            }
+            check(steps)
+            timings = interleaved(steps, rounds=(3 if jit else 1) * rounds, calls=calls)
+            ours, alone = timings[OURS], timings[names[base]]
+            ratio, wall = ours.host.ratio_to(alone.host), ours.wall.ratio_to(alone.wall)
+            found.append(Figure(f"{text}, {how} / {names[base]}", ratio, goal, None, wall))
+    return found
+
+
 def training(rounds: int, layers: int = LAYERS) -> Figure:
     """A whole training step (adam) of a bridged network: ToNNX under jit / Linen's TrainState under jit."""
     task = dispatch.problem(layers)
@@ -426,6 +452,7 @@ def figures(rounds: int, layers: int = LAYERS) -> list[Figure]:
     """All of them."""
     return [
         *calls(rounds, layers),
+        *beside_flax_nnx(rounds, layers),
         training(rounds, layers),
         *compiled_sizes(layers),
         *tracing(max(rounds // 2, 1), layers),

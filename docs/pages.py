@@ -19,6 +19,7 @@ PAGES = {
     "nnx_core": ("Modules, Variables, state and graphs", "nnx_core", ("nnx_core",)),
     "bridge": ("bridge", "bridge", ("bridge",)),
     "checkpoint": ("bridge.checkpoint", "bridge.checkpoint", ("bridge",)),
+    "flax_nnx": ("bridge.flax_nnx", "bridge.flax_nnx", ("bridge",)),
     "equivalence": ("bridge.equivalence", "bridge.equivalence", ("bridge",)),
 }
 

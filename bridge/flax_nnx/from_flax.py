@@ -109,8 +109,8 @@ class _Live:
             if isinstance(x, flax_nnx.Pytree):
                 attributes = vars(x)
                 self.before.append((attributes, list(attributes.values())))
-            elif not isinstance(x, flax_nnx.Variable) and (isinstance(x, list | dict | tuple) or hasattr(x, "shape")):
-                self.is_countable = False  # changes that nothing counts
+                # Arrays and plain containers of data may change without an attribute being set.
+                self.is_countable = self.is_countable and not any(map(_is_plain_data, attributes.items()))
 
     def moved(self) -> bool:
         """Whether anything but the values of Variables may have changed."""
@@ -139,6 +139,12 @@ class _Live:
         """Hold no arrays between calls: the Variables here are written meanwhile, and these would be a second copy."""
         for _, theirs in self.pairs:
             set_theirs(theirs, None)
+
+
+def _is_plain_data(attribute: tuple[str, Any]) -> bool:
+    name, x = attribute
+    is_own = isinstance(x, flax_nnx.Variable | flax_nnx.Pytree) or name.startswith("_pytree")
+    return not is_own and flax_nnx.is_data(x)
 
 
 def _known(states: Mapping[Path, Any], config: _Config) -> dict[Path, Any]:

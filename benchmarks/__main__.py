@@ -6,6 +6,7 @@ Law: the exit code says whether the benchmark ran, never whether it was fast.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from benchmarks import checkpoint as checkpoint_benchmark
 from benchmarks import core as core_benchmark
 from benchmarks import dispatch as dispatch_benchmark
 from benchmarks import scale as scale_benchmark
+from benchmarks import summary
+from benchmarks import training as training_benchmark
 from benchmarks.figures import busy, report, write_json
 from benchmarks.small_models import small_models
 from benchmarks.timing import Step, Timing, Timings, interleaved, machine
@@ -60,7 +63,8 @@ def dispatch(
         losses, measured = _measure(console, depths, repeats, calls)
         arrays = dispatch_benchmark.measure_arrays(rounds=repeats, calls=calls)
     goals = dispatch_benchmark.goals(measured)
-    console.print(_table(measured, arrays))
+    by_depth = {str(depth): timings for depth, timings in measured.items()}
+    console.print(_table({**by_depth, f"{dispatch_benchmark.PLAIN_ARRAYS} arrays": arrays}, "layers"))
     for row in goals:
         console.print(_goal_line(row), highlight=False)
     if (warning := busy(about)) is not None:
@@ -148,6 +152,94 @@ def checkpoint(
 
 
 @app.command()
+def training(
+    size: Annotated[int, typer.Option(min=4, help="Width of the models; a multiple of 4.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each times every variant once.")] = 15,
+    calls: Annotated[int, typer.Option(min=1, help="Training steps timed together in a round.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers.")] = None,
+) -> None:
+    """A training step of an MLP, a ResNet and a Transformer: Linen, both NNX and both wrappers, next to bare JAX."""
+    if size % training_benchmark.HEADS:
+        raise typer.BadParameter(f"expected a multiple of {training_benchmark.HEADS}", param_hint="--size")
+    console, about = Console(), machine()
+    measured: dict[str, dict[str, Timings]] = {}
+    with dispatch_benchmark.full_precision():
+        for name, build in training_benchmark.MODELS.items():
+            variants = training_benchmark.variants(build(size, batch))
+            _agreeing_losses(variants)
+            measured[name] = training_benchmark.measure(variants, rounds=repeats, calls=calls)
+    console.print(_table(measured, "model"))
+    if (warning := busy(about)) is not None:
+        console.print(warning, style="yellow", highlight=False)
+    if json_file is not None:
+        content = {"benchmark": "training", "size": size, "batch": batch, "repeats": repeats, "calls": calls}
+        content |= {"machine": about, "models": {name: _as_json(timings) for name, timings in measured.items()}}
+        write_json(json_file, content)
+        console.print(f"Written: {json_file}", highlight=False)
+
+
+@app.command("all")
+def everything(
+    folder: Annotated[Path, typer.Argument(help="Where JSON, the table and the plots go: one folder a run.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, a minute or two: to see that it runs.")] = False,
+    only: Annotated[str, typer.Option(help=f"Of {', '.join(summary.RUNS)}: names with commas between.")] = "",
+) -> None:
+    """Every benchmark, each in a process of its own: JSON, README.md and plots in FOLDER.
+
+    Exit code 1: a benchmark failed; the others are there.
+    """
+    names = [name.strip() for name in only.split(",") if name.strip()] or list(summary.RUNS)
+    if unknown := [name for name in names if name not in summary.RUNS]:
+        known = ", ".join(summary.RUNS)
+        raise typer.BadParameter(f"no benchmark {', '.join(unknown)}; there are {known}", param_hint="--only")
+    console, failed = Console(), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names, 1):
+        command, full, small = summary.RUNS[name]
+        if quick and not small:
+            continue
+        console.rule(f"{i} of {len(names)}: {name}")
+        call = [sys.executable, "-m", "benchmarks", command, *(small if quick else full)]
+        if subprocess.run([*call, "--json", str(folder / f"{name}.json")]).returncode != 0:
+            failed.append(name)
+    contents = summary.read(folder)
+    page = summary.markdown(contents, summary.plot(contents, folder))
+    (folder / "README.md").write_text(page)
+    console.print(f"Written: {folder / 'README.md'}", highlight=False)
+    if failed:
+        console.print(f"Failed: {', '.join(failed)}", style="red", highlight=False)
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(exists=True, help="A folder that `all` wrote, or one JSON file.")],
+    new: Annotated[Path, typer.Argument(exists=True, help="Another.")],
+    threshold: Annotated[float, typer.Option(min=1, help="Changes beyond this factor are marked.")] = 1.1,
+) -> None:
+    """Two runs side by side: each figure, and by what factor it changed."""
+    try:
+        before, after = summary.read(old), summary.read(new)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("figure", overflow="fold")
+    for heading in ("old", "new", "new / old"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in summary.compare(before, after):
+        values = ["-" if value is None else f"{value:.3f}" for value in row[1:]]
+        change, style = row.change, None
+        if change is not None and not 1 / threshold < change < threshold:
+            style = "red" if change > 1 else "green"
+        table.add_row(row.figure, *values, "" if change is None else f"{change:.2f}", style=style)
+    console.print(table)
+    for caution in summary.cautions(before, after):
+        console.print(caution, style="yellow", highlight=False)
+
+
+@app.command()
 def accelerator(
     minutes: Annotated[float, typer.Option(min=0, help="No part starts later than this.")] = 8.0,
     size: Annotated[int, typer.Option(min=1, help="MiB of the checkpoint.")] = 2048,
@@ -226,13 +318,12 @@ def _measure(
     return losses, measured
 
 
-def _table(measured: dict[int, dict[str, Timings]], arrays: dict[str, Timings]) -> Table:
+def _table(groups: Mapping[str, dict[str, Timings]], of_group: str) -> Table:
     title = "One training step, medians. wall: a user's wait; host: this thread's work"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for heading in ("layers", "variant", "wall ms", "±", "ratio", "host ms", "ratio"):
+    for heading in (of_group, "variant", "wall ms", "±", "ratio", "host ms", "ratio"):
         table.add_column(heading, justify="left" if heading == "variant" else "right", no_wrap=True)
-    groups = {str(depth): timings for depth, timings in measured.items()}
-    for label, timings in {**groups, f"{dispatch_benchmark.PLAIN_ARRAYS} arrays": arrays}.items():
+    for label, timings in groups.items():
         base = timings[dispatch_benchmark.BARE]
         for name, timing in timings.items():
             low, high = timing.wall.quartiles

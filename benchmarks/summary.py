@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 
 from benchmarks.figures import busy
 
-#: Benchmark -> (its options in a full run, in a quick one). `leaves` is the benchmark of checkpoints, once a size.
-RUNS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "dispatch": ("dispatch", ("--layers", "3,10,50,200,1000"), ("--layers", "3,10", "--repeats", "3")),
-    "core": ("core", (), ("--layers", "5", "--repeats", "3")),
-    "bridge": ("bridge", (), ("--layers", "3", "--repeats", "3")),
-    "training": ("training", (), ("--size", "4", "--batch", "2", "--repeats", "3")),
-    "checkpoint": ("checkpoint", (), ("--size", "8", "--leaves", "20", "--memory", "8", "--repeats", "1")),
-    "leaves_100": ("checkpoint", ("--size", "64", "--leaves", "100", "--repeats", "1"), ()),
-    "leaves_1000": ("checkpoint", ("--size", "64", "--leaves", "1000", "--repeats", "1"), ()),
-    "leaves_10000": ("checkpoint", ("--size", "64", "--leaves", "10000", "--repeats", "1"), ()),
-    "leaves_100000": ("checkpoint", ("--size", "64", "--leaves", "100000", "--repeats", "1"), ()),
+#: Benchmark -> (its options in a full run, in a quick one).
+RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "dispatch": (("--layers", "3,10,50,200,1000"), ("--layers", "3,10", "--repeats", "3")),
+    "core": ((), ("--layers", "5", "--repeats", "3")),
+    "bridge": ((), ("--layers", "3", "--repeats", "3")),
+    "training": ((), ("--size", "4", "--batch", "2", "--repeats", "3")),
+    "checkpoint": ((), ("--size", "8", "--leaves", "20", "--memory", "8", "--repeats", "1")),
+    "scale": (
+        ("--leaves", "100,1000,10000,100000"),
+        ("--leaves", "100,200", "--large", "8", "--memory", "8", "--processes", "1"),
+    ),
 }
 
 
@@ -59,15 +59,16 @@ def figures(name: str, content: Mapping[str, Any]) -> dict[str, Found]:
         return _of_dispatch(content)
     if content["benchmark"] == "training":
         return _of_training(content)
-    found = {f"{name}: {row['figure'].strip()}": Found(row["found"], row["goal"]) for row in content["figures"]}
-    if name.startswith("leaves_"):
-        for run in content["runs"]:
-            found[f"{name}: seconds, {_run_name(run)}"] = Found(run["seconds"])
+    found: dict[str, Found] = {}
+    above = ""
+    for row in content["figures"]:
+        figure = row["figure"]
+        if figure.startswith(" "):  # it explains the one above, and is called so in each group
+            figure = f"{above}, {figure.strip()}"
+        else:
+            above = figure
+        found[f"{name}: {figure}"] = Found(row["found"], row["goal"])
     return found
-
-
-def _run_name(run: Mapping[str, Any]) -> str:
-    return f"{run['variant']}, verified" if run.get("verify") else str(run["variant"])
 
 
 def _of_dispatch(content: Mapping[str, Any]) -> dict[str, Found]:
@@ -186,9 +187,8 @@ def plot(contents: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, s
         plots["Host time of one training step by depth"] = _plot_depths(contents["dispatch"], folder)
     if "training" in contents:
         plots["A training step of whole models, next to bare JAX"] = _plot_training(contents["training"], folder)
-    leaves = {name: content for name, content in contents.items() if name.startswith("leaves_")}
-    if leaves:
-        plots["Converting a checkpoint, by its number of leaves"] = _plot_leaves(leaves, folder)
+    if "scale" in contents:
+        plots["Converting a checkpoint, by its number of leaves"] = _plot_leaves(contents["scale"], folder)
     return plots
 
 
@@ -233,14 +233,8 @@ def _plot_training(content: Mapping[str, Any], folder: Path) -> str:
     return _save(axes, folder, "training")
 
 
-def _plot_leaves(contents: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
-    axes = _axes("Converting a checkpoint of 64 MiB", "leaves", "seconds")
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for content in contents.values():
-        for run in content["runs"]:
-            if "seconds" in run:
-                lines.setdefault(_run_name(run), []).append((content["leaves"], run["seconds"]))
-    for variant, points in lines.items():
-        axes.loglog(*zip(*sorted(points), strict=True), marker="o", label=variant)
-    axes.legend()
+def _plot_leaves(content: Mapping[str, Any], folder: Path) -> str:
+    axes = _axes("Converting a checkpoint, verified", "leaves", "seconds")
+    points = [(run["count"], run["seconds"]) for run in content["runs"] if run["what"] == "leaves"]
+    axes.loglog(*zip(*points, strict=True), marker="o")
     return _save(axes, folder, "leaves")

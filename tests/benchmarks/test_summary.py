@@ -41,12 +41,16 @@ CONTENTS = {
         "plain_arrays": VARIANTS,
     },
     "training": {"benchmark": "training", "machine": MACHINE, "models": {"MLP": VARIANTS, "ResNet": VARIANTS}},
-    "leaves_100": {
-        "benchmark": "checkpoint",
+    "scale": {
+        "benchmark": "scale",
         "machine": MACHINE,
-        "leaves": 100,
-        "figures": [{"figure": "Linen -> NNX", "found": 2.0, "goal": 1.3, "met": False}],
-        "runs": [{"variant": "to_nnx", "verify": 1, "seconds": 3.0}, {"variant": "orbax", "verify": 0, "seconds": 1.0}],
+        "figures": [
+            {"figure": "100 leaves, seconds", "found": 2.0, "goal": None, "met": None},
+            {"figure": "  peak memory", "found": 3.0, "goal": 1.5, "met": False},
+            {"figure": "1000 leaves, seconds", "found": 9.0, "goal": None, "met": None},
+            {"figure": "  peak memory", "found": 1.0, "goal": 1.5, "met": True},
+        ],
+        "runs": [{"what": "leaves", "count": 100, "seconds": 2.0}, {"what": "one leaf", "count": 9, "seconds": 1.0}],
     },
 }
 
@@ -70,8 +74,8 @@ def test_the_page_has_every_figure_its_goal_and_the_machine(folder):
     assert page.count("a processor") == 1
     assert "| split / flax.nnx | 0.020 | 0.15 |" in page
     assert "| nnx_core.jit / bare jax.jit, 50 layers | 1.050 |  |" in page
-    assert "| Linen -> NNX | 2.000 | 1.3 (missed) |" in page
-    assert "| seconds, to_nnx, verified | 3.000 |  |" in page
+    assert "| 100 leaves, seconds, peak memory | 3.000 | 1.5 (missed) |" in page
+    assert "| 1000 leaves, seconds, peak memory | 1.000 | 1.5 |" in page
     for name in ("dispatch", "training", "leaves"):
         assert f"]({name}.svg)" in page
         assert "<svg" in (folder / f"{name}.svg").read_text()
@@ -86,7 +90,7 @@ def test_two_runs_are_laid_side_by_side(folder, tmp_path):
     new = write(tmp_path / "new", contents)
     rows = {row.figure: row for row in summary.compare(summary.read(folder), summary.read(new))}
     assert rows["core: split / flax.nnx"].change == pytest.approx(1.5)
-    assert rows["core: its floor"] == ("core: its floor", 0.01, None)
+    assert rows["core: split / flax.nnx, its floor"][1:] == (0.01, None)
     assert rows["training: nnx_core.jit / bare jax.jit, Transformer"].old is None
 
     result = CliRunner().invoke(app, ["compare", str(folder), str(new)], env={"COLUMNS": "120"})
@@ -106,7 +110,7 @@ def test_what_no_benchmark_wrote_is_refused(tmp_path):
 
 
 def test_a_benchmark_that_fails_is_named_and_the_others_are_there(folder, monkeypatch):
-    monkeypatch.setitem(summary.RUNS, "core", ("core", (), ("--layers", "none")))
+    monkeypatch.setitem(summary.RUNS, "core", ((), ("--layers", "none")))
     result = CliRunner().invoke(app, ["all", str(folder), "--quick", "--only", "core"])
     assert result.exit_code == 1
     assert "Failed: core" in result.output

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bridge._errors import BridgeError, show_path
 from bridge._types import Location, Path
@@ -185,6 +186,8 @@ def _by_rules(a: Subject, b: Subject, rules: ValueRules, units: Callable[[Subjec
     located = tuple(pairs) if forward else tuple((nnx, linen) for linen, nnx in pairs)
     unpaired_a = _without(a.values, (at for at, _ in located))
     unpaired_b = _without(b.values, (at for _, at in located))
+    if _keeps_stacks(located, a.values, b.values):
+        return Counterparts(values, cotangents, located, (), (), unpaired_a, unpaired_b)
     layers, sizes_a, sizes_b = _restacked(located, units(a), units(b))
     return Counterparts(values, cotangents, located, (), (), unpaired_a, unpaired_b, tuple(layers), sizes_a, sizes_b)
 
@@ -215,6 +218,12 @@ def _direction(a: Subject, b: Subject, rules: ValueRules) -> tuple[bool, list[tu
         reasons[0],
         "Derive them from these models, or write them for their variables.",
     )
+
+
+def _keeps_stacks(pairs: Sequence[tuple[Location, Location]], a: Values, b: Values) -> bool:
+    """Whether each variable has one counterpart of the same rank: then a layer is stacked on both sides or on none."""
+    one_to_one = len({at for at, _ in pairs}) == len({at for _, at in pairs}) == len(pairs)
+    return one_to_one and all(np.ndim(a[at]) == np.ndim(b[there]) for at, there in pairs)
 
 
 def _restacked(pairs: Iterable[tuple[Location, Location]], a: list[Unit], b: list[Unit]) -> Any:

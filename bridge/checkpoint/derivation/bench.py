@@ -147,6 +147,7 @@ class Bench:
         self.without_gradients = ""
         self._expected: dict[int, Run] = {}
         self._points: dict[int, Point] = {}
+        self._pull: tuple[Any, Compiled] | None = None
         self._runs = (theirs.writing, ours.writing)
         self._options = options_for(self._initial)
         self._linen, self._nnx = (Compiled(_with_gradients(run), self._options) for run in self._runs)
@@ -241,7 +242,7 @@ class Bench:
         (_, of_linen, states), (_, of_nnx, own) = self._linen.least, self._nnx.least
         gradients: dict[Location, Difference] = {}
         if not self.without_gradients:
-            back = _pulled_back(rules, point.values, actual.gradients)
+            back = self._pulled_back(rules, point.values, actual.gradients)
             allowed = max(of_nnx.values(), default=0.0)
             for at, wanted in expected.gradients.items():
                 gradients[at] = difference(back[at], wanted, max(of_linen[at], allowed))
@@ -253,6 +254,13 @@ class Bench:
         if evidence.worst > 1 and evidence.worst_output <= 1:
             return replace(evidence, noise=self._noise(point, rules, expected, made))
         return evidence
+
+    def _pulled_back(self, rules: Any, values: Values, gradients: Values) -> dict[Location, Any]:
+        """Gradients with respect to NNX's values as those with respect to Linen's; one program for the same rules."""
+        if self._pull is None or self._pull[0] is not rules:
+            self._pull = rules, Compiled(functools.partial(_transposed, rules), self._options)
+        pulled: dict[Location, Any] = self._pull[1](dict(values), dict(gradients))
+        return pulled
 
     def _least(self) -> Any:
         """Of each output the smallest tolerance, as one of the two programs computes it in half precision."""
@@ -314,8 +322,8 @@ def _written(point: Point, rules: Any, run: Run) -> Values:
     return converted
 
 
-def _pulled_back(rules: Any, values: Values, gradients: Values) -> dict[Location, Any]:
-    """Gradients with respect to NNX's values as those with respect to Linen's."""
+def _transposed(rules: Any, values: Values, gradients: Values) -> Any:
+    """What the transpose of the rules makes of gradients."""
     floating = {at: x for at, x in values.items() if is_inexact(x)}
 
     def convert(floating: Values) -> Values:

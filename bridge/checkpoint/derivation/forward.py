@@ -20,7 +20,7 @@ from flax import linen as nn
 import nnx_core as nnx
 from bridge._errors import BridgeError, VariablesMismatchError
 from bridge._types import Location, Shape
-from bridge.equivalence.compiled import Compiled
+from bridge.equivalence.compiled import Compiled, options_for
 from bridge.equivalence.dependence import ranges_of
 from bridge.equivalence.drawing import Draw, with_other_key
 from bridge.equivalence.inputs import drawn
@@ -144,7 +144,8 @@ class Trial:
         self.values: Values = {at: draw.near(x) for at, x in sorted(theirs.initial().items())}
         self._own = {at: jax.tree.map(draw.array, x) for at, x in sorted(ours.variables.items())}
         self._keys = streams_of(rngs)
-        self._run_linen, self._run_nnx = Compiled(theirs.run), Compiled(ours.run)
+        options = options_for(self.values)
+        self._run_linen, self._run_nnx = Compiled(theirs.run, options), Compiled(ours.run, options)
 
     @functools.cached_property
     def _inputs(self) -> Any:

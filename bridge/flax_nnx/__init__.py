@@ -8,6 +8,7 @@ from bridge.flax_nnx.as_flax import AsFlax
 from bridge.flax_nnx.from_flax import FromFlax
 from bridge.flax_nnx.kinds import variable_type
 from bridge.flax_nnx.load import TransferReport, load
+from bridge.flax_nnx.run import run
 from bridge.flax_nnx.states import from_state, to_state
 
-__all__ = ["AsFlax", "FromFlax", "TransferReport", "from_state", "load", "to_state", "variable_type"]
+__all__ = ["AsFlax", "FromFlax", "TransferReport", "from_state", "load", "run", "to_state", "variable_type"]

@@ -25,7 +25,7 @@ class NotAModuleError(BridgeError, TypeError):
     """FromFlax or AsFlax was given something else than a module of the library that it wraps."""
 
     def __init__(self, wrapper: str, library: str, found: object):
-        other = {"FromFlax": "AsFlax", "AsFlax": "FromFlax"}[wrapper]
+        other = {"FromFlax": "AsFlax", "AsFlax": "FromFlax"}.get(wrapper, "FromFlax(module), AsFlax")
         kind = type(found)
         hint = f"A module of the other library: {other}(module)."
         if isinstance(found, type):
@@ -35,6 +35,17 @@ class NotAModuleError(BridgeError, TypeError):
         super().__init__(
             f"{wrapper} wraps modules of {library}.\n"
             f"  expected: an instance of {library}.Module\n  found: {kind.__module__}.{kind.__qualname__}\n{hint}"
+        )
+
+
+class PartCallError(BridgeError, TypeError):
+    """A part of a wrapped module was called, of which the wrapper has the Variables only."""
+
+    def __init__(self, wrapper: str):
+        super().__init__(
+            f"a part of a {wrapper} cannot be called: it holds the Variables of a module, and no code.\n"
+            f"  expected: a call of the {wrapper}, or of one of its methods\n  found: a call of a part\n"
+            "Write bridge.flax_nnx.run(model, lambda module, x: module.part(x), x)."
         )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from flax import nnx as flax_nnx
 
 import nnx_core as nnx
-from bridge.flax_nnx._errors import NotAModuleError
+from bridge.flax_nnx._errors import NotAModuleError, PartCallError
 from bridge.flax_nnx.kinds import (
     get_theirs,
     metadata_of_ours,
@@ -78,6 +79,10 @@ class AsFlaxLevel(flax_nnx.Module):
 
     _pytree__has_int_keys = True
 
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """Raise PartCallError: there is no code here."""
+        raise PartCallError("AsFlax")
+
     def __getitem__(self, key: Any) -> Any:
         return getattr(self, str(key))
 
@@ -100,6 +105,7 @@ class _Live:
         self.has_arrays = len(self.pairs) < len(cells)
         self.by_id = {id(ours): theirs for theirs, ours in self.pairs}
         self.plan = plan_of(self.module)
+        self.lock = threading.Lock()
 
     def moved(self) -> bool:
         """Whether anything but the values of Variables may have changed."""
@@ -178,29 +184,35 @@ class AsFlax(flax_nnx.Module):
 
     def to_nnx_core(self) -> Any:
         """A new module of nnx_core with the structure and the values of now."""
-        live = self._as_flax_module()
+        live = _Live(vars(self)[_CONFIG], dict(_cells(self)))
         live.write_in()
-        try:
-            return nnx.clone(live.module)
-        finally:
-            live.clear()
+        return live.module
 
     def _as_flax_run(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         live = self._as_flax_module()
-        streams = Streams()
-        args, kwargs = as_ours(args, streams), as_ours(kwargs, streams)
-        values = live.write_in()
+        if not live.lock.acquire(blocking=False):  # another thread is in it, or this one: a callback, a recursion
+            live = _Live(vars(self)[_CONFIG], dict(_cells(self)))
+            live.lock.acquire()
         try:
-            out = run(live.module, *args, **kwargs)
-            live.write_out(values)
-            if live.moved():
-                self._as_flax_take(live.module, live.by_id)
-                _lives.pop(self, None)
-            streams.settle()
+            out = self._as_flax_run_on(live, run, args, kwargs)
         except BaseException:
             _lives.pop(self, None)  # half a call: built anew for the next one
             raise
-        live.clear()
+        finally:
+            live.clear()
+            live.lock.release()
+        return out
+
+    def _as_flax_run_on(self, live: _Live, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        streams = Streams()
+        args, kwargs = as_ours(args, streams), as_ours(kwargs, streams)
+        values = live.write_in()
+        out = run(live.module, *args, **kwargs)
+        live.write_out(values)
+        if live.moved():
+            self._as_flax_take(live.module, live.by_id)
+            _lives.pop(self, None)
+        streams.settle()
         return out
 
     def _as_flax_module(self) -> _Live:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ import jax
 from flax import nnx as flax_nnx
 
 import nnx_core as nnx
-from bridge.flax_nnx._errors import NotAModuleError
+from bridge.flax_nnx._errors import NotAModuleError, PartCallError
 from bridge.flax_nnx.kinds import (
     get_theirs,
     metadata_of_ours,
@@ -45,6 +46,9 @@ _FLAGS = ("deterministic", "use_running_average")  # what `train()` and `eval()`
 
 class FlaxScope(DictStorage[Any]):
     """The Variables of a part of a wrapped flax.nnx module, by name: `model.encoder.kernel`, `model.layers[0]`."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise PartCallError("FromFlax")
 
 
 class _Config:
@@ -100,6 +104,7 @@ class _Live:
                 self.arrays[path] = cell
         self.by_id = {id(theirs): ours for ours, theirs in self.pairs}
         self.is_countable = not self.arrays
+        self.lock = threading.Lock()
         self.remember()
 
     def remember(self) -> None:
@@ -218,29 +223,35 @@ class FromFlax(nnx.Module):
 
     def to_flax(self) -> Any:
         """A new flax.nnx module with the structure and the values of now."""
-        live = self._flax_module()
+        live = _Live(self.__dict__[_CONFIG], dict(_cells(self)))
         live.write_in()
-        try:
-            return flax_nnx.clone(live.module, graph=True)
-        finally:
-            live.clear()
+        return live.module
 
     def _flax_run(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         live = self._flax_module()
-        streams = Streams()
-        args, kwargs = as_theirs(args, streams), as_theirs(kwargs, streams)
-        values = live.write_in()
+        if not live.lock.acquire(blocking=False):  # another thread is in it, or this one: a callback, a recursion
+            live = _Live(self.__dict__[_CONFIG], dict(_cells(self)))
+            live.lock.acquire()
         try:
-            out = run(live.module, *args, **kwargs)
-            live.write_out(values)
-            if live.moved():
-                self._flax_take(live.module, live.by_id)
-                object.__setattr__(self, "_flax_live", None)
-            streams.settle()
+            out = self._flax_run_on(live, run, args, kwargs)
         except BaseException:
             object.__setattr__(self, "_flax_live", None)  # half a call: built anew for the next one
             raise
-        live.clear()
+        finally:
+            live.clear()
+            live.lock.release()
+        return out
+
+    def _flax_run_on(self, live: _Live, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        streams = Streams()
+        args, kwargs = as_theirs(args, streams), as_theirs(kwargs, streams)
+        values = live.write_in()
+        out = run(live.module, *args, **kwargs)
+        live.write_out(values)
+        if live.moved():
+            self._flax_take(live.module, live.by_id)
+            object.__setattr__(self, "_flax_live", None)
+        streams.settle()
         return out
 
     def _flax_module(self) -> _Live:
@@ -250,7 +261,8 @@ class FromFlax(nnx.Module):
         if remembered is not None and remembered[0] is plan and remembered[1] == trace:
             return remembered[2]  # type: ignore[no-any-return]  # a _Live
         live = _Live(self.__dict__[_CONFIG], dict(_cells(self)))
-        if self._nnx_trace == trace:  # else it would keep tracers
+        # In another trace it would keep tracers, and arrays that are no Variables are as they were when it was built.
+        if self._nnx_trace == trace and not live.arrays:
             object.__setattr__(self, "_flax_live", (plan, trace, live))
         return live
 

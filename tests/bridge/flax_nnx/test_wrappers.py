@@ -1,6 +1,7 @@
 """The laws of FromFlax and AsFlax: what is wrapped does what it does alone, in each library's hands."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 
 import bridge
 import nnx_core as nnx
-from bridge.flax_nnx import AsFlax, FromFlax, variable_type
+from bridge.flax_nnx import AsFlax, FromFlax, run, variable_type
 from tests.support.both_libraries import OurBlock, TheirBlock, graphs, inputs, make_graph, plain
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
@@ -211,6 +212,30 @@ def test_a_call_that_fails_changes_nothing(side):
     assert float(wrapped(False)) == 1.0
 
 
+@each_side
+def test_plain_arrays_are_state_and_threads_do_not_meet(side):
+    class Shift(side.inner.Module):
+        def __init__(self):
+            self.by = jnp.ones(2)
+            self.nested = side.inner.data({"w": side.inner.Param(jnp.ones(2))})
+
+        def __call__(self, x):
+            y = x + self.by * self.nested["w"]
+            self.by = y
+            return y
+
+    wrapped = side.wrap(Shift())
+    assert_trees_equal(wrapped(jnp.zeros(2)), jnp.ones(2))
+    side.outer.update(wrapped, side.outer.from_flat_state([(("by",), jnp.full(2, 5.0))]))
+    assert_trees_equal(wrapped(jnp.zeros(2)), jnp.full(2, 5.0))
+    run = side.outer.jit(lambda m, x: m(x))
+    assert_trees_equal([run(wrapped, jnp.ones(2)), run(wrapped, jnp.ones(2))], [jnp.full(2, 6.0), jnp.full(2, 7.0)])
+    layer = side.wrap(side.inner.Linear(4, 4, rngs=side.inner.Rngs(0)))
+    want = layer(inputs())
+    with ThreadPoolExecutor(8) as pool:
+        assert_trees_equal(list(pool.map(lambda _: layer(inputs()), range(40))), [want] * 40)
+
+
 def test_a_linen_module_in_a_flax_nnx_trainer():
     x = inputs()
     linen = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=False)])
@@ -257,6 +282,18 @@ def test_types_of_variables_keep_their_bases():
     assert sorted(nnx.state(model, nnx.Param)) == ["mask", "w"]
     with pytest.raises(TypeError, match=r"(?s)expected: a subclass of nnx_core\.Variable.*found: <class 'int'>"):
         variable_type(int)
+
+
+@each_side
+def test_parts_are_called_through_the_module(side):
+    alone, wrapped = side.pair()
+    x = inputs()
+    assert_trees_equal(run(wrapped, lambda module, x: module.layers[1](x), x), alone.layers[1](x))
+    side.assert_same_state(alone, wrapped)
+    with pytest.raises(TypeError, match=rf"(?s)a part of a {side.name} cannot be called.*bridge\.flax_nnx\.run"):
+        wrapped.layers[0](x)
+    with pytest.raises(TypeError, match="run wraps modules of either library"):
+        run(alone, lambda module: module)
 
 
 def test_what_is_no_module_of_the_other_library():

@@ -228,7 +228,7 @@ def _does_not_run(which: str, subject: Subject, error: Exception) -> ComparisonE
         f"{which} ({subject.words}) does not run on these inputs",
         "a call that returns",
         f"{type(error).__name__}: {_first_line(error)}",
-        "Give what the call needs: an open mode flag (train=False, deterministic=True, ...), rngs= (--rng), method=.",
+        "Give what the call needs: a mode flag that is open (train=False, deterministic=True), rngs= (--rng), method=.",
     )
 
 

@@ -5,12 +5,14 @@ lacks: `nox -s models`.
 """
 
 import importlib.util
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
+from bridge.flax_nnx import AsFlax, FromFlax
 from tests.third_party.programs import MODELS, TRAINERS, arrays_of, plain
 from tests.tolerance import assert_trees_close, assert_trees_equal
 
@@ -116,6 +118,17 @@ def three_steps(nnx, model):
 def of_jax(arrays):
     """flax.nnx's `jit` hands JAX's arrays back for numpy's that it only read: int32 for int64. Ours does not: law 4."""
     return jax.tree.map(jnp.asarray, arrays)
+
+
+@pytest.mark.parametrize("wrap", [FromFlax, AsFlax])
+def test_a_model_is_trained_in_the_other_librarys_hands_as_alone(models, wrap):
+    (ours, our_model), (theirs, their_model) = models
+    world, model, hands = (theirs, their_model, ours.nnx) if wrap is FromFlax else (ours, our_model, theirs.nnx)
+    with world:
+        alone = replace(model, module=world.nnx.clone(model.module))
+        wrapped = replace(model, module=wrap(model.module))
+        expected, actual = list(three_steps(world.nnx, alone)), list(three_steps(hands, wrapped))
+    equal(actual, expected)
 
 
 @pytest.mark.parametrize("program", TRAINERS, ids=lambda row: row.name)

@@ -240,6 +240,7 @@ class Comparison:
         self._units: dict[str, list[Unit]] = {}
         self.pairs = self._paired(rules)
         self._seen: _Seen | None = None
+        self._runs: tuple[Run, ...] = ()
 
     # ---- what is what ----
 
@@ -276,6 +277,7 @@ class Comparison:
             self.findings.leave_out("state: state=False")
         self._compare_parameters()
         runs = Run(self.a, "a", gradients), Run(self.b, "b", gradients)
+        self._runs = runs
         abstract = self.inputs.args, dict(self.inputs.kwargs)
         for run in runs:
             run.prepare(run.subject.values, self.keys, *abstract)
@@ -415,10 +417,11 @@ class Comparison:
             least = draw.least("outputs", path, other)
             self.findings.compare("random", path, other, x, y, seed=draw.seed, least=least, text="with other keys")
 
-    def _draws(self, subject: Subject, which: str, seen: _Seen) -> bool:
+    def _draws(self, run: Run, seen: _Seen) -> bool:
         """Whether other keys lead to other outputs."""
-        if not subject.has_chance(subject.values, self.keys, seen.args, seen.kwargs):
+        if not run.draws_numbers:
             return False
+        subject, which = run.subject, run.which
         names = [*(self.keys or ()), "params", "default"]
         run = Run(subject, which, with_gradients=False)
         outputs = []
@@ -481,7 +484,7 @@ class Comparison:
         outputs_differ = any(f.what in ("output", "random") and not f.equal for f in self.findings.all)
         draws = (False, False)
         if outputs_differ:
-            draws = self._draws(self.a, "a", seen), self._draws(self.b, "b", seen)
+            draws = self._draws(self._runs[0], seen), self._draws(self._runs[1], seen)
         paths = {row.pair.a.event.path for row in rows if row.pair is not None}
         layers = {show_path(at): layer_of(at, paths) for at in self.a.values}
         held = held_in(self.pairs, self.a.values, self.b.values)

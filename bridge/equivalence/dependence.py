@@ -27,6 +27,7 @@ CAUTIOUS: Range = (2, 2)  # what a table's row is computed from: nothing but 0 a
 _AS_NUMBER: Range = (2, 4)  # `(1 - mask) * -1e9` of a 2 would hide the scores; without one, x * x is x
 _FREE: Range = (4, 4)  # what is compared alone, as labels and lengths
 
+_CHANCE = frozenset(("random_bits", "threefry2x32", "rng_bit_generator"))
 _MOVES = frozenset((
     *("reshape", "broadcast_in_dim", "squeeze", "expand_dims", "transpose", "slice", "concatenate", "copy", "rev"),
     *("select_n", "convert_element_type", "clamp", "max", "min", "copy_p", "split", "optimization_barrier"),
@@ -205,6 +206,18 @@ def ranges_of(program: Any, before: Any, inputs: Any) -> dict[int, Range]:
     count = len(getattr(program, "jaxpr", program).invars)
     walk(program, [*masks, *[0] * (count - len(masks))])
     return {number: walk.ranges.get(number, _FREE) for number in numbers}
+
+
+def draws_numbers(program: Any) -> bool:
+    """Whether a program draws random numbers; what they are used for is another question.
+
+    >>> draws_numbers(jax.make_jaxpr(jax.random.normal)(jax.random.key(0))), draws_numbers(jax.make_jaxpr(abs)(1.0))
+    (True, False)
+    """
+    for equation in getattr(program, "jaxpr", program).eqns:
+        if equation.primitive.name in _CHANCE or any(map(draws_numbers, _programs(equation.params))):
+            return True
+    return False
 
 
 def narrower(one: Range, other: Range) -> Range:

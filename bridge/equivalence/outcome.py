@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 
 from bridge.equivalence.compiled import Compiled, options_for
-from bridge.equivalence.dependence import Range, ranges_of
+from bridge.equivalence.dependence import Range, draws_numbers, ranges_of
 from bridge.equivalence.numbers import is_inexact
 from bridge.equivalence.subjects import ComparisonError, Keys, Subject, Values
 from bridge.equivalence.weights import weighed
@@ -119,6 +119,11 @@ class Run:
         arrays, gradients = self._compiled.least
         output, written = self._rest.tree(arrays, dict.fromkeys(self._rest.constants, 0.0))
         return Outcome(by_path(output), written, *(gradients or ()))
+
+    @property
+    def draws_numbers(self) -> bool:
+        """Whether the call's program draws random numbers; of a call that has no program nothing is known: False."""
+        return self._compiled is not None and draws_numbers(self._compiled.program)
 
     def ranges(self, keys: Keys, args: Any, kwargs: Any) -> dict[int, Range]:
         """How far integer inputs may be drawn, by their number among the leaves of (args, kwargs)."""

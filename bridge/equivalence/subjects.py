@@ -7,7 +7,6 @@ Knows modules of both kinds; knows nothing of the other model or of what is comp
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -24,7 +23,7 @@ from bridge.equivalence.numbers import is_inexact
 from bridge.linen_in_nnx.wrapper import ToNNX
 from bridge.nnx_in_linen.host import adopted, made_kind
 from bridge.nnx_in_linen.wrapper import ToLinen
-from bridge.tracing.trace import TRANSIENT, Method, Unit, is_array, parted, trace_linen_on, trace_nnx
+from bridge.tracing.trace import TRANSIENT, Method, Unit, is_array, trace_linen_on, trace_nnx
 from bridge.variables.mapping import EMPTY, leaves, location_of, tree_of
 from nnx_core.graph.watched import plain_class
 from nnx_core.inspect.census import census
@@ -106,23 +105,6 @@ class Subject:
     listened: Callable[[Values, Keys, Any, Any, Listener], tuple[Any, Values]]
     units: Callable[[Keys, Any, Any], list[Unit]]
     is_native: bool = False
-
-    def has_chance(self, values: Values, keys: Keys, args: Any, kwargs: Any) -> bool:
-        """Whether the call's program draws random numbers; what they are used for is another question.
-
-        Of a call that has no program, as it is written for real numbers, nothing is known: False.
-        """
-        trace = jax.make_jaxpr(lambda arrays: _arrays_of(call(arrays)))
-        call, arrays = parted(self.run, dict(values), keys, args, kwargs)
-        try:
-            program = str(trace(arrays))
-        except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
-            return False
-        return re.search(r"\b(random_bits|threefry2x32|rng_bit_generator)\b", program) is not None
-
-
-def _arrays_of(tree: Any) -> list[Any]:
-    return [x for x in jax.tree.leaves(tree) if is_array(x)]
 
 
 def subject_of(x: Any, method: Method, which: str) -> Subject:

@@ -162,9 +162,11 @@ def moved_in(package: str) -> Callable[[str], ModuleType]:
 #: Names without underscore that flax.nnx.bridge's files have and its list has not: public trainers ask for them.
 _PRIVATE = {name: getattr(wrappers, name) for name in ("get_col_name", "is_vanilla_variable", "linen_rngs_dict")}
 _moved = moved_in("bridge")
+#: Found without an import of their own, and imported when they are used: they import much, one of them flax.nnx.
+_ROOMS = ("checkpoint", "equivalence", "flax_nnx")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "flax_nnx":  # imported when it is used, since it imports flax.nnx
-        return importlib.import_module("bridge.flax_nnx")
+    if name in _ROOMS:
+        return importlib.import_module(f"bridge.{name}")
     return _PRIVATE[name] if name in _PRIVATE else _moved(name)

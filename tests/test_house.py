@@ -206,7 +206,9 @@ def after(*modules):
     return {"packages": packages, "backends": xla_bridge.backends_are_initialized(), "slow": slow}
 
 stages = json.loads(sys.argv[1])
-print(json.dumps({name: after(*modules) for name, modules in stages.items()}))
+found = {name: after(*modules) for name, modules in stages.items()}
+found["rooms"] = [getattr(sys.modules["bridge"], room).__name__ for room in ("checkpoint", "equivalence", "flax_nnx")]
+print(json.dumps(found))
 """
 
 
@@ -241,6 +243,10 @@ def test_importing_brings_in_no_drawing_library(imported):
 def test_importing_the_core_waits_for_no_slow_part_of_jax(imported):
     assert [imported[stage]["slow"] for stage in ("inspect", "nnx_core")] == [[], []]
     assert imported["all of nnx_core"]["slow"]  # transforms.equations needs it: the list sees it
+
+
+def test_rooms_of_the_bridge_are_found_without_an_import_of_their_own(imported):
+    assert imported["rooms"] == ["bridge.checkpoint", "bridge.equivalence", "bridge.flax_nnx"]
 
 
 @pytest.mark.parametrize("package", ["nnx_core", "all of nnx_core", "bridge"])

@@ -13,6 +13,7 @@ from flax import linen as nn
 import nnx_core as nnx
 from bridge.checkpoint.derivation.derive import Derived, derive
 from bridge.checkpoint.tree.ops import Read
+from bridge.tracing.pure_call import quick_options
 from bridge.variables.kinds import collection_of
 from bridge.variables.mapping import leaves, tree_of
 from tests.support.numbers import normal
@@ -95,14 +96,17 @@ def check(
         variables[at].set_value(jnp.asarray(value))
     call = getattr(type(linen), methods[0]) if isinstance(methods[0], str) else methods[0]
     expected, _ = jax.jit(
-        lambda v, *x: linen.apply(v, *x, method=call, mutable=True, rngs={"params": jax.random.key(0)}, **kwargs)
+        lambda v, *x: linen.apply(v, *x, method=call, mutable=True, rngs={"params": jax.random.key(0)}, **kwargs),
+        compiler_options=quick_options(),
     )(tree_of(values.items()), *inputs)
+    graphdef, state = nnx.split(model)
 
-    def run(model: Any, *x: Any) -> Any:
-        f = methods[1]
+    def run(state: Any, *x: Any) -> Any:
+        model, f = nnx.merge(graphdef, state), methods[1]
         return getattr(model, f)(*x, **kwargs) if isinstance(f, str) else f(model, *x, **kwargs)
 
-    (assert_trees_equal if same_bits else assert_trees_close)(nnx.jit(run)(model, *inputs), expected)
+    actual = jax.jit(run, compiler_options=quick_options())(state, *inputs)
+    (assert_trees_equal if same_bits else assert_trees_close)(actual, expected)
     kept = {at: x for at, x in values.items() if at not in derived.dropped}
     assert_trees_equal(dict(sorted(converted(derived.inverse(), made).items())), dict(sorted(kept.items())))
     return derived

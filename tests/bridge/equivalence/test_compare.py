@@ -22,6 +22,7 @@ from tests.support.compared_models import (
     NativeNet,
     X,
     chain,
+    initialized,
     linen,
     linen_stack,
     native,
@@ -458,7 +459,7 @@ def test_parameters_without_a_counterpart_are_a_finding():
             return x * self.param("weights", lambda key: jnp.arange(1.0, 4.0)).sum() * 7
 
     module = Other()
-    variables = module.init(jax.random.key(0), jnp.ones(X.shape))
+    variables = initialized(module, jnp.ones(X.shape))
     report = compare((module, variables), Shapes(6), X, seeds=(0,), layers=False)
     wrong = [finding for finding in report.findings if not finding.equal]
     assert {finding.what for finding in wrong} == {"structure"}

@@ -1,6 +1,5 @@
 """What is what: by rules, by names, by class and order, and by the numbers."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ from flax import linen as nn
 
 import nnx_core as nnx
 from bridge.equivalence import ComparisonError, compare
-from tests.support.compared_models import X, linen_stack, native_stack
+from tests.support.compared_models import X, initialized, linen_stack, native_stack
 
 CHEAP = {"seeds": (0,), "layers": False}
 
@@ -37,7 +36,7 @@ class Rules:
 
 def by_rules():
     module = nn.Dense(3, bias_init=nn.initializers.ones)
-    variables = module.init(jax.random.key(0), jnp.zeros(X.shape))
+    variables = initialized(module, jnp.zeros(X.shape))
     model = Doubled(nnx.Rngs(0))
     model.w.set_value(variables["params"]["kernel"].T)
     model.shift.set_value(variables["params"]["bias"] * 2)
@@ -112,7 +111,7 @@ class NativeCells(nnx.Module):
 
 @pytest.mark.slow
 def test_gates_of_a_cell_are_blocks_of_a_fused_kernel():
-    variables = Cells().init(jax.random.key(0), jnp.zeros(X.shape))
+    variables = initialized(Cells(), jnp.zeros(X.shape))
     model, params = NativeCells(nnx.Rngs(0)), variables["params"]["OptimizedLSTMCell_0"]
     cell = model.rnn.cell
     cell.dense_i.kernel.set_value(jnp.concatenate([params[f"i{gate}"]["kernel"] for gate in "ifgo"], -1))
@@ -138,7 +137,7 @@ class Unbiased(nnx.Module):
 
 def test_a_missing_bias_is_told_and_the_kernel_is_compared():
     module = nn.Sequential([nn.Dense(5), jnp.tanh, nn.Dense(2)])
-    variables = module.init(jax.random.key(0), jnp.zeros(X.shape))
+    variables = initialized(module, jnp.zeros(X.shape))
     model = Unbiased(nnx.Rngs(0), use_bias=False)
     nnx.update(model.fc1, variables["params"]["layers_0"])
     model.fc2.kernel.set_value(variables["params"]["layers_2"]["kernel"])
@@ -161,7 +160,7 @@ def test_layers_called_in_another_order_are_told_by_their_numbers():
         def __call__(self, x):
             return 2 * self.k(x) + self.q(x)
 
-    variables = Heads().init(jax.random.key(0), jnp.zeros(X.shape))
+    variables = initialized(Heads(), jnp.zeros(X.shape))
     model = NativeHeads(nnx.Rngs(0))
     nnx.update(model.q, variables["params"]["query"])
     nnx.update(model.k, variables["params"]["key"])
@@ -184,7 +183,7 @@ class Turned(nn.Module):
 
 
 def test_a_variable_of_another_shape_is_said_and_the_outputs_decide():
-    variables = Turned().init(jax.random.key(0), jnp.zeros(X.shape))
+    variables = initialized(Turned(), jnp.zeros(X.shape))
     kernel = variables["params"]["kernel"]
     turned = (Turned(is_turned=True), {"params": {"kernel": kernel.T}})
     report = compare((Turned(), variables), turned, X, **CHEAP)

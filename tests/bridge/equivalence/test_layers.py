@@ -10,7 +10,7 @@ import bridge
 import nnx_core as nnx
 from bridge.equivalence import compare
 from bridge.equivalence.drawing import Draw
-from tests.support.compared_models import X, chain, linen, linen_stack, native, native_stack
+from tests.support.compared_models import X, chain, initialized, linen, linen_stack, native, native_stack
 
 CHEAP = {"gradients": False, "seeds": (0,)}
 
@@ -147,7 +147,7 @@ class NativeTwice(nnx.Module):
 
 
 def test_a_layer_called_twice_has_two_rows():
-    variables = Twice().init(jax.random.key(0), jnp.zeros(X.shape))
+    variables = initialized(Twice(), jnp.zeros(X.shape))
     report = compare((Twice(), variables), (Twice(shift=0.1), variables), X, **CHEAP)
     assert verdicts(report) == {("(root)", 1): "wrong", ("fc", 1): "equal", ("fc", 2): "fed wrong"}
     assert parted(report) == ("", "", "computation")
@@ -173,7 +173,7 @@ class Branches(nn.Module):
 
 
 def test_a_branch_is_looked_into():
-    variables = Branches().init(jax.random.key(0), jnp.zeros(X.shape))
+    variables = initialized(Branches(), jnp.zeros(X.shape))
     report = compare((Branches(), variables), (Branches(bias=0.5), variables), X, **CHEAP)
     assert verdicts(report)["in_branch", 2] == "equal"
     assert verdicts(report)["out", 1] == "fed wrong"
@@ -195,7 +195,7 @@ class Attending(nn.Module):
 
 
 def attending(**options):
-    return Attending(**options), Attending().init(jax.random.key(0), jnp.zeros(X.shape))
+    return Attending(**options), initialized(Attending(), jnp.zeros(X.shape))
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ import numpy as np
 from bridge._errors import CheckpointWriteError
 from bridge._types import Path, Shape
 from bridge.checkpoint.formats.stored import ArrayFile, Stored, pieces
-from bridge.checkpoint.stream import Batch, LeafHash
+from bridge.checkpoint.stream import Batch, LeafHash, give_back_large_memory
 from bridge.checkpoint.tree.ops import Add, Cast, Fill, Join, OfOne, Op, Read, Reader, Transpose
 from bridge.checkpoint.tree.regions import Region, blocks, shape_of, whole
 
@@ -74,6 +74,7 @@ class InBlocks:
     @contextmanager
     def hashed(self, digest: LeafHash) -> Iterator[Iterator[Block]]:
         """The blocks, which have been added to `digest`. One is made and one is hashed while one is used."""
+        give_back_large_memory()
         with self.made() as made, ahead(made) as first, ahead(_hashed(first, digest)) as second:
             yield second
 

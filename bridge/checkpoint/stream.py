@@ -65,20 +65,29 @@ _LEAF_COST = 1 << 16  # what a leaf costs beside its bytes, as if it had so many
 _THREADS = min(4, os.cpu_count() or 1)
 # mallopt's numbers
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+_ours: list[bool] = []  # whether this process does nothing but stream leaves
 _LARGE = 1 << 20  # bytes; what is as large goes back to the operating system when it is freed
 
 
 def share_freed_memory() -> None:
     """From now on what one thread frees another can use. For a process whose threads do nothing but stream leaves.
 
-    glibc keeps what a thread has freed for that thread, and gaps between what is in use: a stream of 256 MiB at a time
-    then holds nearly twice as much, and more the longer it is.
+    glibc keeps what a thread has freed for that thread: a stream of 256 MiB at a time then holds nearly twice as much.
     To be called before a checkpoint is opened, which starts the threads. Where there is no glibc, nothing changes.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_ARENA_MAX, 1)
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        _ours.append(True)
+
+
+def give_back_large_memory() -> None:
+    """From now on what is large goes back when it is freed, where `share_freed_memory` has been called.
+
+    For leaves in blocks alone: blocks and chunks of many sizes leave gaps, and for small leaves it costs time.
+    """
+    if _ours:
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 class LeafHash:

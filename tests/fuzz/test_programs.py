@@ -32,7 +32,7 @@ def check(program: p.Program, way: str) -> None:
     """nnx_core, with `way` around the program, does what Python does."""
     if way in ("jit", "remat") and any(isinstance(x, WRITES_ARRAYS) for x in statements(program.body)):
         way = f"{way}, with arrays of JAX"
-    elif way == "as it is" and any(nested(x, TRANSFORMS, WRITES_ARRAYS) for x in statements(program.body)):
+    elif way == "as it is" and any(nested(x, (*TRANSFORMS, p.Pure), WRITES_ARRAYS) for x in statements(program.body)):
         way = "with arrays of JAX"
     expected = outcome(program, Plain(CORE), "with arrays of JAX" if way in PREPARED else "as it is")
     assert_same(expected, outcome(program, Lifted(CORE), way), rolled_back=way != "as it is")

@@ -19,6 +19,7 @@ nox.options.default_venv_backend = "venv"
 nox.options.error_on_external_run = True
 
 SUITE = ("python", "-m", "pytest", "-n", "2")
+OPTIMIZED = {"TESTS_OPTIMIZED": "1"}  # compiled as for users, see tests/support/compiler.py
 
 # What `models` installs without its dependencies, which would hold the other packages back.
 BESIDE = (
@@ -69,14 +70,14 @@ def newest(session):
 def oldest(session):
     """The suite on the lower end of every range."""
     session.install("-e", ".[test]", *lowest())
-    session.run(*SUITE, *session.posargs)
+    session.run(*SUITE, *session.posargs, env=OPTIMIZED)
 
 
 @nox.session
 def grids(session):
     """The suite with every combination that `grid` marks: what the diagonal stands for."""
     session.install("-e", ".[test]")
-    session.run(*SUITE, "--grids", *session.posargs)
+    session.run(*SUITE, "--grids", *session.posargs, env=OPTIMIZED)
 
 
 @nox.session
@@ -84,7 +85,7 @@ def models(session):
     """Networks and programs that nobody here wrote, bit for bit. Not in the gate: heavy to install and compile."""
     session.install("-e", ".[test,models]")
     session.install("--no-deps", *BESIDE)
-    session.run("python", "-m", "pytest", "tests/third_party", *session.posargs)
+    session.run("python", "-m", "pytest", "tests/third_party", *session.posargs, env=OPTIMIZED)
 
 
 @nox.session
@@ -95,7 +96,7 @@ def fuzz(session):
     if not any(argument.startswith("--fuzz-minutes") for argument in posargs):
         posargs = ["--fuzz-minutes", "10", *posargs]
     # Compiled, XLA may leave out a rounding to half precision, which Python does: here both are to agree bit for bit.
-    env = {"XLA_FLAGS": "--xla_allow_excess_precision=false"}
+    env = {"XLA_FLAGS": "--xla_allow_excess_precision=false", **OPTIMIZED}
     session.run("python", "-m", "pytest", "tests/fuzz", "-k", "nnx_core_does_what", *posargs, env=env)
 
 

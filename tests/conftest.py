@@ -2,7 +2,8 @@
 
 Eight CPU devices, so that meshes mean something; matrix products in full float32, so that one tolerance table
 (`tests/tolerance.py`) holds on every platform; no 64-bit; hypothesis draws the same examples in every run.
-What XLA compiled is kept on disk (`tests/support/compile_cache.py`): that saves time and changes no result.
+What XLA compiled is kept on disk (`tests/support/compile_cache.py`): that saves time and changes no result. On a CPU
+it compiles fast and optimizes little (`tests/support/compiler.py`), unless TESTS_OPTIMIZED=1.
 The suite runs the diagonal of the large grids, and a sample of what is many times the same; `--grids` runs all.
 """
 
@@ -14,7 +15,7 @@ from collections import defaultdict
 
 import pytest
 
-from tests.support import compile_cache
+from tests.support import compile_cache, compiler
 
 # Traces are millions of small objects that live as long as the caches: to look through them for cycles after every
 # 700 new ones takes a tenth of the suite, and of importing jax a third. What is freed is tested after `gc.collect()`.
@@ -23,8 +24,8 @@ gc.set_threshold(50_000, 20, 100)
 if "jax" in sys.modules:
     raise pytest.UsageError("jax was imported before tests/conftest.py could set its environment")
 
-_DEVICES = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+_FLAGS = ["--xla_force_host_platform_device_count=8", *compiler.flags(os.environ)]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two workers share one accelerator
 compile_cache.set_environment(os.environ)
 

@@ -46,7 +46,7 @@ def write(path: str, text: str) -> None:
 def as_page(text: str) -> str:
     """With links as they are on the site: the guide's pages are beside the start, and the license is not on it."""
     text = text.replace("](migration_guide/", "](").replace("](README.md", "](index.md")
-    return re.sub(r"\[([^]]*)\]\((?:LICENSE|examples/[^)]*|\.\./[^)]*)\)", r"\1", text)
+    return re.sub(r"\[([^]]*)\]\((?:LICENSE|benchmarks/[^)]*|examples/[^)]*|\.\./[^)]*)\)", r"\1", text)
 
 
 def names_of(module: ModuleType, homes: tuple[str, ...]) -> Iterator[str]:

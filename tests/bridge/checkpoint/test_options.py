@@ -15,7 +15,7 @@ DEFAULTS = {field.name: field.default for field in fields(ConversionOptions)}
 OTHERS = {
     make_plan: {"layout", "metadata"},
     load_into: {"optimizer", "extras", "format", "rng"},  # a model that is loaded keeps the checkpoint's random streams
-    convert: set(),
+    convert: {"job"},
 }
 
 

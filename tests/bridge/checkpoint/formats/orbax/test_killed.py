@@ -168,7 +168,10 @@ def test_a_leftover_is_neither_deleted_nor_gone_on_with_unasked(unfinished):
     ("tree", "options"), [(content(7), {}), (content(size=51), {}), (content(), {"version": "v1"})]
 )
 def test_another_conversion_is_not_gone_on_with(unfinished, tree, options):
-    with pytest.raises(CheckpointWriteError, match=r"(?s)another conversion.*same tree, version and item.*Delete that"):
+    with pytest.raises(
+        CheckpointWriteError,
+        match=r"(?s)another conversion.*same tree, version, item and number of processes.*Delete that",
+    ):
         OrbaxSink(unfinished, describe(tree)[0], resume=True, **options)
 
 

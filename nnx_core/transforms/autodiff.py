@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nnx_core._errors import NotDifferentiableError, Path, SpecError
 from nnx_core.graph.pack import Leaves, Refs, reader
@@ -281,8 +282,15 @@ def remat(
 
         def run(*packed: Any) -> Any:
             # A new function each time: JAX keeps the trace of one it has seen, and with it what that closed over.
-            return jax.checkpoint(lifted.named, prevent_cse=prevent_cse, policy=policy)(*packed)
+            result = jax.checkpoint(lifted.named, prevent_cse=prevent_cse, policy=policy)(*packed)
+            return jax.tree.map(_no_literal, result)
 
         return Form(lifted, run)
 
     return by_count(f, make)
+
+
+def _no_literal(x: Any) -> Any:
+    """`x` as an array of JAX where `jax.checkpoint` hands back a constant as it stands in the program: a class of
+    JAX's own, derived from numpy's, which has no `.at` and may be written to."""
+    return jnp.asarray(x) if isinstance(x, np.ndarray) and type(x) is not np.ndarray else x

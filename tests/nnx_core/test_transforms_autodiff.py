@@ -440,3 +440,16 @@ def test_it_goes_with_the_function(use):
         assert closed_over()() is None
     finally:
         gc.enable()
+
+
+def test_remat_of_a_constant_gives_an_array_of_jax():
+    count = Count(jnp.zeros(2))
+
+    def f(count):
+        count[...] = 2.0
+        return jnp.float32(3)
+
+    out = nnx.remat(f)(count)
+    assert isinstance(out, jax.Array)
+    assert isinstance(count.get_value(), jax.Array)
+    assert count.get_value().at[0].set(1.0).tolist() == [1.0, 2.0]

@@ -5,6 +5,7 @@ inert: it never touches the value, needs no mesh, and every change of it is coun
 Knows nothing of objects, paths or transforms.
 """
 
+import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -325,6 +326,15 @@ class Variable(Generic[A]):
 
     def __copy__(self: V) -> V:
         return new_variable(type(self), self._raw_value, dict(self._var_metadata))
+
+    def __deepcopy__(self: V, memo: dict[int, Any]) -> V:
+        value = self._raw_value
+        if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            memo[id(value)] = jax.numpy.copy(value)  # in a trace, JAX's own deep copy of a key from outside fails
+        new: V = type(self).__new__(type(self))
+        memo[id(self)] = new  # before what is in it, which may lead back here
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
 
     # ---- Python protocols ----
 

@@ -1,5 +1,7 @@
 """Rngs: named streams of keys, bit-equal to flax.nnx's for the same seed."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -369,3 +371,20 @@ def test_law4_reading_moves_no_counter():
     before = m.rngs.default.count.get_value()
     nnx.jit(lambda m: m.rngs.default.key[...])(m)
     assert m.rngs.default.count.get_value() is before
+
+
+@pytest.mark.parametrize("jit", [jax.jit, nnx.jit], ids=["jax", "nnx"])
+def test_a_deep_copy_inside_of_a_trace_draws_what_the_model_outside_would(jit):
+    model = Node()
+    model.rngs = nnx.Rngs(0)
+    model.again = model.rngs
+
+    def f(x):
+        copied = copy.deepcopy(model)
+        assert copied.again is copied.rngs
+        return x + jax.random.uniform(copied.rngs.noise())
+
+    expected = 1 + jax.random.uniform(nnx.Rngs(0).noise())
+    assert float(jit(f)(1.0)) == float(expected)
+    assert int(model.rngs.default.count[...]) == 0
+    assert float(f(1.0)) == float(expected)
